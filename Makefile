@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+VOCABULARY := .assets/tokenizer/vocab.json
+
+.PHONY: quickstart test test-slow lint format bench
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m quickstart.run
+
+test: $(INSTALLED) $(VOCABULARY)
+	$(BIN)/python -m pytest -n 2
+
+# Everything, the checks that take minutes included
+test-slow: $(INSTALLED) $(VOCABULARY)
+	$(BIN)/python -m pytest -m ''
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.encoder
+
+# torchvision serves the tests alone, and the one on PyPI does not import beside a CPU build of
+# torch: it stays out of site-packages, where it would break transformers for everybody else
+# (tests/conftest.py makes it importable).
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/torchvision torchvision
+	touch $@
+
+$(VOCABULARY): | $(INSTALLED)
+	$(BIN)/python -m quickstart.vocabulary $(dir $@)
