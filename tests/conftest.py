@@ -1,10 +1,14 @@
-"""Makes torchvision importable beside a CPU build of torch, for the tests alone."""
+"""What all tests need."""
 
+import os
 import re
 import sys
 from pathlib import Path
 
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers are as many as the cores
 
 TORCHVISION = Path(__file__).parent.parent / ".venv" / "torchvision"
 

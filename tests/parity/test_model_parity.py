@@ -1,0 +1,139 @@
+"""Our model beside transformers', with the same weights through our checkpointer."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from tests.reference import (
+    SHAPES,
+    Conversation,
+    reference_config,
+    reference_inputs,
+    reference_model,
+)
+from torchtune_vl.data import padded_collate_vision
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tune_to_hf
+from torchtune_vl.models.qwen2_5_vl._convert_weights import published_name
+from torchtune_vl.training import Qwen2_5_VLCheckpointer
+
+BATCHES = {
+    "text": [Conversation([]), Conversation([], text_tokens=30)],
+    "one_image": [Conversation([(1, 10, 14)])],
+    "padded_with_text": [Conversation([], 25), Conversation([(1, 22, 6)]), Conversation([], 3)],
+    "several_images": [
+        Conversation([(1, 2, 2), (1, 18, 30), (1, 8, 8)]),
+        Conversation([(1, 16, 16)]),
+        Conversation([(1, 4, 50), (1, 4, 50)], 40),
+    ],
+}
+
+
+class Pair:
+    """A model of transformers and ours, loaded from its directory."""
+
+    def __init__(self, shape: str, directory: Path) -> None:
+        self.reference = reference_model(reference_config(shape))
+        self.reference.save_pretrained(directory)
+        checkpointer = Qwen2_5_VLCheckpointer(directory, directory / ".." / "out")
+        self.ours = qwen2_5_vl_from_config(directory)
+        self.ours.load_state_dict(checkpointer.load_checkpoint()["model"])
+        self.ours.eval()
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(request.param, tmp_path_factory.mktemp("models") / request.param)
+
+
+def samples_of(batch: str) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    return [conversation.sample(generator) for conversation in BATCHES[batch]]
+
+
+def our_logits(model: torch.nn.Module, samples: list[dict[str, Any]]) -> torch.Tensor:
+    batch = padded_collate_vision(samples)
+    del batch["labels"]
+    return model(**batch)
+
+
+def reference_logits(
+    model: Qwen2_5_VLForConditionalGeneration, samples: list[dict[str, Any]]
+) -> torch.Tensor:
+    # Tokens and patches of one row at a time would do as well; the batch is padded as users' are
+    model.model.rope_deltas = None
+    return model(**reference_inputs(samples)).logits
+
+
+def at_tokens(logits: torch.Tensor, samples: list[dict[str, Any]]) -> torch.Tensor:
+    rows = [row[: len(s["tokens"])] for row, s in zip(logits, samples, strict=True)]
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_logits(pair: Pair, batch: str) -> None:
+    samples = samples_of(batch)
+    with torch.no_grad():
+        ours = at_tokens(our_logits(pair.ours, samples), samples)
+        reference = at_tokens(reference_logits(pair.reference, samples), samples)
+    # Logits that hardly differ between tokens would make any bound easy
+    assert reference.std() > 0.5
+    torch.testing.assert_close(ours, reference, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gradients(pair: Pair, batch: str) -> None:
+    samples = samples_of(batch)
+    weight = torch.randn(1, generator=torch.Generator().manual_seed(1))
+    for model, logits_of in ((pair.ours, our_logits), (pair.reference, reference_logits)):
+        model.zero_grad()
+        logits = at_tokens(logits_of(model, samples), samples)
+        weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+        (logits * weight).sum().backward()
+    ours = qwen2_5_vl_tune_to_hf(
+        {
+            name.replace("tok_embeddings", "decoder.tok_embeddings"): parameter.grad
+            for name, parameter in pair.ours.named_parameters()
+        }
+    )
+    reference = {published_name(n): p.grad for n, p in pair.reference.named_parameters()}
+    assert ours.keys() == reference.keys()
+    for name, gradient in reference.items():
+        if batch == "text" and name.startswith("visual."):
+            assert ours[name] is None
+            continue
+        error = (ours[name] - gradient).norm() / gradient.norm()
+        # The bias of the keys has no effect on softmax: its gradient is rounding noise
+        if not (name.endswith("k_proj.bias") and gradient.norm() < 1e-3):
+            assert error < 1e-4, f"{name}: {error:.1e}"
+
+
+def test_bfloat16_is_as_close_to_float32_as_the_reference(pair: Pair) -> None:
+    halves = {
+        "ours": copy.deepcopy(pair.ours).bfloat16(),
+        "reference": copy.deepcopy(pair.reference).bfloat16(),
+    }
+    distance = dict.fromkeys(halves, 0.0)
+    with torch.no_grad():
+        for batch in BATCHES:
+            samples = samples_of(batch)
+            exact = at_tokens(reference_logits(pair.reference, samples), samples)
+            ours = at_tokens(our_logits(halves["ours"], samples), samples)
+            theirs = at_tokens(reference_logits(halves["reference"], samples), samples)
+            distance["ours"] += float((ours - exact).pow(2).sum())
+            distance["reference"] += float((theirs.float() - exact).pow(2).sum())
+    assert distance["ours"] ** 0.5 <= 1.1 * distance["reference"] ** 0.5
+
+
+def test_video_logits(pair: Pair) -> None:
+    generator = torch.Generator().manual_seed(0)
+    conversation = Conversation([(1, 6, 6), (3, 10, 12), (2, 4, 4)], 9, [1.0, 0.5])
+    samples = [conversation.sample(generator)]
+    inputs = reference_inputs(samples)
+    with torch.no_grad():
+        ours = our_logits(pair.ours, samples)
+        reference = pair.reference(**inputs, second_per_grid_ts=torch.tensor([1.0, 0.5])).logits
+    torch.testing.assert_close(ours, reference, atol=2e-5, rtol=0)

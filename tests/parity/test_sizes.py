@@ -1,0 +1,149 @@
+"""The published sizes on the meta device: parameter counts, names and shapes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from torchtune_vl.models.qwen2_5_vl import (
+    qwen2_5_vl_3b,
+    qwen2_5_vl_7b,
+    qwen2_5_vl_32b,
+    qwen2_5_vl_72b,
+    qwen2_5_vl_from_config,
+    qwen2_5_vl_tune_to_hf,
+)
+from torchtune_vl.models.qwen2_5_vl._convert_weights import published_name
+from torchtune_vl.models.qwen2_5_vl._model_builders import (
+    _TEXT_DEFAULTS,
+    _VISION_DEFAULTS,
+)
+
+
+def hub_config(
+    hidden: int, layers: int, heads: int, kv_heads: int, ff: int, vocab: int, vision_ff: int
+) -> dict[str, Any]:
+    """A config.json in the flat layout of the published checkpoints."""
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": ff,
+        "max_position_embeddings": 128000,
+        "max_window_layers": layers,
+        "model_type": "qwen2_5_vl",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": vocab == 151936,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vision_config": {
+            "depth": 32,
+            "hidden_act": "silu",
+            "hidden_size": 1280,
+            "intermediate_size": vision_ff,
+            "num_heads": 16,
+            "in_chans": 3,
+            "out_hidden_size": hidden,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
+            "temporal_patch_size": 2,
+        },
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vocab_size": vocab,
+    }
+
+
+# builder, config, parameters, of these vision
+SIZES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
+    "3B": (
+        qwen2_5_vl_3b,
+        hub_config(2048, 36, 16, 2, 11008, 151936, 3420),
+        3_754_622_976,
+        668_684_288,
+    ),
+    "7B": (
+        qwen2_5_vl_7b,
+        hub_config(3584, 28, 28, 4, 18944, 152064, 3420),
+        8_292_166_656,
+        676_550_144,
+    ),
+    "32B": (
+        qwen2_5_vl_32b,
+        hub_config(5120, 64, 40, 8, 27648, 152064, 3456),
+        33_452_718_336,
+        688_841_984,
+    ),
+    "72B": (
+        qwen2_5_vl_72b,
+        hub_config(8192, 80, 64, 8, 29568, 152064, 3456),
+        73_410_777_344,
+        704_573_696,
+    ),
+}
+
+
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def attributes(model: nn.Module) -> list[str]:
+    """What a builder sets beside the shapes: text of all modules."""
+    rope = model.decoder.rope
+    encoder = model.encoders["vision"]
+    return [
+        repr(model),
+        f"{rope.head_dim} {rope.base} {rope.sections} {model.decoder.max_seq_len}",
+        f"{sorted(encoder.full_attention_layers)} {encoder.rope.head_dim} {model.placeholder_ids}",
+        f"{type(model.decoder.output).__name__}",
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_builder_has_the_published_tensors(size: str) -> None:
+    builder, config, parameters, vision_parameters = SIZES[size]
+    with torch.device("meta"):
+        ours = builder()
+        reference = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    assert sum(p.numel() for p in ours.encoders.parameters()) == vision_parameters
+    expected = {published_name(name): p.shape for name, p in reference.named_parameters()}
+    assert qwen2_5_vl_tune_to_hf(shapes(ours)) == expected
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_model_from_either_config_is_the_builders(size: str, tmp_path: Path) -> None:
+    builder, config, _, _ = SIZES[size]
+    flat, nested = tmp_path / "flat", tmp_path / "nested"
+    flat.mkdir()
+    (flat / "config.json").write_text(json.dumps(config))
+    Qwen2_5_VLConfig(**config).save_pretrained(nested)
+    with torch.device("meta"):
+        expected = builder()
+        for directory in (flat, nested):
+            model = qwen2_5_vl_from_config(directory)
+            assert shapes(model) == shapes(expected)
+            assert attributes(model) == attributes(expected)
+
+
+def test_defaults_of_missing_keys_are_the_references() -> None:
+    config = Qwen2_5_VLConfig()
+    for part, defaults in (
+        (config.text_config, _TEXT_DEFAULTS),
+        (config.vision_config, _VISION_DEFAULTS),
+    ):
+        assert {key: getattr(part, key) for key in defaults} == defaults

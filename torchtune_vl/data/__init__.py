@@ -1,0 +1,5 @@
+"""Samples to batches."""
+
+from torchtune_vl.data._collate import padded_collate_vision, padded_collate_vision_supervised
+
+__all__ = ["padded_collate_vision", "padded_collate_vision_supervised"]

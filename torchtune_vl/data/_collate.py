@@ -1,0 +1,105 @@
+"""Samples to padded batches.
+
+Shape notation: b samples, s tokens of the longest, n patches of all images.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from torchtune_vl.modules import concatenate_window_indices, window_encoder_index
+
+
+def padded_collate_vision(
+    batch: Sequence[Mapping[str, Any]],
+    padding_idx: int = 0,
+    ignore_idx: int = -100,
+    *,
+    pad_direction: Literal["right", "left"] = "right",
+) -> dict[str, Any]:
+    """Pad samples to one length and join their media, if any.
+
+    Args:
+        batch: samples with ``tokens``, list[int]; ``input_pos``, int64 [length, 3]; ``labels``,
+            list[int], unless it is for generation; and ``encoder_input`` unless there are no
+            media, whose ``vision`` has ``patches``, ``grid_thw`` and the index of the encoder
+            (where one is missing, the encoder computes it).
+        padding_idx: id of the padding token.
+        ignore_idx: label of padding.
+        pad_direction: ``"right"`` for training. ``"left"`` for generation, where a ``mask`` keeps
+            tokens from attending to padding.
+
+    Returns:
+        ``tokens``, int64 [b, s]; ``input_pos``, int64 [b, s, 3]; ``labels``, int64 [b, s], if the
+        samples have them; ``mask``, bool [b, s, s], with padding on the left; and
+        ``encoder_input`` if any sample has media: ``vision`` with ``patches`` [n, width],
+        ``grid_thw``, int64 [k, 3], and what :func:`~torchtune_vl.modules.window_encoder_index`
+        returns.
+
+    Raises:
+        ValueError: if the batch is empty or the direction unknown.
+    """
+    if not batch:
+        raise ValueError("cannot collate an empty batch")
+    if pad_direction not in ("right", "left"):
+        raise ValueError(f"pad_direction is {pad_direction!r}, expected 'right' or 'left'")
+
+    def pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(
+            list(rows), batch_first=True, padding_value=value, padding_side=pad_direction
+        )
+
+    collated: dict[str, Any] = {
+        "tokens": pad([torch.tensor(sample["tokens"]) for sample in batch], padding_idx),
+        "input_pos": pad([sample["input_pos"] for sample in batch], 0),
+    }
+    if "labels" in batch[0]:
+        collated["labels"] = pad([torch.tensor(sample["labels"]) for sample in batch], ignore_idx)
+    if pad_direction == "left":
+        lengths = torch.tensor([len(sample["tokens"]) for sample in batch])
+        collated["mask"] = _left_padding_mask(lengths)
+    vision = [sample["encoder_input"]["vision"] for sample in batch if "encoder_input" in sample]
+    if vision:
+        collated["encoder_input"] = {"vision": _collate_media(vision)}
+    return collated
+
+
+def padded_collate_vision_supervised(
+    batch: Sequence[Mapping[str, Any]], padding_idx: int = 0, ignore_idx: int = -100
+) -> dict[str, Any]:
+    """Pad samples as :func:`padded_collate_vision` does, and tell the model where labels are.
+
+    The model then computes logits of these positions only, as
+    :class:`~torchtune_vl.modules.SupervisedCrossEntropyLoss` takes them.
+
+    Args:
+        batch: samples with ``labels``.
+        padding_idx: id of the padding token.
+        ignore_idx: label of positions without loss.
+
+    Returns:
+        The batch of :func:`padded_collate_vision` and ``output_positions``, int64 [supervised
+        labels]: the positions in the flattened batch whose next token is supervised.
+    """
+    collated = padded_collate_vision(batch, padding_idx, ignore_idx)
+    is_supervised = collated["labels"] != ignore_idx
+    precedes_supervised = torch.zeros_like(is_supervised)
+    precedes_supervised[:, :-1] = is_supervised[:, 1:]
+    collated["output_positions"] = precedes_supervised.flatten().nonzero().squeeze(1)
+    return collated
+
+
+def _left_padding_mask(lengths: torch.Tensor) -> torch.Tensor:
+    size = int(lengths.max())
+    causal = torch.ones(size, size, dtype=torch.bool).tril()
+    is_token = torch.arange(size) >= (size - lengths)[:, None]
+    # Padding attends to itself: a row without any key has no softmax
+    return causal & (is_token[:, None, :] | torch.eye(size, dtype=torch.bool))
+
+
+def _collate_media(vision: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    collated = {key: torch.cat([v[key] for v in vision]) for key in ("patches", "grid_thw")}
+    if any("window_order" not in v for v in vision):
+        return collated
+    return {**collated, **window_encoder_index(concatenate_window_indices(vision))}

@@ -1,0 +1,25 @@
+"""Qwen2.5-VL (arXiv 2502.13923)."""
+
+from torchtune_vl.models.qwen2_5_vl._component_builders import qwen2_5_vl
+from torchtune_vl.models.qwen2_5_vl._convert_weights import (
+    qwen2_5_vl_hf_to_tune,
+    qwen2_5_vl_tune_to_hf,
+)
+from torchtune_vl.models.qwen2_5_vl._model_builders import (
+    qwen2_5_vl_3b,
+    qwen2_5_vl_7b,
+    qwen2_5_vl_32b,
+    qwen2_5_vl_72b,
+    qwen2_5_vl_from_config,
+)
+
+__all__ = [
+    "qwen2_5_vl",
+    "qwen2_5_vl_3b",
+    "qwen2_5_vl_7b",
+    "qwen2_5_vl_32b",
+    "qwen2_5_vl_72b",
+    "qwen2_5_vl_from_config",
+    "qwen2_5_vl_hf_to_tune",
+    "qwen2_5_vl_tune_to_hf",
+]

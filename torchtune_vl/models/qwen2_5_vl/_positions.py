@@ -1,0 +1,115 @@
+"""Integer maths that depends on the shapes of media: done once, in the data workers."""
+
+from collections.abc import Sequence
+
+import torch
+
+from torchtune_vl.modules import concatenate_window_indices
+
+# The data workers index by these and the model attends by them: all published checkpoints share
+# them, and a model that had others would silently be wrong.
+MERGE_SIZE = 2
+WINDOW_UNITS = 4
+
+
+def mrope_positions(
+    tokens: Sequence[int],
+    grid_thw: torch.Tensor,
+    seconds_per_step: Sequence[float] = (),
+    *,
+    image_token_id: int = 151655,
+    video_token_id: int = 151656,
+    tokens_per_second: int = 2,
+) -> torch.Tensor:
+    """Positions of M-RoPE: equal on all axes for text, temporal, height and width for media.
+
+    After "Qwen2.5-VL Technical Report" (arXiv 2502.13923, section 2.1.3) and transformers'
+    ``Qwen2_5_VLModel.get_rope_index``.
+
+    Args:
+        tokens: token ids, placeholders expanded, of length s.
+        grid_thw: patches of each medium along time, height and width, int64 [k, 3], in the order
+            of the media in ``tokens``.
+        seconds_per_step: for each video, in order, the seconds between steps of its temporal grid.
+        image_token_id: id of the placeholder of an image.
+        video_token_id: id of the placeholder of a video.
+        tokens_per_second: temporal positions per second of video, from the model's config.
+
+    Returns:
+        int64 [s, 3].
+
+    Raises:
+        ValueError: if the placeholders do not fit the grids.
+    """
+    is_placeholder = _is_one_of(tokens, image_token_id, video_token_id)
+    expected = int(grid_thw.prod(1).sum()) // MERGE_SIZE**2
+    if int(is_placeholder.sum()) != expected:
+        raise ValueError(
+            f"the text has {int(is_placeholder.sum())} placeholder tokens of images and videos, "
+            f"but its {len(grid_thw)} media have {expected} embeddings"
+        )
+
+    seconds = iter(seconds_per_step)
+    spans, end, position = [], 0, 0
+    for t, h, w in grid_thw.tolist():
+        start = end + int(is_placeholder[end:].int().argmax())
+        spans.append(_text_positions(start - end, position))
+        position += start - end
+        interval = 1.0
+        if tokens[start] == video_token_id:
+            interval = tokens_per_second * next(seconds)
+        h, w = h // MERGE_SIZE, w // MERGE_SIZE
+        spans.append(_grid_positions(t, h, w, interval) + position)
+        position += max(h, w)
+        end = start + t * h * w
+    spans.append(_text_positions(len(tokens) - end, position))
+    return torch.cat(spans)
+
+
+def _is_one_of(tokens: Sequence[int], *ids: int) -> torch.Tensor:
+    return torch.isin(torch.tensor(tokens, dtype=torch.int64), torch.tensor(ids))
+
+
+def _text_positions(length: int, start: int) -> torch.Tensor:
+    return torch.arange(start, start + length)[:, None].expand(-1, 3)
+
+
+def _grid_positions(t: int, h: int, w: int, interval: float) -> torch.Tensor:
+    steps = (torch.arange(t) * interval).long()  # float32 and truncated, as transformers has it
+    axes = torch.meshgrid(steps, torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack(axes, dim=-1).flatten(0, 2)
+
+
+def vision_index(grid_thw: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Window order and segment lengths of media, which the vision encoder works by.
+
+    A unit is the square of 2 x 2 patches that becomes one embedding, a window one of 4 x 4 units.
+    Patches come unit by unit, so that windows are permutations of units. After transformers'
+    ``get_vision_window_index`` and ``get_vision_position_ids``.
+
+    Args:
+        grid_thw: patches of each medium along time, height and width, int64 [k, 3], on the CPU.
+
+    Returns:
+        ``window_order``, int64 [units]: the units, window after window;
+        ``unit_positions``, int32 [units, 2]: row and column of each unit, in that order;
+        ``window_lengths``, int64 [windows], and ``frame_lengths``, int64 [frames]: patches of each.
+    """
+    return concatenate_window_indices(
+        [_vision_index_of_one(t, h // MERGE_SIZE, w // MERGE_SIZE) for t, h, w in grid_thw.tolist()]
+    )
+
+
+def _vision_index_of_one(t: int, h: int, w: int) -> dict[str, torch.Tensor]:
+    """The index of one medium of t frames of h x w units."""
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    windows_across = -(-w // WINDOW_UNITS)
+    window = (rows // WINDOW_UNITS * windows_across + columns // WINDOW_UNITS).flatten()
+    frame_order = window.argsort(stable=True)
+    positions = torch.stack([rows.flatten(), columns.flatten()], dim=1)[frame_order]
+    return {
+        "window_order": (frame_order + torch.arange(t)[:, None] * (h * w)).flatten(),
+        "unit_positions": positions.to(torch.int32).repeat(t, 1),
+        "window_lengths": window.bincount().repeat(t) * MERGE_SIZE**2,
+        "frame_lengths": torch.full((t,), h * w * MERGE_SIZE**2),
+    }

@@ -1,0 +1,206 @@
+"""The vision encoder: patches to embeddings of the decoder's width.
+
+Shape suffixes: N patches, U units of 2 x 2 patches, E width of the encoder,
+H heads, D dimension of a head.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtune.modules import FeedForward, TransformerSelfAttentionLayer
+from torchtune.utils import batch_to_device
+
+from torchtune_vl.models.qwen2_5_vl._position_embeddings import VisionRotaryTable, rotate
+from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE, vision_index
+from torchtune_vl.modules import attend_within_segments, permute_rows, window_encoder_index
+
+
+class PatchEmbedding(nn.Module):
+    """Linear embedding of patches (transformers' ``Qwen2_5_VisionPatchEmbed``).
+
+    Args:
+        in_channels: colour channels.
+        temporal_patch_size: frames of a patch.
+        patch_size: pixels along a side of a patch.
+        embed_dim: width of the encoder.
+    """
+
+    def __init__(
+        self, *, in_channels: int, temporal_patch_size: int, patch_size: int, embed_dim: int
+    ) -> None:
+        super().__init__()
+        kernel = (temporal_patch_size, patch_size, patch_size)
+        self.proj = nn.Conv3d(in_channels, embed_dim, kernel, stride=kernel, bias=False)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Embed.
+
+        Args:
+            patches: float [N, in_channels * temporal_patch_size * patch_size**2].
+
+        Returns:
+            Embeddings [N, E] in the dtype of the weights.
+        """
+        # A convolution whose stride is its kernel is a matrix product, and faster as one
+        weight = self.proj.weight
+        return F.linear(patches.to(weight.dtype), weight.flatten(1))
+
+
+class VisionAttention(nn.Module):
+    """Multi-head attention within segments (transformers' ``Qwen2_5_VLVisionAttention``).
+
+    Args:
+        qkv: projection to queries, keys and values, in this order.
+        output_proj: projection of the heads' outputs.
+        head_dim: dimension of a head.
+    """
+
+    def __init__(self, *, qkv: nn.Module, output_proj: nn.Module, head_dim: int) -> None:
+        super().__init__()
+        self.qkv = qkv
+        self.output_proj = output_proj
+        self.head_dim = head_dim
+
+    def forward(
+        self, x_NE: torch.Tensor, *, segments: dict[str, Any], rope: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            x_NE: hidden states [N, E].
+            segments: what attends to what, from :func:`~torchtune_vl.modules.segment_index`.
+            rope: rotary table [N, 2, D/2].
+
+        Returns:
+            Tensor [N, E].
+        """
+        q_NHD, k_NHD, v_NHD = self.qkv(x_NE).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        q_NHD, k_NHD = rotate(q_NHD, rope), rotate(k_NHD, rope)
+        return self.output_proj(attend_within_segments(q_NHD, k_NHD, v_NHD, segments).flatten(1))
+
+
+class VisionLayer(TransformerSelfAttentionLayer):
+    """A layer of the encoder (transformers' ``Qwen2_5_VLVisionBlock``).
+
+    A torchtune layer by type, so that its recipes checkpoint, compile and shard it as such.
+    """
+
+    def forward(
+        self, x_NE: torch.Tensor, *, segments: dict[str, Any], rope: torch.Tensor
+    ) -> torch.Tensor:
+        """Apply attention and feed-forward, each with its residual.
+
+        Args:
+            x_NE: hidden states [N, E].
+            segments: what attends to what, from :func:`~torchtune_vl.modules.segment_index`.
+            rope: rotary table [N, 2, D/2].
+
+        Returns:
+            Tensor [N, E].
+        """
+        x_NE = x_NE + self.attn(self.sa_norm(x_NE), segments=segments, rope=rope)
+        return x_NE + self.mlp(self.mlp_norm(x_NE))
+
+
+class PatchMerger(nn.Module):
+    """Joins the patches of a unit into one embedding (transformers' ``Qwen2_5_VLPatchMerger``).
+
+    Args:
+        norm: normalisation of each patch.
+        mlp: from a unit's patches, concatenated, to the decoder's width.
+    """
+
+    def __init__(self, *, norm: nn.Module, mlp: FeedForward) -> None:
+        super().__init__()
+        self.norm = norm
+        self.mlp = mlp
+
+    def forward(self, x_NE: torch.Tensor) -> torch.Tensor:
+        """Merge.
+
+        Args:
+            x_NE: hidden states [N, E].
+
+        Returns:
+            Embeddings [U, width of the decoder].
+        """
+        return self.mlp(self.norm(x_NE).unflatten(0, (-1, MERGE_SIZE**2)).flatten(1))
+
+
+class Qwen2_5_VLVisionEncoder(nn.Module):
+    """Vision transformer with attention in windows, and over whole frames in a few layers.
+
+    After "Qwen2.5-VL Technical Report" (arXiv 2502.13923, section 2.1.1) and transformers'
+    ``Qwen2_5_VisionTransformerPretrainedModel``. Cost grows linearly with the number of media.
+
+    Args:
+        patch_embed: embedding of patches.
+        layers: the layers.
+        merger: joins units of patches.
+        rope: makes the rotary table.
+        full_attention_layers: indices of the layers that attend over whole frames.
+    """
+
+    def __init__(
+        self,
+        *,
+        patch_embed: PatchEmbedding,
+        layers: list[VisionLayer],
+        merger: PatchMerger,
+        rope: VisionRotaryTable,
+        full_attention_layers: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.patch_embed = patch_embed
+        self.layers = nn.ModuleList(layers)
+        self.merger = merger
+        self.rope = rope
+        self.full_attention_layers = frozenset(full_attention_layers)
+
+    def forward(
+        self,
+        patches: torch.Tensor,
+        grid_thw: torch.Tensor,
+        *,
+        window_order: torch.Tensor | None = None,
+        unit_positions: torch.Tensor | None = None,
+        window_segments: dict[str, Any] | None = None,
+        frame_segments: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Encode media.
+
+        The index arguments come from the collate function. Where ``window_order`` is missing all
+        of them are computed from ``grid_thw``, which waits for the device.
+
+        Args:
+            patches: of all media, float [N, 1176].
+            grid_thw: patches of each medium along time, height and width, int64 [k, 3].
+            window_order: units, window after window, int64 [U].
+            unit_positions: row and column of each unit, in window order, int32 [U, 2].
+            window_segments: segments of the windows.
+            frame_segments: segments of the frames.
+
+        Returns:
+            Embeddings of the units, in the order of ``patches`` [U, width of the decoder].
+        """
+        if window_order is None:
+            index = self._index(grid_thw)
+            window_order, unit_positions = index["window_order"], index["unit_positions"]
+            window_segments, frame_segments = index["window_segments"], index["frame_segments"]
+
+        unit_order = window_order.argsort()
+        rope = self.rope(unit_positions)
+        x_NE = self.patch_embed(patches)
+        x_UE = x_NE.unflatten(0, (-1, MERGE_SIZE**2))
+        x_NE = permute_rows(x_UE, window_order, unit_order).flatten(0, 1)
+        for i, layer in enumerate(self.layers):
+            segments = frame_segments if i in self.full_attention_layers else window_segments
+            x_NE = layer(x_NE, segments=segments, rope=rope)
+        return permute_rows(self.merger(x_NE), unit_order, window_order)
+
+    def _index(self, grid_thw: torch.Tensor) -> dict[str, Any]:
+        index = window_encoder_index(vision_index(grid_thw.cpu()))
+        batch_to_device(index, grid_thw.device)
+        return index

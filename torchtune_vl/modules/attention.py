@@ -1,0 +1,158 @@
+"""Attention within the segments of a packed sequence.
+
+Shape suffixes: N rows of the packed sequence, G segments of equal length, L rows of a segment,
+H heads, D dimension of a head.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
+
+def segment_index(lengths: torch.Tensor) -> dict[str, Any]:
+    """Describe consecutive segments by tensors alone, so that no kernel launch waits for a size.
+
+    Args:
+        lengths: rows of each segment, int64 [number of segments], on the CPU.
+
+    Returns:
+        ``cu_seqlens``, int32 [number of segments + 1], the first row of each segment and the end,
+        and ``starts``, from each length that occurs to the first rows of the segments that have it,
+        int64 [G]. The length is a key and G a shape: both stay known to the host when the tensors
+        move to another device.
+    """
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    return {
+        "cu_seqlens": F.pad(ends, (1, 0)).to(torch.int32),
+        "starts": {length: starts[lengths == length] for length in lengths.unique().tolist()},
+    }
+
+
+def concatenate_window_indices(indices: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Join the indices of media, or of samples, that a windowed vision encoder sees as one batch.
+
+    Args:
+        indices: one or more dicts of ``window_order``, int64 [units]; ``unit_positions``,
+            [units, 2]; ``window_lengths``, int64 [windows]; and ``frame_lengths``, int64 [frames].
+            Other keys are ignored.
+
+    Returns:
+        A dict of these keys for all units together.
+    """
+    sizes = torch.tensor([0] + [len(index["window_order"]) for index in indices[:-1]])
+    orders = [
+        index["window_order"] + first_unit
+        for index, first_unit in zip(indices, sizes.cumsum(0), strict=True)
+    ]
+    other_keys = ("unit_positions", "window_lengths", "frame_lengths")
+    return {
+        "window_order": torch.cat(orders),
+        **{key: torch.cat([index[key] for index in indices]) for key in other_keys},
+    }
+
+
+def window_encoder_index(index: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Turn the lengths of an index into segments: what a windowed vision encoder takes.
+
+    Args:
+        index: from :func:`concatenate_window_indices`.
+
+    Returns:
+        ``window_order`` and ``unit_positions`` of the index, and ``window_segments`` and
+        ``frame_segments``, each from :func:`segment_index`.
+    """
+    return {
+        "window_order": index["window_order"],
+        "unit_positions": index["unit_positions"],
+        "window_segments": segment_index(index["window_lengths"]),
+        "frame_segments": segment_index(index["frame_lengths"]),
+    }
+
+
+class _PermuteRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return permute_rows(grad, inverse, order), None, None
+
+
+def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Return ``x[order]`` for a permutation, with a gather for its gradient too.
+
+    The gradient of plain indexing adds row after row, since rows may repeat in general.
+
+    Args:
+        x: tensor of shape [N, ...].
+        order: permutation of the N rows, int64 [N].
+        inverse: the inverse permutation, int64 [N].
+
+    Returns:
+        Tensor of the shape of ``x``.
+    """
+    return _PermuteRows.apply(x, order, inverse)
+
+
+@torch.compiler.disable  # its loop depends on the data: traced, it would recompile for each batch
+def attend_within_segments(
+    q_NHD: torch.Tensor, k_NHD: torch.Tensor, v_NHD: torch.Tensor, segments: dict[str, Any]
+) -> torch.Tensor:
+    """Scaled dot-product attention in which each row sees the rows of its own segment.
+
+    Time and memory grow with the sum of squared segment lengths; no mask is built. In half
+    precision on CUDA it is one variable-length kernel (torch >= 2.10), elsewhere one call of
+    ``scaled_dot_product_attention`` for each length that occurs.
+
+    Args:
+        q_NHD: queries [N, H, D].
+        k_NHD: keys [N, H, D].
+        v_NHD: values [N, H, D].
+        segments: the segments of the N rows, from :func:`segment_index`.
+
+    Returns:
+        Tensor of shape [N, H, D].
+    """
+    starts = segments["starts"]
+    half_precision = q_NHD.dtype in (torch.float16, torch.bfloat16)
+    if varlen_attn is not None and q_NHD.is_cuda and half_precision:
+        cu_seqlens, longest = segments["cu_seqlens"], max(starts)
+        out = varlen_attn(q_NHD, k_NHD, v_NHD, cu_seqlens, cu_seqlens, longest, longest)
+        return cast(torch.Tensor, out)  # a pair only where the log-sum-exp is asked for
+
+    order = torch.cat([_rows(first, length) for length, first in starts.items()])
+    inverse = order.argsort()
+    sizes = [length * len(first) for length, first in starts.items()]
+    groups = [permute_rows(x, order, inverse).split(sizes) for x in (q_NHD, k_NHD, v_NHD)]
+    attended = [
+        _attend_within_equal_segments(q, k, v, length)
+        for length, q, k, v in zip(starts, *groups, strict=True)
+    ]
+    return permute_rows(torch.cat(attended), inverse, order)
+
+
+def _rows(starts_G: torch.Tensor, length: int) -> torch.Tensor:
+    return (starts_G[:, None] + torch.arange(length, device=starts_G.device)).flatten()
+
+
+def _attend_within_equal_segments(
+    q_NHD: torch.Tensor, k_NHD: torch.Tensor, v_NHD: torch.Tensor, length: int
+) -> torch.Tensor:
+    q_GHLD, k_GHLD, v_GHLD = (
+        x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_NHD, k_NHD, v_NHD)
+    )
+    out_GHLD = F.scaled_dot_product_attention(q_GHLD, k_GHLD, v_GHLD)
+    return out_GHLD.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,67 @@
+"""Nested state of a recipe in a safetensors file: tensors as such, the rest as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+_KEY = "tree"
+
+
+def save_tree(tree: Any, path: Path) -> None:
+    """Write nested dicts, lists and tuples of tensors and plain values.
+
+    Args:
+        tree: the state; keys are str or int, plain values what JSON can hold.
+        path: the file.
+
+    Raises:
+        TypeError: if a value is of another kind.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    skeleton = json.dumps(_encode(tree, tensors))
+    save_file(tensors, path, metadata={_KEY: skeleton})
+
+
+def load_tree(path: Path) -> Any:
+    """Read what :func:`save_tree` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The state.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _decode(json.loads(file.metadata()[_KEY]), tensors)
+
+
+def _encode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(node, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = node.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(node, dict):
+        return {"dict": [[key, _encode(value, tensors)] for key, value in node.items()]}
+    if isinstance(node, list | tuple):
+        return {type(node).__name__: [_encode(value, tensors) for value in node]}
+    if node is None or isinstance(node, bool | int | float | str):
+        return {"value": node}
+    raise TypeError(f"cannot save a value of type {type(node).__name__}: {node!r}")
+
+
+def _decode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _decode(value, tensors) for key, value in content}
+    if kind == "list":
+        return [_decode(value, tensors) for value in content]
+    if kind == "tuple":
+        return tuple(_decode(value, tensors) for value in content)
+    return content
