@@ -28,9 +28,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.encoder
 
-# torchvision serves the tests alone, and the one on PyPI does not import beside a CPU build of
-# torch: it stays out of site-packages, where it would break transformers for everybody else
-# (tests/conftest.py makes it importable).
+# torchvision serves comparisons with transformers alone, see quickstart/torchvision.py
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -5,6 +5,7 @@ from torchtune_vl.models.qwen2_5_vl._convert_weights import (
     qwen2_5_vl_hf_to_tune,
     qwen2_5_vl_tune_to_hf,
 )
+from torchtune_vl.models.qwen2_5_vl._image_transform import Qwen2_5_VLImageTransform
 from torchtune_vl.models.qwen2_5_vl._model_builders import (
     qwen2_5_vl_3b,
     qwen2_5_vl_7b,
@@ -12,8 +13,13 @@ from torchtune_vl.models.qwen2_5_vl._model_builders import (
     qwen2_5_vl_72b,
     qwen2_5_vl_from_config,
 )
+from torchtune_vl.models.qwen2_5_vl._tokenizer import Qwen2_5_VLTokenizer
+from torchtune_vl.models.qwen2_5_vl._transform import Qwen2_5_VLTransform, qwen2_5_vl_transform
 
 __all__ = [
+    "Qwen2_5_VLImageTransform",
+    "Qwen2_5_VLTokenizer",
+    "Qwen2_5_VLTransform",
     "qwen2_5_vl",
     "qwen2_5_vl_3b",
     "qwen2_5_vl_7b",
@@ -21,5 +27,6 @@ __all__ = [
     "qwen2_5_vl_72b",
     "qwen2_5_vl_from_config",
     "qwen2_5_vl_hf_to_tune",
+    "qwen2_5_vl_transform",
     "qwen2_5_vl_tune_to_hf",
 ]

@@ -1,6 +1,6 @@
 """Integer maths that depends on the shapes of media: done once, in the data workers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -57,13 +57,20 @@ def mrope_positions(
         position += start - end
         interval = 1.0
         if tokens[start] == video_token_id:
-            interval = tokens_per_second * next(seconds)
+            interval = tokens_per_second * _next_interval(seconds)
         h, w = h // MERGE_SIZE, w // MERGE_SIZE
         spans.append(_grid_positions(t, h, w, interval) + position)
         position += max(h, w)
         end = start + t * h * w
     spans.append(_text_positions(len(tokens) - end, position))
     return torch.cat(spans)
+
+
+def _next_interval(seconds: Iterator[float]) -> float:
+    try:
+        return next(seconds)
+    except StopIteration:
+        raise ValueError("seconds_per_step has fewer entries than there are videos") from None
 
 
 def _is_one_of(tokens: Sequence[int], *ids: int) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against a peer, both measured in one run."""

@@ -1,0 +1,113 @@
+"""A tiny Qwen2.5-VL with random weights, in a directory as the hub has them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tune_to_hf
+from torchtune_vl.models.qwen2_5_vl._chat_template import CHAT_TEMPLATE
+
+HIDDEN_SIZE = 128
+
+# The published 3B config with smaller dimensions: vocabulary, patches, windows, M-RoPE over three
+# axes and tied embeddings are those of the real model
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "hidden_act": "silu",
+    "hidden_size": HIDDEN_SIZE,
+    "initializer_range": 0.02,
+    "intermediate_size": 384,
+    "max_position_embeddings": 4096,
+    "max_window_layers": 4,
+    "model_type": "qwen2_5_vl",
+    "num_attention_heads": 2,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 4,
+        "hidden_act": "silu",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_heads": 4,
+        "in_chans": 3,
+        "out_hidden_size": HIDDEN_SIZE,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [1, 3],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+    "vocab_size": 151936,
+}
+
+PREPROCESSOR_CONFIG = {
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+}
+
+GENERATION_CONFIG = {
+    "bos_token_id": 151643,
+    "do_sample": False,
+    "eos_token_id": [151645, 151643],
+    "pad_token_id": 151643,
+}
+
+
+def write_tiny_checkpoint(directory: Path, vocabulary: Path, seed: int = 0) -> None:
+    """Write a complete checkpoint with random weights.
+
+    Args:
+        directory: the checkpoint's directory, made if missing.
+        vocabulary: directory with the tokenizer's files, which are copied.
+        seed: seed of the weights.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in vocabulary.glob("*.*"):
+        if path.suffix in (".json", ".txt"):
+            shutil.copyfile(path, directory / path.name)
+    for name, content in {
+        "config.json": CONFIG,
+        "preprocessor_config.json": PREPROCESSOR_CONFIG,
+        "generation_config.json": GENERATION_CONFIG,
+        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
+    }.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    weights = qwen2_5_vl_tune_to_hf(_random_model(directory, seed).state_dict())
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _random_model(directory: Path, seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    model = qwen2_5_vl_from_config(directory)
+    # torch's own start values suit all layers but the embedding, which is the output layer too
+    torch.nn.init.normal_(model.tok_embeddings.weight, std=HIDDEN_SIZE**-0.5)
+    return model

@@ -1,0 +1,89 @@
+"""Attention within segments, against attention with a mask."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchtune_vl.modules import (
+    attend_within_segments,
+    concatenate_window_indices,
+    permute_rows,
+    segment_index,
+    window_encoder_index,
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_equals_attention_with_a_mask(lengths: list[int]) -> None:
+    n = sum(lengths)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, n, 2, 8, dtype=torch.float64).requires_grad_().unbind(0)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = segment[:, None] == segment
+    masked = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask
+    ).transpose(0, 1)
+    ours = attend_within_segments(q, k, v, segment_index(torch.tensor(lengths)))
+    torch.testing.assert_close(ours, masked)
+
+    weight = torch.randn_like(ours)
+    expected = torch.autograd.grad((masked * weight).sum(), (q, k, v))
+    actual = torch.autograd.grad((ours * weight).sum(), (q, k, v))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_segments_do_not_see_each_other() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 12, 2, 8).unbind(0)
+    segments = segment_index(torch.tensor([4, 2, 4, 2]))
+    before = attend_within_segments(q, k, v, segments)
+    k[4:6], v[4:6] = 100.0, -100.0
+    after = attend_within_segments(q, k, v, segments)
+    changed = (before != after).flatten(1).any(1)
+    assert changed.tolist() == [False] * 4 + [True] * 2 + [False] * 6
+
+
+def test_segment_index() -> None:
+    index = segment_index(torch.tensor([2, 3, 2]))
+    assert index["cu_seqlens"].tolist() == [0, 2, 5, 7]
+    assert index["cu_seqlens"].dtype == torch.int32
+    assert {length: starts.tolist() for length, starts in index["starts"].items()} == {
+        2: [0, 5],
+        3: [2],
+    }
+
+
+def test_permute_rows_has_the_gradient_of_indexing() -> None:
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    order = torch.randperm(7)
+    assert torch.equal(permute_rows(x, order, order.argsort()), x[order])
+    assert torch.autograd.gradcheck(lambda x: permute_rows(x, order, order.argsort()), x)
+
+
+def test_window_indices_are_joined_with_offsets() -> None:
+    def index(order: list[int], lengths: list[int]) -> dict[str, torch.Tensor]:
+        return {
+            "window_order": torch.tensor(order),
+            "unit_positions": torch.zeros(len(order), 2, dtype=torch.int32),
+            "window_lengths": torch.tensor(lengths),
+            "frame_lengths": torch.tensor([sum(lengths)]),
+            "patches": torch.zeros(3),  # as in a sample: not part of the index
+        }
+
+    joined = concatenate_window_indices(
+        [index([1, 0], [8]), index([0], [4]), index([2, 1, 0], [12])]
+    )
+    assert joined["window_order"].tolist() == [1, 0, 2, 5, 4, 3]
+    assert set(joined) == {"window_order", "unit_positions", "window_lengths", "frame_lengths"}
+    batch = window_encoder_index(joined)
+    assert batch["frame_segments"]["cu_seqlens"].tolist() == [0, 8, 12, 24]
+
+
+@pytest.mark.parametrize("length", [1, 64])
+def test_one_length_only(length: int) -> None:
+    q, k, v = torch.randn(3, 2 * length, 1, 4).unbind(0)
+    segments = segment_index(torch.tensor([length, length]))
+    assert attend_within_segments(q, k, v, segments).shape == q.shape

@@ -1,0 +1,130 @@
+"""Batches: padding, masks, media and supervised positions."""
+
+from typing import Any
+
+import pytest
+import torch
+from torchtune.utils import batch_to_device
+
+from tests.reference import Conversation, reference_config, reference_model
+from torchtune_vl.data import padded_collate_vision, padded_collate_vision_supervised
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
+from torchtune_vl.modules import SupervisedCrossEntropyLoss
+
+
+def samples(*conversations: Conversation) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    return [conversation.sample(generator) for conversation in conversations]
+
+
+def test_right_padding() -> None:
+    short, long = samples(Conversation([(1, 4, 4)]), Conversation([(1, 2, 6), (1, 8, 4)]))
+    batch = padded_collate_vision([short, long], padding_idx=7, ignore_idx=-5)
+    n = len(short["tokens"])
+    assert batch["tokens"].shape == batch["labels"].shape == (2, len(long["tokens"]))
+    assert batch["tokens"][0].tolist() == short["tokens"] + [7] * (len(long["tokens"]) - n)
+    assert batch["labels"][0].tolist() == short["labels"] + [-5] * (len(long["tokens"]) - n)
+    assert torch.equal(batch["input_pos"][0, :n], short["input_pos"])
+    assert torch.equal(batch["input_pos"][1], long["input_pos"])
+    assert "mask" not in batch  # causal: no token sees the padding behind it
+    vision = batch["encoder_input"]["vision"]
+    assert vision["grid_thw"].tolist() == [[1, 4, 4], [1, 2, 6], [1, 8, 4]]
+    patches = [s["encoder_input"]["vision"]["patches"] for s in (short, long)]
+    assert torch.equal(vision["patches"], torch.cat(patches))
+    assert sorted(vision["window_order"].tolist()) == list(range(4 + 3 + 8))
+    batch_to_device(batch, torch.device("cpu"))  # torchtune's: tensors and dicts only
+
+
+def test_left_padding_mask() -> None:
+    short, long = samples(Conversation([], text_tokens=2), Conversation([], text_tokens=4))
+    for sample in (short, long):
+        del sample["labels"]
+    batch = padded_collate_vision([short, long], pad_direction="left")
+    assert "labels" not in batch
+    assert batch["tokens"][0].tolist() == [0, 0, *short["tokens"]]
+    expected = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]).bool()
+    assert torch.equal(batch["mask"][0], expected)
+    assert torch.equal(batch["mask"][1], torch.ones(4, 4).tril().bool())
+
+
+def test_text_only_batches_have_no_encoder_input() -> None:
+    batch = padded_collate_vision(samples(Conversation([]), Conversation([])))
+    assert "encoder_input" not in batch
+
+
+def test_mixed_batches_keep_the_order_of_media() -> None:
+    text, first, second = samples(
+        Conversation([]), Conversation([(1, 4, 4)]), Conversation([(1, 6, 6)])
+    )
+    batch = padded_collate_vision([first, text, second])
+    assert batch["encoder_input"]["vision"]["grid_thw"].tolist() == [[1, 4, 4], [1, 6, 6]]
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="empty batch"):
+        padded_collate_vision([])
+    with pytest.raises(ValueError, match="pad_direction is 'up'"):
+        padded_collate_vision(samples(Conversation([])), pad_direction="up")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    directory = tmp_path_factory.mktemp("model")
+    reference_model(reference_config()).config.save_pretrained(directory)
+    torch.manual_seed(0)
+    return qwen2_5_vl_from_config(directory).eval()
+
+
+def test_the_index_gives_what_the_encoder_would_compute(model: torch.nn.Module) -> None:
+    conversations = samples(
+        Conversation([(1, 10, 14), (1, 4, 4)]), Conversation([(3, 18, 6)], seconds_per_step=[1.0])
+    )
+    batch = padded_collate_vision(conversations)
+    del batch["labels"]
+    for sample in conversations:
+        vision = sample["encoder_input"]["vision"]
+        sample["encoder_input"] = {"vision": {k: vision[k] for k in ("patches", "grid_thw")}}
+    bare = padded_collate_vision(conversations)
+    assert set(bare["encoder_input"]["vision"]) == {"patches", "grid_thw"}
+    del bare["labels"]
+    with torch.no_grad():
+        assert torch.equal(model(**batch), model(**bare))
+
+
+def test_supervised_logits_give_the_same_loss(model: torch.nn.Module) -> None:
+    conversations = samples(Conversation([(1, 4, 4)], 5), Conversation([], 12), Conversation([], 2))
+    for sample in conversations:
+        answer = len(sample["labels"]) // 2
+        sample["labels"] = [-100] * answer + sample["labels"][answer:]
+    full = padded_collate_vision(conversations)
+    supervised = padded_collate_vision_supervised(conversations)
+    losses = []
+    for batch, loss in (
+        (full, torch.nn.CrossEntropyLoss()),
+        (supervised, SupervisedCrossEntropyLoss()),
+    ):
+        labels = batch.pop("labels")
+        shifted = torch.hstack([labels[:, 1:], torch.full((3, 1), -100)])  # as the recipes do
+        logits = model(**batch)
+        losses.append(loss(logits.reshape(-1, logits.size(-1)), shifted.reshape(-1)))
+    assert logits.shape[0] == sum(
+        label != -100 for sample in conversations for label in sample["labels"][1:]
+    )
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_supervised_loss_refuses_other_logits() -> None:
+    labels = torch.tensor([-100, 3, -100, 4])
+    with pytest.raises(RuntimeError, match="padded_collate_vision_supervised"):
+        SupervisedCrossEntropyLoss()(torch.randn(4, 10), labels)
+
+
+def test_media_that_do_not_fit_the_placeholders_are_refused(model: torch.nn.Module) -> None:
+    (sample,) = samples(Conversation([(1, 4, 4), (1, 4, 4)]))
+    batch = padded_collate_vision([sample])
+    del batch["labels"]
+    for tokens in (batch["tokens"][:, :-25], batch["tokens"].repeat(1, 2)):
+        with pytest.raises(RuntimeError, match="one placeholder token for each embedding"):
+            model(tokens, encoder_input=batch["encoder_input"])
+    with pytest.raises(ValueError, match="expected"):
+        model(batch["tokens"], encoder_input={"images": {}})

@@ -1,0 +1,103 @@
+"""Decoding with a KV cache."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torchtune.generation import sample
+from torchtune.modules.common_utils import local_kv_cache
+from torchtune.modules.model_fusion import EarlyFusionModel
+
+
+@torch.inference_mode()
+def generate(
+    model: EarlyFusionModel,
+    batch: dict[str, Any],
+    *,
+    max_new_tokens: int,
+    stop_tokens: Collection[int],
+    temperature: float = 0.0,
+    top_k: int | None = None,
+) -> list[list[int]]:
+    """Continue the prompts of a batch.
+
+    Args:
+        model: a fusion model whose caches are not set up.
+        batch: prompts, padded on the left by :func:`~torchtune_vl.data.padded_collate_vision`, on
+            the device of the model.
+        max_new_tokens: tokens after which an answer ends in any case.
+        stop_tokens: ids that end an answer.
+        temperature: 0 takes the likeliest token, more makes unlikely ones likelier.
+        top_k: number of likeliest tokens to sample from, all by default.
+
+    Returns:
+        For each prompt the new ids, up to and with the first stop token.
+
+    Raises:
+        ValueError: if prompts and answers do not fit into the model's ``max_seq_len``.
+    """
+    tokens, prompt_mask = batch["tokens"], batch["mask"]
+    batch_size, prompt_length = tokens.shape
+    length = prompt_length + max_new_tokens
+    if length > model.decoder.max_seq_len:
+        raise ValueError(
+            f"{prompt_length} tokens of prompt and {max_new_tokens} new ones exceed the model's "
+            f"max_seq_len of {model.decoder.max_seq_len}"
+        )
+    mask = _extend_mask(prompt_mask, max_new_tokens)
+    position = batch["input_pos"].amax(dim=(1, 2))
+    last = torch.arange(1, batch_size + 1, device=tokens.device) * prompt_length - 1
+    stops = torch.tensor(list(stop_tokens), device=tokens.device)
+    answers: list[torch.Tensor] = []
+    ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
+
+    with local_kv_cache(
+        model,
+        batch_size=batch_size,
+        device=tokens.device,
+        dtype=next(model.parameters()).dtype,
+        decoder_max_seq_len=length,
+    ):
+        logits = model(
+            tokens,
+            mask=mask[:, :prompt_length],
+            encoder_input=batch.get("encoder_input"),
+            input_pos=batch["input_pos"],
+            output_positions=last,
+        )
+        for end in range(prompt_length, length):
+            new = _choose(logits, temperature, top_k)
+            answers.append(new)
+            ended |= torch.isin(new, stops)
+            if end + 1 == length or bool(ended.all()):
+                break
+            position = position + 1
+            logits = model(
+                new[:, None],
+                mask=mask[:, end : end + 1],
+                input_pos=position[:, None, None].expand(-1, 1, 3),
+            ).squeeze(1)
+    return [_until_stop(ids, stop_tokens) for ids in torch.stack(answers, dim=1).tolist()]
+
+
+def _extend_mask(mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """The mask of prompt and answer, bool [b, s + new, s + new]."""
+    batch_size, prompt_length, _ = mask.shape
+    length = prompt_length + new_tokens
+    extended = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    extended = extended.repeat(batch_size, 1, 1)
+    extended[:, :prompt_length, :prompt_length] = mask
+    # What the last token of a prompt sees, its answer sees too
+    extended[:, prompt_length:, :prompt_length] = mask[:, -1:]
+    return extended
+
+
+def _choose(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    return sample(logits, temperature=temperature, top_k=top_k).squeeze(-1).long()
+
+
+def _until_stop(ids: list[int], stop_tokens: Collection[int]) -> list[int]:
+    ends = [i + 1 for i, token in enumerate(ids) if token in stop_tokens]
+    return ids[: ends[0]] if ends else ids
