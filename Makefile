@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VOCABULARY := .assets/tokenizer/vocab.json
 
-.PHONY: quickstart test test-slow lint format bench
+.PHONY: quickstart test test-slow parity lint format bench
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m quickstart.run
@@ -15,6 +15,10 @@ test: $(INSTALLED) $(VOCABULARY)
 # Everything, the checks that take minutes included
 test-slow: $(INSTALLED) $(VOCABULARY)
 	$(BIN)/python -m pytest -m ''
+
+# The comparisons with transformers alone, with the table of README.md at their end
+parity: $(INSTALLED) $(VOCABULARY)
+	$(BIN)/python -m pytest -n 2 tests/parity
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

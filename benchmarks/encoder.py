@@ -28,6 +28,9 @@ from torchtune_vl.modules import window_encoder_index
 COUNTS = (1, 4, 16)
 PATCH_SIZE = 14
 OUT_DIM = 2048
+MMAP_THRESHOLD, M_MMAP_THRESHOLD = 1 << 16, -3  # mallopt's
+
+Forwards = dict[str, Callable[[], torch.Tensor]]
 
 
 def main() -> None:
@@ -35,35 +38,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=int, default=448, help="height and width of an image, px")
+    parser.add_argument("--size", type=int, default=336, help="height and width of an image, px")
     parser.add_argument(
         "--layers", type=int, default=4, help="layers; the last attends over frames"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="paired runs")
+    parser.add_argument("--repeats", type=int, default=3, help="paired runs")
     arguments = parser.parse_args()
     reference, ours = encoders(arguments.layers)
     side = arguments.size // PATCH_SIZE
 
     print(
         f"{arguments.layers} layers, images of {arguments.size}x{arguments.size} px "
-        f"({side * side} patches), float32, {torch.get_num_threads()} threads, "
-        f"median (least to most) of {arguments.repeats} paired runs\n"
+        f"({side * side} patches), float32, {torch.get_num_threads()} threads"
     )
-    print("images  ours / transformers   ours, x linear   transformers, x linear   peak memory")
+    runs = {count: forwards(reference, ours, count, side) for count in COUNTS}
+    print_times(runs, arguments.repeats)
+    print_memory(runs)
+
+
+def print_times(runs: dict[int, Forwards], repeats: int) -> None:
+    """Print ratios of time, and growth over that of one image."""
+    print(f"\nTime, median (least to most) of {repeats} paired runs")
+    print("images   ours / transformers     ours / linear growth   transformers / linear growth")
     base: dict[str, float] = {}
-    for count in COUNTS:
-        run = forwards(reference, ours, count, side)
-        times = paired_times(run, arguments.repeats)
+    for count, run in runs.items():
+        times = paired_times(run, repeats)
         ratios = [a / b for a, b in zip(times["ours"], times["transformers"], strict=True)]
         medians = {name: statistics.median(values) for name, values in times.items()}
         base = base or medians
         growth = {name: medians[name] / base[name] / count for name in medians}
-        memory = {name: peak_memory(forward) for name, forward in run.items()}
         print(
-            f"{count:6}  {statistics.median(ratios):8.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            f"   {growth['ours']:14.2f}   {growth['transformers']:22.2f}"
-            f"   {memory['ours'] / memory['transformers']:5.2f} of transformers'"
+            f"{count:6}   {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"   {growth['ours']:22.2f}   {growth['transformers']:28.2f}"
         )
+
+
+def print_memory(runs: dict[int, Forwards]) -> None:
+    """Print ratios of peak memory, which do not vary between runs."""
+    print("\nPeak memory of a forward, ours / transformers")
+    print("images   without gradients   with gradients")
+    for count, run in runs.items():
+        ratio = {}
+        for inference in (True, False):
+            with torch.inference_mode(inference):
+                peaks = {name: peak_memory(forward) for name, forward in run.items()}
+            ratio[inference] = peaks["ours"] / peaks["transformers"]
+        print(f"{count:6}   {ratio[True]:17.2f}   {ratio[False]:14.2f}")
 
 
 def encoders(layers: int) -> tuple[nn.Module, nn.Module]:
@@ -95,9 +115,7 @@ def encoders(layers: int) -> tuple[nn.Module, nn.Module]:
     return reference, ours
 
 
-def forwards(
-    reference: nn.Module, ours: nn.Module, count: int, side: int
-) -> dict[str, Callable[[], torch.Tensor]]:
+def forwards(reference: nn.Module, ours: nn.Module, count: int, side: int) -> Forwards:
     """Return the two forwards on the same images, after a check that they agree."""
     grid_thw = torch.tensor([[1, side, side]] * count)
     patches = torch.randn(count * side * side, 1176)
@@ -112,9 +130,7 @@ def forwards(
 
 
 @torch.inference_mode()
-def paired_times(
-    run: dict[str, Callable[[], torch.Tensor]], repeats: int
-) -> dict[str, list[float]]:
+def paired_times(run: Forwards, repeats: int) -> dict[str, list[float]]:
     """Return seconds of each forward, taken in turns."""
     times: dict[str, list[float]] = {name: [] for name in run}
     for _ in range(repeats):
@@ -125,11 +141,13 @@ def paired_times(
     return times
 
 
-@torch.inference_mode()
 def peak_memory(forward: Callable[[], torch.Tensor]) -> int:
     """Return the bytes that a forward adds at its peak to what the process holds (Linux)."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    libc = ctypes.CDLL("libc.so.6")
+    # Tensors go back to the system when freed: no heap that depends on what ran before
+    libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    libc.malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak to the present
     before = _status("VmRSS")

@@ -16,11 +16,10 @@ from torchtune_vl.modules import (
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12).map(sorted))
 def test_equals_attention_with_a_mask(lengths: list[int]) -> None:
-    n = sum(lengths)
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, n, 2, 8, dtype=torch.float64).requires_grad_().unbind(0)
+    q, k, v = torch.randn(3, sum(lengths), 2, 8, dtype=torch.float64).requires_grad_().unbind(0)
     segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     mask = segment[:, None] == segment
     masked = F.scaled_dot_product_attention(
@@ -38,21 +37,19 @@ def test_equals_attention_with_a_mask(lengths: list[int]) -> None:
 def test_segments_do_not_see_each_other() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 12, 2, 8).unbind(0)
-    segments = segment_index(torch.tensor([4, 2, 4, 2]))
+    segments = segment_index(torch.tensor([2, 2, 4, 4]))
     before = attend_within_segments(q, k, v, segments)
-    k[4:6], v[4:6] = 100.0, -100.0
+    k[2:4], v[2:4] = 100.0, -100.0
     after = attend_within_segments(q, k, v, segments)
     changed = (before != after).flatten(1).any(1)
-    assert changed.tolist() == [False] * 4 + [True] * 2 + [False] * 6
+    assert changed.tolist() == [False] * 2 + [True] * 2 + [False] * 8
 
 
 def test_segment_index() -> None:
-    index = segment_index(torch.tensor([2, 3, 2]))
-    assert index["cu_seqlens"].tolist() == [0, 2, 5, 7]
-    assert index["cu_seqlens"].dtype == torch.int32
+    index = segment_index(torch.tensor([2, 2, 3]))
     assert {length: starts.tolist() for length, starts in index["starts"].items()} == {
-        2: [0, 5],
-        3: [2],
+        2: [0, 2],
+        3: [4],
     }
 
 
@@ -78,8 +75,25 @@ def test_window_indices_are_joined_with_offsets() -> None:
     )
     assert joined["window_order"].tolist() == [1, 0, 2, 5, 4, 3]
     assert set(joined) == {"window_order", "unit_positions", "window_lengths", "frame_lengths"}
-    batch = window_encoder_index(joined)
-    assert batch["frame_segments"]["cu_seqlens"].tolist() == [0, 8, 12, 24]
+
+
+def test_window_encoder_index() -> None:
+    """Two frames of 3 and 2 units of 4 rows, whose windows have 2 and 1, and 1 and 1 units."""
+    index = {
+        "window_order": torch.tensor([0, 2, 1, 4, 3]),
+        "unit_positions": torch.arange(10, dtype=torch.int32).view(5, 2),
+        "window_lengths": torch.tensor([8, 4, 4, 4]),
+        "frame_lengths": torch.tensor([12, 8]),
+    }
+    batch = window_encoder_index(index)
+    assert batch["window_order"].tolist() == [1, 4, 3, 0, 2]
+    assert batch["unit_positions"][:, 0].tolist() == [4, 6, 8, 0, 2]
+    windows = {n: starts.tolist() for n, starts in batch["window_segments"]["starts"].items()}
+    assert windows == {4: [0, 4, 8], 8: [12]}
+    frames = {n: starts.tolist() for n, starts in batch["frame_segments"]["starts"].items()}
+    assert frames == {8: [0], 12: [8]}
+    # The second frame, the shorter one, has units 3 and 4; the first 0, 1 and 2
+    assert batch["window_order"][batch["frame_order"]].tolist() == [3, 4, 0, 1, 2]
 
 
 @pytest.mark.parametrize("length", [1, 64])

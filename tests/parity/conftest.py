@@ -6,6 +6,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from tests.parity.figures import record_into
+
+
+@pytest.fixture(autouse=True)
+def _figures(record_property) -> None:
+    record_into(record_property)
+
 
 @pytest.fixture(scope="session")
 def reference_tokenizer(vocabulary: Path):
@@ -13,7 +20,7 @@ def reference_tokenizer(vocabulary: Path):
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what the tests compared: ``record_property("parity", (what, inputs, difference))``."""
+    """Print what the tests compared."""
     inputs: dict[str, int] = defaultdict(int)
     largest: dict[str, float] = defaultdict(float)
     for report in terminalreporter.stats.get("passed", []):

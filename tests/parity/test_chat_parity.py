@@ -14,6 +14,7 @@ from transformers import (
 
 from quickstart.checkpoint import write_tiny_checkpoint
 from tests.conversations import as_messages, generate_conversation, images_of
+from tests.parity.figures import record
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 
 CONVERSATIONS = 200
@@ -74,6 +75,7 @@ def test_conversations(
             image_grid_thw=expected.get("image_grid_thw"),
         )
         assert torch.equal(sample["input_pos"], positions[:, 0].T), seed
+        record("conversations: ids, grids, pixels, positions", 1, 0)
         if not images_of(conversation):
             assert "encoder_input" not in sample
             continue

@@ -1,4 +1,5 @@
-"""Checkpoints from transformers through ours and back."""
+"""Checkpoints from tests.parity.figures import record
+from transformers through ours and back."""
 
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from tests.parity.figures import record
 from tests.reference import reference_config, reference_model
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
@@ -70,6 +72,7 @@ def test_round_trip(shape: str, alter, dtype: torch.dtype, tmp_path: Path) -> No
     for name, tensor in expected.items():
         assert actual[name].dtype == dtype
         assert torch.equal(actual[name], tensor), name
+    record("checkpoints: tensors after a round trip", len(expected), 0)
 
 
 def test_published_names_are_written(tmp_path: Path) -> None:

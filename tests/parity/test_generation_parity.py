@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.parity.figures import record
 from tests.reference import Conversation, reference_config, reference_inputs, reference_model
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.generation import generate
@@ -42,5 +43,6 @@ def test_greedy_answers(shape: str, prompts: str, tmp_path: Path) -> None:
     batch = padded_collate_vision(samples, pad_direction="left")
     assert generate(model, batch, max_new_tokens=12, stop_tokens=[]) == free
     assert generate(model, batch, max_new_tokens=12, stop_tokens=[stop]) == expected
+    record("prompts: tokens of greedy answers", 2 * len(samples), 0)
     # The caches are gone: the model trains on as before
     assert not model.caches_are_setup()

@@ -19,6 +19,7 @@ from transformers.models.qwen2_vl import image_processing_qwen2_vl
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
+from tests.parity.figures import record
 from torchtune_vl.models.qwen2_5_vl._image_transform import (
     CLIP_MEAN,
     Qwen2_5_VLImageTransform,
@@ -49,6 +50,8 @@ def assert_equal(backend, image, reference_image=None, **arguments):
     assert ours["image_grid_thw"].tolist() == theirs["image_grid_thw"].tolist()
     pixels, reference_pixels = ours["pixel_values"], theirs["pixel_values"]
     assert torch.equal(pixels, reference_pixels), (pixels - reference_pixels).abs().max()
+    difference = float((pixels - reference_pixels).abs().max())
+    record(f"images: grids and pixels, {backend} backend", 1, difference)
 
 
 def noise(*shape, seed=0):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from tests.parity.figures import record
 from tests.reference import (
     SHAPES,
     Conversation,
@@ -82,6 +83,7 @@ def test_logits(pair: Pair, batch: str) -> None:
     # Logits that hardly differ between tokens would make any bound easy
     assert reference.std() > 0.5
     torch.testing.assert_close(ours, reference, atol=2e-5, rtol=0)
+    record("batches: logits, float32, absolute", 1, float((ours - reference).abs().max()))
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -109,6 +111,7 @@ def test_gradients(pair: Pair, batch: str) -> None:
         # The bias of the keys has no effect on softmax: its gradient is rounding noise
         if not (name.endswith("k_proj.bias") and gradient.norm() < 1e-3):
             assert error < 1e-4, f"{name}: {error:.1e}"
+            record("parameters: gradients, float32, relative", 1, float(error))
 
 
 def test_bfloat16_is_as_close_to_float32_as_the_reference(pair: Pair) -> None:
@@ -125,7 +128,9 @@ def test_bfloat16_is_as_close_to_float32_as_the_reference(pair: Pair) -> None:
             theirs = at_tokens(reference_logits(halves["reference"], samples), samples)
             distance["ours"] += float((ours - exact).pow(2).sum())
             distance["reference"] += float((theirs.float() - exact).pow(2).sum())
-    assert distance["ours"] ** 0.5 <= 1.1 * distance["reference"] ** 0.5
+    ratio = (distance["ours"] / distance["reference"]) ** 0.5
+    assert ratio <= 1.1
+    record("models: bfloat16's distance from float32 / the reference's", 1, ratio)
 
 
 def test_video_logits(pair: Pair) -> None:

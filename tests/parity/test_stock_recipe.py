@@ -17,6 +17,7 @@ from torchtune.data import Message
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from quickstart.checkpoint import write_tiny_checkpoint
+from tests.parity.figures import record
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +152,8 @@ def test_every_step_has_the_loss_of_a_transformers_loop(
 ) -> None:
     losses = recipe_losses(root, tmp_path, settings)
     np.testing.assert_allclose(losses, reference_losses, rtol=1e-4)
+    difference = np.abs(np.array(losses) / np.array(reference_losses) - 1).max()
+    record("training steps: loss, stock recipe, relative", STEPS, float(difference))
 
 
 def test_resuming_continues_the_run(root: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from tests.parity.figures import record
 from torchtune_vl.models.qwen2_5_vl._tokenizer import Qwen2_5_VLTokenizer
 
 # sha256 of Qwen2.5-VL's published tokenizer.json, rewritten by json.dumps(..., sort_keys=True)
@@ -94,6 +95,7 @@ def assert_equal(tokenizer, reference, texts):
         assert tokenizer.encode(text, add_eos=False) == ids, ascii(text)
         if not any(token in text for token in tokenizer.special_tokens):
             assert tokenizer.decode(ids) == normalize(text), ascii(text)
+    record("texts: token ids", len(texts), 0)
 
 
 def mixed(rng, parts, longest):

@@ -17,23 +17,19 @@ except ImportError:  # before torch 2.10
 
 
 def segment_index(lengths: torch.Tensor) -> dict[str, Any]:
-    """Describe consecutive segments by tensors alone, so that no kernel launch waits for a size.
+    """Describe the segments of a sequence by tensors that hold no size the host would wait for.
 
     Args:
-        lengths: rows of each segment, int64 [number of segments], on the CPU.
+        lengths: rows of each segment, ascending, int64 [number of segments], on the CPU.
 
     Returns:
-        ``cu_seqlens``, int32 [number of segments + 1], the first row of each segment and the end,
-        and ``starts``, from each length that occurs to the first rows of the segments that have it,
-        int64 [G]. The length is a key and G a shape: both stay known to the host when the tensors
+        ``starts``, from each length that occurs to the first rows of the segments that have it,
+        int32 [G]. The length is a key and G a shape: both stay known to the host when the tensors
         move to another device.
     """
-    ends = lengths.cumsum(0)
-    starts = ends - lengths
-    return {
-        "cu_seqlens": F.pad(ends, (1, 0)).to(torch.int32),
-        "starts": {length: starts[lengths == length] for length in lengths.unique().tolist()},
-    }
+    starts = (lengths.cumsum(0) - lengths).to(torch.int32)
+    values, counts = lengths.unique_consecutive(return_counts=True)
+    return {"starts": dict(zip(values.tolist(), starts.split(counts.tolist()), strict=True))}
 
 
 def concatenate_window_indices(indices: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -62,19 +58,36 @@ def concatenate_window_indices(indices: Sequence[Mapping[str, Any]]) -> dict[str
 def window_encoder_index(index: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Turn the lengths of an index into segments: what a windowed vision encoder takes.
 
+    Windows are sorted by length, so that those of one length are one slice of the sequence, and
+    frames, which the encoder attends over in few layers, likewise in an order of their own.
+
     Args:
         index: from :func:`concatenate_window_indices`.
 
     Returns:
-        ``window_order`` and ``unit_positions`` of the index, and ``window_segments`` and
-        ``frame_segments``, each from :func:`segment_index`.
+        ``window_order``, int32 [units], and ``unit_positions`` in this order; ``frame_order``,
+        int32 [units], from places in the window order to the order of frames; and
+        ``window_segments`` and ``frame_segments``, each from :func:`segment_index`.
     """
+    unit_rows = int(index["frame_lengths"].sum()) // len(index["window_order"])
+    windows = _units_by_length(index["window_lengths"] // unit_rows)
+    window_order = index["window_order"][windows]
+    frames = _units_by_length(index["frame_lengths"] // unit_rows)
     return {
-        "window_order": index["window_order"],
-        "unit_positions": index["unit_positions"],
-        "window_segments": segment_index(index["window_lengths"]),
-        "frame_segments": segment_index(index["frame_lengths"]),
+        "window_order": window_order.to(torch.int32),
+        "unit_positions": index["unit_positions"][windows],
+        "frame_order": window_order.argsort()[frames].to(torch.int32),
+        "window_segments": segment_index(index["window_lengths"].sort().values),
+        "frame_segments": segment_index(index["frame_lengths"].sort().values),
     }
+
+
+def _units_by_length(lengths: torch.Tensor) -> torch.Tensor:
+    """The permutation of units that sorts their segments by length, int64 [units]."""
+    ordered, by_length = lengths.sort(stable=True)
+    starts = lengths.cumsum(0) - lengths
+    shift = starts[by_length] - (ordered.cumsum(0) - ordered)
+    return shift.repeat_interleave(ordered) + torch.arange(int(lengths.sum()))
 
 
 class _PermuteRows(torch.autograd.Function):
@@ -129,23 +142,18 @@ def attend_within_segments(
     starts = segments["starts"]
     half_precision = q_NHD.dtype in (torch.float16, torch.bfloat16)
     if varlen_attn is not None and q_NHD.is_cuda and half_precision:
-        cu_seqlens, longest = segments["cu_seqlens"], max(starts)
+        cu_seqlens = F.pad(torch.cat(list(starts.values())), (0, 1), value=len(q_NHD))
+        longest = max(starts)
         out = varlen_attn(q_NHD, k_NHD, v_NHD, cu_seqlens, cu_seqlens, longest, longest)
         return cast(torch.Tensor, out)  # a pair only where the log-sum-exp is asked for
 
-    order = torch.cat([_rows(first, length) for length, first in starts.items()])
-    inverse = order.argsort()
     sizes = [length * len(first) for length, first in starts.items()]
-    groups = [permute_rows(x, order, inverse).split(sizes) for x in (q_NHD, k_NHD, v_NHD)]
+    groups = [x.split(sizes) for x in (q_NHD, k_NHD, v_NHD)]
     attended = [
         _attend_within_equal_segments(q, k, v, length)
         for length, q, k, v in zip(starts, *groups, strict=True)
     ]
-    return permute_rows(torch.cat(attended), inverse, order)
-
-
-def _rows(starts_G: torch.Tensor, length: int) -> torch.Tensor:
-    return (starts_G[:, None] + torch.arange(length, device=starts_G.device)).flatten()
+    return torch.cat(attended) if len(attended) > 1 else attended[0]
 
 
 def _attend_within_equal_segments(

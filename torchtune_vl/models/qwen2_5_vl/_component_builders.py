@@ -21,6 +21,7 @@ from torchtune_vl.models.qwen2_5_vl._vision_encoder import (
     PatchMerger,
     Qwen2_5_VLVisionEncoder,
     VisionAttention,
+    VisionFeedForward,
     VisionLayer,
 )
 
@@ -164,7 +165,11 @@ def qwen2_5_vl_decoder(
         )
         return TransformerSelfAttentionLayer(
             attn=attn,
-            mlp=_feed_forward(embed_dim, intermediate_dim, bias=False),
+            mlp=FeedForward(
+                gate_proj=nn.Linear(embed_dim, intermediate_dim, bias=False),
+                down_proj=nn.Linear(intermediate_dim, embed_dim, bias=False),
+                up_proj=nn.Linear(embed_dim, intermediate_dim, bias=False),
+            ),
             sa_norm=nn.RMSNorm(embed_dim, eps=norm_eps),
             mlp_norm=nn.RMSNorm(embed_dim, eps=norm_eps),
         )
@@ -217,7 +222,11 @@ def qwen2_5_vl_vision_encoder(
                 output_proj=nn.Linear(embed_dim, embed_dim),
                 head_dim=head_dim,
             ),
-            mlp=_feed_forward(embed_dim, intermediate_dim, bias=True),
+            mlp=VisionFeedForward(
+                gate_proj=nn.Linear(embed_dim, intermediate_dim),
+                down_proj=nn.Linear(intermediate_dim, embed_dim),
+                up_proj=nn.Linear(embed_dim, intermediate_dim),
+            ),
             sa_norm=nn.RMSNorm(embed_dim, eps=1e-6),
             mlp_norm=nn.RMSNorm(embed_dim, eps=1e-6),
         )
@@ -250,11 +259,3 @@ def _head_dim(embed_dim: int, num_heads: int) -> int:
     if embed_dim % num_heads:
         raise ValueError(f"a width of {embed_dim} does not divide into {num_heads} heads")
     return embed_dim // num_heads
-
-
-def _feed_forward(dim: int, hidden_dim: int, *, bias: bool) -> FeedForward:
-    return FeedForward(
-        gate_proj=nn.Linear(dim, hidden_dim, bias=bias),
-        down_proj=nn.Linear(hidden_dim, dim, bias=bias),
-        up_proj=nn.Linear(dim, hidden_dim, bias=bias),
-    )

@@ -104,6 +104,24 @@ class VisionLayer(TransformerSelfAttentionLayer):
         return x_NE + self.mlp(self.mlp_norm(x_NE))
 
 
+class VisionFeedForward(FeedForward):
+    """torchtune's gated feed-forward, whose product takes no third tensor of the hidden width.
+
+    Where gradients are recorded, autograd keeps a copy, and memory is torchtune's.
+    """
+
+    def forward(self, x_NE: torch.Tensor) -> torch.Tensor:
+        """Apply the feed-forward.
+
+        Args:
+            x_NE: hidden states [N, E].
+
+        Returns:
+            Tensor [N, E].
+        """
+        return self.w2(self.activation(self.w1(x_NE)).mul_(self.w3(x_NE)))
+
+
 class PatchMerger(nn.Module):
     """Joins the patches of a unit into one embedding (transformers' ``Qwen2_5_VLPatchMerger``).
 
@@ -159,48 +177,43 @@ class Qwen2_5_VLVisionEncoder(nn.Module):
         self.rope = rope
         self.full_attention_layers = frozenset(full_attention_layers)
 
-    def forward(
-        self,
-        patches: torch.Tensor,
-        grid_thw: torch.Tensor,
-        *,
-        window_order: torch.Tensor | None = None,
-        unit_positions: torch.Tensor | None = None,
-        window_segments: dict[str, Any] | None = None,
-        frame_segments: dict[str, Any] | None = None,
-    ) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor, **index: Any) -> torch.Tensor:
         """Encode media.
-
-        The index arguments come from the collate function. Where ``window_order`` is missing all
-        of them are computed from ``grid_thw``, which waits for the device.
 
         Args:
             patches: of all media, float [N, 1176].
             grid_thw: patches of each medium along time, height and width, int64 [k, 3].
-            window_order: units, window after window, int64 [U].
-            unit_positions: row and column of each unit, in window order, int32 [U, 2].
-            window_segments: segments of the windows.
-            frame_segments: segments of the frames.
+            **index: from :func:`~torchtune_vl.modules.window_encoder_index`, as the collate
+                function gives it. Without it it is computed from ``grid_thw``, which waits for the
+                device.
 
         Returns:
             Embeddings of the units, in the order of ``patches`` [U, width of the decoder].
         """
-        if window_order is None:
-            index = self._index(grid_thw)
-            window_order, unit_positions = index["window_order"], index["unit_positions"]
-            window_segments, frame_segments = index["window_segments"], index["frame_segments"]
+        index = index or _index_on_device(grid_thw)
+        window_order, frame_order = index["window_order"], index["frame_order"]
+        window_segments, frame_segments = index["window_segments"], index["frame_segments"]
+        unit_positions = index["unit_positions"]
 
-        unit_order = window_order.argsort()
-        rope = self.rope(unit_positions)
-        x_NE = self.patch_embed(patches)
-        x_UE = x_NE.unflatten(0, (-1, MERGE_SIZE**2))
-        x_NE = permute_rows(x_UE, window_order, unit_order).flatten(0, 1)
+        unit_order, window_order_of_frames = window_order.argsort(), frame_order.argsort()
+        window_rope = self.rope(unit_positions)
+        frame_rope = self.rope(unit_positions[frame_order])
+        x_NE = _permute_units(self.patch_embed(patches), window_order, unit_order)
         for i, layer in enumerate(self.layers):
-            segments = frame_segments if i in self.full_attention_layers else window_segments
-            x_NE = layer(x_NE, segments=segments, rope=rope)
+            if i in self.full_attention_layers:
+                x_NE = _permute_units(x_NE, frame_order, window_order_of_frames)
+                x_NE = layer(x_NE, segments=frame_segments, rope=frame_rope)
+                x_NE = _permute_units(x_NE, window_order_of_frames, frame_order)
+            else:
+                x_NE = layer(x_NE, segments=window_segments, rope=window_rope)
         return permute_rows(self.merger(x_NE), unit_order, window_order)
 
-    def _index(self, grid_thw: torch.Tensor) -> dict[str, Any]:
-        index = window_encoder_index(vision_index(grid_thw.cpu()))
-        batch_to_device(index, grid_thw.device)
-        return index
+
+def _index_on_device(grid_thw: torch.Tensor) -> dict[str, Any]:
+    index = window_encoder_index(vision_index(grid_thw.cpu()))
+    batch_to_device(index, grid_thw.device)
+    return index
+
+
+def _permute_units(x_NE: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    return permute_rows(x_NE.unflatten(0, (len(order), -1)), order, inverse).flatten(0, 1)
