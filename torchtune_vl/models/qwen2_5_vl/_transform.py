@@ -158,7 +158,7 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
 
     def _transform(self, sample: Mapping[str, Any], inference: bool) -> dict[str, Any]:
         messages = _with_images(sample["messages"], sample.get("images"))
-        if inference and messages[-1].role == "assistant" and not messages[-1].text_content:
+        if inference and messages and _asks_for_answer(messages[-1]):
             messages = messages[:-1]
         tokens, mask, images = self._render(messages)
         if inference:
@@ -213,6 +213,8 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         """
         parts: list[str | _EncodedImage] = [f"{message.role}\n"]
         for number, item in enumerate(message.content):
+            if not isinstance(item, Mapping):
+                raise ValueError(f"item {number} is of type {type(item).__name__}, expected a dict")
             kind, content = item.get("type"), item.get("content")
             if kind == "text" and isinstance(content, str):
                 if isinstance(parts[-1], str):
@@ -294,6 +296,12 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         return tokens[:limit], mask[:limit]
 
 
+def _asks_for_answer(message: Message) -> bool:
+    return message.role == "assistant" and all(
+        item == {"type": "text", "content": ""} for item in message.content
+    )
+
+
 def _common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
@@ -326,7 +334,7 @@ def _with_images(messages: Sequence[Message], images: Sequence[Any] | None) -> l
 
 
 def _is_place(item: Mapping[str, Any]) -> bool:
-    return item.get("type") == "image" and item.get("content") is None
+    return isinstance(item, Mapping) and item.get("type") == "image" and item.get("content") is None
 
 
 def qwen2_5_vl_transform(

@@ -1,0 +1,121 @@
+"""What the model offers beside logits: switches, positions, chunks, errors of dimensions."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchtune.modules import TransformerSelfAttentionLayer
+
+from tests.reference import Conversation, reference_config
+from torchtune_vl.data import padded_collate_vision
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl, qwen2_5_vl_from_config
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("config")
+    reference_config().save_pretrained(directory)
+    return directory
+
+
+def batch() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    conversations = [Conversation([(1, 6, 10)]), Conversation([])]
+    collated = padded_collate_vision([c.sample(generator) for c in conversations])
+    del collated["labels"]
+    return collated
+
+
+@pytest.mark.parametrize(
+    ("switches", "trained"),
+    [
+        ({}, {"decoder", "encoder", "fusion"}),
+        ({"decoder_trainable": False}, {"encoder", "fusion"}),
+        ({"encoder_trainable": False}, {"decoder", "fusion"}),
+        ({"encoder_trainable": False, "fusion_trainable": False}, {"decoder"}),
+        ({"decoder_trainable": False, "encoder_trainable": False}, {"fusion"}),
+    ],
+)
+def test_switches(directory: Path, switches: dict[str, bool], trained: set[str]) -> None:
+    model = qwen2_5_vl_from_config(directory, **switches)
+    model(**batch()).mean().backward()
+
+    def part(name: str) -> str:
+        if ".merger." in name:
+            return "fusion"
+        return "encoder" if name.startswith("encoders.") else "decoder"
+
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (part(name) in trained), name
+        assert (parameter.grad is not None) == (part(name) in trained), name
+
+
+def test_layers_are_torchtunes_to_its_recipes(directory: Path) -> None:
+    model = qwen2_5_vl_from_config(directory)
+    layers = [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
+    assert len(layers) == 3 + 4
+
+
+@torch.no_grad()
+def test_positions_of_text(directory: Path) -> None:
+    model = qwen2_5_vl_from_config(directory).eval()
+    tokens = torch.randint(0, 500, (2, 7))
+    default = model(tokens)
+    one_axis = torch.arange(7).expand(2, -1)
+    assert torch.equal(model(tokens, input_pos=one_axis), default)
+    assert torch.equal(model(tokens, input_pos=one_axis[..., None].expand(-1, -1, 3)), default)
+    assert not torch.allclose(model(tokens, input_pos=2 * one_axis), default)
+
+
+@torch.no_grad()
+def test_chunks_and_positions_of_output(directory: Path) -> None:
+    model = qwen2_5_vl_from_config(directory).eval()
+    inputs = batch()
+    logits = model(**inputs)
+    some = model(**inputs, output_positions=torch.tensor([1, 5, 30]))
+    torch.testing.assert_close(some, logits.flatten(0, 1)[[1, 5, 30]])
+    model.set_num_output_chunks(4)
+    torch.testing.assert_close(torch.cat(model(**inputs), dim=1), logits)
+
+
+@torch.no_grad()
+def test_gradient_free_feed_forward_is_the_recorded_one(directory: Path) -> None:
+    """The in-place product must not change what autograd computes, nor the other way round."""
+    model = qwen2_5_vl_from_config(directory)
+    layer = model.encoders["vision"].layers[0].mlp
+    x = torch.randn(5, 64)
+    free = layer(x)
+    with torch.enable_grad():
+        recorded = layer(x)
+        plain = layer.w2(torch.nn.functional.silu(layer.w1(x)) * layer.w3(x))
+        expected = torch.autograd.grad(plain.sum(), layer.w3.weight)[0]
+        actual = torch.autograd.grad(recorded.sum(), layer.w3.weight)[0]
+    assert torch.equal(free, recorded)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "message"),
+    [
+        ({"embed_dim": 100, "num_heads": 3}, "100 does not divide into 3 heads"),
+        ({"mrope_sections": (16, 24, 23)}, "cover 63 frequencies"),
+        ({"vision_embed_dim": 1281}, "1281 does not divide into 16 heads"),
+        ({"vision_embed_dim": 96}, "divisible by 4, got 6"),
+    ],
+)
+def test_dimensions_that_do_not_fit(dimensions: dict[str, Any], message: str) -> None:
+    fitting: dict[str, Any] = {
+        "vocab_size": 10,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "embed_dim": 256,
+        "intermediate_dim": 8,
+        "tie_word_embeddings": True,
+        "vision_intermediate_dim": 8,
+    }
+    with torch.device("meta"):
+        qwen2_5_vl(**fitting)
+        with pytest.raises(ValueError, match=message):
+            qwen2_5_vl(**{**fitting, **dimensions})
