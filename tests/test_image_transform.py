@@ -227,6 +227,8 @@ def test_closes_every_file(transform, tmp_path):
         ({"backend": "opencv"}, "unknown backend 'opencv'"),
         ({"min_pixels": 4000, "max_pixels": 3999}, "min_pixels is 4000 and max_pixels 3999"),
         ({"min_pixels": 0}, "min_pixels is 0"),
+        ({"patch_dtype": "float16"}, "unknown patch_dtype 'float16'"),
+        ({"patch_dtype": "uint8", "image_mean": (0.5, 0.5, 0.5)}, "use float32"),
     ],
 )
 def test_invalid_arguments(arguments, reason):

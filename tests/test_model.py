@@ -9,7 +9,11 @@ from torchtune.modules import TransformerSelfAttentionLayer
 
 from tests.reference import Conversation, reference_config
 from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl, qwen2_5_vl_from_config
+from torchtune_vl.models.qwen2_5_vl import (
+    Qwen2_5_VLImageTransform,
+    qwen2_5_vl,
+    qwen2_5_vl_from_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,34 @@ def test_chunks_and_positions_of_output(directory: Path) -> None:
     torch.testing.assert_close(some, logits.flatten(0, 1)[[1, 5, 30]])
     model.set_num_output_chunks(4)
     torch.testing.assert_close(torch.cat(model(**inputs), dim=1), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uint8_patches_give_the_same_embeddings(directory: Path, dtype: torch.dtype) -> None:
+    encoder = qwen2_5_vl_from_config(directory).encoders["vision"].to(dtype)
+    pixels = torch.randint(0, 256, (3, 84, 140), dtype=torch.uint8)
+    as_float, as_uint8 = (
+        Qwen2_5_VLImageTransform(patch_dtype=patch_dtype)({"image": pixels})
+        for patch_dtype in ("float32", "uint8")
+    )
+    assert as_uint8["pixel_values"].shape == (60, 588)
+    assert as_uint8["pixel_values"].nbytes * 8 == as_float["pixel_values"].nbytes
+    assert torch.equal(as_uint8["image_grid_thw"], as_float["image_grid_thw"])
+    embeddings = [encoder(s["pixel_values"], s["image_grid_thw"]) for s in (as_float, as_uint8)]
+    assert torch.equal(*embeddings)
+
+
+@torch.no_grad()
+def test_uint8_patches_of_the_pil_backend_differ_by_rounding(directory: Path) -> None:
+    """Its order of operations, x / 255 - mean, differs from the model's in the last bit."""
+    encoder = qwen2_5_vl_from_config(directory).encoders["vision"]
+    pixels = torch.randint(0, 256, (3, 90, 150), dtype=torch.uint8)
+    embeddings = []
+    for patch_dtype in ("float32", "uint8"):
+        transform = Qwen2_5_VLImageTransform(backend="pil", patch_dtype=patch_dtype)
+        sample = transform({"image": pixels})
+        embeddings.append(encoder(sample["pixel_values"], sample["image_grid_thw"]))
+    torch.testing.assert_close(*embeddings, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()

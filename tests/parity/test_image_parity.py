@@ -4,6 +4,7 @@ A folder of images of your own joins in: TORCHTUNE_VL_IMAGES=/my/images pytest t
 """
 
 import os
+import random
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from torchtune_vl.models.qwen2_5_vl._image_transform import (
     CLIP_MEAN,
     Qwen2_5_VLImageTransform,
     smart_resize,
+    to_rgb,
 )
 
 PROCESSORS = {"torchvision": Qwen2VLImageProcessor, "pil": Qwen2VLImageProcessorPil}
@@ -144,7 +146,7 @@ def test_default_limit_clips(backend):
         {"temporal_patch_size": 3},
         {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_arguments(backend, arguments):
     assert_equal(backend, photograph(), **arguments)
@@ -254,7 +256,7 @@ def test_pil_mode(backend, mode):
         (56, 84, 3),
         (3, 56, 84),
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
 def test_array(backend, shape, kind):
@@ -331,3 +333,49 @@ def test_exif_orientation(backend, tmp_path, orientation, suffix):
     assert (reference_image.size == (70, 90)) == (orientation >= 5)
     for image in (path, path.read_bytes()):
         assert_equal(backend, image, reference_image)
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("quality", [1, 50, 95])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (23, 3), (9, 4), (57, 64), (301, 199)])
+def test_jpeg(backend, tmp_path, subsampling, quality, progressive, size):
+    path = tmp_path / "image.jpg"
+    options = {"subsampling": subsampling, "quality": quality, "progressive": progressive}
+    photograph(size).save(path, **options)
+    assert_equal(backend, path.read_bytes(), load_image(str(path)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"keep_rgb": True}, {"restart_marker_rows": 1}, {"optimize": True}, {"comment": b"x" * 60000}],
+    ids=lambda options: next(iter(options)),
+)
+def test_uncommon_jpeg(backend, tmp_path, options):
+    path = tmp_path / "image.jpg"
+    photograph((131, 77)).save(path, **options)
+    assert_equal(backend, path.read_bytes(), load_image(str(path)))
+
+
+def test_damaged_jpegs_give_what_the_reference_gives(tmp_path):
+    """Pillow decodes many damaged files, and so do we: to the same pixels."""
+    path = tmp_path / "image.jpg"
+    photograph((120, 90)).save(path, quality=90)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    outcomes = []
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(2, len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged[: rng.choice([len(damaged), rng.randrange(len(damaged))])])
+        try:
+            expected = to_rgb(load_image(str(path)))
+        except (OSError, ValueError, SyntaxError):
+            outcomes.append("refused")
+            with pytest.raises(ValueError, match=r"damaged|empty"):
+                to_rgb(path)
+        else:
+            outcomes.append("decoded")
+            assert torch.equal(to_rgb(path), expected)
+    assert min(outcomes.count("refused"), outcomes.count("decoded")) > 40

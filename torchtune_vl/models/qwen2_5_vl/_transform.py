@@ -142,8 +142,8 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
             loss ignores the token: everywhere but in the text of assistant messages and their
             ``<|im_end|>``, and there too if the message is ``masked``; ``input_pos``, M-RoPE
             positions, int64 [s, 3]; and if there are images ``encoder_input``, whose ``vision``
-            has ``patches``, float32 [n, 1176], ``grid_thw``, int64 [k, 3], and the index of
-            :func:`vision_index`.
+            has ``patches``, float32 [n, 1176] or uint8 [n, 588], ``grid_thw``, int64 [k, 3], and
+            the index of :func:`vision_index`.
 
         Raises:
             ValueError: if a message or image cannot be read, images and their places do not
@@ -345,6 +345,7 @@ def qwen2_5_vl_transform(
     min_pixels: int = 3136,
     max_pixels: int = 12845056,
     image_backend: Literal["torchvision", "pil"] = "torchvision",
+    patch_dtype: Literal["float32", "uint8"] = "float32",
 ) -> Qwen2_5_VLTransform:
     """Build the transform from values that a YAML config can hold.
 
@@ -356,6 +357,8 @@ def qwen2_5_vl_transform(
         max_pixels: images with more pixels are reduced.
         image_backend: ``"torchvision"`` or ``"pil"``, the image processor of transformers that
             pixels are equal to.
+        patch_dtype: ``"float32"``, or ``"uint8"`` for patches of an eighth of the bytes, which
+            the model normalizes on its device.
 
     Returns:
         The transform.
@@ -368,7 +371,10 @@ def qwen2_5_vl_transform(
         merges_file,
         max_seq_len=max_seq_len,
         image_transform=Qwen2_5_VLImageTransform(
-            backend=image_backend, min_pixels=min_pixels, max_pixels=max_pixels
+            backend=image_backend,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            patch_dtype=patch_dtype,
         ),
     )
 

@@ -4,6 +4,7 @@ Shape suffixes: N patches, U units of 2 x 2 patches, E width of the encoder,
 H heads, D dimension of a head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torchtune.modules import FeedForward, TransformerSelfAttentionLayer
 from torchtune.utils import batch_to_device
 
+from torchtune_vl.models.qwen2_5_vl._image_transform import CLIP_MEAN, CLIP_STD
 from torchtune_vl.models.qwen2_5_vl._position_embeddings import VisionRotaryTable, rotate
 from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE, vision_index
 from torchtune_vl.modules import attend_within_segments, permute_rows, window_encoder_index
@@ -38,14 +40,34 @@ class PatchEmbedding(nn.Module):
         """Embed.
 
         Args:
-            patches: float [N, in_channels * temporal_patch_size * patch_size**2].
+            patches: float [N, in_channels * temporal_patch_size * patch_size**2], or uint8
+                [N, 3 * patch_size**2] of images before normalization.
 
         Returns:
             Embeddings [N, E] in the dtype of the weights.
         """
+        if patches.dtype == torch.uint8:
+            patches = self._normalize(patches)
         # A convolution whose stride is its kernel is a matrix product, and faster as one
         weight = self.proj.weight
         return F.linear(patches.to(weight.dtype), weight.flatten(1))
+
+    def _normalize(self, patches: torch.Tensor) -> torch.Tensor:
+        """The float32 operations of the image transform, and the copy along time."""
+        channels = len(CLIP_MEAN)
+        mean = 255 * _constant(CLIP_MEAN, patches.device)
+        std = 255 * _constant(CLIP_STD, patches.device)
+        levels = patches.unflatten(1, (channels, -1)).float()
+        normalized = levels.sub_(mean[:, None]).div_(std[:, None])
+        frames = self.proj.kernel_size[0]
+        return normalized.unsqueeze(2).expand(-1, -1, frames, -1).flatten(1)
+
+
+def _constant(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    # Filled on the device: a tensor made from a list would be copied there, and waited for
+    return torch.stack(
+        [torch.full((), value, dtype=torch.float32, device=device) for value in values]
+    )
 
 
 class VisionAttention(nn.Module):
@@ -181,7 +203,7 @@ class Qwen2_5_VLVisionEncoder(nn.Module):
         """Encode media.
 
         Args:
-            patches: of all media, float [N, 1176].
+            patches: of all media, float [N, 1176] or uint8 [N, 588].
             grid_thw: patches of each medium along time, height and width, int64 [k, 3].
             **index: from :func:`~torchtune_vl.modules.window_encoder_index`, as the collate
                 function gives it. Without it it is computed from ``grid_thw``, which waits for the
