@@ -30,7 +30,7 @@ from quickstart.digits import QUESTION, write_digits  # noqa: E402
 from quickstart.torchvision import import_torchvision  # noqa: E402
 from quickstart.vocabulary import fetch_vocabulary  # noqa: E402
 from torchtune_vl.data import padded_collate_vision  # noqa: E402
-from torchtune_vl.generation import generate  # noqa: E402
+from torchtune_vl.generation import generate, until_stop  # noqa: E402
 from torchtune_vl.models.qwen2_5_vl import (  # noqa: E402
     Qwen2_5_VLTransform,
     qwen2_5_vl_from_config,
@@ -185,7 +185,7 @@ def answer_with_transformers(
         )
         output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
         new = output[:, inputs["input_ids"].shape[1] :].tolist()
-        answers += [_up_to_stop(ids, model.generation_config.eos_token_id) for ids in new]
+        answers += [until_stop(ids, model.generation_config.eos_token_id) for ids in new]
     return answers
 
 
@@ -277,11 +277,6 @@ def _prompt(sample: dict[str, Any]) -> list[Message]:
 def _reference_prompt(sample: dict[str, Any]) -> list[dict[str, Any]]:
     image = {"type": "image", "image": Image.open(_image_path(sample))}
     return [{"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}]
-
-
-def _up_to_stop(ids: list[int], stop_tokens: Sequence[int]) -> list[int]:
-    ends = [i + 1 for i, token in enumerate(ids) if token in stop_tokens]
-    return ids[: ends[0]] if ends else ids
 
 
 def _step(number: str, what: str) -> None:

@@ -1,5 +1,5 @@
 """Generation of answers."""
 
-from torchtune_vl.generation._generate import generate
+from torchtune_vl.generation._generate import generate, until_stop
 
-__all__ = ["generate"]
+__all__ = ["generate", "until_stop"]

@@ -77,7 +77,7 @@ def generate(
                 mask=mask[:, end : end + 1],
                 input_pos=position[:, None, None].expand(-1, 1, 3),
             ).squeeze(1)
-    return [_until_stop(ids, stop_tokens) for ids in torch.stack(answers, dim=1).tolist()]
+    return [until_stop(ids, stop_tokens) for ids in torch.stack(answers, dim=1).tolist()]
 
 
 def _extend_mask(mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
@@ -98,6 +98,15 @@ def _choose(logits: torch.Tensor, temperature: float, top_k: int | None) -> torc
     return sample(logits, temperature=temperature, top_k=top_k).squeeze(-1).long()
 
 
-def _until_stop(ids: list[int], stop_tokens: Collection[int]) -> list[int]:
+def until_stop(ids: list[int], stop_tokens: Collection[int]) -> list[int]:
+    """Cut an answer behind its first stop token.
+
+    Args:
+        ids: token ids.
+        stop_tokens: ids that end an answer.
+
+    Returns:
+        The ids up to and with the first stop token, all if there is none.
+    """
     ends = [i + 1 for i, token in enumerate(ids) if token in stop_tokens]
     return ids[: ends[0]] if ends else ids

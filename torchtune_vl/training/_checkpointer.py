@@ -82,15 +82,13 @@ class Qwen2_5_VLCheckpointer:
         self._recipe_checkpoint = Path(
             recipe_checkpoint or self._output_dir / "recipe_state" / "recipe_state.safetensors"
         )
-        if self._resume:
-            self._weights_dir = _newest_epoch(self._output_dir)
-            self._files = _weight_files(self._weights_dir)
-        elif checkpoint_files:
-            self._weights_dir = self._checkpoint_dir
+        self._weights_dir = (
+            _newest_epoch(self._output_dir) if self._resume else self._checkpoint_dir
+        )
+        if checkpoint_files and not self._resume:
             self._files = [self._checkpoint_dir / name for name in checkpoint_files]
         else:
-            self._weights_dir = self._checkpoint_dir
-            self._files = _weight_files(self._checkpoint_dir)
+            self._files = _weight_files(self._weights_dir)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Load the weights, and to resume the state of the recipe.

@@ -215,11 +215,10 @@ class Qwen2_5_VLVisionEncoder(nn.Module):
         index = index or _index_on_device(grid_thw)
         window_order, frame_order = index["window_order"], index["frame_order"]
         window_segments, frame_segments = index["window_segments"], index["frame_segments"]
-        unit_positions = index["unit_positions"]
 
         unit_order, window_order_of_frames = window_order.argsort(), frame_order.argsort()
-        window_rope = self.rope(unit_positions)
-        frame_rope = self.rope(unit_positions[frame_order])
+        window_rope = self.rope(index["unit_positions"])
+        frame_rope = _permute_units(window_rope, frame_order, window_order_of_frames)
         x_NE = _permute_units(self.patch_embed(patches), window_order, unit_order)
         for i, layer in enumerate(self.layers):
             if i in self.full_attention_layers:
@@ -237,5 +236,5 @@ def _index_on_device(grid_thw: torch.Tensor) -> dict[str, Any]:
     return index
 
 
-def _permute_units(x_NE: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    return permute_rows(x_NE.unflatten(0, (len(order), -1)), order, inverse).flatten(0, 1)
+def _permute_units(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    return permute_rows(x.unflatten(0, (len(order), -1)), order, inverse).flatten(0, 1)
