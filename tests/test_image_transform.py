@@ -10,10 +10,10 @@ from PIL import Image
 
 from torchtune_vl.models.qwen2_5_vl._image_transform import (
     Qwen2_5_VLImageTransform,
-    patchify,
     smart_resize,
     to_rgb,
 )
+from torchtune_vl.models.qwen2_5_vl._patches import patchify
 
 
 def noise(*shape):
@@ -70,16 +70,15 @@ def test_reads_flipped_and_read_only_arrays_without_a_warning(transform):
 
 
 def test_patches_of_a_token_are_neighbours():
-    patch, merge = 2, 2
-    image = torch.arange(3 * 8 * 12).view(3, 8, 12)
+    image = noise(56, 84, 3)
     expected = [
-        image[:, y : y + patch, x : x + patch].flatten()
-        for token_y in (0, 4)
-        for token_x in (0, 4, 8)
-        for y in (token_y, token_y + patch)
-        for x in (token_x, token_x + patch)
+        image[y : y + 14, x : x + 14].transpose(2, 0, 1).flatten()
+        for token_y in (0, 28)
+        for token_x in (0, 28, 56)
+        for y in (token_y, token_y + 14)
+        for x in (token_x, token_x + 14)
     ]
-    assert torch.equal(patchify(image, patch, merge), torch.stack(expected))
+    assert np.array_equal(patchify(image[None]), expected)
 
 
 def test_every_channel_of_a_patch_holds_both_frames(transform):

@@ -1,11 +1,9 @@
 """One image to the patches and the grid that Qwen2.5-VL's vision encoder reads.
 
 The steps are separate functions, each of them equal to the transformers step it names:
-``to_rgb`` -> ``smart_resize`` and ``resize`` -> ``patchify`` -> ``normalize``. Up to ``patchify``
-everything is uint8.
+``to_rgb`` -> ``smart_resize`` and ``resize`` -> ``normalized_patches``.
 
-Shapes: C channels (3), H height and W width in pixels, N patches, P pixels of a patch
-(patch_size ** 2), T frames of a patch (temporal_patch_size).
+Shapes: C channels (3), H height and W width in pixels, T frames (1).
 """
 
 import math
@@ -21,7 +19,16 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch.nn import functional as F
 
-Backend = Literal["torchvision", "pil"]
+from torchtune_vl.models.qwen2_5_vl._patches import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PATCH_SIZE,
+    Backend,
+    normalized_patches,
+    patchify,
+)
+from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE
+
 PatchDtype = Literal["float32", "uint8"]
 ImageInput = Image.Image | np.ndarray | torch.Tensor | bytes | str | os.PathLike
 
@@ -29,8 +36,7 @@ ImageInput = Image.Image | np.ndarray | torch.Tensor | bytes | str | os.PathLike
 # MAX_PIXELS is smaller (1,003,520)
 MIN_PIXELS = 3136
 MAX_PIXELS = 12845056
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SQUARE = PATCH_SIZE * MERGE_SIZE
 
 # What turns an image [H, W, C] upright, by its EXIF orientation; 1 and unknown ones are upright
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -61,9 +67,6 @@ class Qwen2_5_VLImageTransform:
             composite alpha channels of arrays and round differently.
         min_pixels (int): smallest area after resizing, in pixels.
         max_pixels (int): largest area after resizing, in pixels.
-        patch_size (int): height and width of a patch, in pixels.
-        temporal_patch_size (int): frames of a patch; an image is repeated to fill them.
-        merge_size (int): height and width, in patches, of the square that becomes one token.
         image_mean (Sequence[float]): mean of each RGB channel, for values in [0, 1].
         image_std (Sequence[float]): standard deviation of each RGB channel, likewise.
         patch_dtype (PatchDtype): "float32", or "uint8" for patches before normalization and
@@ -88,9 +91,6 @@ class Qwen2_5_VLImageTransform:
         backend: Backend = "torchvision",
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
-        patch_size: int = 14,
-        temporal_patch_size: int = 2,
-        merge_size: int = 2,
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
         patch_dtype: PatchDtype = "float32",
@@ -115,9 +115,6 @@ class Qwen2_5_VLImageTransform:
         self.patch_dtype = patch_dtype
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
-        self.patch_size = patch_size
-        self.temporal_patch_size = temporal_patch_size
-        self.merge_size = merge_size
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
 
@@ -132,7 +129,7 @@ class Qwen2_5_VLImageTransform:
 
         Returns:
             dict[str, Any]: a new dict, the sample plus ``pixel_values`` float32
-            [grid_t * grid_h * grid_w, 3 * T * P], or uint8 [..., 3 * P]; ``image_grid_thw`` int64
+            [grid_h * grid_w, 1176], or uint8 [grid_h * grid_w, 588]; ``image_grid_thw`` int64
             [1, 3] (patches along time, height and width); and ``num_image_tokens``, the number of
             placeholders that the image takes in the text.
 
@@ -146,32 +143,29 @@ class Qwen2_5_VLImageTransform:
         try:
             rgb_CHW = to_rgb(image, self.backend)
             _, height, width = rgb_CHW.shape
-            factor = self.patch_size * self.merge_size
-            height, width = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+            height, width = smart_resize(height, width, SQUARE, self.min_pixels, self.max_pixels)
         except ValueError as error:
             raise ValueError(f"{_describe(image)}: {error}") from error
 
-        resized_CHW = resize(rgb_CHW, height, width, self.backend)
-        patches = patchify(resized_CHW, self.patch_size, self.merge_size)
+        resized_THWC = resize(rgb_CHW, height, width, self.backend).permute(1, 2, 0)[None].numpy()
+        if self.patch_dtype == "uint8":
+            patches = patchify(resized_THWC)
+        else:
+            patches = normalized_patches(
+                resized_THWC, self.image_mean, self.image_std, self.backend
+            )
         return {
             **sample,
-            "pixel_values": patches if self.patch_dtype == "uint8" else self._normalize(patches),
-            "image_grid_thw": torch.tensor(
-                [[1, height // self.patch_size, width // self.patch_size]]
-            ),
-            "num_image_tokens": len(patches) // self.merge_size**2,
+            "pixel_values": torch.from_numpy(patches),
+            "image_grid_thw": torch.tensor([[1, height // PATCH_SIZE, width // PATCH_SIZE]]),
+            "num_image_tokens": len(patches) // MERGE_SIZE**2,
         }
-
-    def _normalize(self, patches: torch.Tensor) -> torch.Tensor:
-        return normalize(
-            patches, self.image_mean, self.image_std, self.temporal_patch_size, self.backend
-        )
 
 
 def smart_resize(
     height: int,
     width: int,
-    factor: int = 28,
+    factor: int = SQUARE,
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[int, int]:
@@ -276,86 +270,6 @@ def resize(
     # recognizes channels-last memory, where it needs half the time for the same pixels
     batch_NCHW = image_HWC.unsqueeze(0).permute(0, 3, 1, 2)
     return F.interpolate(batch_NCHW, (height, width), mode="bicubic", antialias=True)[0]
-
-
-def patchify(image_CHW: torch.Tensor, patch_size: int = 14, merge_size: int = 2) -> torch.Tensor:
-    """Cuts an image into flat patches: the spatial part of ``Qwen2VLImageProcessor.patchify``.
-
-    The merge_size ** 2 patches that become one token are neighbours in the result; these squares
-    follow each other row by row.
-
-    Args:
-        image_CHW (torch.Tensor): [C, H, W] of any dtype, H and W multiples of
-            patch_size * merge_size.
-        patch_size (int): height and width of a patch, in pixels.
-        merge_size (int): height and width of a square, in patches.
-
-    Returns:
-        torch.Tensor: [N, C * P], of the same dtype.
-    """
-    channels, height, width = image_CHW.shape
-    square = patch_size * merge_size
-    return (
-        image_CHW.reshape(
-            channels,
-            height // square,
-            merge_size,
-            patch_size,
-            width // square,
-            merge_size,
-            patch_size,
-        )
-        .permute(1, 4, 2, 5, 0, 3, 6)
-        .reshape(-1, channels * patch_size**2)
-    )
-
-
-def normalize(
-    patches: torch.Tensor,
-    image_mean: Sequence[float] = CLIP_MEAN,
-    image_std: Sequence[float] = CLIP_STD,
-    temporal_patch_size: int = 2,
-    backend: Backend = "torchvision",
-) -> torch.Tensor:
-    """Scales uint8 patches by mean and deviation and repeats them along time.
-
-    The float32 operations are those of transformers, in their order:
-    ``TorchvisionBackend.rescale_and_normalize`` folds the factor 255 into mean and deviation,
-    ``PilBackend`` divides the pixels by it.
-
-    Args:
-        patches (torch.Tensor): uint8 [N, C * P].
-        image_mean (Sequence[float]): mean of each channel, for values in [0, 1].
-        image_std (Sequence[float]): standard deviation of each channel, likewise.
-        temporal_patch_size (int): T, how often each patch is repeated.
-        backend (Backend): which order of operations to follow.
-
-    Returns:
-        torch.Tensor: float32 [N, C * T * P].
-    """
-    channels = len(image_mean)
-    pixels = patches.shape[1] // channels
-    mean = torch.tensor(image_mean).repeat_interleave(pixels)
-    std = torch.tensor(image_std).repeat_interleave(pixels)
-
-    levels = _empty(len(patches), channels * pixels).copy_(patches)
-    if backend == "pil":
-        # transformers multiplies by 1 / 255 in float64 and rounds to float32: for all 256 levels
-        # the same number as this division
-        levels.div_(255)
-    else:
-        mean, std = mean * 255, std * 255
-    levels.sub_(mean).div_(std)
-
-    repeated = _empty(len(patches), channels, temporal_patch_size, pixels)
-    repeated.copy_(levels.view(-1, channels, 1, pixels))
-    return repeated.view(len(patches), -1)
-
-
-def _empty(*shape: int) -> torch.Tensor:
-    # numpy asks Linux for huge pages, torch does not: for a large image, page faults would take
-    # longer than the arithmetic
-    return torch.from_numpy(np.empty(shape, np.float32))
 
 
 def _read(path: str | os.PathLike) -> bytes:

@@ -12,7 +12,8 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from torchtune_vl.models.qwen2_5_vl._chat_template import CHAT_TEMPLATE
 from torchtune_vl.models.qwen2_5_vl._image_transform import Qwen2_5_VLImageTransform
-from torchtune_vl.models.qwen2_5_vl._positions import mrope_positions, vision_index
+from torchtune_vl.models.qwen2_5_vl._patches import PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE, mrope_positions, vision_index
 from torchtune_vl.models.qwen2_5_vl._tokenizer import Qwen2_5_VLTokenizer
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
@@ -382,14 +383,14 @@ def qwen2_5_vl_transform(
 _IMAGE_SETTINGS = (
     "min_pixels",
     "max_pixels",
-    "patch_size",
-    "temporal_patch_size",
-    "merge_size",
     "image_mean",
     "image_std",
 )
 # What our image transform always does; the values that a file may state
 _FIXED_IMAGE_SETTINGS = {
+    "patch_size": PATCH_SIZE,
+    "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+    "merge_size": MERGE_SIZE,
     "do_resize": True,
     "do_rescale": True,
     "rescale_factor": 1 / 255,

@@ -13,7 +13,7 @@ from torch import nn
 from torchtune.modules import FeedForward, TransformerSelfAttentionLayer
 from torchtune.utils import batch_to_device
 
-from torchtune_vl.models.qwen2_5_vl._image_transform import CLIP_MEAN, CLIP_STD
+from torchtune_vl.models.qwen2_5_vl._patches import CLIP_MEAN, CLIP_STD
 from torchtune_vl.models.qwen2_5_vl._position_embeddings import VisionRotaryTable, rotate
 from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE, vision_index
 from torchtune_vl.modules import attend_within_segments, permute_rows, window_encoder_index
