@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VOCABULARY := .assets/tokenizer/vocab.json
 
-.PHONY: quickstart test test-slow parity lint format bench
+.PHONY: quickstart test test-slow parity fuzz lint format bench docs
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m quickstart.run
@@ -20,6 +20,11 @@ test-slow: $(INSTALLED) $(VOCABULARY)
 parity: $(INSTALLED) $(VOCABULARY)
 	$(BIN)/python -m pytest -n 2 tests/parity
 
+# Random damage to files and conversations, for MINUTES
+MINUTES ?= 10
+fuzz: $(INSTALLED) $(VOCABULARY)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,6 +36,13 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.encoder
+	$(BIN)/python -m benchmarks.data_path
+
+# The public names with their docstrings as HTML, build/docs/index.html
+docs: $(INSTALLED)
+	$(BIN)/pdoc --docformat google --output-directory build/docs \
+		torchtune_vl.models.qwen2_5_vl torchtune_vl.data torchtune_vl.media \
+		torchtune_vl.generation torchtune_vl.training torchtune_vl.modules
 
 # torchvision serves comparisons with transformers alone, see quickstart/torchvision.py
 $(INSTALLED): pyproject.toml constraints.txt

@@ -128,3 +128,18 @@ def test_media_that_do_not_fit_the_placeholders_are_refused(model: torch.nn.Modu
             model(tokens, encoder_input=batch["encoder_input"])
     with pytest.raises(ValueError, match="expected"):
         model(batch["tokens"], encoder_input={"images": {}})
+
+
+def test_uint8_images_and_videos_in_one_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = Conversation([(1, 4, 4)]).sample(generator)
+    video = Conversation([(2, 4, 4)], seconds_per_step=[1.0]).sample(generator)
+    frame, frames = torch.arange(16 * 588) % 256, torch.arange(32 * 1176) % 251
+    image["encoder_input"]["vision"]["patches"] = frame.view(16, 588).to(torch.uint8)
+    video["encoder_input"]["vision"]["patches"] = frames.view(32, 1176).to(torch.uint8)
+    patches = padded_collate_vision([image, video])["encoder_input"]["vision"]["patches"]
+    assert patches.dtype == torch.uint8
+    assert torch.equal(patches[16:], frames.view(32, 1176))
+    both = patches[:16].view(16, 3, 2, 196)
+    assert torch.equal(both[:, :, 0], both[:, :, 1])
+    assert torch.equal(both[:, :, 0].flatten(1), frame.view(16, 588))

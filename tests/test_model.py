@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torchtune.modules import TransformerSelfAttentionLayer
@@ -14,6 +15,8 @@ from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl,
     qwen2_5_vl_from_config,
 )
+from torchtune_vl.models.qwen2_5_vl._patches import normalized_patches, patchify
+from torchtune_vl.modules import concatenate_patches
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,25 @@ def test_uint8_patches_give_the_same_embeddings(directory: Path, dtype: torch.dt
     assert torch.equal(as_uint8["image_grid_thw"], as_float["image_grid_thw"])
     embeddings = [encoder(s["pixel_values"], s["image_grid_thw"]) for s in (as_float, as_uint8)]
     assert torch.equal(*embeddings)
+
+
+@torch.no_grad()
+def test_uint8_patches_of_images_and_videos_together(directory: Path) -> None:
+    encoder = qwen2_5_vl_from_config(directory).encoders["vision"]
+    generator = np.random.default_rng(0)
+    media = [
+        generator.integers(0, 256, shape, dtype=np.uint8)
+        for shape in ((1, 56, 84, 3), (4, 84, 56, 3), (1, 28, 28, 3))
+    ]
+    grids = torch.tensor([[1, 4, 6], [2, 6, 4], [1, 2, 2]])
+    as_float = torch.cat([torch.from_numpy(normalized_patches(frames)) for frames in media])
+    as_uint8 = [torch.from_numpy(patchify(frames)) for frames in media]
+    assert [p.shape[1] for p in as_uint8] == [588, 1176, 588]
+    joined = concatenate_patches(as_uint8)
+    assert joined.shape == as_float.shape
+    assert torch.equal(encoder(joined, grids), encoder(as_float, grids))
+    images = [as_uint8[0], as_uint8[2]]
+    assert concatenate_patches(images).shape == (28, 588)  # no copy where there is no video
 
 
 @torch.no_grad()

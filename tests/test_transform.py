@@ -1,5 +1,7 @@
 """Messages to samples: masks, limits and errors."""
 
+import base64
+import io
 import json
 import pickle
 from pathlib import Path
@@ -97,6 +99,8 @@ def test_empty_answer_at_the_end_asks_for_one(transform: Qwen2_5_VLTransform) ->
     assert len(kept["encoder_input"]["vision"]["grid_thw"]) == 2
     with pytest.raises(ValueError, match="at least one message"):
         transform({"messages": []}, inference=True)
+    with pytest.raises(ValueError, match="no message to answer"):
+        transform({"messages": [assistant("")]}, inference=True)
 
 
 def test_images_of_the_sample_fill_the_places(transform: Qwen2_5_VLTransform) -> None:
@@ -118,17 +122,28 @@ def test_images_of_the_sample_fill_the_places(transform: Qwen2_5_VLTransform) ->
             [user(text("a"), {"type": "audio", "content": b""})],
             r"message 0 \(user\): item 1.*audio",
         ),
-        ([Message(role="user", content=["a"])], "item 0 is of type str, expected a dict"),
-        ([user({"content": "a"})], r"message 0 \(user\): item 0: content of type None"),
-        ([user({"type": "text", "content": None})], "value of type NoneType"),
+        ([Message(role="user", content=["a"])], "item 0: is of type str, expected a dict"),
+        ([user({"content": "a"})], r"message 0 \(user\): item 0: its type is None"),
+        ([user({"type": "text", "content": None})], "its type is 'text' and its keys are"),
+        ([user({"type": "text", "text": 3})], "text is of type int, expected a str"),
+        ("hello", "messages is of type str, expected a list"),
+        ({"role": "user"}, "messages is of type dict"),
+        ([None], "message 0: is of type NoneType"),
+        ([{"content": "a"}], "its role is None"),
+        ([{"role": "", "content": "a"}], "its role is ''"),
+        ([{"role": "user"}], r"message 0 \(user\): its content is of type NoneType"),
+        ([{"role": "user", "content": {"type": "text"}}], "content is of type dict"),
+        ([{"role": "user", "content": "a", "weight": 0.5}], "weight is 0.5"),
+        ([user(image() | {"max_pixel": 3})], r"no setting \['max_pixel'\].*max_pixels"),
+        ([user({"type": "image", "image": IMAGE, "path": "a.png"})], "more than one image"),
+        ([user({"type": "image"})], "place of image 0.*'images'"),
+        ([user({"type": "video"})], "place of video 0.*'videos'"),
         (
             [user(text("a")), assistant("b"), user(image(b""))],
             r"message 2 \(user\): item 0.*0 bytes",
         ),
         ([user(image("missing.png"))], r"item 0: image file 'missing\.png': cannot be read"),
         ([user(image(None))], "message 0.*item 0"),
-        ([user(text("<|vision_start|><|image_pad|><|vision_end|>"))], "without an image"),
-        ([user(image(), text("<|image_pad|>"))], "without an image"),
         ([user(text("\ud800"))], r"message 0 \(user\).*surrogate"),
     ],
 )
@@ -141,29 +156,12 @@ def test_bad_input_is_located(
         transform({"messages": messages, "id": "no. 7"})
 
 
-def test_text_is_cut_but_never_an_image(vocabulary: Path) -> None:
-    def limited(max_seq_len: int) -> Qwen2_5_VLTransform:
-        return qwen2_5_vl_transform(vocabulary / "tokenizer.json", max_seq_len=max_seq_len)
-
-    messages = [user(image(), text("a question")), assistant("an answer of several words")]
-    whole = limited(1000)({"messages": messages})
-    end_of_image = whole["tokens"].index(151653) + 1
-
-    cut = limited(len(whole["tokens"]) - 3)({"messages": messages})
-    assert cut["tokens"] == whole["tokens"][:-3]
-    assert cut["mask"] == whole["mask"][:-3]
-    assert torch.equal(cut["input_pos"], whole["input_pos"][:-3])
-    assert limited(end_of_image)({"messages": messages})["tokens"][-1] == 151653
-    for too_short in (end_of_image - 1, end_of_image - 4, 5):
-        with pytest.raises(ValueError, match=r"sample 3: .*an image would be cut.*max_seq_len"):
-            limited(too_short)({"messages": messages, "id": 3})
-    with pytest.raises(ValueError, match="prompt has"):
-        limited(end_of_image)({"messages": messages[:1]}, inference=True)
-
-
 def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path, vocabulary)
-    transform = Qwen2_5_VLTransform.from_pretrained(tmp_path, max_pixels=50000)
+    transform = Qwen2_5_VLTransform.from_pretrained(
+        tmp_path, image_settings={"max_pixels": 50000}, video_settings={"fps": 1.0}, max_seq_len=9
+    )
+    assert transform.max_seq_len == transform.tokenizer.max_seq_len == 9
     assert transform.image_transform.max_pixels == 50000
     assert transform.image_transform.min_pixels == 3136
 
@@ -187,9 +185,188 @@ def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
 
     (tmp_path / "tokenizer.json").unlink()
     assert Qwen2_5_VLTransform.from_pretrained(tmp_path).vocab_size == 151665
+    assert Qwen2_5_VLTransform.from_pretrained(tmp_path).prompts.chat_template is None
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
-    with pytest.raises(ValueError, match="not the published chat template"):
-        Qwen2_5_VLTransform.from_pretrained(tmp_path)
+    assert Qwen2_5_VLTransform.from_pretrained(tmp_path).prompts.chat_template == "{{ messages }}"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0] }}")
+    assert (
+        Qwen2_5_VLTransform.from_pretrained(tmp_path).prompts.chat_template == "{{ messages[0] }}"
+    )
+
+    assert Qwen2_5_VLTransform.from_pretrained(tmp_path).tokens_per_second == 2
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"tokens_per_second": 25}}))
+    assert Qwen2_5_VLTransform.from_pretrained(tmp_path).tokens_per_second == 25
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {}}))
+    assert Qwen2_5_VLTransform.from_pretrained(tmp_path).tokens_per_second == 4
+
+
+@pytest.mark.parametrize("name", ["truncation", "train_on", "parse_special"])
+def test_unknown_settings(vocabulary: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown {name} 'some'"):
+        Qwen2_5_VLTransform(vocabulary / "tokenizer.json", **{name: "some"})
+
+
+def test_formats_of_messages_are_one(transform: Qwen2_5_VLTransform) -> None:
+    expected = transform({"messages": [user(image(), text("What?")), assistant("Teal.")]})
+    answer = {"role": "assistant", "content": "Teal."}
+    places = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    for content, images in (
+        ([{"type": "image", "image": IMAGE}, {"type": "text", "text": "What?"}], None),
+        ([{"image": IMAGE}, {"text": "What?"}], None),
+        ([{"type": "image_url", "image_url": {"url": IMAGE}}, {"text": "What?"}], None),
+        ([{"image_url": IMAGE}, {"text": "What?"}], None),
+        ([{"type": "image", "url": IMAGE, "text": None}, {"type": "text", "text": "What?"}], None),
+        (places, [IMAGE]),
+        ([{**places[0], "image": None, "text": None}, places[1]], [IMAGE]),
+    ):
+        sample = transform(
+            {"messages": [{"role": "user", "content": content}, answer], "images": images}
+        )
+        assert sample["tokens"] == expected["tokens"]
+        assert sample["mask"] == expected["mask"]
+        vision = sample["encoder_input"]["vision"]
+        assert torch.equal(vision["patches"], expected["encoder_input"]["vision"]["patches"])
+
+
+def test_base64(transform: Qwen2_5_VLTransform) -> None:
+    file = io.BytesIO()
+    IMAGE.save(file, "PNG")
+    item = {"type": "image", "base64": base64.b64encode(file.getvalue()).decode()}
+    sample = transform({"messages": [{"role": "user", "content": [item]}]})
+    expected = transform({"messages": [user(image())]})
+    assert torch.equal(
+        sample["encoder_input"]["vision"]["patches"], expected["encoder_input"]["vision"]["patches"]
+    )
+
+
+def test_limits_of_one_image(transform: Qwen2_5_VLTransform) -> None:
+    photograph = Image.new("RGB", (640, 480))
+    items = [
+        {"type": "image", "image": photograph, "max_pixels": 50176},
+        {"type": "image", "image": photograph, "resized_height": 56, "resized_width": 90},
+        {"type": "image", "image": photograph},
+    ]
+    sample = transform({"messages": [{"role": "user", "content": items}]})
+    grids = sample["encoder_input"]["vision"]["grid_thw"]
+    assert grids.tolist() == [[1, 12, 18], [1, 4, 6], [1, 34, 46]]
+
+
+def test_weights_and_last_answer(vocabulary: Path) -> None:
+    messages = [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "one", "weight": 1},
+        {"role": "user", "content": "2"},
+        {"role": "assistant", "content": "two", "weight": 0},
+        {"role": "user", "content": "3"},
+        {"role": "assistant", "content": "three"},
+        {"role": "user", "content": "4"},
+    ]
+    transform = Qwen2_5_VLTransform(vocabulary / "tokenizer.json")
+    sample = transform({"messages": messages})
+    assert unmasked(transform, sample) == "one<|im_end|>three<|im_end|>"
+    last = Qwen2_5_VLTransform(vocabulary / "tokenizer.json", train_on="last")
+    assert unmasked(last, last({"messages": messages})) == "three<|im_end|>"
+
+
+STRUCTURE = (
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("token", STRUCTURE)
+def test_text_forges_no_structure(transform: Qwen2_5_VLTransform, token: str) -> None:
+    forged = f"a{token}b<tool_call><|object_ref_start|>"
+    messages = [user(text(forged)), assistant(forged)]
+    tokens = transform({"messages": messages})["tokens"]
+    ours = transform.special_tokens[token]
+    plain = transform({"messages": [user(text("a")), assistant("b")]})["tokens"]
+    assert tokens.count(ours) == plain.count(ours)
+    assert transform.decode(tokens).count(forged) == 2
+    assert tokens.count(transform.special_tokens["<tool_call>"]) == 2
+    assert tokens.count(transform.special_tokens["<|object_ref_start|>"]) == 2
+    role = [{"role": f"user\n{token}", "content": "a"}]
+    assert transform({"messages": role})["tokens"].count(ours) == (
+        transform({"messages": [user(text("a"))]})["tokens"].count(ours)
+    )
+
+
+def test_all_special_tokens_on_request(vocabulary: Path) -> None:
+    transform = Qwen2_5_VLTransform(vocabulary / "tokenizer.json", parse_special="all")
+    tokens = transform({"messages": [user(text("a<|im_end|>b"))]})["tokens"]
+    assert tokens.count(transform.special_tokens["<|im_end|>"]) == 3
+    for content in ([text("<|vision_start|><|image_pad|>")], [image(), text("<|video_pad|>")]):
+        with pytest.raises(ValueError, match=r"message 0 \(user\): item \d: .*without an image"):
+            transform({"messages": [user(*content)]})
+
+
+def test_one_message(transform: Qwen2_5_VLTransform) -> None:
+    tokens, mask = transform.tokenize_message(assistant("Teal."))
+    assert transform.decode(tokens) == "<|im_start|>assistant\nTeal.<|im_end|>\n"
+    assert mask == [True, True, True, *[False] * (len(tokens) - 4), True]
+
+
+def test_boxes_are_written_in_resized_pixels(transform: Qwen2_5_VLTransform) -> None:
+    photograph = Image.new("RGB", (1000, 500))  # resized to 1008 x 504
+    first = {"type": "image", "image": photograph}
+    second = {"type": "image", "image": photograph, "max_pixels": 125000}  # 476 x 224
+    boxes = [
+        {"bbox_2d": [0, 0, 500, 250], "label": "cat"},
+        {"point_2d": [1000, 500], "label": "dog"},
+    ]
+    content = [
+        {"type": "boxes", "boxes": boxes, "image": 0},
+        {"type": "text", "text": " and "},
+        {"type": "boxes", "boxes": [{"bbox_2d": [0.5, 0, 1, 1]}], "unit": "0..1"},
+        {"bbox_2d": [0, 0, 1000, 500], "label": "all", "unit": "0..1000", "image": 1},
+    ]
+    messages = [{"role": "user", "content": [first, second, {"type": "text", "text": "Where?"}]}]
+    sample = transform({"messages": [*messages, {"role": "assistant", "content": content}]})
+    assert unmasked(transform, sample) == (
+        '```json\n[\n\t{"bbox_2d": [0, 0, 504, 252], "label": "cat"},\n'
+        '\t{"point_2d": [1008, 504], "label": "dog"}\n]\n``` and '
+        '```json\n[\n\t{"bbox_2d": [238, 0, 476, 224]}\n]\n```'
+        '```json\n[\n\t{"bbox_2d": [0, 0, 476, 112], "label": "all"}\n]\n```<|im_end|>'
+    )
+
+
+def test_boxes_in_text(transform: Qwen2_5_VLTransform) -> None:
+    photograph = Image.new("RGB", (1000, 500))
+    item = {
+        "type": "text",
+        "content": 'Click {ok} in {window}: {"x": {other}}',
+        "fields": {
+            "ok": {"point_2d": [500, 250]},
+            "window": {"bbox_2d": [0, 0, 1000, 500]},
+            "unused": None,
+        },
+    }
+    messages = [user(image(photograph)), Message(role="assistant", content=[item])]
+    sample = transform({"messages": messages})
+    assert unmasked(transform, sample) == (
+        'Click [504, 252] in [0, 0, 1008, 504]: {"x": {other}}<|im_end|>'
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "boxes", "boxes": [{"bbox_2d": [0, 0, 1, 1]}]}], "no image before its boxes"),
+        ([image(), {"type": "boxes", "boxes": [{"label": "a"}]}], "no 'bbox_2d' and no 'point_2d'"),
+        ([image(), {"type": "boxes", "boxes": {"bbox_2d": 1}}], "boxes are no list"),
+        ([image(), {"bbox_2d": [0, 0, 1, 1], "image": 1}], "image 1, but 1 images come before"),
+        ([image(), {"bbox_2d": [0, 0, 1, 1], "image": "first"}], "'image' is 'first'"),
+        ([image(), {"bbox_2d": [0, 0, 57, 1]}], r"bbox_2d .* outside"),
+        ([image(), {"bbox_2d": [0, 0, 1, 1], "label": {1, 2}}], "cannot be written as JSON"),
+        ([image(), text("{a}") | {"fields": {"b": {"point_2d": [0, 0]}}}], r"no place \{b\}"),
+        ([image(), text("{a}") | {"fields": ["a"]}], "fields are no dict"),
+    ],
+)
+def test_wrong_boxes_are_located(
+    transform: Qwen2_5_VLTransform, content: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"message 0 \(user\): item \d: .*{message}"):
+        transform({"messages": [user(*content)]})
 
 
 def test_data_workers_can_take_it(transform: Qwen2_5_VLTransform) -> None:

@@ -8,7 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from torchtune_vl.modules import concatenate_window_indices, window_encoder_index
+from torchtune_vl.modules import (
+    concatenate_patches,
+    concatenate_window_indices,
+    window_encoder_index,
+)
 
 
 def padded_collate_vision(
@@ -99,7 +103,10 @@ def _left_padding_mask(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def _collate_media(vision: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    collated = {key: torch.cat([v[key] for v in vision]) for key in ("patches", "grid_thw")}
+    collated: dict[str, Any] = {
+        "patches": concatenate_patches([v["patches"] for v in vision]),
+        "grid_thw": torch.cat([v["grid_thw"] for v in vision]),
+    }
     if any("window_order" not in v for v in vision):
         return collated
     return {**collated, **window_encoder_index(concatenate_window_indices(vision))}

@@ -8,10 +8,12 @@ from torchtune_vl.modules.attention import (
     window_encoder_index,
 )
 from torchtune_vl.modules.loss import SupervisedCrossEntropyLoss
+from torchtune_vl.modules.patches import concatenate_patches
 
 __all__ = [
     "SupervisedCrossEntropyLoss",
     "attend_within_segments",
+    "concatenate_patches",
     "concatenate_window_indices",
     "permute_rows",
     "segment_index",

@@ -5,6 +5,7 @@ from torchtune_vl.models.qwen2_5_vl._convert_weights import (
     qwen2_5_vl_hf_to_tune,
     qwen2_5_vl_tune_to_hf,
 )
+from torchtune_vl.models.qwen2_5_vl._grounding import boxes_in_original
 from torchtune_vl.models.qwen2_5_vl._image_transform import Qwen2_5_VLImageTransform
 from torchtune_vl.models.qwen2_5_vl._model_builders import (
     qwen2_5_vl_3b,
@@ -15,11 +16,14 @@ from torchtune_vl.models.qwen2_5_vl._model_builders import (
 )
 from torchtune_vl.models.qwen2_5_vl._tokenizer import Qwen2_5_VLTokenizer
 from torchtune_vl.models.qwen2_5_vl._transform import Qwen2_5_VLTransform, qwen2_5_vl_transform
+from torchtune_vl.models.qwen2_5_vl._video_transform import Qwen2_5_VLVideoTransform
 
 __all__ = [
     "Qwen2_5_VLImageTransform",
     "Qwen2_5_VLTokenizer",
     "Qwen2_5_VLTransform",
+    "Qwen2_5_VLVideoTransform",
+    "boxes_in_original",
     "qwen2_5_vl",
     "qwen2_5_vl_3b",
     "qwen2_5_vl_7b",

@@ -7,30 +7,28 @@ Shapes: C channels (3), H height and W width in pixels, T frames (1).
 """
 
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import numpy as np
-import simplejpeg
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
 
+from torchtune_vl.media._images import Alpha, Backend, describe_image, to_rgb
+from torchtune_vl.media._sources import RemoteLimits
 from torchtune_vl.models.qwen2_5_vl._patches import (
     CLIP_MEAN,
     CLIP_STD,
     PATCH_SIZE,
-    Backend,
     normalized_patches,
     patchify,
 )
 from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE
 
 PatchDtype = Literal["float32", "uint8"]
-ImageInput = Image.Image | np.ndarray | torch.Tensor | bytes | str | os.PathLike
+Size = tuple[int, int]  # height and width in pixels
 
 # preprocessor_config.json of every published Qwen2.5-VL; transformers' class default for
 # MAX_PIXELS is smaller (1,003,520)
@@ -38,33 +36,26 @@ MIN_PIXELS = 3136
 MAX_PIXELS = 12845056
 SQUARE = PATCH_SIZE * MERGE_SIZE
 
-# What turns an image [H, W, C] upright, by its EXIF orientation; 1 and unknown ones are upright
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: np.fliplr,
-    3: lambda image: np.rot90(image, 2),
-    4: np.flipud,
-    5: lambda image: image.transpose(1, 0, 2),
-    6: lambda image: np.rot90(image, -1),
-    7: lambda image: np.rot90(image, 2).transpose(1, 0, 2),
-    8: np.rot90,
-}
-
 MAX_ASPECT_RATIO = 200
-CHANNELS = (1, 3, 4)
+
+# The limits that a sample may have, and their least values
+LEAST = {"min_pixels": 1, "max_pixels": 1, "resized_height": SQUARE, "resized_width": SQUARE}
 
 
 class Qwen2_5_VLImageTransform:
     """Turns one image into normalized patches, as transformers' image processor does.
 
     The result is bit-identical to transformers' ``Qwen2VLImageProcessor`` (``torchvision``) or
-    ``Qwen2VLImageProcessorPil`` (``pil``) for PIL images, arrays and tensors. Encoded bytes and
-    paths are decoded by Pillow and loaded as ``transformers.image_utils.load_image`` does: turned
-    upright by their EXIF orientation, then converted to RGB, which drops an alpha channel, while a
-    PIL image or array with one is composited over white.
+    ``Qwen2VLImageProcessorPil`` (``pil``), for encoded images after
+    ``transformers.image_utils.load_image``: see :func:`~torchtune_vl.media._images.to_rgb`.
 
     Args:
         backend (Backend): whose pixels to reproduce, "torchvision" or "pil". They resize,
             composite alpha channels of arrays and round differently.
+        alpha (Alpha): what becomes of transparency. "reference": what transformers makes of it,
+            dropped in encoded images, composited over white in PIL images, arrays and tensors.
+            "white": composited over white in all of them, as qwen-vl-utils does with RGBA.
+        remote (RemoteLimits | None): limits of ``https://`` URLs, which are refused without.
         min_pixels (int): smallest area after resizing, in pixels.
         max_pixels (int): largest area after resizing, in pixels.
         image_mean (Sequence[float]): mean of each RGB channel, for values in [0, 1].
@@ -75,8 +66,9 @@ class Qwen2_5_VLImageTransform:
             backend; that of the ``pil`` backend rounds otherwise in the last bit.
 
     Raises:
-        ValueError: if ``backend`` or ``patch_dtype`` is unknown, not 1 <= ``min_pixels`` <=
-            ``max_pixels``, or uint8 patches are to have another mean or deviation.
+        ValueError: if ``backend``, ``alpha`` or ``patch_dtype`` is unknown, not 1 <=
+            ``min_pixels`` <= ``max_pixels``, or uint8 patches are to have another mean or
+            deviation.
 
     Examples:
         >>> transform = Qwen2_5_VLImageTransform()
@@ -89,29 +81,30 @@ class Qwen2_5_VLImageTransform:
         self,
         *,
         backend: Backend = "torchvision",
+        alpha: Alpha = "reference",
+        remote: RemoteLimits | None = None,
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
         patch_dtype: PatchDtype = "float32",
     ) -> None:
-        if backend not in get_args(Backend):
-            raise ValueError(f"unknown backend {backend!r}: use one of {get_args(Backend)}")
-        if not 1 <= min_pixels <= max_pixels:
-            raise ValueError(
-                f"min_pixels is {min_pixels} and max_pixels {max_pixels}: "
-                "make them 1 <= min_pixels <= max_pixels"
-            )
-        if patch_dtype not in get_args(PatchDtype):
-            raise ValueError(
-                f"unknown patch_dtype {patch_dtype!r}: use one of {get_args(PatchDtype)}"
-            )
+        for name, value, known in (
+            ("backend", backend, get_args(Backend)),
+            ("alpha", alpha, get_args(Alpha)),
+            ("patch_dtype", patch_dtype, get_args(PatchDtype)),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: use one of {known}")
+        _check_limits(min_pixels, max_pixels)
         if patch_dtype == "uint8" and (*image_mean, *image_std) != (*CLIP_MEAN, *CLIP_STD):
             raise ValueError(
                 f"the model normalizes uint8 patches by the mean {CLIP_MEAN} and the deviation "
                 f"{CLIP_STD}, not by {tuple(image_mean)} and {tuple(image_std)}: use float32"
             )
         self.backend = backend
+        self.alpha = alpha
+        self.remote = remote
         self.patch_dtype = patch_dtype
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
@@ -124,28 +117,36 @@ class Qwen2_5_VLImageTransform:
         Args:
             sample (Mapping[str, Any]): its "image" is a PIL image of any mode; a uint8 array or
                 tensor [H, W], [H, W, c] or [c, H, W] with c of 1, 3 or 4 (read as [c, H, W] where
-                both fit); the bytes of an image file; or the path of one.
+                both fit); or an encoded image: bytes, path, ``file://``, ``data:`` or
+                ``https://`` URL, or binary file handle, which stays open and where it is.
+                Limits of its own have the names and the meaning of qwen-vl-utils:
+                "min_pixels" and "max_pixels" go before those of the transform;
+                "resized_height" and "resized_width", both at least 28, before all of them, and are
+                themselves moved to multiples of 28 with an area of 3,136 to 12,845,056 pixels.
+                None counts as absent.
             inference (bool): part of torchtune's transform interface; makes no difference here.
 
         Returns:
             dict[str, Any]: a new dict, the sample plus ``pixel_values`` float32
             [grid_h * grid_w, 1176], or uint8 [grid_h * grid_w, 588]; ``image_grid_thw`` int64
-            [1, 3] (patches along time, height and width); and ``num_image_tokens``, the number of
-            placeholders that the image takes in the text.
+            [1, 3] (patches along time, height and width); ``num_image_tokens``, the number of
+            placeholders that the image takes in the text; and ``original_size``, the height and
+            width of the upright image in pixels.
 
         Raises:
             ValueError: if the image cannot be read, is no uint8 image of 1, 3 or 4 channels, has a
-                side of 0, or has one side more than 200 times the other. Names the image. A
-                program that sets ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` gets Pillow's filling in
-                place of the missing part of a truncated file, and no error.
+                side of 0, or has one side more than 200 times the other; or if a limit is no
+                integer in its range. Names the image. A program that sets
+                ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` gets Pillow's filling in place of the
+                missing part of a truncated file, and no error.
         """
         image = sample["image"]
         try:
-            rgb_CHW = to_rgb(image, self.backend)
-            _, height, width = rgb_CHW.shape
-            height, width = smart_resize(height, width, SQUARE, self.min_pixels, self.max_pixels)
+            rgb_CHW = to_rgb(image, self.backend, self.alpha, self.remote)
+            original_size = (rgb_CHW.shape[1], rgb_CHW.shape[2])
+            height, width = self._target_size(original_size, sample)
         except ValueError as error:
-            raise ValueError(f"{_describe(image)}: {error}") from error
+            raise ValueError(f"{describe_image(image)}: {error}") from error
 
         resized_THWC = resize(rgb_CHW, height, width, self.backend).permute(1, 2, 0)[None].numpy()
         if self.patch_dtype == "uint8":
@@ -159,7 +160,42 @@ class Qwen2_5_VLImageTransform:
             "pixel_values": torch.from_numpy(patches),
             "image_grid_thw": torch.tensor([[1, height // PATCH_SIZE, width // PATCH_SIZE]]),
             "num_image_tokens": len(patches) // MERGE_SIZE**2,
+            "original_size": original_size,
         }
+
+    def _target_size(self, original_size: Size, sample: Mapping[str, Any]) -> Size:
+        """Size of the resized image: that of ``qwen_vl_utils.fetch_image``."""
+        limits = {name: sample[name] for name in LEAST if sample.get(name) is not None}
+        for name, value in limits.items():
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < LEAST[name]:
+                raise ValueError(
+                    f"{name} is {value!r}: make it an integer of at least {LEAST[name]}"
+                )
+        if "resized_height" in limits and "resized_width" in limits:
+            _check_sides(*original_size)
+            return smart_resize(limits["resized_height"], limits["resized_width"])
+        if "resized_height" in limits or "resized_width" in limits:
+            raise ValueError("has one of resized_height and resized_width: give both or none")
+        min_pixels = limits.get("min_pixels", self.min_pixels)
+        max_pixels = limits.get("max_pixels", self.max_pixels)
+        _check_limits(min_pixels, max_pixels)
+        return smart_resize(*original_size, SQUARE, min_pixels, max_pixels)
+
+
+def _check_limits(min_pixels: int, max_pixels: int) -> None:
+    if not 1 <= min_pixels <= max_pixels:
+        raise ValueError(
+            f"min_pixels is {min_pixels} and max_pixels {max_pixels}: "
+            "make them 1 <= min_pixels <= max_pixels"
+        )
+
+
+def _check_sides(height: int, width: int) -> None:
+    if min(height, width) < 1:
+        raise ValueError(
+            f"height {height} and width {width}: an image needs at least one pixel each way; "
+            "remove it from the data"
+        )
 
 
 def smart_resize(
@@ -168,7 +204,7 @@ def smart_resize(
     factor: int = SQUARE,
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
-) -> tuple[int, int]:
+) -> Size:
     """Finds the size that an image is resized to: transformers' ``smart_resize``.
 
     Both sides become multiples of ``factor``, the area moves between ``min_pixels`` and
@@ -182,16 +218,12 @@ def smart_resize(
         max_pixels (int): largest area, in pixels. One ``factor`` per side is kept in any case.
 
     Returns:
-        tuple[int, int]: new height and width in pixels.
+        Size: new height and width in pixels.
 
     Raises:
         ValueError: if a side is 0 or one is more than 200 times the other.
     """
-    if min(height, width) < 1:
-        raise ValueError(
-            f"height {height} and width {width}: an image needs at least one pixel each way; "
-            "remove it from the data"
-        )
+    _check_sides(height, width)
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise ValueError(
             f"height {height} and width {width}: one side is more than {MAX_ASPECT_RATIO} times "
@@ -210,38 +242,6 @@ def smart_resize(
         grow = math.sqrt(min_pixels / area)
         new_height, new_width = (math.ceil(side * grow / factor) * factor for side in sides)
     return new_height, new_width
-
-
-def to_rgb(image: ImageInput, backend: Backend = "torchvision") -> torch.Tensor:
-    """Decodes an image, whatever holds it, to RGB.
-
-    Equal to ``process_image`` of transformers' ``TorchvisionBackend`` or ``PilBackend``, which
-    bytes and paths reach by way of ``transformers.image_utils.load_image``.
-
-    Args:
-        image (ImageInput): PIL image; uint8 array or tensor [H, W], [H, W, c] or [c, H, W]; bytes
-            of an image file; or the path of one.
-        backend (Backend): which transformers backend's alpha compositing arrays get.
-
-    Returns:
-        torch.Tensor: uint8 [C, H, W], often a view of [H, W, C] memory, or of the input.
-
-    Raises:
-        ValueError: if the image cannot be read or is no uint8 image of 1, 3 or 4 channels. The
-            message leaves it to the caller to name the image.
-    """
-    if isinstance(image, str | os.PathLike):
-        image = _read(image)
-    if isinstance(image, bytes):
-        return _decode(image)
-    if isinstance(image, Image.Image):
-        return _pil_to_rgb(image)
-    if isinstance(image, np.ndarray | torch.Tensor):
-        return _array_to_rgb(image, backend)
-    raise ValueError(
-        "is no image; pass a PIL image, a uint8 array or tensor, the bytes of an image file, "
-        "or its path"
-    )
 
 
 def resize(
@@ -270,110 +270,3 @@ def resize(
     # recognizes channels-last memory, where it needs half the time for the same pixels
     batch_NCHW = image_HWC.unsqueeze(0).permute(0, 3, 1, 2)
     return F.interpolate(batch_NCHW, (height, width), mode="bicubic", antialias=True)[0]
-
-
-def _read(path: str | os.PathLike) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"cannot be read ({error.strerror}); correct the path or remove it from the data"
-        ) from error
-
-
-def _decode(data: bytes) -> torch.Tensor:
-    if not data:
-        raise ValueError("is empty (0 bytes); fetch it again or remove it from the data")
-    try:
-        with Image.open(BytesIO(data)) as image:
-            if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                pixels = _decode_jpeg(data, image.getexif().get(ExifTags.Base.Orientation, 1))
-                if pixels is not None:
-                    return torch.from_numpy(pixels).permute(2, 0, 1)
-            ImageOps.exif_transpose(image, in_place=True)
-            return _pil_to_rgb(image.convert("RGB"))
-    except Exception as error:  # each of Pillow's decoders raises what it likes
-        raise _undecodable(error) from error
-
-
-def _decode_jpeg(data: bytes, orientation: int) -> np.ndarray | None:
-    """Pillow's pixels in two thirds of its time [H, W, C], or None where Pillow has to judge."""
-    try:
-        pixels = simplejpeg.decode_jpeg(data)
-    except ValueError:
-        return None
-    upright = _UPRIGHT.get(orientation)
-    return np.ascontiguousarray(upright(pixels)) if upright else pixels
-
-
-def _pil_to_rgb(image: Image.Image) -> torch.Tensor:
-    try:
-        rgb = _flatten(image)
-    except Exception as error:  # images opened from a file are decoded only now
-        raise _undecodable(error) from error
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-
-
-def _undecodable(error: Exception) -> ValueError:
-    return ValueError(
-        f"Pillow cannot decode it ({type(error).__name__}: {error}); the file is damaged, cut off "
-        "or no image: fetch it again or remove it from the data"
-    )
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """Converts to RGB, over white: ``transformers.image_transforms.convert_to_rgb``."""
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
-
-
-def _array_to_rgb(image: np.ndarray | torch.Tensor, backend: Backend) -> torch.Tensor:
-    if image.dtype not in (torch.uint8, np.uint8):
-        raise ValueError("the dtype must be uint8; scale the values to 0 ... 255 and convert them")
-    if image.ndim not in (2, 3):
-        raise ValueError("an image has 2 or 3 dimensions; pass the images of a batch one by one")
-    if isinstance(image, np.ndarray):
-        # torch takes neither negative strides (a flipped array) nor, silently, read-only memory
-        image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-    pixels_CHW = _channels_first(image)
-    if len(pixels_CHW) == 4:
-        return _composite_over_white(pixels_CHW, backend)
-    return pixels_CHW.expand(3, -1, -1)
-
-
-def _channels_first(pixels: torch.Tensor) -> torch.Tensor:
-    """Guesses the layout like ``transformers.image_utils.infer_channel_dimension_format``."""
-    if pixels.ndim == 2:
-        return pixels.unsqueeze(0)
-    if pixels.shape[0] in CHANNELS:
-        return pixels
-    if pixels.shape[2] in CHANNELS:
-        return pixels.permute(2, 0, 1)
-    raise ValueError(f"neither the first nor the last dimension is one of {CHANNELS} channels")
-
-
-def _composite_over_white(rgba_CHW: torch.Tensor, backend: Backend) -> torch.Tensor:
-    """Blends uint8 RGBA onto white: ``convert_to_rgb`` of the transformers backends."""
-    if backend == "pil":
-        alpha = rgba_CHW[3:].double() / 255
-        return (alpha * rgba_CHW[:3] + (1 - alpha) * 255).round().to(torch.uint8)
-    rgba = rgba_CHW.float() * (1 / 255)
-    alpha = rgba[3:]
-    # torchvision truncates, 1e-3 below 256 instead of rounding at 255
-    return ((rgba[:3] * alpha + (1 - alpha)) * (256 - 1e-3)).to(torch.uint8)
-
-
-def _describe(image: object) -> str:
-    if isinstance(image, str | os.PathLike):
-        return f"image file {os.fspath(image)!r}"
-    if isinstance(image, bytes):
-        return f"encoded image of {len(image)} bytes"
-    if isinstance(image, Image.Image):
-        name = getattr(image, "filename", "")
-        return f"PIL image {name!r}, mode {image.mode}, {image.width} x {image.height} pixels"
-    if isinstance(image, np.ndarray | torch.Tensor):
-        return f"{type(image).__name__} of shape {tuple(image.shape)} and dtype {image.dtype}"
-    return f"object of type {type(image).__name__}"

@@ -6,14 +6,12 @@ along both sides, F frames of a patch that differ: 1 for an image, 2 for a video
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Literal
 
 import numba
 import numpy as np
 
+from torchtune_vl.media._images import Backend
 from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE
-
-Backend = Literal["torchvision", "pil"]
 
 # Of every published checkpoint
 PATCH_SIZE = 14
@@ -72,7 +70,9 @@ def normalized_patches(
     white, unit = np.float32(255), np.float32(1)
     divisor, factor = (white, unit) if backend == "pil" else (unit, white)
     per_channel = per_patch * PATCH_SIZE**2
-    means, stds = (np.repeat(np.array(values, np.float32) * factor, per_channel) for values in (mean, std))
+    means, stds = (
+        np.repeat(np.array(values, np.float32) * factor, per_channel) for values in (mean, std)
+    )
 
     # A row of squares at a time stays in the processor's cache between the two steps
     square = MERGE_SIZE * PATCH_SIZE

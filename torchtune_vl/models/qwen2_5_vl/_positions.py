@@ -41,17 +41,21 @@ def mrope_positions(
     Raises:
         ValueError: if the placeholders do not fit the grids.
     """
-    is_placeholder = _is_one_of(tokens, image_token_id, video_token_id)
-    expected = int(grid_thw.prod(1).sum()) // MERGE_SIZE**2
-    if int(is_placeholder.sum()) != expected:
+    grids = grid_thw.tolist()
+    placeholders = tokens.count(image_token_id) + tokens.count(video_token_id)
+    expected = sum(t * h * w for t, h, w in grids) // MERGE_SIZE**2
+    if placeholders != expected:
         raise ValueError(
-            f"the text has {int(is_placeholder.sum())} placeholder tokens of images and videos, "
-            f"but its {len(grid_thw)} media have {expected} embeddings"
+            f"the text has {placeholders} placeholder tokens of images and videos, "
+            f"but its {len(grids)} media have {expected} embeddings"
         )
+    if not grids:
+        return _text_positions(len(tokens), 0)
 
+    is_placeholder = _is_one_of(tokens, image_token_id, video_token_id)
     seconds = iter(seconds_per_step)
     spans, end, position = [], 0, 0
-    for t, h, w in grid_thw.tolist():
+    for t, h, w in grids:
         start = end + int(is_placeholder[end:].int().argmax())
         spans.append(_text_positions(start - end, position))
         position += start - end

@@ -1,46 +1,73 @@
 """Messages to one sample: token ids, loss mask, positions and the encoder's input."""
 
-import json
+import logging
+import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, get_args
 
 import torch
 from torchtune.data import Message
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from torchtune_vl.models.qwen2_5_vl._chat_template import CHAT_TEMPLATE
+from torchtune_vl.media import RemoteLimits
+from torchtune_vl.models.qwen2_5_vl import _pretrained as pretrained
+from torchtune_vl.models.qwen2_5_vl._conversation import (
+    Medium,
+    Objects,
+    Turn,
+    read_conversation,
+    read_tools,
+)
+from torchtune_vl.models.qwen2_5_vl._grounding import to_json, to_resized
 from torchtune_vl.models.qwen2_5_vl._image_transform import Qwen2_5_VLImageTransform
-from torchtune_vl.models.qwen2_5_vl._patches import PATCH_SIZE, TEMPORAL_PATCH_SIZE
-from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE, mrope_positions, vision_index
-from torchtune_vl.models.qwen2_5_vl._tokenizer import Qwen2_5_VLTokenizer
+from torchtune_vl.models.qwen2_5_vl._patches import PATCH_SIZE
+from torchtune_vl.models.qwen2_5_vl._positions import mrope_positions, vision_index
+from torchtune_vl.models.qwen2_5_vl._prompt import Prompt, PromptBuilder, Special
+from torchtune_vl.models.qwen2_5_vl._rendering import (
+    EncodedMedium,
+    EncodedTurn,
+    Part,
+    blocks_of,
+)
+from torchtune_vl.models.qwen2_5_vl._tokenizer import Qwen2_5_VLTokenizer, check_surrogates
+from torchtune_vl.models.qwen2_5_vl._video_transform import Qwen2_5_VLVideoTransform
+from torchtune_vl.modules import concatenate_patches
 
-DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
-NO_MEDIA = torch.empty(0, 3, dtype=torch.int64)
-
-
-class _EncodedImage(NamedTuple):
-    patches: torch.Tensor
-    grid_thw: torch.Tensor
-    num_tokens: int
+Truncation = Literal["right", "left", "turns"]
+Turns = Literal["all", "last"]
+_log = logging.getLogger(__name__)
 
 
 class Qwen2_5_VLTransform(ModelTokenizer, Transform):
-    """Turns a conversation with images into what the model is trained on or generates from.
+    """Turns a conversation with images and videos into what the model trains on or answers.
 
     The ids are those of transformers' ``Qwen2_5_VLProcessor.apply_chat_template`` with the
-    published template, pixels and grids those of its image processor, positions those of
-    ``Qwen2_5_VLModel.get_rope_index``.
+    published template, and with tools those of its tokenizer's; pixels and grids are those of its
+    image and video processor, positions those of ``Qwen2_5_VLModel.get_rope_index``.
 
     Args:
         path: ``vocab.json``, ``tokenizer.json`` or a ``.tiktoken`` rank file.
         merges_file: ``merges.txt``, with ``vocab.json`` only.
-        max_seq_len: longest sample in tokens; text beyond it is cut off, an image never is.
+        max_seq_len: longest sample in tokens.
+        truncation: what goes from a longer one: text and whole media at its "right" or "left" end,
+            or the oldest whole "turns", each a user's message with what follows it, but never the
+            system's. A prompt for generation is not cut.
+        train_on: which answers carry loss, "all" or the "last" one.
+        parse_special: "content": tokens that carry structure, such as ``<|im_start|>`` and
+            ``<|image_pad|>``, are plain text where they occur in a message; "all": they are
+            tokens, as in transformers.
+        add_vision_id: whether to number media in the text, "Picture 1: ", "Video 1: ".
+        chat_template: Jinja source of another template; what it puts between ``{% generation %}``
+            and ``{% endgeneration %}`` carries loss.
+        tokens_per_second: temporal positions per second of video, from the model's config.
         image_transform: settings of images, those of the published checkpoints by default.
+        video_transform: settings of videos, those of qwen-vl-utils by default.
 
     Raises:
-        ValueError: if a file is not a Qwen2.5 vocabulary.
+        ValueError: if a file is not a Qwen2.5 vocabulary, or a setting is unknown.
     """
 
     def __init__(
@@ -49,33 +76,62 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         merges_file: str | Path | None = None,
         *,
         max_seq_len: int | None = None,
+        truncation: Truncation = "right",
+        train_on: Turns = "all",
+        parse_special: Special = "content",
+        add_vision_id: bool = False,
+        chat_template: str | None = None,
+        tokens_per_second: int = 2,
         image_transform: Qwen2_5_VLImageTransform | None = None,
+        video_transform: Qwen2_5_VLVideoTransform | None = None,
     ) -> None:
+        for name, value, known in (
+            ("truncation", truncation, get_args(Truncation)),
+            ("train_on", train_on, get_args(Turns)),
+            ("parse_special", parse_special, get_args(Special)),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: use one of {known}")
         self.tokenizer = Qwen2_5_VLTokenizer(path, merges_file, max_seq_len=max_seq_len)
+        self.prompts = PromptBuilder(
+            self.tokenizer,
+            parse_special=parse_special,
+            add_vision_id=add_vision_id,
+            chat_template=chat_template,
+        )
         self.image_transform = image_transform or Qwen2_5_VLImageTransform()
+        self.video_transform = video_transform or Qwen2_5_VLVideoTransform()
+        self.truncation = truncation
+        self.train_on = train_on
+        self.parse_special = parse_special
+        self.tokens_per_second = tokens_per_second
         self.special_tokens = self.tokenizer.special_tokens
         self.base_vocab_size = self.tokenizer.base_vocab_size
         self.vocab_size = self.tokenizer.vocab_size
         self.pad_id = self.tokenizer.pad_id
         self.stop_tokens = self.tokenizer.stop_tokens
         self.max_seq_len = max_seq_len
+        self._said_truncated = False
 
     @classmethod
     def from_pretrained(
         cls,
         checkpoint_dir: str | Path,
         *,
-        max_seq_len: int | None = None,
-        **image_settings: Any,
+        image_settings: Mapping[str, Any] | None = None,
+        video_settings: Mapping[str, Any] | None = None,
+        **settings: Any,
     ) -> "Qwen2_5_VLTransform":
-        """Read vocabulary and image settings from a checkpoint directory.
+        """Read vocabulary, chat template and settings from a checkpoint directory.
 
         Args:
             checkpoint_dir: directory with ``tokenizer.json`` (or ``vocab.json`` and
                 ``merges.txt``) and ``preprocessor_config.json``.
-            max_seq_len: longest sample in tokens.
-            **image_settings: arguments of :class:`Qwen2_5_VLImageTransform` that go before the
+            image_settings: arguments of :class:`Qwen2_5_VLImageTransform` that go before the
                 directory's.
+            video_settings: arguments of :class:`Qwen2_5_VLVideoTransform`. The directory's limits
+                are those of images.
+            **settings: other arguments of this class, before the directory's.
 
         Returns:
             The transform.
@@ -84,17 +140,22 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
             ValueError: if a file is missing, or asks for what the transform does not do.
         """
         directory = Path(checkpoint_dir)
-        _check_chat_template(directory)
         vocabulary = directory / "tokenizer.json"
         merges = None
         if not vocabulary.exists():
             vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
-        settings = {**_image_settings(directory), **image_settings}
+        from_images = pretrained.image_settings(directory)
+        normalization = {k: v for k, v in from_images.items() if k in ("image_mean", "image_std")}
         return cls(
             vocabulary,
             merges,
-            max_seq_len=max_seq_len,
-            image_transform=Qwen2_5_VLImageTransform(**settings),
+            image_transform=Qwen2_5_VLImageTransform(**{**from_images, **(image_settings or {})}),
+            video_transform=Qwen2_5_VLVideoTransform(**{**normalization, **(video_settings or {})}),
+            **{
+                "chat_template": pretrained.chat_template(directory),
+                "tokens_per_second": pretrained.tokens_per_second(directory),
+                **settings,
+            },
         )
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
@@ -107,8 +168,28 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         """Decode ids as :meth:`Qwen2_5_VLTokenizer.decode` does."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def tokenize_message(
+        self, message: Message | Mapping[str, Any], **kwargs: Any
+    ) -> tuple[list[int], list[bool]]:
+        """Tokenize one message, without the system prompt that a conversation begins with.
+
+        Args:
+            message: as in :meth:`__call__`.
+            **kwargs: ignored, as in :meth:`tokenize_messages`.
+
+        Returns:
+            Ids and, for each, whether the loss ignores it.
+
+        Raises:
+            ValueError: if the message cannot be read.
+        """
+        (turn,) = self._encode_media(read_conversation([message]))
+        block = blocks_of([turn], [])[-1]
+        prompt = self.prompts.of_blocks([block])
+        return prompt.tokens, prompt.mask
+
     def tokenize_messages(
-        self, messages: list[Message], **kwargs: Any
+        self, messages: Sequence[Message | Mapping[str, Any]], **kwargs: Any
     ) -> tuple[list[int], list[bool]]:
         """Tokenize a conversation, placeholders expanded.
 
@@ -122,33 +203,48 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         Raises:
             ValueError: if a message cannot be read; it says which and why.
         """
-        tokens, mask, _ = self._render(messages)
-        return tokens, mask
+        turns = self._encode_media(read_conversation(messages))
+        prompt = self.prompts.build(turns, [], inference=False)
+        return prompt.tokens, prompt.mask
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
         """Transform one sample.
 
         Args:
-            sample: ``messages``, a list of torchtune's :class:`~torchtune.data.Message` whose
-                content items are ``{"type": "text", "content": str}`` and ``{"type": "image",
-                "content": image}``, the image being whatever
-                :class:`Qwen2_5_VLImageTransform` takes. Where items of type ``image`` have no
-                content, the images of ``images`` are put there in order. An ``id``, if there is
-                one, names the sample in errors.
+            sample: ``messages``, a list of torchtune's :class:`~torchtune.data.Message` or of
+                dicts in the chat format of transformers: ``role``, ``content``, and perhaps
+                ``tool_calls`` and ``weight`` (0: no loss). Content is a str or a list of items:
+
+                - ``{"type": "text", "text": str}``, with ``fields`` perhaps, a dict of boxes and
+                  points whose coordinates replace ``{name}`` in the text;
+                - ``{"type": "image", "image": source}``, with ``min_pixels``, ``max_pixels`` or
+                  ``resized_height`` and ``resized_width`` perhaps;
+                - ``{"type": "video", "video": source}``, with settings of
+                  :class:`Qwen2_5_VLVideoTransform`;
+                - ``{"type": "boxes", "boxes": [{"bbox_2d": [x1, y1, x2, y2], "label": str}, ...]}``
+                  of the image before it, or of ``image``, its number from 0; in ``unit``
+                  ``"pixels"`` (default), ``"0..1"`` or ``"0..1000"`` of the upright original. They
+                  are written as JSON in pixels of the resized image.
+
+                Torchtune's items name text and media ``content``. Items that name no medium take
+                the next of the sample's ``images`` or ``videos``. ``tools``, a list of JSON
+                schemas, is optional, and an ``id`` names the sample in errors.
             inference: whether to end with the prompt for an answer. An empty assistant message
                 at the end, which torchtune's inference recipes add, becomes that prompt.
 
         Returns:
             ``tokens``, list[int] of length s; ``mask``, list[bool] of length s, True where the
             loss ignores the token: everywhere but in the text of assistant messages and their
-            ``<|im_end|>``, and there too if the message is ``masked``; ``input_pos``, M-RoPE
-            positions, int64 [s, 3]; and if there are images ``encoder_input``, whose ``vision``
-            has ``patches``, float32 [n, 1176] or uint8 [n, 588], ``grid_thw``, int64 [k, 3], and
-            the index of :func:`vision_index`.
+            ``<|im_end|>``, and there too if the message is ``masked`` or of weight 0;
+            ``input_pos``, M-RoPE positions, int64 [s, 3]; if there are media ``encoder_input``,
+            whose ``vision`` has ``patches``, float32 [n, 1176] or uint8 [n, 588] (with videos
+            [n, 1176]), ``grid_thw``, int64 [k, 3], and the index of :func:`vision_index`; and if
+            something was cut ``truncated``, how many ``tokens``, ``images`` and ``videos``.
 
         Raises:
-            ValueError: if a message or image cannot be read, images and their places do not
-                match, or the sample is too long; it says which and why.
+            ValueError: if a message or medium cannot be read, media and their places do not match,
+                or the sample is too long and nothing would be left to learn; it says which and
+                why.
         """
         try:
             return self._transform(sample, inference)
@@ -158,184 +254,194 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
             raise ValueError(f"sample {sample['id']!r}: {error}") from error
 
     def _transform(self, sample: Mapping[str, Any], inference: bool) -> dict[str, Any]:
-        messages = _with_images(sample["messages"], sample.get("images"))
-        if inference and messages and _asks_for_answer(messages[-1]):
-            messages = messages[:-1]
-        tokens, mask, images = self._render(messages)
-        if inference:
-            prompt = self._header("assistant")
-            tokens += prompt
-            mask += [True] * len(prompt)
-        tokens, mask = self._fit(tokens, mask, may_cut=not inference)
+        if "messages" not in sample:
+            raise ValueError(f"it has no 'messages', but {sorted(map(str, sample))}")
+        turns = read_conversation(sample["messages"], sample.get("images"), sample.get("videos"))
+        tools = read_tools(sample.get("tools"))
+        if inference and _asks_for_answer(turns[-1]):
+            turns = turns[:-1]
+        if not turns:
+            raise ValueError("there is no message to answer")
+        encoded = self._encode_media(turns)
+        whole = self.prompts.build(encoded, tools, inference)
+        prompt = self._fit(whole, encoded, tools, inference)
 
-        grid_thw = torch.cat([NO_MEDIA, *[image.grid_thw for image in images]])
+        media = [placed.medium for placed in prompt.media]
+        grid_thw = torch.cat([medium.grid_thw for medium in media]) if media else _NO_MEDIA
         transformed: dict[str, Any] = {
-            "tokens": tokens,
-            "mask": mask,
-            "input_pos": mrope_positions(tokens, grid_thw),
+            "tokens": prompt.tokens,
+            "mask": prompt.mask,
+            "input_pos": mrope_positions(
+                prompt.tokens,
+                grid_thw,
+                [medium.seconds_per_step for medium in media if medium.kind == "video"],
+                tokens_per_second=self.tokens_per_second,
+            ),
         }
-        if images:
+        if media:
             transformed["encoder_input"] = {
                 "vision": {
-                    "patches": torch.cat([image.patches for image in images]),
+                    "patches": concatenate_patches([medium.patches for medium in media]),
                     "grid_thw": grid_thw,
                     **vision_index(grid_thw),
                 }
             }
+        if prompt is not whole:
+            transformed["truncated"] = _difference(whole, prompt)
+            self._say_truncated(transformed["truncated"])
         return transformed
 
-    def _render(
-        self, messages: Sequence[Message]
-    ) -> tuple[list[int], list[bool], list[_EncodedImage]]:
-        """Apply the published chat template: ids, mask and the images in their order."""
-        if not messages:
-            raise ValueError("a conversation needs at least one message")
-        tokens: list[int] = []
-        mask: list[bool] = []
-        images: list[_EncodedImage] = []
-        numbered = list(enumerate(messages))
-        if messages[0].role != "system":
-            numbered.insert(0, (-1, Message(role="system", content=DEFAULT_SYSTEM_PROMPT)))
-        for number, message in numbered:
-            try:
-                parts = self._parts(message)
-                message_tokens, message_mask = self._tokenize_parts(message, parts)
-            except ValueError as error:
-                raise ValueError(f"message {number} ({message.role}): {error}") from error
-            tokens += message_tokens
-            mask += message_mask
-            images += [part for part in parts if isinstance(part, _EncodedImage)]
-        return tokens, mask, images
-
-    def _parts(self, message: Message) -> list[str | _EncodedImage]:
-        """The images of a message and, each in one piece, the texts before, between and after.
-
-        BPE merges across the seams of text items, and of the line break after the role.
-        """
-        parts: list[str | _EncodedImage] = [f"{message.role}\n"]
-        for number, item in enumerate(message.content):
-            if not isinstance(item, Mapping):
-                raise ValueError(f"item {number} is of type {type(item).__name__}, expected a dict")
-            kind, content = item.get("type"), item.get("content")
-            if kind == "text" and isinstance(content, str):
-                if isinstance(parts[-1], str):
-                    parts[-1] += content
-                else:
-                    parts.append(content)
-            elif kind == "image":
+    def _encode_media(self, turns: Sequence[Turn]) -> list[EncodedTurn]:
+        """Encode media and write boxes in the pixels of the images that they belong to."""
+        image_sizes: list[tuple[tuple[int, int], tuple[int, int]]] = []
+        encoded = []
+        for number, turn in enumerate(turns):
+            content: list[Part] = []
+            for index, item in enumerate(turn.content):
                 try:
-                    parts.append(self._encode_image(content))
+                    if isinstance(item, Medium) and item.kind == "image":
+                        medium, sizes = self._encode_image(item)
+                        image_sizes.append(sizes)
+                        content.append(medium)
+                    elif isinstance(item, Medium):
+                        content.append(self._encode_video(item))
+                    elif isinstance(item, Objects):
+                        content.append(_write_objects(item, image_sizes))
+                    else:
+                        self._check_text(item)
+                        content.append(item)
                 except ValueError as error:
-                    raise ValueError(f"item {number}: {error}") from error
-            else:
-                raise ValueError(
-                    f"item {number}: content of type {kind!r} with a value of type "
-                    f"{type(content).__name__}; known are 'text' with a str, and 'image'"
-                )
-        return parts
+                    raise ValueError(
+                        f"message {number} ({turn.role}): item {index}: {error}"
+                    ) from error
+            encoded.append(
+                EncodedTurn(turn.role, content, turn.masked, turn.tool_calls, turn.given)
+            )
+        if self.train_on == "last":
+            last = max((i for i, t in enumerate(encoded) if t.role == "assistant"), default=None)
+            encoded = [t if i == last else t._replace(masked=True) for i, t in enumerate(encoded)]
+        return encoded
 
-    def _encode_image(self, content: Any) -> _EncodedImage:
-        transformed = self.image_transform({"image": content})
-        return _EncodedImage(
-            patches=transformed["pixel_values"],
-            grid_thw=transformed["image_grid_thw"],
-            num_tokens=transformed["num_image_tokens"],
+    def _encode_image(
+        self, item: Medium
+    ) -> tuple[EncodedMedium, tuple[tuple[int, int], tuple[int, int]]]:
+        """Encode an image, and tell the sizes of the original and the resized one."""
+        transformed = self.image_transform({"image": item.source, **item.settings})
+        grid_thw = transformed["image_grid_thw"]
+        _, height, width = (grid_thw[0] * PATCH_SIZE).tolist()
+        medium = EncodedMedium(
+            "image", transformed["pixel_values"], grid_thw, transformed["num_image_tokens"]
+        )
+        return medium, (transformed["original_size"], (height, width))
+
+    def _encode_video(self, item: Medium) -> EncodedMedium:
+        transformed = self.video_transform({"video": item.source, **item.settings})
+        return EncodedMedium(
+            "video",
+            transformed["pixel_values_videos"],
+            transformed["video_grid_thw"],
+            transformed["num_video_tokens"],
+            transformed["seconds_per_step"],
         )
 
-    def _tokenize_parts(
-        self, message: Message, parts: Sequence[str | _EncodedImage]
-    ) -> tuple[list[int], list[bool]]:
-        masked = message.masked or message.role != "assistant"
-        tokens, mask = [self.tokenizer.im_start_id], [True]
-        for part in parts:
-            if isinstance(part, str):
-                ids = self._encode_text(part)
-                part_mask = [masked] * len(ids)
-            else:
-                ids = self._image_tokens(part.num_tokens)
-                part_mask = [True] * len(ids)
-            tokens += ids
-            mask += part_mask
-        header_length = _common_prefix_length(tokens, self._header(message.role))
-        mask[:header_length] = [True] * header_length
-        line_break = self.encode("\n", add_eos=False)
-        tokens += [self.tokenizer.im_end_id, *line_break]
-        mask += [masked] + [True] * len(line_break)
-        return tokens, mask
-
-    def _encode_text(self, text: str) -> list[int]:
-        ids = self.encode(text, add_eos=False)
-        if self.tokenizer.image_pad_id in ids or self.tokenizer.video_pad_id in ids:
+    def _check_text(self, text: str) -> None:
+        check_surrogates(text)
+        if self.parse_special == "all" and ("<|image_pad|>" in text or "<|video_pad|>" in text):
             raise ValueError(
                 "its text has a placeholder <|image_pad|> or <|video_pad|> without an image or "
                 "video: give media as items of the message's content"
             )
-        return ids
-
-    def _image_tokens(self, count: int) -> list[int]:
-        t = self.tokenizer
-        return [t.vision_start_id, *[t.image_pad_id] * count, t.vision_end_id]
-
-    def _header(self, role: str) -> list[int]:
-        return [self.tokenizer.im_start_id, *self.encode(f"{role}\n", add_eos=False)]
 
     def _fit(
-        self, tokens: list[int], mask: list[bool], may_cut: bool
-    ) -> tuple[list[int], list[bool]]:
-        """Cut text from the right to ``max_seq_len``."""
-        limit = self.max_seq_len
-        if limit is None or len(tokens) <= limit:
-            return tokens, mask
-        remedy = f"raise max_seq_len (now {limit}) or shorten the sample"
-        if not may_cut:
-            raise ValueError(f"the prompt has {len(tokens)} tokens: {remedy}")
-        if self.tokenizer.vision_end_id in tokens[limit:]:
+        self,
+        whole: Prompt,
+        turns: Sequence[EncodedTurn],
+        tools: Sequence[Mapping[str, Any]],
+        inference: bool,
+    ) -> Prompt:
+        """Cut what is longer than ``max_seq_len``, never through a medium."""
+        limit, length = self.max_seq_len, len(whole.tokens)
+        if limit is None or length <= limit:
+            return whole
+        remedy = f"raise max_seq_len (now {limit}), lower max_pixels or shorten the sample"
+        if inference:
+            raise ValueError(f"the prompt has {length} tokens: {remedy}")
+        if self.truncation == "turns":
+            prompt = self._drop_turns(turns, tools, limit)
+        elif self.truncation == "right":
+            stop = min((m.start for m in whole.media if m.start < limit < m.stop), default=limit)
+            prompt = whole.part(0, stop)
+        else:
+            cut = length - limit
+            start = max((m.stop for m in whole.media if m.start < cut < m.stop), default=cut)
+            prompt = whole.part(start, length)
+        if len(prompt.tokens) > limit:
             raise ValueError(
-                f"the sample has {len(tokens)} tokens and an image would be cut: {remedy}, or "
-                "lower max_pixels"
+                f"the sample has {length} tokens, and its last turn alone {len(prompt.tokens)}: "
+                f"{remedy}"
             )
-        return tokens[:limit], mask[:limit]
+        if all(prompt.mask):
+            raise ValueError(
+                f"the sample has {length} tokens, and none that carries loss would be left of it: "
+                f"{remedy}, or choose another truncation (now {self.truncation!r})"
+            )
+        return prompt
+
+    def _drop_turns(
+        self, turns: Sequence[EncodedTurn], tools: Sequence[Mapping[str, Any]], limit: int
+    ) -> Prompt:
+        """Drop as few of the oldest exchanges as necessary, the last one stays."""
+        system = list(turns[:1]) if turns[0].role == "system" else []
+        starts = [i for i, turn in enumerate(turns) if turn.role == "user" and i > len(system)]
+
+        def after(count: int) -> Prompt:
+            first = starts[count] if starts else len(system)
+            return self.prompts.build([*system, *turns[first:]], tools, inference=False)
+
+        counts = range(max(len(starts) - 1, 0))
+        return after(bisect_left(counts, True, key=lambda count: len(after(count).tokens) <= limit))
+
+    def _say_truncated(self, cut: Mapping[str, int]) -> None:
+        if not self._said_truncated:
+            _log.warning(
+                "A sample is longer than max_seq_len=%s and loses %s. It is said once; each "
+                "sample tells it as 'truncated'.",
+                self.max_seq_len,
+                ", ".join(f"{count} {what}" for what, count in cut.items()),
+            )
+            self._said_truncated = True
 
 
-def _asks_for_answer(message: Message) -> bool:
-    return message.role == "assistant" and all(
-        item == {"type": "text", "content": ""} for item in message.content
-    )
+_NO_MEDIA = torch.empty(0, 3, dtype=torch.int64)
 
 
-def _common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+def _asks_for_answer(turn: Turn) -> bool:
+    return turn.role == "assistant" and not turn.tool_calls and not any(turn.content)
 
 
-def _with_images(messages: Sequence[Message], images: Sequence[Any] | None) -> list[Message]:
-    """Put the images of a sample into the places that its messages have for them."""
-    if images is None:
-        return list(messages)
-    places = sum(_is_place(item) for message in messages for item in message.content)
-    if places != len(images):
+def _write_objects(
+    item: Objects, image_sizes: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+) -> str:
+    if item.image >= len(image_sizes):
         raise ValueError(
-            f"the messages have {places} places for images, but there are {len(images)} images"
+            f"its boxes are of image {item.image}, but {len(image_sizes)} images come before them"
         )
-    remaining = iter(images)
-    return [
-        Message(
-            role=message.role,
-            content=[
-                {**item, "content": next(remaining)} if _is_place(item) else item
-                for item in message.content
-            ],
-            masked=message.masked,
-            ipython=message.ipython,
-            eot=message.eot,
-        )
-        for message in messages
-    ]
+    entries = [to_resized(entry, item.unit, *image_sizes[item.image]) for entry in item.objects]
+    if not item.fields:
+        return item.text + to_json(entries)
+    written = {
+        f"{{{name}}}": str(entry.get("bbox_2d", entry.get("point_2d")))
+        for name, entry in zip(item.fields, entries, strict=True)
+    }
+    return re.sub("|".join(map(re.escape, written)), lambda found: written[found[0]], item.text)
 
 
-def _is_place(item: Mapping[str, Any]) -> bool:
-    return isinstance(item, Mapping) and item.get("type") == "image" and item.get("content") is None
+def _difference(whole: Prompt, part: Prompt) -> dict[str, int]:
+    lost = {"tokens": len(whole.tokens) - len(part.tokens)}
+    for kind in ("image", "video"):
+        counts = [sum(m.medium.kind == kind for m in p.media) for p in (whole, part)]
+        lost[f"{kind}s"] = counts[0] - counts[1]
+    return lost
 
 
 def qwen2_5_vl_transform(
@@ -343,23 +449,45 @@ def qwen2_5_vl_transform(
     merges_file: str | Path | None = None,
     *,
     max_seq_len: int | None = None,
+    truncation: Truncation = "right",
+    train_on: Turns = "all",
+    parse_special: Special = "content",
+    add_vision_id: bool = False,
+    chat_template_file: str | Path | None = None,
     min_pixels: int = 3136,
     max_pixels: int = 12845056,
     image_backend: Literal["torchvision", "pil"] = "torchvision",
+    alpha: Literal["reference", "white"] = "reference",
+    fps: float = 2.0,
+    max_frames: int = 768,
+    video_max_pixels: int = 768 * 28 * 28,
+    video_total_pixels: int = 90316800,
     patch_dtype: Literal["float32", "uint8"] = "float32",
+    allow_remote: bool = False,
 ) -> Qwen2_5_VLTransform:
     """Build the transform from values that a YAML config can hold.
 
     Args:
         path: ``vocab.json``, ``tokenizer.json`` or a ``.tiktoken`` rank file.
         merges_file: ``merges.txt``, with ``vocab.json`` only.
-        max_seq_len: longest sample in tokens; text beyond it is cut off, an image never is.
+        max_seq_len: longest sample in tokens.
+        truncation: what goes from a longer one: its "right" or "left" end, or old "turns".
+        train_on: which answers carry loss, "all" or the "last".
+        parse_special: "content" or "all" special tokens in messages are tokens.
+        add_vision_id: whether to number media in the text.
+        chat_template_file: Jinja file of another chat template.
         min_pixels: images with fewer pixels are enlarged.
         max_pixels: images with more pixels are reduced.
         image_backend: ``"torchvision"`` or ``"pil"``, the image processor of transformers that
             pixels are equal to.
+        alpha: "reference" or "white", what becomes of transparency.
+        fps: frames of a video per second.
+        max_frames: most frames of a video.
+        video_max_pixels: most pixels of a frame.
+        video_total_pixels: most pixels of a video, over all frames, halved as two share a token.
         patch_dtype: ``"float32"``, or ``"uint8"`` for patches of an eighth of the bytes, which
             the model normalizes on its device.
+        allow_remote: whether https addresses of media are fetched.
 
     Returns:
         The transform.
@@ -367,84 +495,32 @@ def qwen2_5_vl_transform(
     Raises:
         ValueError: if a file is not a Qwen2.5 vocabulary, or a setting makes no sense.
     """
+    remote = RemoteLimits() if allow_remote else None
     return Qwen2_5_VLTransform(
         path,
         merges_file,
         max_seq_len=max_seq_len,
+        truncation=truncation,
+        train_on=train_on,
+        parse_special=parse_special,
+        add_vision_id=add_vision_id,
+        chat_template=None
+        if chat_template_file is None
+        else pretrained.read_text(chat_template_file),
         image_transform=Qwen2_5_VLImageTransform(
             backend=image_backend,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
+            alpha=alpha,
             patch_dtype=patch_dtype,
+            remote=remote,
+        ),
+        video_transform=Qwen2_5_VLVideoTransform(
+            fps=fps,
+            max_frames=max_frames,
+            max_pixels=video_max_pixels,
+            total_pixels=video_total_pixels,
+            patch_dtype=patch_dtype,
+            remote=remote,
         ),
     )
-
-
-_IMAGE_SETTINGS = (
-    "min_pixels",
-    "max_pixels",
-    "image_mean",
-    "image_std",
-)
-# What our image transform always does; the values that a file may state
-_FIXED_IMAGE_SETTINGS = {
-    "patch_size": PATCH_SIZE,
-    "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-    "merge_size": MERGE_SIZE,
-    "do_resize": True,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "do_convert_rgb": True,
-    "resample": 3,
-}
-
-
-def _image_settings(directory: Path) -> dict[str, Any]:
-    """Settings of images from the files of a checkpoint directory.
-
-    transformers 5 writes them into ``processor_config.json``, and sizes as ``size``.
-    """
-    path = directory / "preprocessor_config.json"
-    config = _read_json(path)
-    if config is None:
-        path = directory / "processor_config.json"
-        config = (_read_json(path) or {}).get("image_processor")
-    if config is None:
-        raise ValueError(
-            f"{directory} has no preprocessor_config.json, which holds the limits of image sizes: "
-            "copy it from the published checkpoint"
-        )
-    for name, value in _FIXED_IMAGE_SETTINGS.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{path}: {name} is {config[name]!r}, only {value!r} is supported")
-    size = config.get("size") or {}
-    config = {
-        "min_pixels": size.get("shortest_edge"),
-        "max_pixels": size.get("longest_edge"),
-        **config,
-    }
-    return {name: config[name] for name in _IMAGE_SETTINGS if config.get(name) is not None}
-
-
-def _check_chat_template(directory: Path) -> None:
-    """Refuse a template that would give other ids than the one this transform writes."""
-    jinja = directory / "chat_template.jinja"
-    if jinja.exists():
-        path, template = jinja, jinja.read_text(encoding="utf-8")
-    else:
-        path = directory / "chat_template.json"
-        template = (_read_json(path) or {}).get("chat_template", CHAT_TEMPLATE)
-    if template.strip() != CHAT_TEMPLATE:
-        raise ValueError(
-            f"{path} is not the published chat template of Qwen2.5-VL, and no other is supported"
-        )
-
-
-def _read_json(path: Path) -> Any:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None

@@ -40,8 +40,8 @@ class PatchEmbedding(nn.Module):
         """Embed.
 
         Args:
-            patches: float [N, in_channels * temporal_patch_size * patch_size**2], or uint8
-                [N, 3 * patch_size**2] of images before normalization.
+            patches: float [N, in_channels * temporal_patch_size * patch_size**2], or uint8 before
+                normalization of that width, or [N, 3 * patch_size**2] of images alone.
 
         Returns:
             Embeddings [N, E] in the dtype of the weights.
@@ -53,12 +53,14 @@ class PatchEmbedding(nn.Module):
         return F.linear(patches.to(weight.dtype), weight.flatten(1))
 
     def _normalize(self, patches: torch.Tensor) -> torch.Tensor:
-        """The float32 operations of the image transform, and the copy along time."""
+        """The float32 operations of the image transform, and an image's copy along time."""
         channels = len(CLIP_MEAN)
         mean = 255 * _constant(CLIP_MEAN, patches.device)
         std = 255 * _constant(CLIP_STD, patches.device)
         levels = patches.unflatten(1, (channels, -1)).float()
         normalized = levels.sub_(mean[:, None]).div_(std[:, None])
+        if patches.shape[1] == self.proj.weight[0].numel():
+            return normalized.flatten(1)
         frames = self.proj.kernel_size[0]
         return normalized.unsqueeze(2).expand(-1, -1, frames, -1).flatten(1)
 

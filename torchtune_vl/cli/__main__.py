@@ -1,0 +1,5 @@
+"""``python -m torchtune_vl.cli``."""
+
+from torchtune_vl.cli import main
+
+main()

@@ -1,0 +1,332 @@
+"""The bytes behind a path, a URL or a file handle."""
+
+import base64
+import contextlib
+import errno
+import functools
+import http.client
+import io
+import ipaddress
+import os
+import re
+import socket
+import ssl
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+from urllib.parse import (
+    SplitResult,
+    quote,
+    unquote,
+    unquote_to_bytes,
+    urljoin,
+    urlsplit,
+    urlunsplit,
+)
+
+Source = bytes | bytearray | memoryview | str | os.PathLike | BinaryIO
+
+# More than the pixels of the largest RGB image that Pillow opens; ends the reading of /dev/zero
+MAX_BYTES = 2**30
+CHUNK = 2**20
+
+MAX_REDIRECTS = 5
+REDIRECTS = (301, 302, 303, 307, 308)
+HEADERS = {"User-Agent": "torchtune-vl"}
+URL_CHARACTERS = "%/?:@!$&'()*+,;=[]"  # beside letters and digits; all others are escaped
+
+# IPv6 addresses that stand for the IPv4 address in their last 32 bits (RFC 6052, RFC 4291)
+_EMBEDDED_IPV4 = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "::ffff:0:0/96")]
+
+
+@dataclass(frozen=True)
+class RemoteLimits:
+    """Allows https URLs, within limits.
+
+    Args:
+        max_bytes (int): largest file to fetch, in bytes.
+        timeout_seconds (float): longest time for one file, redirects included. The system's name
+            look-up has its own limit.
+
+    Raises:
+        ValueError: if a limit is not positive.
+    """
+
+    max_bytes: int = 50 * 2**20
+    timeout_seconds: float = 20
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 1 or self.timeout_seconds <= 0:
+            raise ValueError(f"{self}: both limits must be positive")
+
+
+def read_bytes(source: Source, remote: RemoteLimits | None = None) -> bytes:
+    """Reads a whole file, wherever it is.
+
+    Args:
+        source (Source): bytes; a path; a ``file://``, ``data:`` or ``https://`` URL; base64 too
+            long to be a path; or a binary file handle, which is read from its start, left at the
+            position where it was, and not closed. One that cannot seek is read from where it is.
+        remote (RemoteLimits | None): limits for ``https://`` URLs, which are refused without. The
+            certificate is verified, the address has to be on the public internet, and so does
+            that of every redirect. Proxies are not used.
+
+    Returns:
+        bytes: the content, at least one byte.
+
+    Raises:
+        ValueError: if it cannot be read, is empty, larger than ``remote.max_bytes`` or than 1 GiB
+            from elsewhere, or is not allowed. The message leaves it to the caller to name the
+            source.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        data = bytes(source)
+    elif isinstance(source, str):
+        data = _read_text(source, remote)
+    elif isinstance(source, os.PathLike):
+        data = _read_file(source)
+    elif callable(getattr(source, "read", None)):
+        data = _read_handle(source)
+    else:
+        raise ValueError("is no source; pass bytes, a path, a URL or a binary file handle")
+    if not data:
+        raise ValueError("is empty (0 bytes); fetch it again or remove it from the data")
+    return data
+
+
+def describe_source(source: object) -> str:
+    """Names a source in an error message, shortened: never whole data.
+
+    Args:
+        source (object): what :func:`read_bytes` takes, or anything else.
+
+    Returns:
+        str: such as ``file 'cat.jpg'`` or ``data of 12 bytes``, to follow "image" or "video".
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"data of {memoryview(source).nbytes} bytes"
+    if isinstance(source, str):
+        scheme = _scheme(source)
+        if scheme == "data":
+            return f"data URL {source[:40]!r}... of {len(source)} characters"
+        shown = source if len(source) <= 500 else f"{source[:500]}..."
+        return f"{'URL' if scheme else 'file'} {shown!r}"
+    if isinstance(source, os.PathLike):
+        return f"file {os.fsdecode(source)!r}"
+    if hasattr(source, "read"):
+        return f"file handle {getattr(source, 'name', type(source).__name__)!r}"
+    return f"object of type {type(source).__name__}"
+
+
+def _scheme(text: str) -> str:
+    """Scheme of a URL in lower case, "" for a path."""
+    found = re.match(r"data(?=:)|[a-z][a-z0-9+.-]*(?=://)", text, re.IGNORECASE)
+    return found.group().lower() if found else ""
+
+
+def _read_text(text: str, remote: RemoteLimits | None) -> bytes:
+    scheme = _scheme(text)
+    if not scheme:
+        return _read_file(text)
+    if scheme == "file":
+        path = text[len("file://") :]
+        # qwen-vl-utils takes the path as it stands, pathlib's as_uri() escapes it
+        return _read_file(path if os.path.exists(path) else unquote(path))
+    if scheme == "data":
+        return _read_data_url(text)
+    if scheme != "https":
+        raise ValueError(f"is a {scheme}:// URL, of which only https:// is read; download it first")
+    if remote is None:
+        raise ValueError(
+            "is a remote URL; download it first, or allow https by remote=RemoteLimits()"
+        )
+    return _fetch(text, remote)
+
+
+def _read_file(path: str | os.PathLike) -> bytes:
+    try:
+        status = os.stat(path)
+        # reading a pipe or a device might never end
+        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
+            with open(path, "rb") as file:
+                return file.read()
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+        if getattr(error, "errno", 0) == errno.ENAMETOOLONG and isinstance(path, str):
+            return _decode_base64(path, "is neither a file, having too long a name, nor base64")
+        raise ValueError(
+            f"cannot be read ({getattr(error, 'strerror', error)}); correct the path or remove it "
+            "from the data"
+        ) from error
+    _check_size(status.st_size, MAX_BYTES)
+    raise ValueError("is a directory, pipe or device; correct the path or remove it from the data")
+
+
+def _read_data_url(url: str) -> bytes:
+    """Decodes a URL of RFC 2397."""
+    header, comma, payload = url.partition(",")
+    if not comma:
+        raise ValueError("has no comma between header and data; write data:image/png;base64,...")
+    if not header.lower().endswith(";base64"):
+        return unquote_to_bytes(payload)
+    return _decode_base64(unquote(payload), "is not valid base64")
+
+
+def _decode_base64(text: str, problem: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise ValueError(f"{problem} ({error}); encode it again") from error
+
+
+def _read_handle(handle: BinaryIO) -> bytes:
+    if isinstance(handle, io.TextIOBase):
+        raise ValueError('reads text; open it in binary mode, open(path, "rb")')
+    try:
+        if handle.seekable():
+            position = handle.tell()
+            handle.seek(0)
+            try:
+                data = _read_up_to(MAX_BYTES, handle.read)
+            finally:
+                handle.seek(position)
+        else:
+            data = _read_up_to(MAX_BYTES, handle.read)
+    except Exception as error:  # whatever is behind a handle raises what it likes
+        raise ValueError(
+            f"cannot be read ({type(error).__name__}: {error}); pass an open, readable file"
+        ) from error
+    _check_size(len(data), MAX_BYTES)
+    return data
+
+
+def _read_up_to(limit: int, read: Callable[[int], bytes]) -> bytes:
+    """Reads to the end, or until there is more than the limit."""
+    chunks: list[bytes] = []
+    size = 0
+    while size <= limit and (chunk := read(CHUNK)):
+        chunks.append(chunk)
+        size += len(chunk)
+    return b"".join(chunks)
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise ValueError(f"is larger than {limit:,} bytes; make it smaller or raise the limit")
+
+
+def _fetch(url: str, limits: RemoteLimits) -> bytes:
+    deadline = time.monotonic() + limits.timeout_seconds
+    base = ""
+    try:
+        for _ in range(1 + MAX_REDIRECTS):
+            parts = _checked_url(base, url)
+            with contextlib.closing(_CheckedConnection(parts, deadline)) as connection:
+                target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+                connection.request("GET", quote(target, safe=URL_CHARACTERS), headers=HEADERS)
+                response = connection.getresponse()
+                location = response.headers["Location"]
+                if response.status not in REDIRECTS or not location:
+                    return _body(response, limits.max_bytes)
+                base, url = parts.geturl(), location
+    except (OSError, UnicodeError, http.client.HTTPException) as error:
+        raise ValueError(
+            f"cannot be fetched ({type(error).__name__}: {error}); try again, raise the limits or "
+            "download it first"
+        ) from error
+    raise ValueError(f"redirects more than {MAX_REDIRECTS} times; download it first")
+
+
+def _checked_url(base: str, url: str) -> SplitResult:
+    try:
+        parts = urlsplit(urljoin(base, url))
+        _ = parts.port  # raises for an invalid one
+    except ValueError as error:
+        raise ValueError(f"leads to {url[:500]!r}, no valid URL ({error}); correct it") from error
+    if parts.scheme != "https" or not parts.hostname or parts.username is not None:
+        raise ValueError(
+            f"leads to {url[:500]!r}; only https://host/path is fetched, without a user's name"
+        )
+    return parts
+
+
+def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
+    if response.status != 200:
+        raise ValueError(
+            f"is answered by {response.status} {response.reason}; correct the URL or remove it "
+            "from the data"
+        )
+    _check_size(response.length or 0, max_bytes)
+    data = _read_up_to(max_bytes, response.read)
+    _check_size(len(data), max_bytes)
+    if response.length:
+        raise ValueError(f"ends {response.length:,} bytes early; try again")
+    return data
+
+
+class _DeadlineSocket(ssl.SSLSocket):
+    """Ends reading at one time, however slowly the bytes come."""
+
+    deadline: float
+
+    def recv_into(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self.settimeout(_seconds_until(self.deadline))
+        return super().recv_into(*args, **kwargs)
+
+
+class _CheckedConnection(http.client.HTTPSConnection):
+    """Connects to the very address that was checked, which a second look-up could replace."""
+
+    def __init__(self, parts: SplitResult, deadline: float) -> None:
+        super().__init__(str(parts.hostname), parts.port or 443, context=_tls_context())
+        self.deadline = deadline
+
+    def connect(self) -> None:
+        plain = _connect(_public_addresses(self.host, self.port), self.deadline)
+        tls = cast(_DeadlineSocket, _tls_context().wrap_socket(plain, server_hostname=self.host))
+        tls.deadline = self.deadline
+        self.sock = tls
+
+
+@functools.cache
+def _tls_context() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    context.sslsocket_class = _DeadlineSocket
+    return context
+
+
+def _connect(addresses: list[tuple], deadline: float) -> socket.socket:
+    *others, last = addresses
+    for address in others:
+        with contextlib.suppress(OSError):
+            return socket.create_connection(address, timeout=_seconds_until(deadline))
+    return socket.create_connection(last, timeout=_seconds_until(deadline))
+
+
+def _public_addresses(host: str, port: int) -> list[tuple]:
+    addresses = [info[4][:2] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for address, _ in addresses:
+        if not _is_public(str(address)):
+            raise ValueError(
+                f"leads to {host} at {address}, which is not on the public internet; download it "
+                "first"
+            )
+    return addresses
+
+
+def _is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address)
+    if any(ip in network for network in _EMBEDDED_IPV4):
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    # is_global holds for multicast, and before Python 3.13 for the tunnels of 6to4
+    tunnel = isinstance(ip, ipaddress.IPv6Address) and ip.sixtofour
+    return ip.is_global and not ip.is_multicast and not tunnel
+
+
+def _seconds_until(deadline: float) -> float:
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError("the time is up")
+    return seconds

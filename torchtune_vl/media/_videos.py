@@ -1,0 +1,371 @@
+"""Chosen frames of a video file, without decoding or holding the others."""
+
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from io import BytesIO
+from itertools import groupby
+from typing import Any, BinaryIO, Literal, cast
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.packet import Packet
+from av.sidedata.sidedata import SideData
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+
+from torchtune_vl.media._sources import RemoteLimits, Source, read_bytes
+
+Skip = Literal["DEFAULT", "NONREF"]
+
+# FFmpeg's own step of 32 KiB would call into Python, which reads the file, far more often
+READ_STEP = 2**20
+# How many frames a decoder of H.264 or H.265 can hold back to put them in order
+MAX_HELD_BACK = 16
+# Decoders that see in one packet that no other frame is predicted from its frame
+SKIPPING_DECODERS = ("h264", "mpeg4", "mpeg2video")
+# From version 17 on PyAV converts on one thread per processor unless told otherwise
+RGB: dict[str, Any] = {"format": "rgb24"}
+if int(av.__version__.split(".")[0]) >= 17:
+    RGB["threads"] = 1
+MISSING = "the decoder gives no frame"
+DAMAGED = "the decoder finds errors in it"
+
+
+class Video:
+    """An open video file: facts about its frames, and any of them decoded.
+
+    Frames are numbered in the order in which they are shown. Opening reads all packets once
+    without decoding them, which finds the frames whatever the header says: where it holds no
+    number of frames, at a variable frame rate, out of order, or cut by an edit list.
+
+    A frame is decoded from the last key frame before it. Frames in between from which no other is
+    predicted are left out where the decoder is sure of that (H.264, MPEG-2, MPEG-4, and H.265 of
+    one temporal layer). A file whose timestamps do not put its frames in order is decoded from its
+    start.
+
+    Decoding takes ``torch.get_num_threads()`` threads: the caller's choice, and 1 in a data worker.
+
+    Args:
+        source (Source): path of a video file, which is read piece by piece; or anything else that
+            ``read_bytes`` reads, which is then held as a whole.
+        remote (RemoteLimits | None): limits for ``https://`` URLs, which are refused without.
+
+    Attributes:
+        num_frames (int): how many frames a player shows, at least 1.
+        fps (float): average number of frames per second, as FFmpeg finds it.
+        times (np.ndarray): float64 [num_frames], seconds from the first frame to each.
+        num_decoded (int): how many frames the decoder gave out so far.
+
+    Raises:
+        ValueError: if the source cannot be read, is cut off, or holds no video that FFmpeg can
+            decode. The message leaves it to the caller to name the source.
+
+    Examples:
+        >>> with Video("clip.mp4") as video:
+        ...     first, last = video.frames([0, video.num_frames - 1])
+    """
+
+    num_frames: int
+    fps: float
+    times: np.ndarray
+    close: Callable[[], None]
+
+    def __init__(self, source: Source, remote: RemoteLimits | None = None) -> None:
+        self.num_decoded = 0
+        self._reformatter = VideoReformatter()
+        with ExitStack() as stack:
+            self._file = stack.enter_context(_open_file(source, remote))
+            try:
+                self._container = _open_container(self._file)
+                stack.callback(lambda: self._container.close())
+                self._stream = _video_stream(self._container)
+                self._index_packets()
+            except (av.FFmpegError, OSError) as error:
+                raise ValueError(
+                    f"FFmpeg cannot read it ({_reason(error)}); the file is damaged, cut off or no "
+                    "video: fetch it again or remove it from the data"
+                ) from error
+            self.close = stack.pop_all().close
+
+    def __enter__(self) -> "Video":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """Decodes frames, one at a time.
+
+        The pixels are those of PyAV's ``to_ndarray(format="rgb24")``, turned upright by quarters
+        and mirrored as the file's display matrix says.
+
+        Args:
+            indices (Sequence[int]): numbers of the frames, increasing, below ``num_frames``.
+
+        Yields:
+            np.ndarray: uint8 [H, W, 3] for each index.
+
+        Raises:
+            ValueError: if a frame cannot be decoded without errors. It says at which time.
+        """
+        numbers = list(indices)
+        if not self._timed:
+            yield from self._decode_from_start(numbers)
+            return
+        for key, group in groupby(self._shown[numbers].tolist(), self._key_before):
+            yield from self._decode_from_key(key, list(group))
+
+    def _index_packets(self) -> None:
+        """Finds the frames. A frame's place is its position in the file, not its number."""
+        stream = self._stream
+        pts, keys, hidden = array("q"), array("q"), array("B")
+        stored = end = 0
+        timed, cut = True, False
+        for packet in self._container.demux(stream):
+            stored += packet.dts is not None or packet.pts is not None
+            if packet.size:
+                if packet.is_keyframe:
+                    keys.append(len(pts))
+                timed &= packet.pts is not None
+                pts.append(packet.pts or 0)
+                hidden.append(packet.is_discard)
+                cut = packet.is_corrupt
+                end = max(end, pts[-1] + (packet.duration or 0))
+        self._pts, self._keys = np.array(pts), np.array(keys, np.int64)
+        self._hidden = np.array(hidden, bool)
+        if self._hidden.all():
+            raise ValueError("holds no frames; fetch it again or remove it from the data")
+
+        self._by_time = self._pts.argsort(kind="stable")
+        self._sorted_pts = self._pts[self._by_time]
+        self._shown = self._by_time[~self._hidden[self._by_time]]
+        self.num_frames = len(self._shown)
+        ticks = self._pts[self._shown]
+        self.times = (ticks - ticks[0]) * float(stream.time_base or 0)
+        self.fps = self._frame_rate()
+        self._timed = timed and self._times_order_frames()
+        self._skip: Skip = "NONREF" if _skips_exactly(stream.codec_context) else "DEFAULT"
+        self._next_place = len(self._pts)
+        if not self._timed:
+            self.times = np.arange(self.num_frames) / self.fps
+
+        second = end * float(stream.time_base or 0)
+        # The header of an MP4 file lists its packets, that of a Matroska file the duration
+        cut |= stored < len(getattr(stream, "index_entries", ()))
+        if cut or second + 1 + 2 / self.fps < _stated_duration(stream):
+            raise ValueError(
+                f"is cut off after {second:.2f} s; fetch it again or remove it from the data"
+            )
+
+    def _frame_rate(self) -> float:
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        if rate:
+            return float(rate)
+        if self.times[-1] > 0:
+            return float((self.num_frames - 1) / self.times[-1])
+        raise ValueError("has no frame rate; convert it or pass its frames as a list")
+
+    def _times_order_frames(self) -> bool:
+        """Whether timestamps say which frame is shown when: concatenated streams repeat them."""
+        moved = self._by_time - np.arange(len(self._by_time))
+        # AVI holds no timestamps, and FFmpeg's follow the order of the file
+        made_up = self._container.format.name == "avi" and self._stream.codec_context.has_b_frames
+        distinct = (np.diff(self._sorted_pts) > 0).all()
+        return bool(
+            distinct and np.abs(moved).max() <= MAX_HELD_BACK and (moved.any() or not made_up)
+        )
+
+    def _key_before(self, place: int) -> int:
+        """Place of the last key frame that a frame can be decoded from.
+
+        A frame that is stored after a key frame and shown before it also needs earlier ones.
+        """
+        keys = self._keys[: self._keys.searchsorted(place, "right")]
+        usable = keys[self._pts[keys] <= self._pts[place]]
+        return int(usable[-1]) if len(usable) else 0
+
+    def _decode_from_key(self, key: int, places: list[int]) -> Iterator[np.ndarray]:
+        """Decodes frames, listed in the order of time, that one key frame comes before."""
+        reason = MISSING
+        for start in dict.fromkeys((key, 0)):
+            # Streams that refresh the picture part by part, and careless writers, call frames key
+            # frames that are not, which a frame that is hidden does not tell
+            begun = start == 0 or bool(self._hidden[start])
+            try:
+                for frame in self._decode_between(start, places):
+                    if frame.pts is None or frame.pts < self._pts[start]:
+                        continue
+                    begun = begun or (frame.pts == self._pts[start] and frame.key_frame)
+                    if not begun:
+                        break
+                    # Also one that is not asked for: others can be predicted from it
+                    if frame.is_corrupt:
+                        raise self._undecodable(self._number(frame.pts), DAMAGED)
+                    if places and frame.pts == self._pts[places[0]]:
+                        del places[0]
+                        yield self._upright_rgb(frame)
+            except av.FFmpegError as error:
+                reason = _reason(error)
+            if begun:
+                break
+            self._keys = self._keys[:0]
+        if places:
+            raise self._undecodable(self._number(self._pts[places[0]]), reason)
+
+    def _decode_between(self, start: int, places: list[int]) -> Iterator[VideoFrame]:
+        """Decodes what the frames at some places need, beginning with a key frame."""
+        wanted, last = set(places), max(places)
+        for place, packet in self._packets_from(start):
+            context = self._stream.codec_context
+            context.skip_frame = "DEFAULT" if place in wanted else self._skip
+            yield from self._counted(context.decode(packet))
+            if place == last:
+                break
+        yield from self._counted(self._stream.codec_context.decode(None))
+
+    def _packets_from(self, start: int) -> Iterator[tuple[int, Packet]]:
+        """Reads on from a place, with the place of each packet."""
+        self._stream.codec_context.flush_buffers()
+        # A format that seeks by guessing may arrive behind the key frame
+        for place in (start, *self._keys[self._keys < start][-1:].tolist(), None):
+            if place is None:
+                self._reopen()
+            elif place != self._next_place:
+                self._container.seek(int(self._pts[place]), stream=self._stream)
+            packets = self._placed_packets()
+            found = next((p for p in packets if p[0] >= start), None)
+            if found and found[0] == start:
+                yield found
+                yield from packets
+                return
+
+    def _placed_packets(self) -> Iterator[tuple[int, Packet]]:
+        for packet in self._container.demux(self._stream):
+            if packet.size and packet.pts is not None:
+                order = int(self._sorted_pts.searchsorted(packet.pts))
+                if order < len(self._pts) and self._sorted_pts[order] == packet.pts:
+                    place = int(self._by_time[order])
+                    self._next_place = place + 1
+                    yield place, packet
+
+    def _decode_from_start(self, numbers: list[int]) -> Iterator[np.ndarray]:
+        """Decodes frames by counting, which needs no timestamps."""
+        self._reopen()
+        reason = MISSING
+        try:
+            decoded = self._counted(self._container.decode(self._stream))
+            for number, frame in enumerate(decoded):
+                if frame.is_corrupt:
+                    raise self._undecodable(number, DAMAGED)
+                if number == numbers[0]:
+                    del numbers[0]
+                    yield self._upright_rgb(frame)
+                    if not numbers:
+                        return
+        except av.FFmpegError as error:
+            reason = _reason(error)
+        raise self._undecodable(numbers[0], reason)
+
+    def _counted(self, frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+        for frame in frames:
+            self.num_decoded += 1
+            yield frame
+
+    def _number(self, pts: int) -> int:
+        return int(self._pts[self._shown].searchsorted(pts))
+
+    def _reopen(self) -> None:
+        self._container.close()
+        self._container = _open_container(self._file)
+        self._stream = _video_stream(self._container)
+
+    def _undecodable(self, number: int, reason: str) -> ValueError:
+        return ValueError(
+            f"frame {number} at {self.times[number]:.2f} s cannot be decoded ({reason}); the file "
+            "is damaged: fetch it again, convert it or remove it from the data"
+        )
+
+    def _upright_rgb(self, frame: VideoFrame) -> np.ndarray:
+        # One reformatter saves setting up the conversion for each frame
+        rgb = self._reformatter.reformat(frame, **RGB).to_ndarray()
+        matrix = cast(SideData | None, frame.side_data.get("DISPLAYMATRIX"))
+        return rgb if matrix is None else _turn(rgb, np.frombuffer(bytes(matrix), np.int32))
+
+
+def _open_file(source: Source, remote: RemoteLimits | None) -> BinaryIO:
+    path = source.removeprefix("file://") if isinstance(source, str) else source
+    if isinstance(path, str | os.PathLike) and os.path.isfile(path):
+        with suppress(OSError):  # read_bytes says what is wrong
+            return open(path, "rb")
+    return BytesIO(read_bytes(source, remote))
+
+
+def _open_container(file: BinaryIO) -> InputContainer:
+    file.seek(0)
+    return av.open(
+        file,
+        mode="r",
+        buffer_size=READ_STEP,
+        metadata_errors="replace",
+        # Keeps a playlist from opening other files and addresses
+        options={"protocol_whitelist": ""},
+    )
+
+
+def _video_stream(container: InputContainer) -> VideoStream:
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream):
+        raise ValueError("holds no video; remove it from the data")
+    context = stream.codec_context
+    if context is None:
+        raise ValueError("FFmpeg cannot decode its codec; convert it, to H.264 for example")
+    context.thread_count = torch.get_num_threads()
+    context.thread_type = "AUTO"
+    if context.name != "h264":
+        # An error in place of a guess at what a damaged part of a frame showed. The H.264 decoder
+        # marks such frames, and would object to frames that need others from before a seek
+        context.options = {"err_detect": "explode"}
+    return stream
+
+
+def _skips_exactly(context: VideoCodecContext) -> bool:
+    """Whether a decoder can leave out frames and give the others the same pixels.
+
+    H.265 marks frames from which no other of the same temporal layer is predicted. The number of
+    layers is in the decoder configuration record of ISO/IEC 14496-15, section 8.3.3.1.
+    """
+    record = context.extradata or b""
+    one_layer = len(record) > 21 and record[0] == 1 and record[21] >> 3 & 7 == 1
+    return context.name in SKIPPING_DECODERS or (context.name == "hevc" and one_layer)
+
+
+def _stated_duration(stream: VideoStream) -> float:
+    """Seconds that a Matroska file states for a stream, 0 where it states none."""
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if not tag:
+        return 0
+    hours, minutes, seconds = tag.groups()
+    return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+
+
+def _turn(image_HWC: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Turns and mirrors an image by a display matrix, to the nearest quarter.
+
+    Its elements a, b, c, d show the stored point (x, y) at (a * x + c * y, b * x + d * y).
+    """
+    a, b, _, c, d = matrix[:5].tolist()
+    if abs(b) > abs(a):
+        image_HWC = image_HWC.transpose(1, 0, 2)
+        a, d = c, b
+    return image_HWC[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"

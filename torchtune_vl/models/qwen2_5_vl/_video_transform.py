@@ -1,0 +1,515 @@
+"""One video to the patches and the grid that Qwen2.5-VL's vision encoder reads.
+
+Frames are chosen and sized by the rules of qwen-vl-utils 0.0.14 (``smart_nframes``,
+``calculate_video_frame_range``, ``fetch_video``); their pixels are those of transformers'
+``Qwen2VLVideoProcessor``.
+
+Shapes: T frames, C channels (3), H height and W width in pixels.
+"""
+
+import math
+import operator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from numbers import Integral, Real
+from typing import Any, cast, get_args
+
+import numpy as np
+import torch
+
+from torchtune_vl.media._images import describe_image, to_rgb
+from torchtune_vl.media._sources import RemoteLimits, describe_source
+from torchtune_vl.media._videos import Video
+from torchtune_vl.models.qwen2_5_vl._image_transform import (
+    SQUARE,
+    PatchDtype,
+    Size,
+    resize,
+    smart_resize,
+)
+from torchtune_vl.models.qwen2_5_vl._patches import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PATCH_SIZE,
+    TEMPORAL_PATCH_SIZE,
+    normalized_patches,
+    patchify,
+)
+from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE
+
+FPS = 2.0
+MIN_FRAMES = 4
+MAX_FRAMES = 768
+# Of each frame
+MIN_PIXELS = 128 * SQUARE**2
+MAX_PIXELS = 768 * SQUARE**2
+# Of all frames, each step of two counted once: nine tenths of a context of 128,000 tokens
+TOTAL_PIXELS = int(128000 * SQUARE**2 * 0.9)
+
+# The settings that a sample may have
+SAMPLING = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
+SIZING = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
+SETTINGS = (*SAMPLING, *SIZING, "frame_indices", "sample_fps")
+# The least values of integers
+LEAST = {
+    "nframes": 1,
+    "min_frames": 0,
+    "max_frames": 1,
+    "min_pixels": 1,
+    "max_pixels": 1,
+    "resized_height": SQUARE,
+    "resized_width": SQUARE,
+}
+POSITIVE = ("fps", "sample_fps", "total_pixels")
+TIMES = ("video_start", "video_end")
+
+
+class Qwen2_5_VLVideoTransform:
+    """Turns one video into normalized patches, as qwen-vl-utils and transformers do together.
+
+    Which frames are taken and the size they get are those of qwen-vl-utils' ``fetch_video``; the
+    pixels are bit-identical to transformers' ``Qwen2VLVideoProcessor`` for the same frames, which
+    only knows torchvision's operations. (``fetch_video`` itself resizes in float32, which rounds
+    some values to the neighbouring level, and frames that are given as images twice.)
+
+    Only the chosen frames and those that they are predicted from are decoded, and each is resized
+    and cut into patches before the next: see :class:`~torchtune_vl.media._videos.Video`. Decoding
+    and resizing take the threads that torch has, which is 1 inside a data worker.
+
+    Args:
+        fps (float): frames to take of each second.
+        min_frames (int): fewest frames to take, if the video has as many.
+        max_frames (int): most frames to take.
+        min_pixels (int): smallest area of a frame after resizing, in pixels.
+        max_pixels (int): largest area of a frame, in pixels.
+        total_pixels (float): largest area of all steps of the grid together, two frames each, in
+            pixels. It limits the area of a frame, but not below 1.05 * ``min_pixels``.
+        image_mean (Sequence[float]): mean of each RGB channel, for values in [0, 1].
+        image_std (Sequence[float]): standard deviation of each RGB channel, likewise.
+        patch_dtype (PatchDtype): "float32", or "uint8" for patches before normalization, a quarter
+            of the bytes, which the model normalizes on its device by the default mean and
+            deviation.
+        remote (RemoteLimits | None): limits of ``https://`` URLs, which are refused without.
+
+    Raises:
+        ValueError: if a number is out of its range, ``patch_dtype`` is unknown, or uint8 patches
+            are to have another mean or deviation.
+
+    Examples:
+        >>> transform = Qwen2_5_VLVideoTransform()
+        >>> sample = transform({"video": np.zeros((8, 392, 392, 3), np.uint8), "sample_fps": 4})
+        >>> sample["pixel_values_videos"].shape, sample["video_grid_thw"]
+        (torch.Size([3136, 1176]), tensor([[ 4, 28, 28]]))
+        >>> sample["num_video_tokens"], sample["seconds_per_step"]
+        (784, 0.5)
+    """
+
+    def __init__(
+        self,
+        *,
+        fps: float = FPS,
+        min_frames: int = MIN_FRAMES,
+        max_frames: int = MAX_FRAMES,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        total_pixels: float = TOTAL_PIXELS,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        patch_dtype: PatchDtype = "float32",
+        remote: RemoteLimits | None = None,
+    ) -> None:
+        _check_numbers(
+            {
+                "fps": fps,
+                "min_frames": min_frames,
+                "max_frames": max_frames,
+                "min_pixels": min_pixels,
+                "max_pixels": max_pixels,
+                "total_pixels": total_pixels,
+            }
+        )
+        if min_pixels > max_pixels:
+            raise ValueError(
+                f"min_pixels is {min_pixels} and max_pixels {max_pixels}: "
+                "make them min_pixels <= max_pixels"
+            )
+        if patch_dtype not in get_args(PatchDtype):
+            raise ValueError(
+                f"unknown patch_dtype {patch_dtype!r}: use one of {get_args(PatchDtype)}"
+            )
+        if patch_dtype == "uint8" and (*image_mean, *image_std) != (*CLIP_MEAN, *CLIP_STD):
+            raise ValueError(
+                f"the model normalizes uint8 patches by the mean {CLIP_MEAN} and the deviation "
+                f"{CLIP_STD}, not by {tuple(image_mean)} and {tuple(image_std)}: use float32"
+            )
+        self.fps = fps
+        self.min_frames = min_frames
+        self.max_frames = max_frames
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
+        self.total_pixels = total_pixels
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.patch_dtype = patch_dtype
+        self.remote = remote
+
+    def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
+        """Adds patches, grid, number of tokens and times of ``sample["video"]`` to the sample.
+
+        Args:
+            sample (Mapping[str, Any]): its "video" is a video file: path, ``file://``, ``data:``
+                or ``https://`` URL, bytes, or binary file handle, which stays open and where it
+                is; or frames: a uint8 array or tensor [T, H, W, 3] or [T, 3, H, W] (read as the
+                latter where both fit), or a list of images of one size, each anything that the
+                image transform takes.
+
+                It may have settings of its own, with the names and the meaning of qwen-vl-utils;
+                those of the transform hold for the rest. None counts as absent.
+
+                - of a file, either "fps", with "min_frames" and "max_frames", or "nframes", a
+                  number of frames, which is rounded to an even one; and the part to take them from,
+                  "video_start" and "video_end" in seconds. Or "frame_indices", increasing numbers
+                  of frames from 0, counted in the order in which they are shown.
+                - of frames, all of which are taken: "sample_fps", how many of them make a second (2
+                  by default).
+                - of both, "min_pixels", "max_pixels" (which ends where the transform's does) and
+                  "total_pixels"; or "resized_height" and "resized_width", both at least 28, which
+                  go before them and are themselves moved to multiples of 28 with an area of 3,136
+                  to 12,845,056 pixels.
+            inference (bool): part of torchtune's transform interface; makes no difference here.
+
+        Returns:
+            dict[str, Any]: a new dict, the sample plus
+
+            - ``pixel_values_videos``: float32 or uint8 [grid_t * grid_h * grid_w, 1176]
+            - ``video_grid_thw``: int64 [1, 3], steps of two frames, and patches along height and
+              width. The last of an odd number of frames is repeated.
+            - ``num_video_tokens``: how many placeholders the video takes in the text
+            - ``seconds_per_step``: seconds from a step of the grid to the next, transformers'
+              ``second_per_grid_ts``: 2 / ``sample_fps``, of files by ``sample_fps`` =
+              frames taken / frames in the part * frames per second of the file. With
+              "frame_indices" the part is the whole video.
+            - ``frame_indices``: the numbers of the frames, without a repeated one
+
+        Raises:
+            ValueError: if the video cannot be read or decoded; has no frames, or only 1 that is
+                not asked for by "frame_indices"; its frames differ in size, are no uint8 RGB
+                images, or have one side more than 200 times the other; or a setting is unusable.
+                Names the video.
+        """
+        video = sample["video"]
+        settings = {name: sample[name] for name in SETTINGS if sample.get(name) is not None}
+        try:
+            _check_numbers(settings)
+            if isinstance(video, list | tuple | np.ndarray | torch.Tensor):
+                result = self._from_frames(video, settings)
+            else:
+                result = self._from_file(video, settings)
+        except ValueError as error:
+            raise ValueError(f"{_describe(video)}: {error}") from error
+        return {**sample, **result}
+
+    def _from_file(self, video: Any, settings: dict[str, Any]) -> dict[str, Any]:
+        if "sample_fps" in settings:
+            raise ValueError("sample_fps belongs to frames that are given: for a file, set fps")
+        with Video(video, self.remote) as file:
+            indices, fps = self._sample(file.num_frames, file.fps, settings)
+            # Turned frames have strides that torch does not take
+            frames = (
+                torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+                for frame in file.frames(indices)
+            )
+            return self._encode(frames, indices, fps, settings)
+
+    def _from_frames(self, video: Any, settings: dict[str, Any]) -> dict[str, Any]:
+        for name in (*SAMPLING, "frame_indices"):
+            if name in settings:
+                raise ValueError(
+                    f"{name} chooses among the frames of a file, but given frames are all taken: "
+                    "leave it out, or set sample_fps"
+                )
+        is_list = isinstance(video, list | tuple)
+        frames = _image_frames(video, self.remote) if is_list else _array_frames(video)
+        fps = settings.get("sample_fps", FPS)
+        return self._encode(frames, list(range(len(video))), fps, settings)
+
+    def _sample(
+        self, num_frames: int, video_fps: float, settings: Mapping[str, Any]
+    ) -> tuple[list[int], float]:
+        """Chooses frames of a file, and finds how many of them make a second."""
+        if "frame_indices" in settings:
+            for name in SAMPLING:
+                if name in settings:
+                    raise ValueError(f"has both frame_indices and {name}: give one of them")
+            indices = _check_indices(settings["frame_indices"], num_frames)
+            return indices, len(indices) / num_frames * video_fps
+        if "fps" in settings and "nframes" in settings:
+            raise ValueError("has both fps and nframes: give one of them")
+        first, last = frame_range(
+            num_frames, video_fps, settings.get("video_start"), settings.get("video_end")
+        )
+        count = frame_count(
+            last - first + 1,
+            video_fps,
+            settings.get("fps", self.fps),
+            settings.get("min_frames", self.min_frames),
+            settings.get("max_frames", self.max_frames),
+            settings.get("nframes"),
+        )
+        # qwen-vl-utils computes in float32 and rounds halves to even numbers
+        indices = torch.linspace(first, last, count).round().long().tolist()
+        return indices, count / (last - first + 1) * video_fps
+
+    def _encode(
+        self,
+        frames_CHW: Iterator[torch.Tensor],
+        indices: list[int],
+        fps: float,
+        settings: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Resizes frames and cuts them into patches, two at a time."""
+        if not indices:
+            raise ValueError("has no frames; remove it from the data")
+        steps = math.ceil(len(indices) / TEMPORAL_PATCH_SIZE)
+        first = next(frames_CHW)
+        height, width = self._target_size(first, steps * TEMPORAL_PATCH_SIZE, settings)
+        grid_thw = (steps, height // PATCH_SIZE, width // PATCH_SIZE)
+        per_patch = 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2
+        patches = np.empty(
+            (steps, grid_thw[1] * grid_thw[2], per_patch), np.dtype(self.patch_dtype)
+        )
+        # Only two frames are held besides the patches
+        pair_THWC = torch.empty(TEMPORAL_PATCH_SIZE, height, width, 3, dtype=torch.uint8)
+        for i, frame_CHW in enumerate(chain([first], frames_CHW)):
+            if frame_CHW.shape != first.shape:
+                raise ValueError(
+                    f"frame {indices[i]} is {frame_CHW.shape[2]} x {frame_CHW.shape[1]} pixels, "
+                    f"frame {indices[0]} {first.shape[2]} x {first.shape[1]}: give all one size"
+                )
+            pair_THWC[i % TEMPORAL_PATCH_SIZE] = resize(frame_CHW, height, width).permute(1, 2, 0)
+            if i % TEMPORAL_PATCH_SIZE:
+                patches[i // TEMPORAL_PATCH_SIZE] = self._cut(pair_THWC.numpy())
+        if len(indices) % TEMPORAL_PATCH_SIZE:
+            pair_THWC[1] = pair_THWC[0]
+            patches[-1] = self._cut(pair_THWC.numpy())
+        return {
+            "pixel_values_videos": torch.from_numpy(patches.reshape(-1, per_patch)),
+            "video_grid_thw": torch.tensor([grid_thw]),
+            "num_video_tokens": math.prod(grid_thw) // MERGE_SIZE**2,
+            "seconds_per_step": TEMPORAL_PATCH_SIZE / fps,
+            "frame_indices": indices,
+        }
+
+    def _target_size(
+        self, frame_CHW: torch.Tensor, num_frames: int, settings: Mapping[str, Any]
+    ) -> Size:
+        _, height, width = frame_CHW.shape
+        if not frame_CHW.numel():
+            raise ValueError(
+                f"height {height} and width {width}: a frame needs at least one pixel each way; "
+                "remove the video from the data"
+            )
+        if "resized_height" in settings and "resized_width" in settings:
+            return smart_resize(settings["resized_height"], settings["resized_width"])
+        if "resized_height" in settings or "resized_width" in settings:
+            raise ValueError("has one of resized_height and resized_width: give both or none")
+        return frame_size(
+            height,
+            width,
+            num_frames,
+            settings.get("min_pixels", self.min_pixels),
+            self.max_pixels,
+            settings.get("total_pixels", self.total_pixels),
+            settings.get("max_pixels", math.inf),
+        )
+
+    def _cut(self, frames_THWC: np.ndarray) -> np.ndarray:
+        if self.patch_dtype == "uint8":
+            return patchify(frames_THWC)
+        return normalized_patches(frames_THWC, self.image_mean, self.image_std)
+
+
+def frame_range(
+    num_frames: int, fps: float, start: float | None = None, end: float | None = None
+) -> tuple[int, int]:
+    """Finds the frames between two times: ``calculate_video_frame_range`` of qwen-vl-utils.
+
+    Args:
+        num_frames (int): frames of the video.
+        fps (float): frames per second of the video.
+        start (float | None): seconds to leave out at the beginning.
+        end (float | None): second to end at. Both are moved into the video.
+
+    Returns:
+        tuple[int, int]: numbers of the first and the last frame.
+
+    Raises:
+        ValueError: if there are not two frames between the times.
+    """
+    if start is None and end is None:
+        return 0, num_frames - 1
+    duration = num_frames / fps
+    first, last = 0, num_frames - 1
+    if start is not None:
+        first = math.ceil(max(0.0, min(start, duration)) * fps)
+    if end is not None:
+        last = min(last, math.floor(max(0.0, min(end, duration)) * fps))
+    if first >= last:
+        raise ValueError(
+            f"video_start {start} and video_end {end} leave less than two of its {num_frames} "
+            f"frames ({duration:.2f} s): set them further apart, within the video"
+        )
+    return first, last
+
+
+def frame_count(
+    num_frames: int,
+    video_fps: float,
+    fps: float = FPS,
+    min_frames: int = MIN_FRAMES,
+    max_frames: int = MAX_FRAMES,
+    nframes: int | None = None,
+) -> int:
+    """Finds how many frames to take: ``smart_nframes`` of qwen-vl-utils.
+
+    Args:
+        num_frames (int): frames to choose from.
+        video_fps (float): how many of them make a second.
+        fps (float): frames to take of each second.
+        min_frames (int): fewest to take, rounded up to an even number.
+        max_frames (int): most to take, rounded down to an even number.
+        nframes (int | None): how many to take, rounded to an even number, whatever the others say.
+
+    Returns:
+        int: an even number from 2 to ``num_frames``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if num_frames < TEMPORAL_PATCH_SIZE:
+        raise ValueError(
+            "has 1 frame, and a step of the grid takes 2: pass it as an image, or set "
+            "frame_indices to [0], which repeats it"
+        )
+    if nframes is not None:
+        asked = f"nframes {nframes} asks"
+        count = round(nframes / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE
+    else:
+        asked = f"fps {fps}, min_frames {min_frames} and max_frames {max_frames} ask"
+        fewest = math.ceil(min_frames / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE
+        most = math.floor(max_frames / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE
+        wanted = min(max(num_frames / video_fps * fps, fewest), most, num_frames)
+        count = math.floor(wanted / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE
+    if not TEMPORAL_PATCH_SIZE <= count <= num_frames:
+        raise ValueError(f"{asked} for {count} of {num_frames} frames: ask for at least 2 of them")
+    return count
+
+
+def frame_size(
+    height: int,
+    width: int,
+    num_frames: int,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+    total_pixels: float = TOTAL_PIXELS,
+    limit: float = math.inf,
+) -> Size:
+    """Finds the size that frames are resized to: the one of qwen-vl-utils' ``fetch_video``.
+
+    Args:
+        height (int): height of the frames in pixels.
+        width (int): width of the frames in pixels.
+        num_frames (int): number of frames, even.
+        min_pixels (int): smallest area of a frame, in pixels.
+        max_pixels (int): largest area of a frame, in pixels.
+        total_pixels (float): largest area of all steps of two frames, in pixels. An area of
+            1.05 * ``min_pixels`` is left to a frame in any case.
+        limit (float): an area that makes ``max_pixels`` smaller, but not larger.
+
+    Returns:
+        Size: new height and width in pixels.
+
+    Raises:
+        ValueError: if ``limit`` is below ``min_pixels``, a side is 0 or one is more than 200 times
+            the other.
+    """
+    share = total_pixels / num_frames * TEMPORAL_PATCH_SIZE
+    allowed = max(min(max_pixels, share), int(min_pixels * 1.05))
+    if allowed < limit < math.inf:
+        warnings.warn(
+            "max_pixels of a video is more than max_pixels and total_pixels of the transform "
+            "allow: these hold",
+            stacklevel=2,
+        )
+    most = min(limit, allowed)
+    if most < min_pixels:
+        raise ValueError(
+            f"min_pixels is {min_pixels} and max_pixels {most}: make them min_pixels <= max_pixels"
+        )
+    # A share of a pixel counts where qwen-vl-utils rounds the sides
+    return smart_resize(height, width, SQUARE, min_pixels, cast(int, most))
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+        is_finite = isinstance(value, Real) and math.isfinite(value)
+        if name in LEAST and not (is_integer and value >= LEAST[name]):
+            raise ValueError(f"{name} is {value!r}: make it an integer of at least {LEAST[name]}")
+        if name in POSITIVE and not (is_finite and value > 0):
+            raise ValueError(f"{name} is {value!r}: make it a number above 0")
+        if name in TIMES and not is_finite:
+            raise ValueError(f"{name} is {value!r}: make it a number of seconds")
+
+
+def _check_indices(indices: Sequence[int], num_frames: int) -> list[int]:
+    try:
+        numbers = [operator.index(index) for index in indices]
+    except TypeError as error:
+        raise ValueError(f"frame_indices is {indices!r}: make it a list of integers") from error
+    if (
+        not numbers
+        or numbers != sorted(set(numbers))
+        or numbers[0] < 0
+        or numbers[-1] >= num_frames
+    ):
+        shown = f"{numbers[:8]}{'...' if len(numbers) > 8 else ''}"
+        raise ValueError(
+            f"frame_indices is {shown}: make it increasing numbers from 0 to {num_frames - 1}"
+        )
+    return numbers
+
+
+def _array_frames(video: np.ndarray | torch.Tensor) -> Iterator[torch.Tensor]:
+    """Reads the frames of an array as [C, H, W]."""
+    if video.dtype not in (torch.uint8, np.uint8):
+        raise ValueError("the dtype must be uint8; scale the values to 0 ... 255 and convert them")
+    if video.ndim != 4 or 3 not in (video.shape[1], video.shape[3]):
+        raise ValueError("the shape must be [T, H, W, 3] or [T, 3, H, W]; convert it")
+    channels_first = video.shape[1] == 3
+    # torch takes neither negative strides nor, silently, read-only memory
+    frames = (
+        torch.from_numpy(np.require(frame, requirements=["C", "W"]))
+        if isinstance(frame, np.ndarray)
+        else frame
+        for frame in video
+    )
+    return (frame if channels_first else frame.permute(2, 0, 1) for frame in frames)
+
+
+def _image_frames(images: Sequence[Any], remote: RemoteLimits | None) -> Iterator[torch.Tensor]:
+    """Reads images as [C, H, W]."""
+    for number, image in enumerate(images):
+        try:
+            yield to_rgb(image, remote=remote)
+        except ValueError as error:
+            raise ValueError(f"frame {number}, {describe_image(image)}: {error}") from error
+
+
+def _describe(video: object) -> str:
+    if isinstance(video, list | tuple):
+        return f"video of {len(video)} images"
+    if isinstance(video, np.ndarray | torch.Tensor):
+        return f"video {type(video).__name__} of shape {tuple(video.shape)} and dtype {video.dtype}"
+    return f"video {describe_source(video)}"

@@ -1,0 +1,186 @@
+"""Generated inputs, so that a report says something without any file of the user."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+from torchtune_vl.validation._inputs import Conversation, Inputs
+
+TEXTS = [
+    "What is in this picture? Describe it in one sentence, please.",
+    "It's 3:45 already; we'll see whether they DON'T come. 1234567890 + 0.5 = ?",
+    "Was steht auf dem Schild? Größe und Maße in Fußnoten.",
+    "¿Cuántas personas hay en la fotografía? ¡Muchísimas!",
+    "Où se trouve l'œuvre ? À côté de la fenêtre, bien sûr.",
+    "На фотографии три кошки и одна собака; сколько всего животных?",
+    "Πόσα παράθυρα έχει το σπίτι στη φωτογραφία;",
+    "כמה אנשים יושבים ליד השולחן? שָׁלוֹם",
+    "كم عدد السيارات في الصورة؟ العدد ١٢٣.",
+    "تصویر میں کتنے درخت ہیں؟",
+    "तस्वीर में कितने लोग हैं? उत्तर १२३ में दो।",
+    "ছবিতে কয়টি পাখি আছে?",
+    "படத்தில் எத்தனை பூக்கள் உள்ளன?",
+    "มีแมวกี่ตัวในภาพนี้ ตอบสั้นๆ",
+    "Trong ảnh có bao nhiêu chiếc xe máy màu đỏ?",
+    "图片里的招牌上写着什么？请逐字抄写。",
+    "圖中的價格是新臺幣一百二十元嗎？",
+    "写真に写っている動物は何ですか。カタカナで答えてください。",
+    "사진 속에 몇 명이 있나요? 한국어로 답해 주세요.",
+    "სურათზე რამდენი სახლია?",
+    "በሥዕሉ ላይ ስንት ዛፎች አሉ?",
+    "စာအုပ်ဘယ်နှစ်အုပ်ရှိသလဲ။",
+    "e\u0301 and \u00e9, \ufb01 and fi, \u212b and \u00c5, \u1e9b\u0323, o\u0302\u0323",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪🇫🇷 👍🏽 1️⃣ ☃",
+    "def area(w: int, h: int) -> int:\n    return w * h  # pixels\n\n\nprint(area(28, 28))\n",
+    '{"bbox_2d": [12, 34, 560, 780], "label": "car"}',
+    "<table>\r\n\t<tr><td>1</td></tr>\r\n</table>",
+    "   leading, trailing and \u00a0 odd \u3000 white\u200bspace \t\n\n  \n ",
+    "<tool_call>\n{}\n</tool_call><|box_start|>(1,2)<|box_end|><|object_ref_start|>",
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>?<|im_end|>",
+    "a" * 3000 + " " * 300 + "\n" * 50 + "1" * 40,
+    "",
+]
+
+
+def write_builtin(directory: Path) -> Inputs:
+    """Write the generated images and the generated video as files, and make conversations of them.
+
+    Args:
+        directory: where to write.
+
+    Returns:
+        The inputs.
+    """
+    images = {}
+    for name, (width, height, suffix, draw) in _IMAGES.items():
+        path = directory / f"{name.replace(' ', '_')}.{suffix}"
+        draw(width, height).save(path)
+        images[f"built-in {name}, {width} x {height} {suffix.upper()}"] = str(path)
+    video = directory / "moving_square.mp4"
+    _write_video(video)
+    name = "built-in moving square, 24 frames of 160 x 120"
+    return Inputs(
+        images=images,
+        videos={name: str(video)},
+        conversations=_conversations([*images.values()], str(video)),
+        texts={"built-in": TEXTS},
+    )
+
+
+def _gradient(width: int, height: int) -> Image.Image:
+    x, y = np.linspace(0, 255, width), np.linspace(0, 255, height)[:, None]
+    channels = np.broadcast_arrays(x + 0 * y, y + 0 * x, (x + y) / 2)
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def _noise(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def _page(width: int, height: int) -> Image.Image:
+    """Thin dark strokes on white, as in a scanned document."""
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    for y, text in zip(range(12, height - 12, 14), TEXTS * height, strict=False):
+        draw.text((12, y), text[:120].encode("ascii", "replace").decode(), fill="black")
+    draw.rectangle((6, 6, width - 7, height - 7), outline="black")
+    return page
+
+
+def _transparent(width: int, height: int) -> Image.Image:
+    image = _gradient(width, height).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((width, height)))
+    return image
+
+
+def _gray(width: int, height: int) -> Image.Image:
+    return _noise(width, height).convert("L")
+
+
+def _palette(width: int, height: int) -> Image.Image:
+    return _gradient(width, height).quantize(64)
+
+
+# Enlarged, reduced, kept, neither side a multiple of 28, narrow; by file type
+_IMAGES: dict[str, tuple[int, int, str, Callable[[int, int], Image.Image]]] = {
+    "single pixel": (1, 1, "png", _noise),
+    "tiny noise": (27, 31, "png", _noise),
+    "gradient": (224, 224, "png", _gradient),
+    "noise": (301, 199, "png", _noise),
+    "photograph-like gradient": (640, 480, "jpg", _gradient),
+    "photograph-like noise": (333, 517, "jpg", _noise),
+    "page of text": (620, 877, "png", _page),
+    "screen of text": (1280, 720, "jpg", _page),
+    "banner": (1990, 10, "png", _gradient),
+    "column": (15, 1490, "png", _noise),
+    "transparent": (180, 140, "png", _transparent),
+    "gray": (123, 77, "png", _gray),
+    "palette": (200, 120, "gif", _palette),
+    "webp": (400, 300, "webp", _gradient),
+    # One side more than 200 times the other, which both sides have to refuse
+    "thread": (2, 500, "png", _noise),
+}
+
+
+def _write_video(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("mpeg4", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        for i in range(24):
+            frame = np.asarray(_gradient(160, 120)).copy()
+            frame[30:60, 5 * i : 5 * i + 30] = (250, 40, 10)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _conversations(images: list[str], video: str) -> list[Conversation]:
+    def text(value: str) -> dict[str, Any]:
+        return {"type": "text", "text": value}
+
+    def image(number: int) -> dict[str, Any]:
+        return {"type": "image", "image": images[number]}
+
+    def user(*content: dict[str, Any]) -> dict[str, Any]:
+        return {"role": "user", "content": list(content)}
+
+    def assistant(answer: str) -> dict[str, Any]:
+        return {"role": "assistant", "content": [text(answer)]}
+
+    system = {"role": "system", "content": "Answer briefly.\n"}
+    turns = {
+        "text": [user(text(TEXTS[0])), assistant("No picture came with it.")],
+        "text, system prompt, four turns": [
+            system,
+            *(turn for t in TEXTS[1:5] for turn in (user(text(t)), assistant(t[::-1]))),
+        ],
+        "one image": [user(image(2), text(TEXTS[15])), assistant("一片渐变色。")],
+        "image after the text": [user(text(TEXTS[5]), image(3)), assistant("Ни одного.")],
+        "three images of several sizes": [
+            system,
+            user(image(1), text(" and "), image(4), image(8), text("\nCompare them.")),
+            assistant("Noise, a gradient and a banner."),
+        ],
+        "images in two turns": [
+            user(image(10), text("This?")),
+            assistant("A fading gradient."),
+            user(text("And this? "), image(11)),
+            assistant("Gray noise."),
+        ],
+        "ends with a question": [user(image(0), text("Which colour?"))],
+        "the same image twice without a text": [user(image(12), image(12)), assistant("Twice.")],
+        "special tokens in texts": [user(text(TEXTS[28])), assistant(TEXTS[28])],
+        "video": [
+            user({"type": "video", "video": video}, text("What moves?")),
+            assistant("A red square."),
+        ],
+        "video between images": [
+            user(image(3), {"type": "video", "video": video}, image(2), text("Which one moves?")),
+            assistant("The second."),
+        ],
+    }
+    return [Conversation(f"built-in {name}", messages) for name, messages in turns.items()]
