@@ -36,13 +36,13 @@ def test_layout_of_arrays(shape, size):
     assert rgb.shape == (3, *size)
 
 
-@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what is cut off
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
 def test_truncated_anywhere_is_an_error_or_changes_nothing(file_format):
     data = encoded(file_format)
     expected = to_rgb(data)
     accepted = []
-    for length in range(0, len(data), 61):
+    for length in [*range(700), *range(700, len(data), 61)]:
         with contextlib.suppress(ValueError):
             accepted.append(to_rgb(data[:length]))
     assert all(torch.equal(rgb, expected) for rgb in accepted)

@@ -1,4 +1,5 @@
 import base64
+import gc
 import gzip
 import io
 import itertools
@@ -7,6 +8,7 @@ import socket
 import ssl
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -602,9 +604,13 @@ def test_limit_of_time_holds_for_all_redirects(internet, monkeypatch):
 
 
 def test_closes_every_connection(internet):
-    fetch()
-    for path in ("missing", "loop", "endless"):
-        with pytest.raises(ValueError, match=r"answered|redirects|larger"):
-            fetch(path, max_bytes=10**6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        fetch()
+        for path in ("missing", "loop", "endless"):
+            with pytest.raises(ValueError, match=r"answered|redirects|larger"):
+                fetch(path, max_bytes=10**6)
+        gc.collect()
+    assert not [str(warning.message) for warning in caught]
     remote = {connection.raddr for connection in psutil.Process().net_connections()}
     assert ("127.0.0.1", internet.port) not in remote

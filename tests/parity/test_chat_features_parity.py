@@ -187,7 +187,8 @@ INDENTED = """\
 ### Answer {{ loop.index }}:
         {% generation %}
 {{ message.content }}
-{%- for call in message.tool_calls or [] %} [{{ (call.function or call).arguments | tojson(indent=2) }}]
+{%- for call in message.tool_calls or [] %}
+{%- set call = call.function or call %} [{{ call.arguments | tojson(indent=2) }}]
 {%- endfor %}<|im_end|>
         {% endgeneration %}
 

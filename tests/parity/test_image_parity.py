@@ -195,6 +195,10 @@ def image_of_mode(mode):
         return Image.fromarray(noise(70, 90).astype(np.float32) * 1.5 - 50)
     if mode == "La":
         return image_of_mode("LA").convert("La")
+    if mode == "RGBa":
+        return image_of_mode("RGBA").convert("RGBa")
+    if mode == "P, palette with alpha":
+        return image_of_mode("RGBA").quantize(64)
     if mode in ("LA", "RGBA", "PA"):
         image = base.convert(mode)
         image.putalpha(Image.fromarray(noise(70, 90)))
@@ -231,6 +235,7 @@ def image_of_mode(mode):
         "P",
         "P, one transparent colour",
         "P, alpha for each colour",
+        "P, palette with alpha",
         "PA",
         "RGBA",
         "RGBX",
@@ -386,6 +391,7 @@ def test_format_and_mode(backend, tmp_path, suffix, mode):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*more than 8 bits")
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_options_of_formats(backend, tmp_path, name, mode, options):
     path = tmp_path / name
     image_of_mode(mode).save(path, **options)
@@ -496,6 +502,8 @@ def cmyk(transform):
 JFIF = jpeg()[2:20]
 ODD_JPEGS = {
     "CMYK": cmyk(None),
+    "CMYK after JFIF": cmyk(None)[:2] + JFIF + cmyk(None)[2:],
+    "CMYK, Adobe after JFIF": cmyk(0)[:2] + JFIF + cmyk(0)[2:],
     "CMYK, Adobe": cmyk(0),
     "YCCK, Adobe": cmyk(2),
     "RGB, Adobe": with_segment(0xEE, adobe(0)),
@@ -504,6 +512,9 @@ ODD_JPEGS = {
     "no JFIF": jpeg().replace(JFIF, b""),
     "short JFIF": jpeg().replace(JFIF, b"\xff\xe0\x00\x08JFIF\x00\x01"),
     "shorter JFIF": jpeg().replace(JFIF, b"\xff\xe0\x00\x06JFIF"),
+    "short JFIF, comment": jpeg().replace(
+        JFIF, b"\xff\xe0\x00\x08JFIF\x00\x01" + b"\xff\xfe\x00\x06abcd"
+    ),
     "second JFIF, short": with_segment(0xE0, b"JFIF", at=20),
     "JFIF extension": with_segment(0xE0, b"JFXX\0\x10", at=20),
     "JFIF thumbnail": with_segment(0xE0, JFIF[4:16] + b"\1\1abc").replace(JFIF, b""),
@@ -713,6 +724,7 @@ TRANSPARENT = [
     "RGBa",
     "P, one transparent colour",
     "P, alpha for each colour",
+    "P, palette with alpha",
     "L, one transparent level",
     "RGB, one transparent colour",
 ]

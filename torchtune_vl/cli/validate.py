@@ -172,7 +172,8 @@ def _write(report: "Report", options: argparse.Namespace) -> None:
     from torchtune_vl.validation import print_report, to_html, to_markdown
 
     # A file or pipe has no width of its own
-    print_report(report, Console(width=None if sys.stdout.isatty() else 140))
+    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    print_report(report, Console(width=None if has_width else 140))
     for path, render in ((options.markdown, to_markdown), (options.html, to_html)):
         if path is not None:
             path.write_text(render(report), encoding="utf-8")

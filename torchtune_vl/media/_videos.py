@@ -26,14 +26,19 @@ Skip = Literal["DEFAULT", "NONREF"]
 
 # FFmpeg's own step of 32 KiB would call into Python, which reads the file, far more often
 READ_STEP = 2**20
+# Twice those of 8K; a decoder holds up to 17 frames
+MAX_PIXELS = 2**26
 # How many frames a decoder of H.264 or H.265 can hold back to put them in order
 MAX_HELD_BACK = 16
+# Formats whose files begin wherever a recording began
+BROADCASTS = ("mpegts", "mpeg")
 # Decoders that see in one packet that no other frame is predicted from its frame
 SKIPPING_DECODERS = ("h264", "mpeg4", "mpeg2video")
 # From version 17 on PyAV converts on one thread per processor unless told otherwise
 RGB: dict[str, Any] = {"format": "rgb24"}
 if int(av.__version__.split(".")[0]) >= 17:
     RGB["threads"] = 1
+READ_ERRORS = (av.FFmpegError, OSError)
 MISSING = "the decoder gives no frame"
 DAMAGED = "the decoder finds errors in it"
 
@@ -87,7 +92,7 @@ class Video:
                 stack.callback(lambda: self._container.close())
                 self._stream = _video_stream(self._container)
                 self._index_packets()
-            except (av.FFmpegError, OSError) as error:
+            except READ_ERRORS as error:
                 raise ValueError(
                     f"FFmpeg cannot read it ({_reason(error)}); the file is damaged, cut off or no "
                     "video: fetch it again or remove it from the data"
@@ -117,18 +122,17 @@ class Video:
         """
         numbers = list(indices)
         if not self._timed:
-            yield from self._decode_from_start(numbers)
+            yield from self._decode_by_number(numbers)
             return
         for key, group in groupby(self._shown[numbers].tolist(), self._key_before):
             yield from self._decode_from_key(key, list(group))
 
     def _index_packets(self) -> None:
         """Finds the frames. A frame's place is its position in the file, not its number."""
-        stream = self._stream
         pts, keys, hidden = array("q"), array("q"), array("B")
         stored = end = 0
         timed, cut = True, False
-        for packet in self._container.demux(stream):
+        for packet in self._container.demux(self._stream):
             stored += packet.dts is not None or packet.pts is not None
             if packet.size:
                 if packet.is_keyframe:
@@ -138,38 +142,44 @@ class Video:
                 hidden.append(packet.is_discard)
                 cut = packet.is_corrupt
                 end = max(end, pts[-1] + (packet.duration or 0))
+        if not pts:
+            raise ValueError("holds no frames; fetch it again or remove it from the data")
+        # The header of an MP4 file lists its packets
+        cut |= stored < len(getattr(self._stream, "index_entries", ()))
+        seconds_per_tick = float(self._stream.time_base or 0)
+
         self._pts, self._keys = np.array(pts), np.array(keys, np.int64)
         self._hidden = np.array(hidden, bool)
-        if self._hidden.all():
-            raise ValueError("holds no frames; fetch it again or remove it from the data")
-
+        self._next_place = len(self._pts)
         self._by_time = self._pts.argsort(kind="stable")
         self._sorted_pts = self._pts[self._by_time]
-        self._shown = self._by_time[~self._hidden[self._by_time]]
-        self.num_frames = len(self._shown)
-        ticks = self._pts[self._shown]
-        self.times = (ticks - ticks[0]) * float(stream.time_base or 0)
-        self.fps = self._frame_rate()
+        self._skip: Skip = "NONREF" if _skips_exactly(self._stream.codec_context) else "DEFAULT"
         self._timed = timed and self._times_order_frames()
-        self._skip: Skip = "NONREF" if _skips_exactly(stream.codec_context) else "DEFAULT"
-        self._next_place = len(self._pts)
+        if self._timed:
+            self._hide_undecodable_beginning()
+        self._shown = self._by_time[~self._hidden[self._by_time]]
+        ticks = self._pts[self._shown]
+        self.times = (ticks - ticks[:1]) * seconds_per_tick
+        self.fps = self._frame_rate()
         if not self._timed:
-            self.times = np.arange(self.num_frames) / self.fps
+            self.times = np.arange(sum(1 for _ in self._decoded_from_start())) / self.fps
+        self.num_frames = len(self.times)
+        if not self.num_frames:
+            raise ValueError("holds no frames; fetch it again or remove it from the data")
 
-        second = end * float(stream.time_base or 0)
-        # The header of an MP4 file lists its packets, that of a Matroska file the duration
-        cut |= stored < len(getattr(stream, "index_entries", ()))
-        if cut or second + 1 + 2 / self.fps < _stated_duration(stream):
+        longest_frame = np.diff(self.times).max(initial=1 / self.fps)
+        if cut or end * seconds_per_tick + 2 * longest_frame < _stated_duration(self._stream):
             raise ValueError(
-                f"is cut off after {second:.2f} s; fetch it again or remove it from the data"
+                f"is cut off after {end * seconds_per_tick:.2f} s; fetch it again or remove it "
+                "from the data"
             )
 
     def _frame_rate(self) -> float:
         rate = self._stream.average_rate or self._stream.guessed_rate
         if rate:
             return float(rate)
-        if self.times[-1] > 0:
-            return float((self.num_frames - 1) / self.times[-1])
+        if self.times.any():
+            return float((len(self.times) - 1) / self.times[-1])
         raise ValueError("has no frame rate; convert it or pass its frames as a list")
 
     def _times_order_frames(self) -> bool:
@@ -181,6 +191,22 @@ class Video:
         return bool(
             distinct and np.abs(moved).max() <= MAX_HELD_BACK and (moved.any() or not made_up)
         )
+
+    def _hide_undecodable_beginning(self) -> None:
+        """Does not count frames that need some from before the file, as a whole decode does not."""
+        first = self._keys[0] if len(self._keys) else len(self._pts) - 1
+        early = ~self._hidden & (self._pts < self._pts[first])
+        if self._container.format.name not in BROADCASTS:
+            early[:first] = False  # begins with a key frame, or is damaged
+        if not early.any():
+            return
+        given: set[int | None] = set()
+        for place, packet in self._packets_from(0):
+            with suppress(av.FFmpegError):
+                given |= {frame.pts for frame in self._stream.codec_context.decode(packet)}
+            if place > first + 4 * MAX_HELD_BACK or self._pts[first] in given:
+                break
+        self._hidden |= early & ~np.isin(self._pts, [pts for pts in given if pts is not None])
 
     def _key_before(self, place: int) -> int:
         """Place of the last key frame that a frame can be decoded from.
@@ -211,7 +237,7 @@ class Video:
                     if places and frame.pts == self._pts[places[0]]:
                         del places[0]
                         yield self._upright_rgb(frame)
-            except av.FFmpegError as error:
+            except READ_ERRORS as error:
                 reason = _reason(error)
             if begun:
                 break
@@ -233,12 +259,13 @@ class Video:
     def _packets_from(self, start: int) -> Iterator[tuple[int, Packet]]:
         """Reads on from a place, with the place of each packet."""
         self._stream.codec_context.flush_buffers()
-        # A format that seeks by guessing may arrive behind the key frame
+        # A format that seeks by guessing may arrive behind the key frame, or nowhere
         for place in (start, *self._keys[self._keys < start][-1:].tolist(), None):
             if place is None:
                 self._reopen()
             elif place != self._next_place:
-                self._container.seek(int(self._pts[place]), stream=self._stream)
+                with suppress(av.FFmpegError):
+                    self._container.seek(int(self._pts[place]), stream=self._stream)
             packets = self._placed_packets()
             found = next((p for p in packets if p[0] >= start), None)
             if found and found[0] == start:
@@ -255,23 +282,27 @@ class Video:
                     self._next_place = place + 1
                     yield place, packet
 
-    def _decode_from_start(self, numbers: list[int]) -> Iterator[np.ndarray]:
+    def _decode_by_number(self, numbers: list[int]) -> Iterator[np.ndarray]:
         """Decodes frames by counting, which needs no timestamps."""
+        for number, frame in enumerate(self._decoded_from_start()):
+            if number == numbers[0]:
+                yield self._upright_rgb(frame)
+                del numbers[0]
+                if not numbers:
+                    return
+        raise self._undecodable(numbers[0], MISSING)
+
+    def _decoded_from_start(self) -> Iterator[VideoFrame]:
         self._reopen()
-        reason = MISSING
+        number = 0
         try:
-            decoded = self._counted(self._container.decode(self._stream))
-            for number, frame in enumerate(decoded):
+            for frame in self._counted(self._container.decode(self._stream)):
                 if frame.is_corrupt:
                     raise self._undecodable(number, DAMAGED)
-                if number == numbers[0]:
-                    del numbers[0]
-                    yield self._upright_rgb(frame)
-                    if not numbers:
-                        return
-        except av.FFmpegError as error:
-            reason = _reason(error)
-        raise self._undecodable(numbers[0], reason)
+                yield frame
+                number += 1
+        except READ_ERRORS as error:
+            raise self._undecodable(number, _reason(error)) from error
 
     def _counted(self, frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
         for frame in frames:
@@ -287,8 +318,9 @@ class Video:
         self._stream = _video_stream(self._container)
 
     def _undecodable(self, number: int, reason: str) -> ValueError:
+        second = self.times[number] if self._timed else number / self.fps
         return ValueError(
-            f"frame {number} at {self.times[number]:.2f} s cannot be decoded ({reason}); the file "
+            f"frame {number} at {second:.2f} s cannot be decoded ({reason}); the file "
             "is damaged: fetch it again, convert it or remove it from the data"
         )
 
@@ -315,7 +347,7 @@ def _open_container(file: BinaryIO) -> InputContainer:
         buffer_size=READ_STEP,
         metadata_errors="replace",
         # Keeps a playlist from opening other files and addresses
-        options={"protocol_whitelist": ""},
+        options={"protocol_whitelist": "", "max_pixels": str(MAX_PIXELS)},
     )
 
 
@@ -326,12 +358,18 @@ def _video_stream(container: InputContainer) -> VideoStream:
     context = stream.codec_context
     if context is None:
         raise ValueError("FFmpeg cannot decode its codec; convert it, to H.264 for example")
+    if stream.width * stream.height > MAX_PIXELS:
+        raise ValueError(
+            f"has frames of {stream.width} x {stream.height} pixels, more than {MAX_PIXELS:,}: "
+            "make it smaller or remove it from the data"
+        )
     context.thread_count = torch.get_num_threads()
     context.thread_type = "AUTO"
+    context.options = {"max_pixels": str(MAX_PIXELS)}
     if context.name != "h264":
         # An error in place of a guess at what a damaged part of a frame showed. The H.264 decoder
         # marks such frames, and would object to frames that need others from before a seek
-        context.options = {"err_detect": "explode"}
+        context.options["err_detect"] = "explode"
     return stream
 
 

@@ -39,9 +39,9 @@ def image_rows(
     rows = [grids]
     for backend in BACKENDS:
         pixels = Row(
-            f"pixels, {backend} backend",
-            "From the file to normalized patches, beside transformers' load_image and "
-            f"image processor on {_LIBRARY[backend]}.",
+            f"pixels, {_NAMES[backend]}",
+            "From the file to normalized patches, beside transformers' load_image and its image "
+            f"processor's {_NAMES[backend]} backend.",
             "values",
             numeric=True,
         )
@@ -54,7 +54,7 @@ def image_rows(
     return rows
 
 
-_LIBRARY: dict[Backend, str] = {"torchvision": "torchvision", "pil": "Pillow"}
+_NAMES: dict[Backend, str] = {"torchvision": "torchvision", "pil": "PIL"}
 
 
 def _obstacle(ours: Ours, reference: Reference, backend: Backend) -> str:
@@ -80,12 +80,13 @@ def _compare_images(
         processed = transform({"image": path})
         return Processed(processed["pixel_values"], processed["image_grid_thw"])
 
-    first = next(iter(images.values()))
-    attempt(process, first)  # compiles, and loads codecs, before the time is taken
+    # Compile and load codecs before the time is taken
+    first = next(path for path in images.values() if attempt(process, path).error is None)
     attempt(reference.image, first, backend)
     for name, path in track([*images.items()], f"images, {backend}"):
         a, b = attempt(process, path), attempt(reference.image, path, backend)
-        grids.add(compare_sequences(f"{name}, {backend}", a.map(grid_of), b.map(grid_of)))
+        if a.error is None and b.error is None:
+            grids.add(compare_sequences(f"{name}, {backend}", a.map(grid_of), b.map(grid_of)))
         pixels.add(compare_pixels(name, a, b, draw=len(pixels.cases) < KEPT_EVIDENCE))
 
 

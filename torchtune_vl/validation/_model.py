@@ -19,8 +19,6 @@ from torchtune_vl.validation._report import Case, Outcome, Row, Track, attempt, 
 # How much further from transformers we may be than transformers is from itself, when it computes
 # attention another way. Rounding that is no better than that is no error.
 MARGIN = 10
-# With eager attention a longer conversation may take gigabytes
-_MAX_TOKENS_EAGER = 1024
 
 
 def model_rows(
@@ -167,8 +165,7 @@ def _compare_logits(
     pair: _Pair, samples: Sequence[Sample], rows: Sequence[Row], track: Track
 ) -> None:
     logits, top = rows
-    short = [s.reference for s in samples if len(s.ours["tokens"]) <= _MAX_TOKENS_EAGER]
-    spread = max(map(pair.spread, track(short, "rounding")), default=0.0)
+    spread = max(pair.spread(sample.reference) for sample in track(samples, "rounding"))
     relative = MARGIN * max(spread, torch.finfo(torch.float32).eps)
     logits.note = (
         f"Passes up to {number(relative)} of the largest logit: {MARGIN} times the difference "

@@ -1,5 +1,6 @@
 """Our side of the comparison, from the files of one directory."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torchtune_vl.models.qwen2_5_vl import (
 )
 from torchtune_vl.models.qwen2_5_vl._pretrained import image_settings
 from torchtune_vl.validation._reference import Processed
-from torchtune_vl.validation._report import attempt
+from torchtune_vl.validation._report import Outcome, attempt
 
 
 class Ours:
@@ -23,24 +24,32 @@ class Ours:
 
     Attributes:
         directory: as given.
-        tokenizer: outcome of reading the tokenizer.
-        image_settings: outcome of reading the settings of images.
-        transform: outcome of reading the whole transform, which reads special tokens in texts as
-            transformers does.
     """
 
     def __init__(self, directory: Path, max_pixels: int | None = None) -> None:
         self.directory = directory
-        self.tokenizer = attempt(read_tokenizer, directory)
-        limits = {} if max_pixels is None else {"max_pixels": max_pixels}
-        self.image_settings = attempt(lambda: image_settings(directory) | limits)
-        self.transform = attempt(
-            Qwen2_5_VLTransform.from_pretrained,
-            directory,
-            parse_special="all",
-            image_settings=limits,
-        )
+        self._limits = {} if max_pixels is None else {"max_pixels": max_pixels}
         self._videos: dict[str, tuple[list[int], float]] = {}
+
+    @cached_property
+    def tokenizer(self) -> Outcome[Qwen2_5_VLTokenizer]:
+        """Outcome of reading the tokenizer."""
+        return attempt(_read_tokenizer, self.directory)
+
+    @cached_property
+    def image_settings(self) -> Outcome[dict[str, Any]]:
+        """Outcome of reading the settings of images."""
+        return attempt(lambda: image_settings(self.directory) | self._limits)
+
+    @cached_property
+    def transform(self) -> Outcome[Qwen2_5_VLTransform]:
+        """Outcome of reading it all; special tokens in texts are tokens, as in transformers."""
+        return attempt(
+            Qwen2_5_VLTransform.from_pretrained,
+            self.directory,
+            parse_special="all",
+            image_settings=self._limits,
+        )
 
     def image_transform(self, **settings: Any) -> Qwen2_5_VLImageTransform:
         """Make an image transform with the directory's settings and more."""
@@ -68,19 +77,8 @@ class Ours:
         return self._videos[path]
 
 
-def read_tokenizer(directory: Path) -> Qwen2_5_VLTokenizer:
-    """Read the files that :meth:`Qwen2_5_VLTransform.from_pretrained` reads.
-
-    Args:
-        directory: the checkpoint's directory.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        FileNotFoundError: if the directory has no vocabulary.
-        ValueError: if the vocabulary is damaged.
-    """
+def _read_tokenizer(directory: Path) -> Qwen2_5_VLTokenizer:
+    """Read the files that :meth:`Qwen2_5_VLTransform.from_pretrained` reads."""
     if (directory / "tokenizer.json").exists():
         return Qwen2_5_VLTokenizer(directory / "tokenizer.json")
     return Qwen2_5_VLTokenizer(directory / "vocab.json", directory / "merges.txt")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,63 +41,82 @@ class Reference:
         directory: as given.
         no_torchvision: why torchvision cannot be used; empty if it can. Without it transformers
             has one image backend, no video processor and so no processor of Qwen2.5-VL.
-        tokenizer: outcome of reading the tokenizer.
-        image_processors: outcomes of reading the image processor of each backend.
-        video_processor: outcome of reading the video processor.
-        processor: outcome of reading the whole processor.
-        rope: outcome of making a model without weights, which numbers positions.
     """
 
     def __init__(self, directory: Path, max_pixels: int | None = None) -> None:
         self.directory = directory
         self.no_torchvision = import_torchvision()
-        from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+        self._limits = {} if max_pixels is None else {"max_pixels": max_pixels}
+
+    @cached_property
+    def tokenizer(self) -> Outcome:
+        """Outcome of reading the tokenizer."""
+        from transformers import AutoTokenizer
+
+        return attempt(AutoTokenizer.from_pretrained, self.directory, **_LOCAL)
+
+    @cached_property
+    def image_processors(self) -> dict[Backend, Outcome]:
+        """Outcomes of reading the image processor of each backend that there is."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
             Qwen2VLImageProcessorPil,
         )
 
-        limits = {} if max_pixels is None else {"max_pixels": max_pixels}
+        classes: dict[Backend, Any] = {"pil": Qwen2VLImageProcessorPil}
+        if not self.no_torchvision:
+            from transformers import Qwen2VLImageProcessor
 
-        def without_weights() -> Any:
-            # Without one transformers silently takes the dimensions of a model of 72B
-            if not (directory / "config.json").is_file():
-                raise FileNotFoundError(f"{directory} has no config.json")
-            config = Qwen2_5_VLConfig.from_pretrained(directory, **_LOCAL)
-            with torch.device("meta"):
-                return Qwen2_5_VLForConditionalGeneration(config).model
-
-        self.tokenizer = attempt(AutoTokenizer.from_pretrained, directory, **_LOCAL)
-        self.image_processors: dict[Backend, Outcome] = {
-            "pil": attempt(Qwen2VLImageProcessorPil.from_pretrained, directory, **_LOCAL, **limits)
+            classes["torchvision"] = Qwen2VLImageProcessor
+        return {
+            backend: attempt(cls.from_pretrained, self.directory, **_LOCAL, **self._limits)
+            for backend, cls in classes.items()
         }
-        self.rope = attempt(without_weights)
-        if self.no_torchvision:
-            return
-        from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-        self.image_processors["torchvision"] = attempt(
-            Qwen2VLImageProcessor.from_pretrained, directory, **_LOCAL, **limits
-        )
-        self.video_processor = attempt(
+    @cached_property
+    def video_processor(self) -> Outcome:
+        """Outcome of reading the video processor."""
+        from transformers import Qwen2VLVideoProcessor
+
+        return attempt(
             Qwen2VLVideoProcessor.from_pretrained,
-            directory,
+            self.directory,
             cap_pixels_per_frame=True,
             **_VIDEO_LIMITS,
             **_LOCAL,
         )
 
-        def whole() -> Any:
-            processor = Qwen2_5_VLProcessor.from_pretrained(directory, **_LOCAL)
-            for part, outcome in (
-                ("image_processor", self.image_processors["torchvision"]),
-                ("video_processor", self.video_processor),
-            ):
-                if outcome.error is not None:
-                    raise outcome.error
-                setattr(processor, part, outcome.value)
-            return processor
+    @cached_property
+    def processor(self) -> Outcome:
+        """Outcome of reading the whole processor."""
+        return attempt(self._read_processor)
 
-        self.processor = attempt(whole)
+    def _read_processor(self) -> Any:
+        from transformers import Qwen2_5_VLProcessor
+
+        processor = Qwen2_5_VLProcessor.from_pretrained(self.directory, **_LOCAL)
+        for part, outcome in (
+            ("image_processor", self.image_processors["torchvision"]),
+            ("video_processor", self.video_processor),
+        ):
+            if outcome.error:
+                raise outcome.error
+            setattr(processor, part, outcome.value)
+        return processor
+
+    @cached_property
+    def rope(self) -> Outcome:
+        """Outcome of making a model without weights, which numbers positions."""
+        return attempt(self._without_weights)
+
+    def _without_weights(self) -> Any:
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+        # Without one transformers silently takes the dimensions of a model of 72B
+        if not (self.directory / "config.json").is_file():
+            raise FileNotFoundError(f"{self.directory} has no config.json")
+        config = Qwen2_5_VLConfig.from_pretrained(self.directory, **_LOCAL)
+        with torch.device("meta"):
+            return Qwen2_5_VLForConditionalGeneration(config).model
 
     # Tokenizer
 

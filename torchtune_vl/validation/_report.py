@@ -142,14 +142,14 @@ class Row:
         one_side = sum(case.refused in ("ours", "transformers") for case in self.cases)
         both = sum(case.refused == "both" for case in self.cases)
         if one_side:
-            parts.append(f"{one_side:,} refused by one side only")
+            parts.append(f"{one_side:,} refused by one side")
         if both:
             parts.append(f"{both:,} refused by both")
-        return "; ".join(parts)
+        return ", ".join(parts)
 
     def _difference(self, cases: Sequence[Case]) -> str:
         if not self.numeric:
-            return f"{sum(case.differing for case in cases):,} differ"
+            return f"{sum(case.differing for case in cases):,} {self.unit} differ"
         mean = sum(case.total for case in cases) / max(self.compared, 1)
         return f"max {number(cases[0].largest)}, mean {number(mean)}"
 
@@ -298,7 +298,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
         f"{len(row.cases):,}" if row.cases else "",
-        f"{row.compared:,} {row.unit}" if row.cases else "",
+        f"{row.compared:,}" if row.cases else "",
         row.figure,
         row.status,
         *(times if row.cases else ("", "")),

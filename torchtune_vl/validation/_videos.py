@@ -42,12 +42,13 @@ def video_rows(
     elif ours.image_settings.error or reference.video_processor.error:
         grids.skipped = pixels.skipped = "unreadable: see image settings"
     else:
-        first = next(iter(videos.values()))
-        attempt(ours.video, first)  # loads codecs before the time is taken
+        # Load codecs before the time is taken
+        first = next(path for path in videos.values() if attempt(ours.video, path).error is None)
         attempt(reference.video, first, ours.frames(first))
         for name, path in track([*videos.items()], "videos"):
             a = attempt(ours.video, path)
             b = attempt(reference.video, path, ours.frames(path))
-            grids.add(compare_sequences(name, a.map(grid_of), b.map(grid_of)))
+            if a.error is None and b.error is None:
+                grids.add(compare_sequences(name, a.map(grid_of), b.map(grid_of)))
             pixels.add(compare_pixels(name, a, b, draw=len(pixels.cases) < KEPT_EVIDENCE))
     return [grids, pixels]

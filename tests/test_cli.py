@@ -1,0 +1,108 @@
+"""The command line: what it costs to ask for help, its exit status, and what it writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from quickstart.checkpoint import write_tiny_checkpoint
+from torchtune_vl.cli import main
+
+
+@pytest.fixture(scope="module")
+def checkpoint(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("command") / "base"
+    write_tiny_checkpoint(directory, vocabulary)
+    return directory
+
+
+def status(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, arguments)])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('imported', *sys.modules))\n"
+        f"from torchtune_vl.cli import main\nmain({arguments})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text, _, imported = done.stdout.partition("imported ")
+    assert "validate" in text
+    heavy = {"torch", "torchtune", "transformers", "numpy", "PIL", "rich", "jinja2", "av"}
+    assert not heavy & set(imported.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["validate"], "checkpoint_dir"),
+        (["validate", "nowhere"], "nowhere is no directory"),
+        (["validate", ".", "--reference", "nowhere"], "nowhere is no directory"),
+        (["validate", ".", "--images", "nowhere.png"], "nowhere.png does not exist"),
+        (["validate", ".", "--videos", "."], "holds no video"),
+        (["validate", ".", "--conversations", "broken.json"], "cannot be read as conversations"),
+        (["validate", ".", "--html", "nowhere/report.html"], "nowhere"),
+        (["validate", ".", "--dtype", "int8"], "int8"),
+    ],
+)
+def test_wrong_usage(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("[")
+    assert status(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_passes_and_writes_reports(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, text = tmp_path / "report.html", tmp_path / "report.md"
+    assert status("validate", checkpoint, "--weights", "--html", page, "--markdown", text) == 0
+    output = capsys.readouterr().out
+    assert "14 rows pass, 0 fail, 2 not compared" in output
+    assert str(checkpoint) in page.read_text()
+    assert "14 rows pass" in text.read_text()
+
+
+def test_fails_with_status_1(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One weight, one line of the vocabulary and one mean, each in its own row."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in checkpoint.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][5] += 0.25
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((copy / "preprocessor_config.json").read_text())
+    settings["image_mean"][2] += 1e-6
+    (copy / "preprocessor_config.json").write_text(json.dumps(settings))
+    lines = (copy / "merges.txt").read_text(encoding="utf-8").split("\n")
+    lines[100] = "q q"
+    (copy / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+
+    assert status("validate", copy, "--reference", checkpoint, "--weights") == 1
+    output = capsys.readouterr().out
+    for row in ("vocabulary: 1 fail", "image settings: 2 fail", "weights: 1 fail"):
+        assert row in output
+    for row in ("text ids", "positions"):
+        assert f"{row}: " not in output
+    assert status("validate", copy) == 1

@@ -1,0 +1,595 @@
+"""The parity report: that it passes what is equal, and fails the right row for what is not."""
+
+import base64
+import json
+import re
+import shutil
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from quickstart.checkpoint import write_tiny_checkpoint
+from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLImageTransform, Qwen2_5_VLTokenizer
+from torchtune_vl.validation import (
+    Inputs,
+    Report,
+    Row,
+    _chat,
+    _model,
+    _reference,
+    find_images,
+    find_videos,
+    read_conversations,
+    to_html,
+    to_markdown,
+    validate,
+)
+from torchtune_vl.validation._builtin import write_builtin
+from torchtune_vl.validation._compare import compare_sequences, compare_tensors
+from torchtune_vl.validation._images import image_rows
+from torchtune_vl.validation._ours import Ours
+from torchtune_vl.validation._reference import Reference
+from torchtune_vl.validation._report import KEPT_EVIDENCE, Case, Outcome, attempt, refusal
+from torchtune_vl.validation._settings import chat_template_row, image_settings_row
+from torchtune_vl.validation._videos import video_rows
+from torchtune_vl.validation._vocabulary import special_tokens_row, text_row, vocabulary_row
+
+ROWS = [
+    "vocabulary",
+    "special tokens",
+    "image settings",
+    "chat template",
+    "text ids",
+    "chat ids",
+    "image grids",
+    "pixels, torchvision",
+    "pixels, PIL",
+    "video grids",
+    "video pixels",
+    "chat pixels",
+    "positions",
+    "weights",
+    "logits",
+    "top-1",
+]
+
+
+def all_of(sequence, description):
+    return sequence
+
+
+def outcomes(ours, reference):
+    return Outcome(ours), Outcome(reference)
+
+
+def failing(report: Report) -> set[str]:
+    return {row.name for row in report.rows if row.status == "fail"}
+
+
+def row_of(report: Report, name: str) -> Row:
+    (row,) = (row for row in report.rows if row.name == name)
+    return row
+
+
+def case_of(row: Row, name: str) -> Case:
+    (case,) = (case for case in row.cases if case.name == name)
+    return case
+
+
+@pytest.fixture(scope="module")
+def checkpoint(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("validated") / "base"
+    write_tiny_checkpoint(directory, vocabulary)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint: Path) -> Ours:
+    return Ours(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> Reference:
+    return Reference(checkpoint)
+
+
+@pytest.fixture
+def altered(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a copy of the checkpoint with one place of one file altered."""
+
+    def alter(name: str, old: str, new: str) -> Path:
+        directory = tmp_path / "altered"
+        directory.mkdir()
+        for path in checkpoint.iterdir():
+            (directory / path.name).symlink_to(path)
+        text = (checkpoint / name).read_text(encoding="utf-8")
+        assert text.count(old) >= 1
+        (directory / name).unlink()
+        (directory / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+        return directory
+
+    return alter
+
+
+@pytest.fixture
+def builtin(tmp_path: Path) -> Inputs:
+    return write_builtin(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a user's: images, broken ones among them, and conversations."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (90, 130, 3), dtype=np.uint8))
+    image.save(folder / "a.png")
+    image.rotate(90, expand=True).save(folder / "b.jpg")
+    whole = (folder / "b.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 3])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "no_video.mp4").write_text("text")
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    data_url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    (folder / "chat.json").write_text(json.dumps(conversations(data_url)))
+    return folder
+
+
+def conversations(data_url: str) -> list:
+    question = {"type": "text", "text": "What?"}
+    answer = {"role": "assistant", "content": "This."}
+    tool_call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    return [
+        [{"role": "user", "content": [{"type": "image", "image": "a.png"}, question]}, answer],
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url}}]}
+            ]
+        },
+        {
+            "image": "b.jpg",
+            "conversations": [
+                {"from": "human", "value": "Left: <image>\nright: nothing"},
+                {"from": "gpt", "value": "Yes <|im_end|>"},
+            ],
+        },
+        {
+            "images": ["a.png", "b.jpg"],
+            "messages": [{"role": "user", "content": "<image><image>Same?"}, answer],
+        },
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "https://x.org/a"}]}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "a.png", "max_pixels": 9}]}
+            ]
+        },
+        {"messages": [{"role": "user", "content": "<image>"}], "images": []},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [tool_call]}]},
+        {"something": "else"},
+        7,
+    ]
+
+
+@pytest.fixture(scope="module")
+def report(checkpoint: Path, data: Path) -> Report:
+    """Of the whole command on what is equal."""
+    inputs = Inputs(
+        images=find_images([data]),
+        videos=find_videos([data]),
+        conversations=read_conversations(data / "chat.json"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_chat, "MAX_TOKENS", 120)  # 151,936 logits each
+        return validate(checkpoint, inputs=inputs, logits=True)
+
+
+def test_all_rows_pass(report: Report) -> None:
+    assert [row.name for row in report.rows] == ROWS
+    for row in report.rows:
+        assert row.status == "pass", row
+        assert row.compared > 0
+        if row.name != "logits":
+            assert all(case.largest == 0 for case in row.cases)
+    assert report.passed
+    assert report.verdict == "16 rows pass, 0 fail"
+
+
+def test_every_input_is_compared(report: Report, data: Path) -> None:
+    pixels = row_of(report, "pixels, torchvision")
+    names = {case.name for case in pixels.cases}
+    assert {str(data / name) for name in ("a.png", "b.jpg", "cut.jpg", "empty.png")} <= names
+    # Of the conversations: a data URL, and a file that is not there
+    assert {"chat.json #1, image 1", "chat.json #4, image 1"} <= names
+    chats = {case.name for case in row_of(report, "chat ids").cases if "chat.json" in case.name}
+    assert chats == {f"chat.json #{n}" for n in range(5)}
+    assert {case.name for case in row_of(report, "video pixels").cases} == {
+        "built-in moving square, 24 frames of 160 x 120",
+        str(data / "no_video.mp4"),
+    }
+    texts = {case.name for case in row_of(report, "text ids").cases}
+    assert "chat.json #2: \\nright: nothing" in texts
+    assert row_of(report, "vocabulary").compared == 151_643 + 4
+
+
+def test_what_both_refuse_passes_and_is_told(report: Report, data: Path) -> None:
+    for name in ("pixels, torchvision", "pixels, PIL"):
+        case = case_of(row_of(report, name), str(data / "cut.jpg"))
+        assert case.refused == "both"
+        assert "Ours: " in case.detail
+        assert "transformers: " in case.detail
+        assert "4 refused by both" in row_of(report, name).figure
+    assert case_of(row_of(report, "chat ids"), "chat.json #4").refused == "both"
+
+
+def test_what_transformers_does_not_know_is_told(report: Report) -> None:
+    note = row_of(report, "chat ids").note
+    assert "Not compared: 6" in note
+    assert "https://x.org/a is remote" in note
+    assert "<|im_end|> in a text: 1" in note
+
+
+def test_times_are_of_both_sides(report: Report) -> None:
+    for row in report.rows:
+        if not row.timed_in:
+            assert row.ours_seconds > 0
+            assert row.reference_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "expected"),
+    [
+        ("preprocessor_config.json", "0.4578275", "0.4578276", {"image settings"}),
+        ("preprocessor_config.json", "0.27577711", "0.27577712", {"image settings"}),
+        ("preprocessor_config.json", '"merge_size": 2', '"merge_size": 4', {"image settings"}),
+        ("preprocessor_config.json", "{", "", {"image settings"}),
+        ("merges.txt", "\nĠt h\n", "\nĠ th\n", {"vocabulary"}),
+        ("merges.txt", "\nĠt h\n", "\nĠt f\n", {"vocabulary"}),
+        ("vocab.json", '"Ġthe":', '"Ġthf":', {"vocabulary"}),
+        ("tokenizer.json", '"Ġthe": 279', '"Ġthf": 279', {"vocabulary"}),
+        ("tokenizer.json", '"Ġt h"', '"Ġ th"', {"vocabulary", "text ids"}),
+        ("tokenizer.json", '"<|box_start|>"', '"<|box_begin|>"', {"special tokens", "text ids"}),
+        ("tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "!"', None),
+    ],
+)
+def test_alteration_fails_the_right_row(
+    altered: Callable[..., Path], name: str, old: str, new: str, expected: set[str] | None
+) -> None:
+    directory = altered(name, old, new)
+    ours, reference = Ours(directory), Reference(directory)
+    rows = [image_settings_row(ours, reference)]
+    if name != "preprocessor_config.json":
+        texts = {"a": ["All in this text: <|box_start|>(1,2)<|box_end|>"]}
+        rows += [
+            vocabulary_row(ours, reference),
+            special_tokens_row(ours, reference),
+            text_row(ours, reference, texts, all_of),
+        ]
+    assert {row.name for row in rows if row.status == "fail"} == (expected or {"special tokens"})
+
+
+def test_swapped_tokens(altered: Callable[..., Path], reference: Reference) -> None:
+    """A vocabulary that is whole, and not the published one."""
+    directory = altered("tokenizer.json", "{", "{")
+    (directory / "vocab.json").unlink()
+    content = json.loads((directory / "tokenizer.json").read_bytes())
+    model = content["model"]
+    a, b = (next(t for t, i in model["vocab"].items() if i == place) for place in (1000, 1001))
+    model["vocab"] |= {a: 1001, b: 1000}
+    model["merges"][744:746] = reversed(model["merges"][744:746])
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+
+    alone = vocabulary_row(Ours(directory), Reference(directory))
+    assert [case.name for case in alone.failed] == [
+        "tokens of tokenizer.json beside the published",
+        "merges that transformers reads beside the published",
+    ]
+    beside = case_of(vocabulary_row(Ours(directory), reference), "ours beside transformers")
+    assert beside.differing == 2
+    assert [pair.place for pair in beside.tokens] == [1000, 1001]
+    assert beside.tokens[0].ours[1] == beside.tokens[1].reference[1]
+
+
+def test_altered_weight_fails_beside_the_original(
+    checkpoint: Path, reference: Reference, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "altered")
+    path = tmp_path / "altered" / "model.safetensors"
+    weights = load_file(path)
+    name = "visual.blocks.1.mlp.up_proj.weight"
+    weights[name][3, 4] += 1e-4
+    save_file(weights, path, metadata={"format": "pt"})
+    row, *_ = _model.model_rows(
+        tmp_path / "altered", reference, [], torch.float32, True, False, all_of
+    )
+    (case,) = row.failed
+    assert (case.name, case.differing) == (name, 1)
+    assert case.largest == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_altered_mean_beside_the_original(
+    reference: Reference, altered: Callable[..., Path], builtin: Inputs
+) -> None:
+    ours = Ours(altered("preprocessor_config.json", "0.4578275", "0.46"))
+    rows = [
+        image_settings_row(ours, reference),
+        *image_rows(ours, reference, builtin.images, all_of),
+        *video_rows(ours, reference, builtin.videos, all_of),
+    ]
+    assert {row.name for row in rows if row.status == "fail"} == {
+        "image settings",
+        "pixels, torchvision",
+        "pixels, PIL",
+        "video pixels",
+    }
+
+
+def test_another_template_is_followed_and_said(
+    altered: Callable[..., Path], builtin: Inputs
+) -> None:
+    directory = altered("chat_template.json", "You are a helpful assistant.", "You are helpful.")
+    ours, reference = Ours(directory), Reference(directory)
+    row = chat_template_row(ours, reference)
+    assert row.status == "pass"
+    assert row.note == "This template is not the published one"
+    chat = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
+    assert chat.ids.status == chat.positions.status == "pass"
+    assert chat.ids.compared > 1000
+
+
+def test_larger_limit_is_a_choice(altered: Callable[..., Path]) -> None:
+    directory = altered("preprocessor_config.json", "12845056", "1003520")
+    row = image_settings_row(Ours(directory), Reference(directory))
+    assert row.status == "pass"
+    assert row.note == "Used here: max_pixels is 1,003,520, published 12,845,056"
+
+
+def test_max_pixels_holds_for_both_sides(checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (500, 400), "red").save(tmp_path / "red.png")
+    path = str(tmp_path / "red.png")
+    sides = Ours(checkpoint, 50_000), Reference(checkpoint, 50_000)
+    rows = image_rows(*sides, {"red": path}, all_of)
+    assert [row.status for row in rows] == ["pass"] * 3
+    assert sides[1].image(path, "pil").grid_thw.prod() * 14**2 <= 50_000
+
+
+def test_directory_without_config(altered: Callable[..., Path], builtin: Inputs) -> None:
+    directory = altered("config.json", "{", "{")
+    (directory / "config.json").unlink()
+    ours, reference = Ours(directory), Reference(directory)
+    rows = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
+    assert rows.positions.status == "not compared"
+    assert "config.json" in rows.positions.figure
+    weights, *_ = _model.model_rows(directory, reference, [], torch.float32, True, False, all_of)
+    assert weights.status == "fail"
+    assert "config.json" in weights.cases[0].detail
+
+
+def test_without_torchvision(
+    checkpoint: Path, ours: Ours, builtin: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "torchvision is not installed"
+    monkeypatch.setattr(_reference, "import_torchvision", lambda: reason)
+    reference = Reference(checkpoint)
+    chat = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
+    rows = [
+        chat.ids,
+        chat.pixels,
+        chat.positions,
+        chat_template_row(ours, reference),
+        *image_rows(ours, reference, builtin.images, all_of),
+        *video_rows(ours, reference, builtin.videos, all_of),
+    ]
+    assert {row.name for row in rows if row.status == "pass"} == {
+        "image grids",
+        "pixels, PIL",
+    }
+    assert all(row.figure == reason for row in rows if row.status != "pass")
+    report = Report("a", "b", {}, rows)
+    assert report.passed
+    assert report.verdict == "2 rows pass, 0 fail, 7 not compared"
+
+
+# Our side broken
+
+
+def test_pixel_off_by_one_level_is_shown(
+    ours: Ours, reference: Reference, builtin: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Qwen2_5_VLImageTransform.__call__
+
+    def shifted(self, sample, inference=False):
+        processed = whole(self, sample, inference)
+        processed["pixel_values"][0, 7] += 1 / 255
+        return processed
+
+    monkeypatch.setattr(Qwen2_5_VLImageTransform, "__call__", shifted)
+    name = "built-in gradient, 224 x 224 PNG"
+    rows = image_rows(ours, reference, {name: builtin.images[name]}, all_of)
+    assert [row.status for row in rows] == ["pass", "fail", "fail"]
+    (case,) = rows[1].failed
+    assert case.differing == 1
+    assert case.largest == pytest.approx(1 / 255, rel=1e-3)
+    assert case.total == pytest.approx(1 / 255, rel=1e-3)
+
+    image, difference = (np.asarray(Image.open(BytesIO(p.png))) for p in case.pictures)
+    levels = np.asarray(Image.open(builtin.images[name])).astype(int)
+    levels[0, 7] += [1, 0, 0]
+    assert np.abs(levels - image).max() <= 1
+    assert difference.shape == image.shape
+    bright = difference.max(axis=-1) > 0
+    assert bright.sum() == 1
+    assert difference[0, 7].tolist() == [255, 255, 255]
+
+    page = to_html(Report("a", "b", {}, rows))
+    assert page.index("pixels, PIL</h2>") < page.index("image grids</h2>")
+    assert base64.b64encode(case.pictures[1].png).decode() in page
+    assert case.pictures[1].caption in page
+
+
+def test_wrong_grid(ours: Ours, reference: Reference, monkeypatch: pytest.MonkeyPatch, builtin):
+    monkeypatch.setattr(
+        "torchtune_vl.models.qwen2_5_vl._image_transform.MAX_ASPECT_RATIO", 300, raising=True
+    )
+    name = "built-in thread, 2 x 500 PNG"
+    rows = image_rows(ours, reference, {name: builtin.images[name]}, all_of)
+    (case,) = rows[1].failed
+    assert case.refused == "transformers"
+    assert rows[1].figure == "1 refused by one side"
+    # What one side has can be drawn
+    assert len(case.pictures) == 1
+
+
+def test_wrong_id_is_shown(
+    ours: Ours, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Qwen2_5_VLTokenizer.encode
+
+    def wrong(self, text, add_bos=True, add_eos=True):
+        ids = whole(self, text, add_bos, add_eos)
+        return [*ids[:2], 0, *ids[3:]]
+
+    monkeypatch.setattr(Qwen2_5_VLTokenizer, "encode", wrong)
+    row = text_row(ours, reference, {"a": ["one two <b>three</b> four five", "a\nb c"]}, all_of)
+    assert row.status == "fail"
+    case = case_of(row, "a: one two <b>three</b> four five")
+    assert case.differing == 1
+    differing = [pair for pair in case.tokens if pair.ours != pair.reference]
+    assert [pair.place for pair in differing] == [2]
+    assert differing[0].ours == (0, "!")
+    assert differing[0].reference[1] == " <"
+
+    page = to_html(Report("a", "b", {}, [row]))
+    assert "␣&lt;" in page
+    assert "a: one two &lt;b&gt;three&lt;/b&gt; four five" in page
+    assert "<b>" not in page
+    text = to_markdown(Report("a", "b", {}, [row]))
+    assert "## text ids: 2 of 2 inputs fail" in text
+    assert "| 2 | 0 '!' |" in text
+
+
+def test_wrong_positions_and_weights(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = _chat._Comparison.compare
+
+    def moved(self, conversation):
+        transform = self.transform
+        self.transform = lambda *args: {
+            **(sample := transform(*args)),
+            "input_pos": sample["input_pos"] + (sample["input_pos"] > 20),
+        }
+        self.transform.decode = transform.decode
+        self.transform.tokens_per_second = transform.tokens_per_second
+        try:
+            return compare(self, conversation)
+        finally:
+            self.transform = transform
+
+    load = _model._load
+
+    def shaken(directory, dtype):
+        model = load(directory, dtype)
+        with torch.no_grad():
+            next(model.decoder.layers[1].parameters()).mul_(1.01)
+        return model
+
+    monkeypatch.setattr(_chat._Comparison, "compare", moved)
+    monkeypatch.setattr(_model, "_load", shaken)
+    monkeypatch.setattr(_chat, "MAX_TOKENS", 60)
+    report = validate(checkpoint, logits=True)
+    assert failing(report) == {"positions", "weights", "logits"}
+    worst = row_of(report, "positions").cases[0]
+    assert re.search(r"first difference at \d+: ours \[.*\], transformers \[", worst.detail)
+    assert len(row_of(report, "weights").failed) == 1
+    assert "the tolerance is" in row_of(report, "logits").cases[0].detail
+
+
+# Pieces
+
+
+def test_top_case_forgives_ties_only() -> None:
+    reference = torch.tensor([[1.0, 0.0, 0.5], [1.0, 0.9999, 0.0]])
+    tie, clear = reference.clone(), reference.clone()
+    tie[1, 1] = 1.0001
+    clear[0, 2] = 2.0
+    assert not _model._top_case("tie", tie, reference, 1e-3).failed
+    assert _model._top_case("tie", tie, reference, 1e-3).differing == 1
+    assert _model._top_case("clear", clear, reference, 1e-3).failed
+
+
+def test_compare_sequences_of_other_lengths() -> None:
+    case = compare_sequences("x", *outcomes([1, 2, 3], [1, 2]), str)
+    assert case.failed
+    assert case.differing == 1
+    assert case.tokens[-1].reference is None
+
+
+def test_compare_tensors_that_hold_no_numbers() -> None:
+    nan = torch.tensor([1.0, float("nan")])
+    assert compare_tensors("x", *outcomes(nan, torch.ones(2)), 1.0).failed
+    assert compare_tensors("x", *outcomes(torch.ones(2), torch.ones(3)), 1.0).failed
+    assert not compare_tensors("x", *outcomes(torch.ones(2), torch.ones(2) + 0.5), 0.5).failed
+
+
+def test_our_side_may_refuse_only_with_an_explanation() -> None:
+    refusing = attempt(int, "x")
+    crashing = attempt(lambda: [][0])
+    assert not refusal("x", refusing, refusing).failed
+    assert refusal("x", crashing, refusing).failed
+    assert refusal("x", refusing, Outcome(1)).refused == "ours"
+    assert refusal("x", Outcome(1), Outcome(1)) is None
+
+
+def test_worst_cases_come_first_and_keep_their_evidence() -> None:
+    row = Row("x", "", "values")
+    for i in (3, 9, 1, 0, 7, 5, 2, 8, 4, 6, 11, 10):
+        row.add(Case(str(i), largest=float(i), failed=i > 8, pictures=[i], tokens=[i]))
+    assert [case.name for case in row.cases] == [str(i) for i in reversed(range(12))]
+    assert [bool(case.pictures) for case in row.cases] == [i < KEPT_EVIDENCE for i in range(12)]
+
+
+def test_page_needs_nothing_else(report: Report) -> None:
+    page = to_html(report)
+    addresses = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]*)""", page)
+    assert len(addresses) > 20
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in addresses)
+    assert not re.search(r"<script|<link|@import|url\(|<iframe|javascript:", page)
+    assert len(page) < 5e6
+    assert "{{" not in page
+    assert "{%" not in page
+
+
+def test_markdown_has_every_row(report: Report) -> None:
+    lines = [line for line in to_markdown(report).splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(ROWS)
+
+
+def test_lines_of_json(tmp_path: Path) -> None:
+    entries = [{"messages": [{"role": "user", "content": text}]} for text in ("a", "b\nc")]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(map(json.dumps, entries)))
+    assert [c.texts for c in read_conversations(path)] == [["a"], ["b\nc"]]
+    path.write_text(json.dumps(entries[0]["messages"]))
+    assert [c.texts for c in read_conversations(path)] == [["a"]]
+    path.write_text("no JSON")
+    with pytest.raises(ValueError, match="cannot be read as conversations"):
+        read_conversations(path)
+
+
+def test_tools_are_joined_texts(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([{"messages": messages, "tools": [{"name": "f"}]}]))
+    (conversation,) = read_conversations(path)
+    assert conversation.messages[0]["content"] == "ab"
+    assert conversation.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert conversation.tools == [{"name": "f"}]
