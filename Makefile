@@ -3,21 +3,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VOCABULARY := .assets/tokenizer/vocab.json
+LANGUAGES := .assets/django-5.2.8-py3-none-any.whl
 
 .PHONY: quickstart test test-slow parity fuzz lint format bench docs
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m quickstart.run
 
-test: $(INSTALLED) $(VOCABULARY)
+test: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)
 	$(BIN)/python -m pytest -n 2
 
 # Everything, the checks that take minutes included
-test-slow: $(INSTALLED) $(VOCABULARY)
+test-slow: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)
 	$(BIN)/python -m pytest -m ''
 
 # The comparisons with transformers alone, with the table of README.md at their end
-parity: $(INSTALLED) $(VOCABULARY)
+parity: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)
 	$(BIN)/python -m pytest -n 2 tests/parity
 
 # Random damage to files and conversations, for MINUTES
@@ -34,7 +35,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) $(VOCABULARY)
 	$(BIN)/python -m benchmarks.encoder
 	$(BIN)/python -m benchmarks.data_path
 
@@ -53,3 +54,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(VOCABULARY): | $(INSTALLED)
 	$(BIN)/python -m quickstart.vocabulary $(dir $@)
+
+# Translations of a web framework, read as data: text in many languages
+$(LANGUAGES): | $(INSTALLED)
+	$(BIN)/python -m tests.corpora $(dir $@)

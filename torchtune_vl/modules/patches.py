@@ -15,8 +15,10 @@ def concatenate_patches(patches: Sequence[torch.Tensor]) -> torch.Tensor:
         patches: [n, 3 * frames * pixels] each, of one dtype.
 
     Returns:
-        [sum of n, widest].
+        [sum of n, widest]; a single medium's patches as they are.
     """
+    if len(patches) == 1:
+        return patches[0]  # what torch.cat would copy
     widest = max(p.shape[1] for p in patches)
     return torch.cat([_repeat_frame(p, widest // p.shape[1]) for p in patches])
 

@@ -82,9 +82,11 @@ def _name(dtype: torch.dtype) -> str:
 def _load(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
     # It asks for a place to write, and writes nothing
     checkpointer = Qwen2_5_VLCheckpointer(directory, Path(gettempdir()) / "unused")
-    model = qwen2_5_vl_from_config(directory)
-    model.load_state_dict(checkpointer.load_checkpoint()["model"], assign=True)
-    return model.to(dtype).eval()
+    weights = checkpointer.load_checkpoint()["model"]
+    with torch.device("meta"):
+        model = qwen2_5_vl_from_config(directory)
+    model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, assign=True)
+    return model.eval()
 
 
 def _weight_cases(ours: Outcome, reference: Outcome, track: Track) -> Iterator[Case]:

@@ -22,6 +22,7 @@ from torchtune_vl.models.qwen2_5_vl._patches import (
     CLIP_MEAN,
     CLIP_STD,
     PATCH_SIZE,
+    SQUARE,
     normalized_patches,
     patchify,
 )
@@ -34,7 +35,6 @@ Size = tuple[int, int]  # height and width in pixels
 # MAX_PIXELS is smaller (1,003,520)
 MIN_PIXELS = 3136
 MAX_PIXELS = 12845056
-SQUARE = PATCH_SIZE * MERGE_SIZE
 
 MAX_ASPECT_RATIO = 200
 

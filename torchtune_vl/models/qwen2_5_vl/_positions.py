@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from torchtune_vl.modules import concatenate_window_indices
@@ -49,25 +50,28 @@ def mrope_positions(
             f"the text has {placeholders} placeholder tokens of images and videos, "
             f"but its {len(grids)} media have {expected} embeddings"
         )
-    if not grids:
-        return _text_positions(len(tokens), 0)
-
-    is_placeholder = _is_one_of(tokens, image_token_id, video_token_id)
+    media = (image_token_id, video_token_id)
     seconds = iter(seconds_per_step)
-    spans, end, position = [], 0, 0
+    positions = np.empty((len(tokens), 3), np.int64)
+    end = position = 0
     for t, h, w in grids:
-        start = end + int(is_placeholder[end:].int().argmax())
-        spans.append(_text_positions(start - end, position))
+        start = next(i for i in range(end, len(tokens)) if tokens[i] in media)
+        positions[end:start] = np.arange(position, position + start - end)[:, None]
         position += start - end
         interval = 1.0
         if tokens[start] == video_token_id:
             interval = tokens_per_second * _next_interval(seconds)
         h, w = h // MERGE_SIZE, w // MERGE_SIZE
-        spans.append(_grid_positions(t, h, w, interval) + position)
-        position += max(h, w)
         end = start + t * h * w
-    spans.append(_text_positions(len(tokens) - end, position))
-    return torch.cat(spans)
+        grid_THW3 = positions[start:end].reshape(t, h, w, 3)
+        # float32 and truncated, as transformers has it
+        steps = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int64)
+        grid_THW3[..., 0] = position + steps[:, None, None]
+        grid_THW3[..., 1] = position + np.arange(h)[:, None]
+        grid_THW3[..., 2] = position + np.arange(w)
+        position += max(h, w)
+    positions[end:] = np.arange(position, position + len(tokens) - end)[:, None]
+    return torch.from_numpy(positions)
 
 
 def _next_interval(seconds: Iterator[float]) -> float:
@@ -75,20 +79,6 @@ def _next_interval(seconds: Iterator[float]) -> float:
         return next(seconds)
     except StopIteration:
         raise ValueError("seconds_per_step has fewer entries than there are videos") from None
-
-
-def _is_one_of(tokens: Sequence[int], *ids: int) -> torch.Tensor:
-    return torch.isin(torch.tensor(tokens, dtype=torch.int64), torch.tensor(ids))
-
-
-def _text_positions(length: int, start: int) -> torch.Tensor:
-    return torch.arange(start, start + length)[:, None].expand(-1, 3)
-
-
-def _grid_positions(t: int, h: int, w: int, interval: float) -> torch.Tensor:
-    steps = (torch.arange(t) * interval).long()  # float32 and truncated, as transformers has it
-    axes = torch.meshgrid(steps, torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack(axes, dim=-1).flatten(0, 2)
 
 
 def vision_index(grid_thw: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -106,21 +96,22 @@ def vision_index(grid_thw: torch.Tensor) -> dict[str, torch.Tensor]:
         ``unit_positions``, int32 [units, 2]: row and column of each unit, in that order;
         ``window_lengths``, int64 [windows], and ``frame_lengths``, int64 [frames]: patches of each.
     """
-    return concatenate_window_indices(
-        [_vision_index_of_one(t, h // MERGE_SIZE, w // MERGE_SIZE) for t, h, w in grid_thw.tolist()]
-    )
+    indices = [
+        _vision_index_of_one(t, h // MERGE_SIZE, w // MERGE_SIZE) for t, h, w in grid_thw.tolist()
+    ]
+    return indices[0] if len(indices) == 1 else concatenate_window_indices(indices)
 
 
 def _vision_index_of_one(t: int, h: int, w: int) -> dict[str, torch.Tensor]:
     """The index of one medium of t frames of h x w units."""
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    windows_across = -(-w // WINDOW_UNITS)
-    window = (rows // WINDOW_UNITS * windows_across + columns // WINDOW_UNITS).flatten()
-    frame_order = window.argsort(stable=True)
-    positions = torch.stack([rows.flatten(), columns.flatten()], dim=1)[frame_order]
-    return {
-        "window_order": (frame_order + torch.arange(t)[:, None] * (h * w)).flatten(),
-        "unit_positions": positions.to(torch.int32).repeat(t, 1),
-        "window_lengths": window.bincount().repeat(t) * MERGE_SIZE**2,
-        "frame_lengths": torch.full((t,), h * w * MERGE_SIZE**2),
+    rows, columns = np.indices((h, w)).reshape(2, -1)
+    window = rows // WINDOW_UNITS * -(-w // WINDOW_UNITS) + columns // WINDOW_UNITS
+    frame_order = window.argsort(kind="stable")
+    positions = np.stack([rows, columns], axis=1)[frame_order].astype(np.int32)
+    index = {
+        "window_order": (frame_order + np.arange(t)[:, None] * (h * w)).ravel(),
+        "unit_positions": np.tile(positions, (t, 1)),
+        "window_lengths": np.tile(np.bincount(window) * MERGE_SIZE**2, t),
+        "frame_lengths": np.full(t, h * w * MERGE_SIZE**2),
     }
+    return {name: torch.from_numpy(array) for name, array in index.items()}
