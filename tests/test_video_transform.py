@@ -307,6 +307,7 @@ def test_facts_of_a_file(folder):
         # Predicted frames need all from the key frame on, but none of the other GOPs
         ("keyint=10:bframes=0:scenecut=0", [2, 7, 35], 8 + 6),
         ("keyint=10:bframes=0:scenecut=0", [39], 10),
+        ("keyint=10:bframes=0:scenecut=0", range(40), 40),
         # Of I b b b P b b b P ... the b that are not asked for are left out
         ("keyint=80:bframes=3:b-adapt=0:b-pyramid=none:scenecut=0", [12], 4),
         ("keyint=80:bframes=3:b-adapt=0:b-pyramid=none:scenecut=0", [3, 13, 14], 5 + 3),
@@ -355,20 +356,31 @@ def test_careless_key_frames(folder, clip):
                 assert np.array_equal(frame, expected[i])
 
 
-def test_streams_one_after_the_other(folder, transform):
+def stream_bytes(folder, frames, **fields):
+    return encoded(folder, Clip("ts", frames=frames, options=x264("keyint=9"), **fields))
+
+
+@pytest.mark.parametrize("begins", ["whole", "in the middle", "short"])
+def test_streams_one_after_the_other(folder, begins):
     """Their timestamps begin anew."""
-    first, second = Clip("ts", options=x264("keyint=9")), Clip("ts", frames=25)
+    first = stream_bytes(folder, 5 if begins == "short" else 40)
+    if begins == "in the middle":
+        first = first[len(first) // 3 // 188 * 188 :]
     path = folder / "both.ts"
-    path.write_bytes(encoded(folder, first) + encoded(folder, second))
+    path.write_bytes(first + stream_bytes(folder, 25))
     expected = decoded(path)
     with Video(path) as video:
-        assert video.num_frames == len(expected) == 65
-        for indices in ([50], [3, 41, 64]):
+        assert video.num_frames == len(expected)
+        last = len(expected) - 1
+        for indices in ([last // 2], [3, last - 20, last]):
             for i, frame in zip(indices, video.frames(indices), strict=True):
                 assert np.array_equal(frame, expected[i])
-    path.write_bytes(encoded(folder, first) + encoded(folder, Clip("ts", size=(64, 96))))
-    with pytest.raises(ValueError, match="give all one size"):
-        transform({"video": path})
+
+
+def test_streams_of_two_sizes(folder, transform):
+    data = stream_bytes(folder, 20) + stream_bytes(folder, 20, size=(64, 96))
+    with pytest.raises(ValueError, match="is 96 x 64 pixels, frame 0 128 x 96: give all one size"):
+        transform({"video": data})
 
 
 @pytest.mark.parametrize(
@@ -401,6 +413,13 @@ def test_piece_of_a_stream(folder, clip, offset):
         for indices in (range(len(expected)), [0, 1], [0, 13, 14], [9]):
             for i, frame in zip(indices, video.frames(indices), strict=True):
                 assert np.array_equal(frame, expected[i])
+
+
+def test_layers_of_h265(folder):
+    """Frames of a lower layer that none of it is predicted from may serve a higher one."""
+    for layers, skipping in (("H.265, two layers", "DEFAULT"), ("H.265, open GOPs", "NONREF")):
+        with Video(encoded(folder, CLIPS[layers])) as video:
+            assert video._skip == skipping
 
 
 def thread_count(path):
@@ -446,6 +465,22 @@ def test_damaged_frame(folder, name):
             ValueError, match=r"frame \d+ at 0\.[45]\d s cannot be decoded.*damaged"
         ):
             list(video.frames([0, 14, 50]))
+
+
+def test_errors_that_the_decoder_of_h265_would_hide(folder):
+    """Of arbitrary bytes it finds some impossible, and guesses what they should be."""
+    options = {"preset": "veryfast", "x265-params": "log-level=none:aq-mode=1:crf=12"}
+    clip = Clip("mp4", "libx265", frames=2, size=(240, 320), options=options)
+    path = write_clip(folder / "noisy.mp4", clip)
+    position, size = place_of_frame(path, 0)
+    refused = 0
+    for seed in range(30):
+        data, rng = bytearray(path.read_bytes()), np.random.default_rng(seed)
+        for place in rng.integers(position + 40, position + size, 60):
+            data[place] ^= 1 << int(rng.integers(8))
+        with Video(bytes(data)) as video:
+            refused += frame_or_none(video, 0) is None
+    assert refused
 
 
 @pytest.mark.parametrize("frame", [0, 14, 33, 59])
@@ -549,7 +584,7 @@ def bad_files(folder, clip):
         "no frames": (silent.read_bytes(), "FFmpeg cannot read it"),
         "codec": (data.replace(b"avc1", b"zzzz"), "cannot decode its codec"),
         "playlist": (playlist(clip), "FFmpeg cannot read it"),
-        "list of files": (f"ffconcat version 1.0\nfile '{clip}'\n".encode(), "cannot read it"),
+        "list of files": (f"ffconcat version 1.0\nfile {clip.name}\n".encode(), "cannot read it"),
     }
 
 

@@ -31,6 +31,9 @@ exit status:
   2  the command cannot be run as it is
 """
 
+# What came last of what it compares with
+_NEWEST_NEEDED = "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl"
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand.
@@ -106,6 +109,8 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             parser.error(f"{path.parent}, where {path.name} is to be written, is no directory")
     with warnings.catch_warnings():
         _hush()
+        if importlib.util.find_spec(_NEWEST_NEEDED) is None:
+            parser.error("this transformers is too old: pip install --upgrade transformers")
         try:
             inputs = _read_inputs(options)
         except ValueError as error:

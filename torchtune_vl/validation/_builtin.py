@@ -129,7 +129,7 @@ _IMAGES: dict[str, tuple[int, int, str, Callable[[int, int], Image.Image]]] = {
 
 def _write_video(path: Path) -> None:
     with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("mpeg4", rate=12)
+        stream: Any = container.add_stream("mpeg4", rate=30)
         stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
         for i in range(24):
             frame = np.asarray(_gradient(160, 120)).copy()

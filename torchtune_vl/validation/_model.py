@@ -167,7 +167,9 @@ def _compare_logits(
     pair: _Pair, samples: Sequence[Sample], rows: Sequence[Row], track: Track
 ) -> None:
     logits, top = rows
-    spread = max(pair.spread(sample.reference) for sample in track(samples, "rounding"))
+    spreads = [attempt(pair.spread, sample.reference) for sample in track(samples, "rounding")]
+    # A model that does not run is told of by the cases below
+    spread = max((s.value for s in spreads if s.error is None), default=0.0)
     relative = MARGIN * max(spread, torch.finfo(torch.float32).eps)
     logits.note = (
         f"Passes up to {number(relative)} of the largest logit: {MARGIN} times the difference "

@@ -151,7 +151,7 @@ class Row:
         if not self.numeric:
             return f"{sum(case.differing for case in cases):,} {self.unit} differ"
         mean = sum(case.total for case in cases) / max(self.compared, 1)
-        return f"max {number(cases[0].largest)}, mean {number(mean)}"
+        return f"max {number(max(case.largest for case in cases))}, mean {number(mean)}"
 
     @property
     def ours_seconds(self) -> float:

@@ -328,11 +328,12 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         """Encode an image, and tell the sizes of the original and the resized one."""
         transformed = self.image_transform({"image": item.source, **item.settings})
         grid_thw = transformed["image_grid_thw"]
-        _, height, width = (grid_thw[0] * PATCH_SIZE).tolist()
+        _, rows, columns = grid_thw[0].tolist()
         medium = EncodedMedium(
             "image", transformed["pixel_values"], grid_thw, transformed["num_image_tokens"]
         )
-        return medium, (transformed["original_size"], (height, width))
+        resized_size = (rows * PATCH_SIZE, columns * PATCH_SIZE)
+        return medium, (transformed["original_size"], resized_size)
 
     def _encode_video(self, item: Medium) -> EncodedMedium:
         transformed = self.video_transform({"video": item.source, **item.settings})
