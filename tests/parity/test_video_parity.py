@@ -255,6 +255,9 @@ sides = st.integers(15, 5000) | st.sampled_from([360, 640, 720, 1080, 1280, 1920
 )
 @example(768, 1080, 1920, {})
 @example(300, 1080, 1920, {"total_pixels": 20480 * 28 * 28})
+# where a share of a pixel decides
+@example(492, 1956, 1956, {"total_pixels": 55737753})
+@example(138, 1346, 5384, {"total_pixels": 26182508})
 @pytest.mark.filterwarnings("ignore:max_pixels of a video")
 def test_rules_of_sizes(frames, height, width, budget):
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -270,6 +273,14 @@ def test_rules_of_sizes(frames, height, width, budget):
                 assert frame_size(height, width, frames, **limits) == expected
 
 
+def test_an_odd_frame_counts_twice():
+    images = [Image.fromarray(frame) for frame in pictures(3, 336, 392)]
+    item = {"video": images, "min_pixels": 4 * 28 * 28, "total_pixels": 300 * 28 * 28}
+    _, _, height, width = vision_process.fetch_video(item).shape
+    ours = Qwen2_5_VLVideoTransform()(item)
+    assert ours["video_grid_thw"].tolist() == [[2, height // 14, width // 14]]
+
+
 def test_rules_of_sizes_of_transformers():
     """The limits of a transform are those of a processor that caps pixels."""
     rng = random.Random(0)
@@ -278,7 +289,7 @@ def test_rules_of_sizes_of_transformers():
         tokens = {"min": least, "max": rng.randint(least, 60), "total": rng.randint(20, 400)}
         limits = {f"{name}_pixels": 784 * count for name, count in tokens.items()}
         limits["total_pixels"] = int(limits["total_pixels"] * 0.9)
-        frames = noise(rng.randint(2, 20), rng.randint(15, 200), rng.randint(20, 200), 3)
+        frames = noise(2 * rng.randint(1, 10), rng.randint(15, 200), rng.randint(20, 200), 3)
         processor = Qwen2VLVideoProcessor(
             size=size_of(limits), cap_pixels_per_frame=True, max_video_tokens=tokens["total"]
         )
