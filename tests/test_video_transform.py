@@ -620,7 +620,10 @@ def test_closes_every_file(transform, folder, clip):
                 transform({"video": path})
         with Video(clip) as video:
             next(video.frames([0, 20]))
+            container = video._container
         gc.collect()
+    with pytest.raises(AssertionError, match="not open"):
+        container.seek(0)
     assert psutil.Process().num_fds() == before
 
 
