@@ -1,13 +1,15 @@
 """Batches: padding, masks, media and supervised positions."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from torchtune.utils import batch_to_device
 
 from tests.reference import Conversation, reference_config, reference_model
-from torchtune_vl.data import padded_collate_vision, padded_collate_vision_supervised
+from torchtune_vl.data import Batch, padded_collate_vision, padded_collate_vision_supervised
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
 from torchtune_vl.modules import SupervisedCrossEntropyLoss
 
@@ -143,3 +145,47 @@ def test_uint8_images_and_videos_in_one_batch() -> None:
     both = patches[:16].view(16, 3, 2, 196)
     assert torch.equal(both[:, :, 0], both[:, :, 1])
     assert torch.equal(both[:, :, 0].flatten(1), frame.view(16, 588))
+
+
+class Repeated(torch.utils.data.Dataset):
+    def __init__(self, given: list[dict[str, Any]]) -> None:
+        self.given = given
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.given[index]
+
+
+def leaves(batch: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    found = {}
+    for key, value in batch.items():
+        name = f"{prefix}{key}"
+        found |= leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_a_data_worker_sends_large_tensors_by_memory_and_small_ones_by_value(
+    count: int, dtype: torch.dtype
+) -> None:
+    given = samples(*[Conversation([(1, 4, 4)], 15_000)] * 2, Conversation([(1, 8, 4)]))[:count]
+    for sample in given:
+        vision = sample["encoder_input"]["vision"]
+        vision["patches"] = (vision["patches"] * 30).to(dtype)
+    expected = leaves(padded_collate_vision(given))
+    (batch,) = DataLoader(
+        Repeated(given), batch_size=count, num_workers=1, collate_fn=padded_collate_vision
+    )
+    received = leaves(batch)
+    assert received.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert received[name].dtype == tensor.dtype
+        assert torch.equal(received[name], tensor), name
+    shared = {name for name, tensor in received.items() if tensor.is_shared()}
+    patches = set() if dtype == torch.uint8 else {"encoder_input.vision.patches"}
+    assert shared == patches | {"input_pos"} | ({"tokens", "labels"} if count > 1 else set())
+    assert copy.copy(batch).keys() == batch.keys()  # pinning memory copies it
+    assert isinstance(copy.copy(batch), Batch)

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch.utils.data import get_worker_info
 
+from torchtune_vl.data._batch import Batch
 from torchtune_vl.modules import (
     concatenate_patches,
     concatenate_window_indices,
@@ -21,7 +23,7 @@ def padded_collate_vision(
     ignore_idx: int = -100,
     *,
     pad_direction: Literal["right", "left"] = "right",
-) -> dict[str, Any]:
+) -> Batch:
     """Pad samples to one length and join their media, if any.
 
     Args:
@@ -54,10 +56,10 @@ def padded_collate_vision(
             list(rows), batch_first=True, padding_value=value, padding_side=pad_direction
         )
 
-    collated: dict[str, Any] = {
-        "tokens": pad([torch.tensor(sample["tokens"]) for sample in batch], padding_idx),
-        "input_pos": pad([sample["input_pos"] for sample in batch], 0),
-    }
+    collated = Batch(
+        tokens=pad([torch.tensor(sample["tokens"]) for sample in batch], padding_idx),
+        input_pos=pad([sample["input_pos"] for sample in batch], 0),
+    )
     if "labels" in batch[0]:
         collated["labels"] = pad([torch.tensor(sample["labels"]) for sample in batch], ignore_idx)
     if pad_direction == "left":
@@ -71,7 +73,7 @@ def padded_collate_vision(
 
 def padded_collate_vision_supervised(
     batch: Sequence[Mapping[str, Any]], padding_idx: int = 0, ignore_idx: int = -100
-) -> dict[str, Any]:
+) -> Batch:
     """Pad samples as :func:`padded_collate_vision` does, and tell the model where labels are.
 
     The model then computes logits of these positions only, as
@@ -103,8 +105,10 @@ def _left_padding_mask(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def _collate_media(vision: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # A data worker's batch travels in shared memory: made there, it is not copied to it
+    shared = get_worker_info() is not None
     collated: dict[str, Any] = {
-        "patches": concatenate_patches([v["patches"] for v in vision]),
+        "patches": concatenate_patches([v["patches"] for v in vision], shared),
         "grid_thw": torch.cat([v["grid_thw"] for v in vision]),
     }
     if any("window_order" not in v for v in vision):

@@ -155,10 +155,11 @@ class Qwen2_5_VLImageTransform:
             patches = normalized_patches(
                 resized_THWC, self.image_mean, self.image_std, self.backend
             )
+        grid_thw = np.array([[1, height // PATCH_SIZE, width // PATCH_SIZE]])
         return {
             **sample,
             "pixel_values": torch.from_numpy(patches),
-            "image_grid_thw": torch.tensor([[1, height // PATCH_SIZE, width // PATCH_SIZE]]),
+            "image_grid_thw": torch.from_numpy(grid_thw),
             "num_image_tokens": len(patches) // MERGE_SIZE**2,
             "original_size": original_size,
         }

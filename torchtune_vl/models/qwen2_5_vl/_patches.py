@@ -5,6 +5,7 @@ along both sides, F frames of a patch that differ: 1 for an image, 2 for a video
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numba
 import numpy as np
@@ -66,15 +67,23 @@ def normalized_patches(
     """
     frames, height, width, channels = frames_THWC.shape
     per_patch = min(frames, TEMPORAL_PATCH_SIZE)
-    # transformers' PIL backend multiplies by 1 / 255 in float64 and rounds to float32: for all 256
-    # levels the same number as a division by 255
-    white, unit = np.float32(255), np.float32(1)
-    divisor, factor = (white, unit) if backend == "pil" else (unit, white)
-    means, stds = (np.array(values, np.float32) * factor for values in (mean, std))
+    divisor, means, stds = _scale(tuple(mean), tuple(std), backend)
     count = frames // per_patch * (height // PATCH_SIZE) * (width // PATCH_SIZE)
     normalized = np.empty((count, channels * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2), np.float32)
     _normalized_patches(np.ascontiguousarray(frames_THWC), divisor, means, stds, normalized)
     return normalized
+
+
+@lru_cache
+def _scale(
+    mean: tuple[float, ...], std: tuple[float, ...], backend: Backend
+) -> tuple[np.float32, np.ndarray, np.ndarray]:
+    """What pixels are divided by, what is then subtracted, and what the rest is divided by."""
+    # transformers' PIL backend multiplies by 1 / 255 in float64 and rounds to float32: for all 256
+    # levels the same number as a division by 255
+    white, unit = np.float32(255), np.float32(1)
+    divisor, factor = (white, unit) if backend == "pil" else (unit, white)
+    return divisor, np.array(mean, np.float32) * factor, np.array(std, np.float32) * factor
 
 
 @numba.njit(nogil=True, cache=True)

@@ -1,6 +1,7 @@
 """Integer maths that depends on the shapes of media: done once, in the data workers."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -61,15 +62,10 @@ def mrope_positions(
         interval = 1.0
         if tokens[start] == video_token_id:
             interval = tokens_per_second * _next_interval(seconds)
-        h, w = h // MERGE_SIZE, w // MERGE_SIZE
-        end = start + t * h * w
-        grid_THW3 = positions[start:end].reshape(t, h, w, 3)
-        # float32 and truncated, as transformers has it
-        steps = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int64)
-        grid_THW3[..., 0] = position + steps[:, None, None]
-        grid_THW3[..., 1] = position + np.arange(h)[:, None]
-        grid_THW3[..., 2] = position + np.arange(w)
-        position += max(h, w)
+        grid = _grid_positions(t, h // MERGE_SIZE, w // MERGE_SIZE, interval)
+        end = start + len(grid)
+        positions[start:end] = grid + position
+        position += max(h, w) // MERGE_SIZE
     positions[end:] = np.arange(position, position + len(tokens) - end)[:, None]
     return torch.from_numpy(positions)
 
@@ -97,21 +93,44 @@ def vision_index(grid_thw: torch.Tensor) -> dict[str, torch.Tensor]:
         ``window_lengths``, int64 [windows], and ``frame_lengths``, int64 [frames]: patches of each.
     """
     indices = [
-        _vision_index_of_one(t, h // MERGE_SIZE, w // MERGE_SIZE) for t, h, w in grid_thw.tolist()
+        _index_of_frames(t, h // MERGE_SIZE, w // MERGE_SIZE) for t, h, w in grid_thw.tolist()
     ]
     return indices[0] if len(indices) == 1 else concatenate_window_indices(indices)
 
 
-def _vision_index_of_one(t: int, h: int, w: int) -> dict[str, torch.Tensor]:
+def _index_of_frames(t: int, h: int, w: int) -> dict[str, torch.Tensor]:
     """The index of one medium of t frames of h x w units."""
-    rows, columns = np.indices((h, w)).reshape(2, -1)
-    window = rows // WINDOW_UNITS * -(-w // WINDOW_UNITS) + columns // WINDOW_UNITS
-    frame_order = window.argsort(kind="stable")
-    positions = np.stack([rows, columns], axis=1)[frame_order].astype(np.int32)
+    order, positions, window_lengths = _index_of_frame(h, w)
     index = {
-        "window_order": (frame_order + np.arange(t)[:, None] * (h * w)).ravel(),
-        "unit_positions": np.tile(positions, (t, 1)),
-        "window_lengths": np.tile(np.bincount(window) * MERGE_SIZE**2, t),
+        "window_order": (order + np.arange(t)[:, None] * (h * w)).ravel(),
+        "unit_positions": np.concatenate([positions] * t),
+        "window_lengths": np.concatenate([window_lengths] * t),
         "frame_lengths": np.full(t, h * w * MERGE_SIZE**2),
     }
     return {name: torch.from_numpy(array) for name, array in index.items()}
+
+
+# Few shapes recur in a data set, and those of the largest image take half a megabyte
+_SHAPES = 64
+
+
+@lru_cache(_SHAPES)
+def _index_of_frame(h: int, w: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Order, positions and window lengths of h x w units; to be copied, never changed."""
+    rows, columns = np.indices((h, w)).reshape(2, -1)
+    window = rows // WINDOW_UNITS * -(-w // WINDOW_UNITS) + columns // WINDOW_UNITS
+    order = window.argsort(kind="stable")
+    positions = np.stack([rows, columns], axis=1)[order].astype(np.int32)
+    return order, positions, np.bincount(window) * MERGE_SIZE**2
+
+
+@lru_cache(_SHAPES)
+def _grid_positions(t: int, h: int, w: int, interval: float) -> np.ndarray:
+    """M-RoPE positions of t x h x w units from 0, int64 [t * h * w, 3]; never to be changed."""
+    positions = np.empty((t, h, w, 3), np.int64)
+    # float32 and truncated, as transformers has it
+    steps = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int64)
+    positions[..., 0] = steps[:, None, None]
+    positions[..., 1] = np.arange(h)[:, None]
+    positions[..., 2] = np.arange(w)
+    return positions.reshape(-1, 3)

@@ -328,7 +328,7 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         """Encode an image, and tell the sizes of the original and the resized one."""
         transformed = self.image_transform({"image": item.source, **item.settings})
         grid_thw = transformed["image_grid_thw"]
-        _, rows, columns = grid_thw[0].tolist()
+        ((_, rows, columns),) = grid_thw.tolist()
         medium = EncodedMedium(
             "image", transformed["pixel_values"], grid_thw, transformed["num_image_tokens"]
         )

@@ -1,0 +1,42 @@
+"""Batches on their way from a data worker to the trainer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+# A file of shared memory costs each side some half a millisecond, whatever its size; by value so
+# many bytes cost less
+LARGEST_BY_VALUE = 2**18
+
+
+class Batch(dict[str, Any]):
+    """A dict, also of dicts, whose small tensors go from process to process by value.
+
+    torch sends each tensor of a batch as a file of shared memory. That is right for patches, but a
+    batch has some ten small tensors of integers too, which would cost the trainer's Python
+    milliseconds of each step.
+    """
+
+    # How pickle, and so a queue between processes, takes it apart
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (_to_send(self),)
+
+
+def _to_send(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _to_send(entry) for key, entry in value.items()}
+    if not isinstance(value, torch.Tensor) or value.is_floating_point():
+        return value
+    return value.numpy() if value.nbytes <= LARGEST_BY_VALUE else value
+
+
+def _received(values: Mapping[str, Any]) -> Batch:
+    return Batch({key: _from_sent(value) for key, value in values.items()})
+
+
+def _from_sent(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _from_sent(entry) for key, entry in value.items()}
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
