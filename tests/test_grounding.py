@@ -92,3 +92,9 @@ def test_generated_text_around_boxes():
     ]
     assert boxes_in_original("no boxes", (112, 28), torch.tensor([1, 4, 4])) == []
     assert boxes_in_original("{" * 3000, (112, 28), torch.tensor([1, 4, 4])) == []
+
+
+def test_an_object_within_another_is_not_told_twice() -> None:
+    text = '{"bbox_2d": [0, 0, 28, 28], "part": {"bbox_2d": [1, 1, 2, 2]}}'
+    (found,) = boxes_in_original(text, (56, 56), torch.tensor([1, 4, 4]))
+    assert found == {"bbox_2d": [0, 0, 28, 28], "part": {"bbox_2d": [1, 1, 2, 2]}}

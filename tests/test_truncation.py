@@ -176,3 +176,12 @@ def test_any_conversation(make, seed: int, part: float, truncation: str) -> None
     grids = cut.get("encoder_input", {}).get("vision", {}).get("grid_thw", torch.empty(0, 3))
     assert cut["tokens"].count(IMAGE_PAD) == int(grids.prod(1).sum()) // 4
     assert cut["tokens"].count(VISION_START) == len(grids)
+
+
+def test_a_medium_that_just_fits_stays(make) -> None:
+    messages = [*MESSAGES[:3], {"role": "user", "content": [MEDIUM]}, MESSAGES[2]]
+    whole = make(None)({"messages": messages})["tokens"]
+    end = len(whole) - whole[::-1].index(VISION_END)
+    cut = make(end)({"messages": messages})
+    assert cut["tokens"] == whole[:end]
+    assert cut["truncated"]["images"] == 0

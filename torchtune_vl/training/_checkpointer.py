@@ -2,17 +2,12 @@
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torchtune import training
 from torchtune.training.checkpointing._utils import check_outdir_not_in_ckptdir
 
@@ -22,23 +17,45 @@ from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_tune_to_hf,
 )
 from torchtune_vl.models.qwen2_5_vl._convert_weights import published_name
+from torchtune_vl.training._adapters import (
+    CONFIG,
+    Adapter,
+    is_adapter,
+    load_adapter,
+    save_adapter,
+)
+from torchtune_vl.training._directory import (
+    MANIFEST,
+    belongs,
+    check_manifest,
+    epochs,
+    new_directory,
+    new_file,
+    survivor,
+    write_json,
+    write_manifest,
+)
 from torchtune_vl.training._tree_file import load_tree, save_tree
+from torchtune_vl.training._weights import (
+    INDEX,
+    Stored,
+    read_tensors,
+    stored_tensors,
+    weight_files,
+    write_shards,
+)
 
-_INDEX = "model.safetensors.index.json"
 _OUTPUT_LAYER = "lm_head.weight"
 _TOKEN_EMBEDDING = "model.embed_tokens.weight"
 # Files that a complete directory has beside the weights: configs, vocabularies, templates
 _COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".tiktoken")
+# ... but for those that speak of files of weights
+_OWN = (INDEX, MANIFEST, CONFIG)
+_ADAPTER = "adapter"
+_FILES_OF_THEIR_OWN = (training.MODEL_KEY, training.ADAPTER_KEY, training.ADAPTER_CONFIG)
+_PARTS = ("encoders.vision.merger.", "encoders.vision.", "decoder.")
 
 log = logging.getLogger(__name__)
-
-
-class _Stored(NamedTuple):
-    """Where a tensor lies."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
 
 
 class Qwen2_5_VLCheckpointer:
@@ -48,18 +65,25 @@ class Qwen2_5_VLCheckpointer:
     those that transformers >= 4.52 has in memory, and a flat or nested ``config.json``. Writes
     ``{output_dir}/epoch_{n}``: weights with the published names, in files of at most 5 GB, and
     config, tokenizer and processor files beside them, so that transformers, vLLM and SGLang load
-    the directory as it is.
+    the directory as it is, and ``checksums.json``, which loading compares with the files. A crash
+    at any moment leaves the directory complete, as it was before, or not there.
+
+    With recipes for adapters these are in ``{output_dir}/epoch_{n}/adapter`` too, as peft writes
+    them, and weights are merged. Resuming takes the weights of ``checkpoint_dir`` and the adapter.
 
     Args:
         checkpoint_dir: directory to start from.
         output_dir: directory to write into; not the same.
         checkpoint_files: names of the files of weights in ``checkpoint_dir``; by default those of
             the index, or ``model.safetensors``.
+        adapter_dir: directory of an adapter, of ours or of peft, to go on training from. Its rank
+            and alpha must be those of the model. To train anything else on top of it, merge it
+            first: ``tune-vl merge``.
         model_type: ignored; stock configs state it.
         recipe_checkpoint: file with the state of the recipe, by default
             ``{output_dir}/recipe_state/recipe_state.safetensors``.
-        should_load_recipe_state: whether to resume: weights come from the newest epoch in
-            ``output_dir``, and the recipe's state is loaded too.
+        should_load_recipe_state: whether to resume: the recipe's state is loaded too, and weights
+            come from the epoch in ``output_dir`` that was saved together with it.
 
     Raises:
         ValueError: if there are no weights, or nothing to resume from.
@@ -71,6 +95,7 @@ class Qwen2_5_VLCheckpointer:
         output_dir: str | Path,
         checkpoint_files: Sequence[str] | None = None,
         *,
+        adapter_dir: str | Path | None = None,
         model_type: str | None = None,
         recipe_checkpoint: str | Path | None = None,
         should_load_recipe_state: bool = False,
@@ -79,41 +104,53 @@ class Qwen2_5_VLCheckpointer:
         self._output_dir = Path(output_dir)
         check_outdir_not_in_ckptdir(ckpt_dir=self._checkpoint_dir, out_dir=self._output_dir)
         self._resume = should_load_recipe_state
-        self._recipe_checkpoint = Path(
-            recipe_checkpoint or self._output_dir / "recipe_state" / "recipe_state.safetensors"
+        self._recipe_checkpoint = Path(recipe_checkpoint or self._recipe_state)
+        self._adapter_dir = None if adapter_dir is None else Path(adapter_dir)
+        self._weights_dir = survivor(self._checkpoint_dir)
+        if self._resume:
+            epoch, self._recipe_checkpoint = _newest_pair(self._output_dir, self._recipe_checkpoint)
+            check_manifest(epoch)
+            if (epoch / _ADAPTER).is_dir():
+                self._adapter_dir = epoch / _ADAPTER
+            else:
+                self._weights_dir, checkpoint_files = epoch, None
+        names = checkpoint_files or ()
+        self._files = [self._weights_dir / name for name in names] or weight_files(
+            self._weights_dir
         )
-        self._weights_dir = (
-            _newest_epoch(self._output_dir) if self._resume else self._checkpoint_dir
-        )
-        if checkpoint_files and not self._resume:
-            self._files = [self._checkpoint_dir / name for name in checkpoint_files]
-        else:
-            self._files = _weight_files(self._weights_dir)
+
+    @property
+    def _recipe_state(self) -> Path:
+        return self._output_dir / "recipe_state" / "recipe_state.safetensors"
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Load the weights, and to resume the state of the recipe.
 
         Returns:
-            ``model``, from our names to tensors as stored, on the CPU; to resume also the keys
-            that the recipe had saved.
+            ``model``, from our names to tensors as stored, on the CPU and mapped from the files,
+            those of an adapter among them and, apart, in ``adapter``; to resume also the keys that
+            the recipe had saved.
 
         Raises:
-            ValueError: if a file is missing or damaged, or tensors are unknown, missing or of
+            ValueError: if files are missing or damaged, or tensors are unknown, missing or of
                 another shape than the config says; it lists all of them.
         """
-        with torch.device("meta"):
-            model = qwen2_5_vl_from_config(self._weights_dir)
-        expected = {
-            name: tuple(tensor.shape)
-            for name, tensor in qwen2_5_vl_tune_to_hf(model.state_dict()).items()
-        }
-        stored = _stored_tensors(self._files)
-        _drop_tied_output_layer(stored, expected)
-        _refuse_differences(stored, expected, self._weights_dir)
-        state: dict[str, Any] = {training.MODEL_KEY: qwen2_5_vl_hf_to_tune(_read(stored))}
+        weights = load_weights(self._weights_dir, self._files)
+        state: dict[str, Any] = {training.MODEL_KEY: weights}
+        if self._adapter_dir:
+            adapter = load_adapter(self._adapter_dir)
+            log.warning(
+                "The adapter of %s goes on: it has rank %s and alpha %s, which must be lora_rank "
+                "and lora_alpha of the model",
+                self._adapter_dir,
+                adapter.rank,
+                adapter.alpha,
+            )
+            # Recipes read adapters apart only when they resume, and those among the weights always
+            weights.update(adapter.tensors)
+            adapters = {name: t for name, t in adapter.tensors.items() if is_adapter(name)}
+            state[training.ADAPTER_KEY] = adapters
         if self._resume:
-            if not self._recipe_checkpoint.is_file():
-                raise ValueError(f"cannot resume: there is no {self._recipe_checkpoint}")
             state.update(load_tree(self._recipe_checkpoint))
         return state
 
@@ -130,91 +167,165 @@ class Qwen2_5_VLCheckpointer:
             state_dict: ``model``, from our names to tensors, and the state of the recipe.
             epoch: number of the epoch.
             intermediate_checkpoint: whether to write the state of the recipe too, to resume from.
-            adapter_only: not supported, there are no adapters yet.
+            adapter_only: whether to leave out the weights, and write adapters alone. What else is
+                trained is left out then.
 
         Raises:
-            ValueError: if only adapters are asked for, or a tensor is not of the model.
+            ValueError: if a tensor is not of the model, or there are no adapters to write alone.
+            OSError: if a file cannot be written; what was there before is as it was.
         """
-        if adapter_only:
-            raise ValueError("adapter_only is not supported: there are no adapters to save")
-        weights = qwen2_5_vl_tune_to_hf(state_dict[training.MODEL_KEY])
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        if adapter_only and training.ADAPTER_KEY not in state_dict:
+            raise ValueError("adapter_only: there are no adapters to save")
         target = self._output_dir / f"epoch_{epoch}"
-        partial = target.with_name(f"{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _copy_companions(self._checkpoint_dir, partial)
-        _state_dtype(partial / "config.json", {tensor.dtype for tensor in weights.values()})
-        _write_shards(weights, partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        log.info("Checkpoint written to %s", target)
-        if intermediate_checkpoint:
-            recipe_state = {k: v for k, v in state_dict.items() if k != training.MODEL_KEY}
-            self._save_recipe_state(recipe_state)
-
-    def _save_recipe_state(self, recipe_state: dict[str, Any]) -> None:
-        path = self._output_dir / "recipe_state" / "recipe_state.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        save_tree(recipe_state, partial)
-        partial.replace(path)
-
-
-def _newest_epoch(output_dir: Path) -> Path:
-    epochs = {
-        int(match[1]): path
-        for path in output_dir.glob("epoch_*")
-        if (match := re.fullmatch(r"epoch_(\d+)", path.name))
-    }
-    if not epochs:
-        raise ValueError(f"cannot resume: {output_dir} has no epoch_N directory")
-    return epochs[max(epochs)]
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / _INDEX
-    if index.is_file():
+        self._finish_recipe_state()
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from None
-        return [directory / name for name in sorted(names)]
-    single = directory / "model.safetensors"
-    if single.is_file():
-        return [single]
+            with new_directory(target) as partial:
+                if not adapter_only:
+                    weights = state_dict[training.MODEL_KEY]
+                    write_weights(weights, partial, survivor(self._checkpoint_dir))
+                if training.ADAPTER_KEY in state_dict:
+                    (partial / _ADAPTER).mkdir()
+                    base = str(self._checkpoint_dir.resolve())
+                    save_adapter(self._adapter(state_dict), partial / _ADAPTER, base)
+                recipe_state = None
+                if intermediate_checkpoint:
+                    rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
+                    recipe_state = self._write_recipe_state(rest)
+                write_manifest(partial, recipe_state)
+        finally:
+            self._finish_recipe_state()
+        log.info("Checkpoint written to %s", target)
+
+    def _adapter(self, state_dict: Mapping[str, Any]) -> Adapter:
+        """The adapters of a recipe's state, and the parts that it trained in full beside them."""
+        config = state_dict[training.ADAPTER_CONFIG]
+        weights = state_dict.get(training.MODEL_KEY, {})
+        in_full = _trained_in_full(weights, self._stored_weights())
+        tensors = {**state_dict[training.ADAPTER_KEY], **{name: weights[name] for name in in_full}}
+        return Adapter(tensors, config["r"], config["lora_alpha"])
+
+    def _stored_weights(self) -> dict[str, Stored]:
+        """Where the weights to start from lie, by our names."""
+        return qwen2_5_vl_hf_to_tune(stored_tensors(self._files, published_name))
+
+    def _write_recipe_state(self, recipe_state: dict[str, Any]) -> Path:
+        pending = _pending(self._recipe_state)
+        pending.parent.mkdir(exist_ok=True)
+        with new_file(pending) as partial:
+            save_tree(recipe_state, partial)
+        return pending
+
+    def _finish_recipe_state(self) -> None:
+        """Move the state of the recipe to its place if the weights beside it are in theirs."""
+        pending = _pending(self._recipe_state)
+        if pending.is_file():
+            if any(belongs(pending, directory) for directory in epochs(self._output_dir)):
+                pending.replace(self._recipe_state)
+            else:
+                pending.unlink()
+
+
+def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """Read the weights of a checkpoint and compare them with its config and its checksums.
+
+    Args:
+        directory: has ``config.json``, and ``checksums.json`` perhaps.
+        files: its files of weights.
+
+    Returns:
+        The tensors by our names, as stored, on the CPU and mapped from the files.
+
+    Raises:
+        ValueError: if files are missing or damaged, or tensors are unknown, missing or of another
+            shape than the config says; it lists all of them.
+    """
+    check_manifest(directory)
+    with torch.device("meta"):
+        model = qwen2_5_vl_from_config(directory)
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in qwen2_5_vl_tune_to_hf(model.state_dict()).items()
+    }
+    stored = stored_tensors(files, published_name)
+    _drop_tied_output_layer(stored, expected)
+    _refuse_differences(stored, expected, directory)
+    return qwen2_5_vl_hf_to_tune(read_tensors(stored))
+
+
+def write_weights(
+    weights: Mapping[str, torch.Tensor],
+    directory: Path,
+    source: Path,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write weights in the published layout, and the other files of a checkpoint.
+
+    Args:
+        weights: the tensors by our names.
+        directory: an empty directory.
+        source: where config, tokenizer and processor files come from.
+        max_shard_size: most bytes of tensors in a file, such as ``500MB``.
+
+    Raises:
+        ValueError: if a tensor is not of the model.
+        OSError: if a file cannot be written.
+    """
+    published = qwen2_5_vl_tune_to_hf(weights)
+    _copy_companions(source, directory)
+    _state_dtype(directory / "config.json", {tensor.dtype for tensor in weights.values()})
+    write_shards(published, directory, max_shard_size)
+
+
+def _trained_in_full(
+    weights: Mapping[str, torch.Tensor], stored: Mapping[str, Stored]
+) -> list[str]:
+    """Names of the weights of those parts that were trained themselves, not by adapters alone.
+
+    Recipes do not tell. But adapters, merged or not, and NF4 change matrices only: a part whose
+    biases or normalisations are not those to start from was trained in full.
+    """
+    vectors = {n: place for n, place in stored.items() if n in weights and len(place.shape) == 1}
+    changed = {
+        _part(name)
+        for name, before in read_tensors(vectors).items()
+        if not torch.equal(before.to(weights[name].dtype), weights[name].cpu())
+    }
+    return [name for name in weights if _part(name) in changed]
+
+
+def _part(name: str) -> str:
+    return next(part for part in _PARTS if name.startswith(part))
+
+
+def _newest_pair(output_dir: Path, recipe_state: Path) -> tuple[Path, Path]:
+    """Weights and state of the recipe that were saved together."""
+    states = [path for path in (_pending(recipe_state), recipe_state) if path.is_file()]
+    if not states:
+        raise ValueError(f"cannot resume: there is no {recipe_state}")
+    for state in states:
+        for directory in epochs(output_dir):
+            if belongs(state, directory):
+                return directory, state
     raise ValueError(
-        f"{directory} has neither {_INDEX} nor model.safetensors: name the files of weights in "
-        "checkpoint_files, or download the checkpoint again"
+        f"cannot resume: {recipe_state} is damaged, or was saved with no epoch_N of {output_dir} "
+        f"(each names its own in {MANIFEST}): restore the epoch, or start from its weights alone, "
+        "with checkpoint_dir"
     )
 
 
-def _stored_tensors(files: Sequence[Path]) -> dict[str, _Stored]:
-    """All tensors of the files by their published names."""
-    stored: dict[str, _Stored] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    place = _Stored(path, name, tuple(file.get_slice(name).get_shape()))
-                    other = stored.setdefault(published_name(name), place)
-                    if other is not place:
-                        raise ValueError(
-                            f"{name} of {path} is in {other.path} as well ({other.name})"
-                        )
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): download the file again") from None
-    return stored
+def _pending(recipe_state: Path) -> Path:
+    """Where the state of the recipe waits until the weights beside it are in place."""
+    return recipe_state.with_name(f"{recipe_state.name}.next")
 
 
 def _drop_tied_output_layer(
-    stored: dict[str, _Stored], expected: Mapping[str, tuple[int, ...]]
+    stored: dict[str, Stored], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Accept an output layer beside tied embeddings, which some trainers write, if it is equal."""
     if _OUTPUT_LAYER in expected or _OUTPUT_LAYER not in stored or _TOKEN_EMBEDDING not in stored:
         return
     names = (_OUTPUT_LAYER, _TOKEN_EMBEDDING)
-    values = _read({name: stored[name] for name in names})
+    values = read_tensors({name: stored[name] for name in names})
     output = stored.pop(_OUTPUT_LAYER)
     if not torch.equal(values[_OUTPUT_LAYER], values[_TOKEN_EMBEDDING]):
         raise ValueError(
@@ -224,7 +335,7 @@ def _drop_tied_output_layer(
 
 
 def _refuse_differences(
-    stored: Mapping[str, _Stored], expected: Mapping[str, tuple[int, ...]], directory: Path
+    stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], directory: Path
 ) -> None:
     unknown = [
         f"{place.name} ({place.path.name})"
@@ -247,19 +358,11 @@ def _refuse_differences(
         raise ValueError(f"the weights do not fit {directory / 'config.json'}\n" + "\n".join(lines))
 
 
-def _read(stored: Mapping[str, _Stored]) -> dict[str, torch.Tensor]:
-    with ExitStack() as stack:
-        files = {
-            path: stack.enter_context(safe_open(path, framework="pt"))
-            for path in {place.path for place in stored.values()}
-        }
-        return {name: files[place.path].get_tensor(place.name) for name, place in stored.items()}
-
-
 def _copy_companions(source: Path, target: Path) -> None:
     for path in source.iterdir():
-        if path.suffix in _COMPANION_SUFFIXES and path.name != _INDEX and path.is_file():
-            shutil.copyfile(path, target / path.name)
+        if path.suffix in _COMPANION_SUFFIXES and path.name not in _OWN and path.is_file():
+            with new_file(target / path.name) as partial:
+                shutil.copyfile(path, partial)
 
 
 def _state_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
@@ -271,15 +374,4 @@ def _state_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
     stating = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
     for part, key in stating or [(config, "torch_dtype")]:
         part[key] = name
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_shards(weights: Mapping[str, torch.Tensor], directory: Path) -> None:
-    plan = split_torch_state_dict_into_shards(dict(weights), max_shard_size="5GB")
-    for filename, names in plan.filename_to_tensors.items():
-        shard = {name: weights[name] for name in names}
-        save_file(shard, directory / filename, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        text = json.dumps(index, indent=2) + "\n"
-        (directory / _INDEX).write_text(text, encoding="utf-8")
+    write_json(path, config)

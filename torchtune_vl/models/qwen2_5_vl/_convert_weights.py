@@ -61,7 +61,7 @@ def qwen2_5_vl_hf_to_tune(state_dict: Mapping[str, T]) -> dict[str, T]:
     Raises:
         ValueError: if a name is of no tensor of Qwen2.5-VL; it lists all of these.
     """
-    return _rename(state_dict, lambda name: _translate(published_name(name), _OURS_FROM_HUB))
+    return rename(state_dict, lambda name: tune_from_hub(published_name(name)))
 
 
 def qwen2_5_vl_tune_to_hf(state_dict: Mapping[str, T]) -> dict[str, T]:
@@ -76,13 +76,23 @@ def qwen2_5_vl_tune_to_hf(state_dict: Mapping[str, T]) -> dict[str, T]:
     Raises:
         ValueError: if a name is of no tensor of our model; it lists all of these.
     """
-    return _rename(state_dict, lambda name: _translate(name, _HUB_FROM_OURS))
+    return rename(state_dict, hub_from_tune)
 
 
 def published_name(name: str) -> str:
     """Return the published form of a hub name, whichever of the two it is."""
     name = re.sub(r"^model\.visual\.", "visual.", name)
     return re.sub(r"^model\.language_model\.", "model.", name)
+
+
+def tune_from_hub(name: str) -> str | None:
+    """Return our name of a published tensor, or None if there is no such tensor."""
+    return _translate(name, _OURS_FROM_HUB)
+
+
+def hub_from_tune(name: str) -> str | None:
+    """Return the published name of our tensor, or None if there is no such tensor."""
+    return _translate(name, _HUB_FROM_OURS)
 
 
 def _translate(name: str, templates: Mapping[str, str]) -> str | None:
@@ -92,7 +102,8 @@ def _translate(name: str, templates: Mapping[str, str]) -> str | None:
     return templates[template].format(*re.findall(r"\.(?:layers|blocks)\.(\d+)\.", name))
 
 
-def _rename(state_dict: Mapping[str, T], translate: Callable[[str], str | None]) -> dict[str, T]:
+def rename(state_dict: Mapping[str, T], translate: Callable[[str], str | None]) -> dict[str, T]:
+    """Rename all keys, or raise ``ValueError`` with those that ``translate`` does not know."""
     names = {name: translate(name) for name in state_dict}
     unknown = sorted(name for name, new in names.items() if new is None)
     if unknown:

@@ -1,11 +1,11 @@
 """The published sizes, and the model that a ``config.json`` describes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchtune_vl.models.qwen2_5_vl._component_builders import qwen2_5_vl
+from torchtune_vl.models.qwen2_5_vl._component_builders import lora_qwen2_5_vl, qwen2_5_vl
 from torchtune_vl.models.qwen2_5_vl._fusion import VisionFusionModel
 from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE, WINDOW_UNITS
 
@@ -149,6 +149,134 @@ def qwen2_5_vl_72b(
     )
 
 
+def lora_qwen2_5_vl_3b(lora_attn_modules: Sequence[str], **settings: Any) -> VisionFusionModel:
+    """Build Qwen2.5-VL 3B with adapters, its output layer is tied and gets none.
+
+    Args:
+        lora_attn_modules: attention layers that get adapters.
+        **settings: other arguments of :func:`lora_qwen2_5_vl` but for dimensions.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the adapters match no layer, or nothing would be trained.
+    """
+    return lora_qwen2_5_vl(lora_attn_modules, **_DIMENSIONS["3B"], **settings)
+
+
+def lora_qwen2_5_vl_7b(lora_attn_modules: Sequence[str], **settings: Any) -> VisionFusionModel:
+    """Build Qwen2.5-VL 7B with adapters.
+
+    Args:
+        lora_attn_modules: attention layers that get adapters.
+        **settings: other arguments of :func:`lora_qwen2_5_vl` but for dimensions.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the adapters match no layer, or nothing would be trained.
+    """
+    return lora_qwen2_5_vl(lora_attn_modules, **_DIMENSIONS["7B"], **settings)
+
+
+def lora_qwen2_5_vl_32b(lora_attn_modules: Sequence[str], **settings: Any) -> VisionFusionModel:
+    """Build Qwen2.5-VL 32B with adapters.
+
+    Args:
+        lora_attn_modules: attention layers that get adapters.
+        **settings: other arguments of :func:`lora_qwen2_5_vl` but for dimensions.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the adapters match no layer, or nothing would be trained.
+    """
+    return lora_qwen2_5_vl(lora_attn_modules, **_DIMENSIONS["32B"], **settings)
+
+
+def lora_qwen2_5_vl_72b(lora_attn_modules: Sequence[str], **settings: Any) -> VisionFusionModel:
+    """Build Qwen2.5-VL 72B with adapters.
+
+    Args:
+        lora_attn_modules: attention layers that get adapters.
+        **settings: other arguments of :func:`lora_qwen2_5_vl` but for dimensions.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the adapters match no layer, or nothing would be trained.
+    """
+    return lora_qwen2_5_vl(lora_attn_modules, **_DIMENSIONS["72B"], **settings)
+
+
+def qlora_qwen2_5_vl_3b(lora_attn_modules: Sequence[str], **settings: Any) -> VisionFusionModel:
+    """Build Qwen2.5-VL 3B with adapters on weights in NF4.
+
+    Args:
+        lora_attn_modules: attention layers that get adapters.
+        **settings: other arguments of :func:`lora_qwen2_5_vl` but for dimensions.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the adapters match no layer, or nothing would be trained.
+    """
+    return lora_qwen2_5_vl_3b(lora_attn_modules, quantize_base=True, **settings)
+
+
+def qlora_qwen2_5_vl_7b(lora_attn_modules: Sequence[str], **settings: Any) -> VisionFusionModel:
+    """Build Qwen2.5-VL 7B with adapters on weights in NF4.
+
+    Args:
+        lora_attn_modules: attention layers that get adapters.
+        **settings: other arguments of :func:`lora_qwen2_5_vl` but for dimensions.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the adapters match no layer, or nothing would be trained.
+    """
+    return lora_qwen2_5_vl_7b(lora_attn_modules, quantize_base=True, **settings)
+
+
+def qlora_qwen2_5_vl_32b(lora_attn_modules: Sequence[str], **settings: Any) -> VisionFusionModel:
+    """Build Qwen2.5-VL 32B with adapters on weights in NF4.
+
+    Args:
+        lora_attn_modules: attention layers that get adapters.
+        **settings: other arguments of :func:`lora_qwen2_5_vl` but for dimensions.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the adapters match no layer, or nothing would be trained.
+    """
+    return lora_qwen2_5_vl_32b(lora_attn_modules, quantize_base=True, **settings)
+
+
+def qlora_qwen2_5_vl_72b(lora_attn_modules: Sequence[str], **settings: Any) -> VisionFusionModel:
+    """Build Qwen2.5-VL 72B with adapters on weights in NF4.
+
+    Args:
+        lora_attn_modules: attention layers that get adapters.
+        **settings: other arguments of :func:`lora_qwen2_5_vl` but for dimensions.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the adapters match no layer, or nothing would be trained.
+    """
+    return lora_qwen2_5_vl_72b(lora_attn_modules, quantize_base=True, **settings)
+
+
 # transformers 4 leaves out of a config.json whatever equals the defaults of its own classes, and
 # these are not the values of the published checkpoints.
 _TEXT_DEFAULTS: dict[str, Any] = {
@@ -204,17 +332,39 @@ def qwen2_5_vl_from_config(
         ValueError: if the file is missing, describes another architecture, or asks for what this
             model does not have.
     """
-    path = Path(checkpoint_dir) / "config.json"
-    try:
-        dimensions = _dimensions(read_config(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     return qwen2_5_vl(
-        **dimensions,
+        **_dimensions_of(checkpoint_dir),
         decoder_trainable=decoder_trainable,
         encoder_trainable=encoder_trainable,
         fusion_trainable=fusion_trainable,
     )
+
+
+def lora_qwen2_5_vl_from_config(
+    checkpoint_dir: str | Path, lora_attn_modules: Sequence[str], **settings: Any
+) -> VisionFusionModel:
+    """Build the model that a checkpoint's ``config.json`` describes, with adapters.
+
+    Args:
+        checkpoint_dir: as in :func:`qwen2_5_vl_from_config`.
+        lora_attn_modules: attention layers that get adapters.
+        **settings: other arguments of :func:`lora_qwen2_5_vl` but for dimensions.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: as in :func:`qwen2_5_vl_from_config` and :func:`lora_qwen2_5_vl`.
+    """
+    return lora_qwen2_5_vl(lora_attn_modules, **_dimensions_of(checkpoint_dir), **settings)
+
+
+def _dimensions_of(checkpoint_dir: str | Path) -> dict[str, Any]:
+    path = Path(checkpoint_dir) / "config.json"
+    try:
+        return _dimensions(read_config(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,0 +1,361 @@
+"""Checkpoints that crash, do not fit on the disk, or are damaged."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.reference import reference_config
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
+from torchtune_vl.training import Qwen2_5_VLCheckpointer, _directory, _weights
+from torchtune_vl.training._directory import MANIFEST, check_manifest, new_directory, new_file
+from torchtune_vl.training._weights import (
+    INDEX,
+    read_tensors,
+    stored_tensors,
+    weight_files,
+    write_shards,
+)
+
+ROOT = Path(__file__).parents[1]
+FIRST_SHARD = "model-00001-of-00003.safetensors"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run starts from: a config and three files of weights, as published."""
+    directory = tmp_path_factory.mktemp("base")
+    reference_config("head_dim_128").save_pretrained(directory)
+    weights = {name: torch.rand(shape) for name, shape in _shapes(directory).items()}
+    write_shards(weights, directory, max_shard_size="5MB")
+    assert (directory / FIRST_SHARD).is_file()
+    return directory
+
+
+def _shapes(directory: Path) -> dict[str, torch.Size]:
+    from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_tune_to_hf
+
+    with torch.device("meta"):
+        state = qwen2_5_vl_from_config(directory).state_dict()
+    return {name: tensor.shape for name, tensor in qwen2_5_vl_tune_to_hf(state).items()}
+
+
+def save(base: Path, output: Path, epoch: int = 0, value: float = 0.0) -> None:
+    checkpointer = Qwen2_5_VLCheckpointer(base, output)
+    weights = checkpointer.load_checkpoint()["model"]
+    state = {"model": {name: torch.full_like(t, value) for name, t in weights.items()}}
+    state["value"] = value
+    checkpointer.save_checkpoint(state, epoch, intermediate_checkpoint=True)
+
+
+def resumed(base: Path, output: Path) -> float:
+    """The value that was saved, from weights and state that belong together."""
+    checkpointer = Qwen2_5_VLCheckpointer(base, output, should_load_recipe_state=True)
+    state = checkpointer.load_checkpoint()
+    assert all((tensor == state["value"]).all() for tensor in state["model"].values())
+    return state["value"]
+
+
+def load(directory: Path) -> dict[str, Any]:
+    return Qwen2_5_VLCheckpointer(directory, directory.parents[1] / "elsewhere").load_checkpoint()
+
+
+@pytest.fixture
+def saved(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sharded checkpoint that we wrote."""
+    _small_shards(monkeypatch)
+    save(base, tmp_path / "output", value=1.0)
+    directory = tmp_path / "output" / "epoch_0"
+    assert (directory / FIRST_SHARD).is_file()
+    return directory
+
+
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = _weights.split_torch_state_dict_into_shards
+    monkeypatch.setattr(
+        _weights,
+        "split_torch_state_dict_into_shards",
+        lambda weights, max_shard_size: split(weights, max_shard_size="5MB"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kills", "megabytes"),
+    [(8, 1), pytest.param(50, 1000, marks=pytest.mark.slow)],
+)
+def test_killed_at_any_moment(kills: int, megabytes: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.kill_checkpoint", tmp_path, "--kills", str(kills)]
+    command += ["--megabytes", str(megabytes)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "all well" in result.stdout
+
+
+def test_the_index_is_written_after_the_weights_and_checksums_last(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _small_shards(monkeypatch)
+    order: list[str] = []
+    replace = Path.replace
+
+    def noted(source: Path, target: Path) -> Path:
+        order.append(target.name)
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    save(base, tmp_path / "output")
+    shards = [i for i, name in enumerate(order) if name.startswith("model-")]
+    assert len(shards) == 3
+    assert max(shards) < order.index(INDEX) < order.index(MANIFEST)
+    assert order[-1] == "recipe_state.safetensors"  # once the weights are in place
+
+
+def test_every_file_is_flushed_before_it_is_moved(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[Path] = set()
+    flush = _directory._flush
+    monkeypatch.setattr(_directory, "_flush", lambda path: (flushed.add(path), flush(path)))
+    replace = Path.replace
+
+    def checked(source: Path, target: Path) -> Path:
+        assert source in flushed or source.suffix == ".next"
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", checked)
+    save(base, tmp_path / "output")
+    partial = tmp_path / "output" / "epoch_0.partial"
+    written = {path.name for path in (tmp_path / "output" / "epoch_0").iterdir()}
+    assert {partial / f"{name}.partial" for name in written} <= flushed
+    assert {partial, tmp_path / "output"} <= flushed
+
+
+def test_what_a_crash_left_is_found_and_then_cleaned(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    save(base, output, epoch=0, value=1.0)
+    (output / "epoch_0").rename(output / "epoch_0.old")
+    (output / "epoch_0.partial").mkdir()
+    (output / "epoch_7.partial").mkdir()
+    (output / "recipe_state" / "recipe_state.safetensors.next.partial").touch()
+    assert resumed(base, output) == 1
+    assert load(output / "epoch_0")["model"]
+    save(base, output, epoch=1, value=1.5)
+    (output / "epoch_0.old").mkdir()  # not deleted yet
+    save(base, output, epoch=1, value=2.0)
+    assert {path.name for path in output.iterdir()} == {"epoch_0", "epoch_1", "recipe_state"}
+    assert len(list((output / "recipe_state").iterdir())) == 1
+    assert resumed(base, output) == 2
+
+
+def test_resuming_takes_weights_and_state_of_the_same_save(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    save(base, output, epoch=0, value=1.0)
+    state = output / "recipe_state" / "recipe_state.safetensors"
+    older = state.read_bytes()
+    save(base, output, epoch=1, value=2.0)
+    newer = state.read_bytes()
+
+    state.write_bytes(older)
+    assert resumed(base, output) == 1
+    # A crash just before the state of epoch 1 came to its place
+    pending = state.with_name(f"{state.name}.next")
+    pending.write_bytes(newer)
+    assert resumed(base, output) == 2
+    # ... and just before the weights of epoch 1 did
+    (output / "epoch_1").rename(output / "epoch_1.partial")
+    assert resumed(base, output) == 1
+
+    (output / "epoch_0").rename(output / "other")
+    with pytest.raises(ValueError, match=r"recipe_state\.safetensors is damaged, or .* epoch_N"):
+        resumed(base, output)
+
+
+def test_recipe_checkpoint_is_taken_from_where_it_is_said_to_be(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    save(base, output, epoch=0, value=1.0)
+    elsewhere = tmp_path / "state.safetensors"
+    (output / "recipe_state" / "recipe_state.safetensors").rename(elsewhere)
+    state = Qwen2_5_VLCheckpointer(
+        base, output, recipe_checkpoint=elsewhere, should_load_recipe_state=True
+    ).load_checkpoint()
+    assert state["value"] == 1
+    with pytest.raises(ValueError, match=r"there is no .*recipe_state\.safetensors"):
+        resumed(base, output)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system for one checkpoint and a half."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=18m", "tmpfs", str(directory)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting is not permitted")
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def refused(base: Path, output: Path, message: str) -> None:
+    """A second save fails, with the message, and leaves the first as it was."""
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    for epoch in (0, 1):  # in place of the first, beside it
+        with pytest.raises(OSError, match=message) as error:
+            save(base, output, epoch=epoch, value=2.0)
+        assert str(output / f"epoch_{epoch} ") in str(error.value)
+        assert "make room" in str(error.value)
+        after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+        assert after == before
+        assert not list(output.glob("*.partial"))
+        assert resumed(base, output) == 1
+
+
+def test_a_full_disk(base: Path, small_disk: Path) -> None:
+    save(base, small_disk / "output", value=1.0)
+    refused(base, small_disk / "output", r"model\.safetensors.*No space left on device")
+
+
+def test_a_read_only_disk(base: Path, small_disk: Path) -> None:
+    save(base, small_disk / "output", value=1.0)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    refused(base, small_disk / "output", r"epoch_.\.partial.*name another output_dir")
+
+
+@pytest.mark.parametrize("place", ["model.safetensors", "config.json", MANIFEST, ".next"])
+def test_a_write_that_fails(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    save(base, tmp_path / "output", value=1.0)
+    flush = _directory._flush
+
+    def full(path: Path) -> None:
+        if path.name.endswith(f"{place}.partial"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        flush(path)
+
+    monkeypatch.setattr(_directory, "_flush", full)
+    refused(base, tmp_path / "output", rf"No space left on device.*{place}")
+
+
+def test_a_rename_that_fails(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(base, tmp_path / "output", value=1.0)
+    rename = Path.rename
+
+    def broken(source: Path, target: Path) -> Path:
+        if source.name.startswith("epoch_") and source.suffix == ".partial":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(source))
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    refused(base, tmp_path / "output", "Input/output error")
+
+
+def alter_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 8)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, "is missing"),
+        (alter_a_byte, "another checksum"),
+        (truncate, "has a size of .* bytes, expected"),
+    ],
+)
+@pytest.mark.parametrize("name", [FIRST_SHARD, INDEX, "config.json"])
+def test_damage_is_found(
+    saved: Path, name: str, damage: Callable[[Path], None], message: str
+) -> None:
+    load(saved)
+    damage(saved / name)
+    with pytest.raises(ValueError, match=message) as error:
+        check_manifest(saved)
+    assert str(saved / name) in str(error.value)
+    assert str(saved / MANIFEST) in str(error.value)
+    with pytest.raises(ValueError, match=name):
+        load(saved)
+
+
+def test_all_damages_are_listed_and_intended_ones_can_be_declared(saved: Path) -> None:
+    truncate(saved / FIRST_SHARD)
+    config = saved / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(ValueError, match=rf"config\.json[^$]*{FIRST_SHARD}"):
+        load(saved)
+    manifest = json.loads((saved / MANIFEST).read_text())
+    del manifest["files"]["config.json"]
+    (saved / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="has a size") as error:
+        load(saved)
+    assert "config.json" not in str(error.value)
+    (saved / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match=rf"{MANIFEST} is damaged .* delete it"):
+        load(saved)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, truncate])
+def test_damaged_weights_without_checksums(saved: Path, damage: Callable[[Path], None]) -> None:
+    (saved / MANIFEST).unlink()
+    damage(saved / FIRST_SHARD)
+    with pytest.raises(ValueError, match=rf"{FIRST_SHARD} cannot be read .* download"):
+        load(saved)
+
+
+def test_a_config_of_another_model(saved: Path, tmp_path: Path) -> None:
+    (saved / MANIFEST).unlink()
+    config = json.loads((saved / "config.json").read_text())
+    config["text_config"]["intermediate_size"] *= 2
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"do not fit .*config\.json"):
+        load(saved)
+    (saved / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(ValueError, match=r"config\.json: .* another model"):
+        load(saved)
+
+
+def test_checksums_of_another_directory_are_not_taken_over(saved: Path, tmp_path: Path) -> None:
+    """A run that starts from a checkpoint of ours, without its dtype and shards."""
+    save(saved, tmp_path / "next", value=3.0)
+    assert resumed(saved, tmp_path / "next") == 3
+
+
+def test_tensors_are_mapped_from_files_that_are_replaced(tmp_path: Path) -> None:
+    """What is loaded stays what it was when the checkpoint is written anew."""
+    weights = {"a": torch.arange(100.0), "b": torch.ones(3, 5).T, "c": torch.ones(2).bfloat16()}
+    target = tmp_path / "epoch_0"
+    with new_directory(target) as directory:
+        write_shards(weights, directory)
+    read = read_tensors(stored_tensors(weight_files(target)))
+    with new_directory(target) as directory:
+        write_shards({name: tensor + 1 for name, tensor in weights.items()}, directory)
+    for name, tensor in weights.items():
+        assert torch.equal(read[name], tensor)
+        assert read[name].dtype == tensor.dtype
+    read["a"].zero_()  # in memory alone
+    again = read_tensors(stored_tensors(weight_files(target)), dtype=torch.float64)
+    assert torch.equal(again["a"], weights["a"].double() + 1)
+    meta = read_tensors(stored_tensors(weight_files(target)), device=torch.device("meta"))
+    assert meta["b"].is_meta
+
+
+def test_a_file_that_is_not_finished_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError), new_file(path) as partial:
+        partial.write_text("half\ud800", encoding="utf-8")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
