@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torchao.dtypes.nf4tensor import linear_nf4
 from torchtune.modules.low_precision import FrozenNF4Linear
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
@@ -89,9 +91,10 @@ class AdapterLinears:
 
 
 class DoRA(DoRALinear):
-    """torchtune's layer, which keeps a magnitude that was loaded.
+    """torchtune's layer, but it does not scale the bias, and it keeps a magnitude that was loaded.
 
-    Recipes initialize magnitudes after loading weights, also where these include trained ones.
+    The paper and peft scale weights only, and so does torchtune where it merges. Recipes initialize
+    magnitudes after loading weights, also where these include trained ones.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -103,6 +106,30 @@ class DoRA(DoRALinear):
         """Make the layer's output that of its weight and its LoRA, unless it was loaded."""
         if not self._is_loaded:
             super().initialize_dora_magnitude()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer.
+
+        Args:
+            x: input [..., in_dim].
+
+        Returns:
+            Tensor [..., out_dim].
+        """
+        if self._quantize_base:
+            out = linear_nf4(input=x, weight=self.weight)
+        else:
+            out = F.linear(x, self.weight)
+        if not self.disabled:
+            out = self._scale() * (out + self.scaling * self.lora_b(self.lora_a(self.dropout(x))))
+        return out if self.bias is None else out + self.bias
+
+    def _scale(self) -> torch.Tensor:
+        """Magnitudes by norms, which count as constants in gradients, as in the paper."""
+        with torch.no_grad():
+            product = self.lora_b.weight @ self.lora_a.weight
+            norm = self._get_weight_norm(self.weight.to(product.dtype), product)
+        return self.magnitude / norm
 
 
 def _note_magnitude(
