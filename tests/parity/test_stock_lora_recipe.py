@@ -1,0 +1,159 @@
+"""torchtune's own recipe for adapters on our components, and its files in transformers and peft."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft.tuners.lora.torchao
+import pytest
+import torch
+from omegaconf import OmegaConf
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from quickstart.checkpoint import write_tiny_checkpoint
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_hf_to_tune
+from torchtune_vl.training._adapters import load_adapter, merge_adapter
+
+# peft refuses the torchao that torchtune needs, though no weight here is torchao's
+peft.tuners.lora.torchao.is_torchao_available = lambda: False
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("stock_lora_recipe")
+    write_tiny_checkpoint(root / "base", vocabulary)
+    generator = np.random.default_rng(0)
+    samples = []
+    for number in range(2 * STEPS):
+        pixels = generator.integers(0, 256, (56, 84, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number}.png")
+        conversation = [
+            {"from": "human", "value": "<image>What is this?"},
+            {"from": "gpt", "value": "Noise."},
+        ]
+        samples.append({"image": f"{number}.png", "conversations": conversation})
+    (root / "train.json").write_text(json.dumps(samples))
+    return root
+
+
+def run(root: Path, output: Path, **settings: Any) -> list[float]:
+    config = OmegaConf.load(ROOT / "quickstart" / "digits.yaml")
+    del config.clip_grad_norm
+    for key, value in {
+        "checkpoint_dir": str(root / "base"),
+        "output_dir": str(output),
+        "dataset.data_files": str(root / "train.json"),
+        "dataset.image_dir": str(root),
+        "shuffle": False,
+        "batch_size": 2,
+        "epochs": 1,
+        "optimizer.lr": 1e-2,
+        "lr_scheduler.num_warmup_steps": 1,
+        "save_adapter_weights_only": False,
+        "model": {
+            "_component_": "torchtune_vl.models.qwen2_5_vl.lora_qwen2_5_vl_from_config",
+            "checkpoint_dir": str(root / "base"),
+            "lora_attn_modules": ["q_proj", "v_proj", "qkv", "output_proj"],
+            "apply_lora_to_mlp": True,
+            "lora_rank": 4,
+            "lora_alpha": 8,
+            "encoder_trainable": "lora",
+            **settings.pop("model", {}),
+        },
+        **settings,
+    }.items():
+        OmegaConf.update(config, key, value, merge=False)
+    OmegaConf.save(config, output.parent / "config.yaml")
+    tune = Path(sys.executable).with_name("tune")
+    command = [tune, "run", "lora_finetune_single_device", "--config"]
+    result = subprocess.run(
+        [*command, output.parent / "config.yaml"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    newest = max((output / "logs").glob("log_*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    return [float(loss) for loss in re.findall(r"loss:(\S+)", newest.read_text())]
+
+
+def load(directory: Path) -> torch.nn.Module:
+    model, info = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    AutoProcessor.from_pretrained(directory)
+    return model.eval()
+
+
+CASES = {
+    "LoRA": {},
+    "DoRA, the merger in full": {"use_dora": True, "fusion_trainable": "full"},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", CASES.values(), ids=CASES)
+def test_files_of_a_run(root: Path, tmp_path: Path, model: dict[str, Any]) -> None:
+    before = (root / "base" / "model.safetensors").read_bytes()
+    losses = run(root, tmp_path / "output", model=model)
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
+    assert (root / "base" / "model.safetensors").read_bytes() == before
+
+    epoch = tmp_path / "output" / "epoch_0"
+    merged = load(epoch)
+    adapted = PeftModel.from_pretrained(load(root / "base"), epoch / "adapter").eval()
+    processor = AutoProcessor.from_pretrained(root / "base")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    inputs = processor(
+        text=[processor.apply_chat_template(chat, add_generation_prompt=True)],
+        images=[Image.open(root / "0.png")],
+        return_tensors="pt",
+    )
+    logits = merged(**inputs).logits
+    torch.testing.assert_close(adapted(**inputs).logits, logits, rtol=0, atol=2e-5)
+    assert (load(root / "base")(**inputs).logits - logits).abs().max() > 0.1
+
+    base = qwen2_5_vl_hf_to_tune(load_file(root / "base" / "model.safetensors"))
+    expected = merge_adapter(base, load_adapter(epoch / "adapter"))
+    saved = qwen2_5_vl_hf_to_tune(load_file(epoch / "model.safetensors"))
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+
+
+def test_resuming_goes_on_with_the_adapter(root: Path, tmp_path: Path) -> None:
+    model = {"use_dora": True, "fusion_trainable": "full"}
+    settings = {"epochs": 2, "max_steps_per_epoch": 3}
+    whole = run(root, tmp_path / "output", model=model, **settings)
+    subprocess.run(["rm", "-r", tmp_path / "output" / "epoch_1"], check=True)
+    resumed = run(root, tmp_path / "output", model=model, resume_from_checkpoint=True, **settings)
+    np.testing.assert_allclose(resumed, whole[3:], rtol=1e-6)
+
+
+def test_a_quantized_run_exports_bfloat16(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "output", model={"quantize_base": True}, dtype="bf16")
+    epoch = tmp_path / "output" / "epoch_0"
+    assert {tensor.dtype for tensor in load_file(epoch / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    assert load(epoch).dtype == torch.bfloat16
+
+
+def test_an_adapter_alone(root: Path, tmp_path: Path) -> None:
+    run(root, tmp_path / "output", save_adapter_weights_only=True)
+    epoch = tmp_path / "output" / "epoch_0"
+    assert {path.name for path in epoch.iterdir()} == {"adapter", "checksums.json"}
+    goes_on = run(
+        root,
+        tmp_path / "further",
+        **{"checkpointer.adapter_dir": str(epoch / "adapter")},
+    )
+    fresh = run(root, tmp_path / "fresh")
+    assert goes_on[0] < fresh[0] / 2
