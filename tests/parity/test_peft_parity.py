@@ -101,9 +101,9 @@ def our_model(base: Path, use_dora: bool, settings: dict[str, Any], seed: int = 
     return model.eval()
 
 
-def adapter_of(model: nn.Module) -> Adapter:
+def adapter_of(model: nn.Module, base: Path) -> Adapter:
     trained = {name: p.detach().clone() for name, p in get_adapter_params(model).items()}
-    return Adapter(trained, RANK, ALPHA)
+    return Adapter(trained, RANK, ALPHA, str(base))
 
 
 def batch(count: int = 3, seed: int = 0) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor, inputs: dict[str, Any])
 @torch.no_grad()
 def test_peft_loads_our_adapter(base: Path, tmp_path: Path, part: str, use_dora: bool) -> None:
     model = our_model(base, use_dora, PARTS[part])
-    save_adapter(adapter_of(model), tmp_path, str(base))
+    save_adapter(adapter_of(model, base), tmp_path)
     theirs = PeftModel.from_pretrained(reference(base), tmp_path).eval()
     samples = batch()
     inputs = reference_inputs(samples)
@@ -207,7 +207,7 @@ def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("part", PARTS)
 def test_gradients_and_twenty_steps(base: Path, tmp_path: Path, part: str, use_dora: bool) -> None:
     model = our_model(base, use_dora, PARTS[part])
-    save_adapter(adapter_of(model), tmp_path, str(base))
+    save_adapter(adapter_of(model, base), tmp_path)
     theirs = PeftModel.from_pretrained(reference(base), tmp_path, is_trainable=True)
     trained = [p for p in theirs.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == sum(
@@ -274,7 +274,7 @@ def test_resuming_takes_the_base_and_the_adapter(
 ) -> None:
     settings = {**PARTS["all parts and the output layer"], "fusion_trainable": fusion_trainable}
     model = our_model(base, True, settings)
-    adapter = adapter_of(model)
+    adapter = adapter_of(model, base)
     config = {"r": RANK, "lora_alpha": ALPHA}
     Qwen2_5_VLCheckpointer(base, tmp_path).save_checkpoint(
         {

@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torchtune_vl.cli import validate
+from torchtune_vl.cli import export, merge, validate
 
 # Each has `add_parser`, which sets the function to run; what takes long to import it imports there
-_SUBCOMMANDS = (validate,)
+_SUBCOMMANDS = (validate, merge, export)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

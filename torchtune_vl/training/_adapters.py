@@ -37,11 +37,13 @@ class Adapter(NamedTuple):
         tensors: both, by our names.
         rank: rank of the adapters.
         alpha: their products are scaled by alpha / rank.
+        base: name or directory of the model that they adapt.
     """
 
     tensors: dict[str, torch.Tensor]
     rank: int
     alpha: float
+    base: str
 
 
 def is_adapter(name: str) -> bool:
@@ -77,10 +79,15 @@ def load_adapter(directory: Path) -> Adapter:
         stored = qwen2_5_vl_peft_to_tune(stored_tensors([directory / WEIGHTS]))
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
-    return Adapter(read_tensors(stored), config["r"], config["lora_alpha"])
+    return Adapter(
+        read_tensors(stored),
+        config["r"],
+        config["lora_alpha"],
+        config.get("base_model_name_or_path") or "",
+    )
 
 
-def save_adapter(adapter: Adapter, directory: Path, base: str) -> None:
+def save_adapter(adapter: Adapter, directory: Path) -> None:
     """Write an adapter as peft does.
 
     Modules are named one by one in ``adapter_config.json``, so that no other layer of the same
@@ -89,7 +96,6 @@ def save_adapter(adapter: Adapter, directory: Path, base: str) -> None:
     Args:
         adapter: the adapter.
         directory: where to write.
-        base: name or directory of the model that it adapts.
 
     Raises:
         ValueError: if a tensor is of no layer of our model.
@@ -101,7 +107,7 @@ def save_adapter(adapter: Adapter, directory: Path, base: str) -> None:
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": adapter.base,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,

@@ -185,8 +185,7 @@ class Qwen2_5_VLCheckpointer:
                     write_weights(weights, partial, survivor(self._checkpoint_dir))
                 if training.ADAPTER_KEY in state_dict:
                     (partial / _ADAPTER).mkdir()
-                    base = str(self._checkpoint_dir.resolve())
-                    save_adapter(self._adapter(state_dict), partial / _ADAPTER, base)
+                    save_adapter(self._adapter(state_dict), partial / _ADAPTER)
                 recipe_state = None
                 if intermediate_checkpoint:
                     rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
@@ -202,7 +201,8 @@ class Qwen2_5_VLCheckpointer:
         weights = state_dict.get(training.MODEL_KEY, {})
         in_full = _trained_in_full(weights, self._stored_weights())
         tensors = {**state_dict[training.ADAPTER_KEY], **{name: weights[name] for name in in_full}}
-        return Adapter(tensors, config["r"], config["lora_alpha"])
+        base = str(self._checkpoint_dir.resolve())
+        return Adapter(tensors, config["r"], config["lora_alpha"], base)
 
     def _stored_weights(self) -> dict[str, Stored]:
         """Where the weights to start from lie, by our names."""

@@ -1,0 +1,112 @@
+"""tune-vl merge and tune-vl export."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.reference import reference_config, reference_model
+from torchtune_vl.cli import main
+from torchtune_vl.training._adapters import Adapter, load_adapter, save_adapter
+
+LAYER = "decoder.layers.0.attn.q_proj"
+PUBLISHED = "model.layers.0.self_attn.q_proj.weight"
+
+
+def status(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, arguments)])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("base")
+    reference_model(reference_config()).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    tensors = {
+        f"{LAYER}.lora_a.weight": torch.randn(4, 256),
+        f"{LAYER}.lora_b.weight": torch.randn(256, 4),
+    }
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    save_adapter(Adapter(tensors, 4, 6, str(base)), directory)
+    return directory
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    return {
+        name: tensor
+        for file in set(index["weight_map"].values())
+        for name, tensor in load_file(directory / file).items()
+    }
+
+
+def test_merging(base: Path, adapter: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    assert status("merge", base, adapter, output, "--max-shard-size", "1MB") == 0
+    before = load_file(base / "model.safetensors")
+    after = weights(output)
+    assert after.keys() == {
+        n.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        for n in before
+    }
+    tensors = load_adapter(adapter).tensors
+    product = tensors[f"{LAYER}.lora_b.weight"] @ tensors[f"{LAYER}.lora_a.weight"]
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, _of(before, name))}
+    assert changed == {PUBLISHED}
+    torch.testing.assert_close(after[PUBLISHED], _of(before, PUBLISHED) + 1.5 * product)
+
+
+def _of(before: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    return next(t for n, t in before.items() if n in (name, f"model.{name}") or n == _older(name))
+
+
+def _older(name: str) -> str:
+    return name.replace("model.", "model.language_model.", 1)
+
+
+def test_exporting_in_another_dtype(base: Path, adapter: Path, tmp_path: Path) -> None:
+    sharded = ("--dtype", "bfloat16", "--max-shard-size", "500KB")
+    assert status("export", base, tmp_path / "exported", *sharded) == 0
+    assert {t.dtype for t in weights(tmp_path / "exported").values()} == {torch.bfloat16}
+    assert '"bfloat16"' in (tmp_path / "exported" / "config.json").read_text()
+
+    assert status("export", adapter, tmp_path / "small", "--dtype", "float16") == 0
+    small, full = load_adapter(tmp_path / "small"), load_adapter(adapter)
+    assert (small.rank, small.alpha, small.base) == (4, 6, str(base))
+    for name, tensor in full.tensors.items():
+        assert torch.equal(small.tensors[name], tensor.half())
+
+
+def test_what_cannot_be_done(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: object) -> str:
+        assert status(*arguments) == 2
+        assert not (tmp_path / "new").exists()
+        return capsys.readouterr().err
+
+    assert "exists: name a new directory" in refused("merge", base, adapter, tmp_path)
+    assert "has no adapter_config.json" in refused("merge", base, base, tmp_path / "new")
+    assert "model.safetensors" in refused("export", tmp_path, tmp_path / "new")
+    wide = {
+        f"{LAYER}.lora_a.weight": torch.zeros(4, 512),
+        f"{LAYER}.lora_b.weight": torch.zeros(256, 4),
+    }
+    save_adapter(Adapter(wide, 4, 6, ""), adapter)
+    assert "of another model" in refused("merge", base, adapter, tmp_path / "new")
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_rslora": True}))
+    assert "{'use_rslora': True} is not supported" in refused(
+        "merge", base, adapter, tmp_path / "new"
+    )
