@@ -38,6 +38,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED) $(VOCABULARY)
 	$(BIN)/python -m benchmarks.encoder
 	$(BIN)/python -m benchmarks.data_path
+	$(BIN)/python -m benchmarks.checkpoint
 
 # The public names with their docstrings as HTML, build/docs/index.html
 docs: $(INSTALLED)
