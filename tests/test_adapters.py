@@ -24,6 +24,7 @@ from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_from_config,
 )
 from torchtune_vl.modules.adapters import AdapterLinears
+from torchtune_vl.modules.summary import num_bytes
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 from torchtune_vl.training._adapters import is_adapter
 
@@ -212,11 +213,35 @@ def test_memory_of_quantized_weights() -> None:
     base_parameters = [p for name, p in model.named_parameters() if not is_adapter(name)]
     count = sum(p.numel() for p in base_parameters)
     assert count > 500e6
-    assert sum(map(bytes_of, base_parameters)) <= 0.3 * 2 * count
+    assert sum(map(num_bytes, base_parameters)) <= 0.3 * 2 * count
 
 
-def bytes_of(tensor: torch.Tensor) -> int:
-    if isinstance(tensor.data, NF4Tensor):
-        names, _ = tensor.data.__tensor_flatten__()
-        return sum(getattr(tensor.data, name).nbytes for name in names)
-    return tensor.nbytes
+@pytest.mark.parametrize("quantize_base", [False, True])
+def test_a_run_tells_what_it_trains(
+    base: Path, caplog: pytest.LogCaptureFixture, quantize_base: bool
+) -> None:
+    with caplog.at_level("INFO"):
+        model = lora_qwen2_5_vl_from_config(
+            base,
+            ["q_proj"],
+            lora_rank=4,
+            fusion_trainable="full",
+            quantize_base=quantize_base,
+        )
+    rows = {
+        cells[0].strip(): [cell.strip() for cell in cells[1:]]
+        for line in caplog.text.splitlines()
+        if line.startswith("│")
+        for cells in [line.strip("│").split("│")]
+    }
+    adapters = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+    merger = sum(p.numel() for p in model.encoders["vision"].merger.parameters())
+    assert adapters == 3 * 4 * (256 + 256)
+    assert rows["decoder, adapters"][:3] == [f"{adapters:,}", f"{adapters:,}", "float32"]
+    assert rows["merger"][:2] == [f"{merger:,}", f"{merger:,}"]
+    assert rows["vision encoder"][1] == "0"
+    assert rows["vision encoder"][2] == ("float32, nf4" if quantize_base else "float32")
+    assert rows["all"][:2] == [
+        f"{sum(p.numel() for p in model.parameters()):,}",
+        f"{adapters + merger:,}",
+    ]

@@ -14,6 +14,7 @@ from torchtune.modules import (
 from torchtune.modules.common_utils import reparametrize_as_dtype_state_dict_post_hook
 from torchtune.modules.model_fusion import register_fusion_module
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.utils import get_logger
 
 from torchtune_vl.models.qwen2_5_vl._fusion import MRoPEDecoder, VisionFusionModel
 from torchtune_vl.models.qwen2_5_vl._position_embeddings import (
@@ -37,6 +38,7 @@ from torchtune_vl.modules.adapters import (
     plain_linear,
     train_with_adapters,
 )
+from torchtune_vl.modules.summary import trained_parts
 
 _MLP = ("w1", "w2", "w3")
 # Layers that can be adapted, by the argument that says how their part is trained
@@ -238,7 +240,20 @@ def lora_qwen2_5_vl(
         model._register_state_dict_hook(
             partial(reparametrize_as_dtype_state_dict_post_hook, dtype=dtype)
         )
+    get_logger("INFO").info("What is trained:\n%s", trained_parts(model, _part_of))
     return model
+
+
+def _part_of(parameter: str) -> str:
+    prefixes = {
+        "decoder.": "decoder",
+        "tok_embeddings.": "token embedding",
+        "encoders.vision.merger.": "merger",
+        "encoders.vision.": "vision encoder",
+    }
+    part = next(part for prefix, part in prefixes.items() if parameter.startswith(prefix))
+    is_adapter = ".lora_" in parameter or parameter.endswith(".magnitude")
+    return f"{part}, adapters" if is_adapter else part
 
 
 def _check_adapters(names: frozenset[str], parts: Mapping[str, Trainable]) -> None:
