@@ -23,10 +23,9 @@ from torchtune_vl.models.qwen2_5_vl import (
     qlora_qwen2_5_vl_7b,
     qwen2_5_vl_from_config,
 )
-from torchtune_vl.modules.adapters import AdapterLinears
+from torchtune_vl.modules.adapters import AdapterLinears, is_adapter
 from torchtune_vl.modules.summary import num_bytes
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
-from torchtune_vl.training._adapters import is_adapter
 
 ALL = ["q_proj", "k_proj", "v_proj", "qkv", "output_proj"]
 

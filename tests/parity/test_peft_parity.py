@@ -25,10 +25,10 @@ from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_peft_to_tune,
     qwen2_5_vl_tune_to_peft,
 )
+from torchtune_vl.modules.adapters import is_adapter
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 from torchtune_vl.training._adapters import (
     Adapter,
-    is_adapter,
     load_adapter,
     merge_adapter,
     save_adapter,

@@ -1,11 +1,11 @@
 """``tune-vl export``: a checkpoint or an adapter written anew."""
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchtune_vl.cli.merge import add_output_arguments
+from torchtune_vl.cli._output import add_output_arguments, write_output
 
 _DESCRIPTION = """\
 Write a checkpoint anew in the published layout, or an adapter in peft's: in another dtype, in files
@@ -45,15 +45,6 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit status, 2 if it cannot be done.
     """
-    import torch
-
     from torchtune_vl.training import export
 
-    dtype = options.dtype and getattr(torch, options.dtype)
-    try:
-        export(options.source, options.output, dtype, options.max_shard_size)
-    except (OSError, ValueError) as error:
-        print(f"tune-vl export: {error}", file=sys.stderr)
-        return 2
-    print(f"Written to {options.output}")
-    return 0
+    return write_output("export", options, partial(export, options.source))

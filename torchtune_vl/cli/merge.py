@@ -1,9 +1,11 @@
 """``tune-vl merge``: an adapter and its base model to a checkpoint."""
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torchtune_vl.cli._output import add_output_arguments, write_output
 
 _DESCRIPTION = """\
 Add an adapter, of torchtune-vl or of peft, to the weights of its base model, and write the
@@ -34,26 +36,6 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says where and how tensors are written.
-
-    Args:
-        parser: of a subcommand.
-    """
-    parser.add_argument("output", type=Path, help="directory to make")
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="dtype of the tensors (default: as they are)",
-    )
-    parser.add_argument(
-        "--max-shard-size",
-        default="5GB",
-        metavar="SIZE",
-        help="most bytes of tensors in a file, such as 500MB (default: %(default)s)",
-    )
-
-
 def run(options: argparse.Namespace) -> int:
     """Merge.
 
@@ -63,15 +45,6 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit status, 2 if it cannot be done.
     """
-    import torch
-
     from torchtune_vl.training import merge
 
-    dtype = options.dtype and getattr(torch, options.dtype)
-    try:
-        merge(options.base, options.adapter, options.output, dtype, options.max_shard_size)
-    except (OSError, ValueError) as error:
-        print(f"tune-vl merge: {error}", file=sys.stderr)
-        return 2
-    print(f"Written to {options.output}")
-    return 0
+    return write_output("merge", options, partial(merge, options.base, options.adapter))

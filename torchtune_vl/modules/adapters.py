@@ -23,6 +23,14 @@ LinearBuilder = Callable[[str, int, int, bool], nn.Module]
 NF4_BLOCK = 64  # weights that share a scale
 NF4_SCALER_BLOCK = 256  # most scales that share one of their own
 
+# What follows the name of a layer in the names of its adapter's parameters
+ADAPTER_SUFFIXES = (".lora_a.weight", ".lora_b.weight", ".magnitude")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is of an adapter."""
+    return name.endswith(ADAPTER_SUFFIXES)
+
 
 def plain_linear(name: str, in_dim: int, out_dim: int, bias: bool) -> nn.Linear:
     """Build a layer without an adapter; its name makes no difference."""

@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_peft_to_tune, qwen2_5_vl_tune_to_peft
 from torchtune_vl.models.qwen2_5_vl._convert_adapters import peft_module
+from torchtune_vl.modules.adapters import ADAPTER_SUFFIXES, is_adapter
 from torchtune_vl.training._directory import new_file, write_json
 from torchtune_vl.training._weights import read_tensors, stored_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-_A, _B, _MAGNITUDE = ".lora_a.weight", ".lora_b.weight", ".magnitude"
+_A, _B, _MAGNITUDE = ADAPTER_SUFFIXES
 
 # Settings of peft under which its adapters compute something else, and their harmless values
 _PLAIN = {
@@ -44,11 +45,6 @@ class Adapter(NamedTuple):
     rank: int
     alpha: float
     base: str
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a tensor is of an adapter, by our name of it."""
-    return name.endswith((_A, _B, _MAGNITUDE))
 
 
 def load_adapter(directory: Path) -> Adapter:

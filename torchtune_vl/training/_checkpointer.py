@@ -17,10 +17,10 @@ from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_tune_to_hf,
 )
 from torchtune_vl.models.qwen2_5_vl._convert_weights import published_name
+from torchtune_vl.modules.adapters import is_adapter
 from torchtune_vl.training._adapters import (
     CONFIG,
     Adapter,
-    is_adapter,
     load_adapter,
     save_adapter,
 )

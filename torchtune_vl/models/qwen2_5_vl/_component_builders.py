@@ -35,6 +35,7 @@ from torchtune_vl.modules.adapters import (
     AdapterLinears,
     LinearBuilder,
     Trainable,
+    is_adapter,
     plain_linear,
     train_with_adapters,
 )
@@ -252,8 +253,7 @@ def _part_of(parameter: str) -> str:
         "encoders.vision.": "vision encoder",
     }
     part = next(part for prefix, part in prefixes.items() if parameter.startswith(prefix))
-    is_adapter = ".lora_" in parameter or parameter.endswith(".magnitude")
-    return f"{part}, adapters" if is_adapter else part
+    return f"{part}, adapters" if is_adapter(parameter) else part
 
 
 def _check_adapters(names: frozenset[str], parts: Mapping[str, Trainable]) -> None:
