@@ -105,6 +105,10 @@ def test_what_cannot_be_done(
     }
     save_adapter(Adapter(wide, 4, 6, ""), adapter)
     assert "of another model" in refused("merge", base, adapter, tmp_path / "new")
+    tensors = adapter / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"!")
+    assert f"{tensors} has another checksum" in refused("merge", base, adapter, tmp_path / "new")
+    (adapter / "checksums.json").unlink()  # as in a directory that peft wrote
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_rslora": True}))
     assert "{'use_rslora': True} is not supported" in refused(

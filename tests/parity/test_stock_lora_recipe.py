@@ -1,9 +1,7 @@
 """torchtune's own recipe for adapters on our components, and its files in transformers and peft."""
 
 import json
-import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +9,19 @@ import numpy as np
 import peft.tuners.lora.torchao
 import pytest
 import torch
-from omegaconf import OmegaConf
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from quickstart.checkpoint import write_tiny_checkpoint
+from tests.stock_recipes import run_recipe
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_hf_to_tune
 from torchtune_vl.training._adapters import load_adapter, merge_adapter
 
 # peft refuses the torchao that torchtune needs, though no weight here is torchao's
 peft.tuners.lora.torchao.is_torchao_available = lambda: False
 
-ROOT = Path(__file__).parents[2]
 STEPS = 6
 
 
@@ -47,11 +44,9 @@ def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, output: Path, **settings: Any) -> list[float]:
-    config = OmegaConf.load(ROOT / "quickstart" / "digits.yaml")
-    del config.clip_grad_norm
-    for key, value in {
+    fixed = {
+        "clip_grad_norm": None,
         "checkpoint_dir": str(root / "base"),
-        "output_dir": str(output),
         "dataset.data_files": str(root / "train.json"),
         "dataset.image_dir": str(root),
         "shuffle": False,
@@ -70,18 +65,8 @@ def run(root: Path, output: Path, **settings: Any) -> list[float]:
             "encoder_trainable": "lora",
             **settings.pop("model", {}),
         },
-        **settings,
-    }.items():
-        OmegaConf.update(config, key, value, merge=False)
-    OmegaConf.save(config, output.parent / "config.yaml")
-    tune = Path(sys.executable).with_name("tune")
-    command = [tune, "run", "lora_finetune_single_device", "--config"]
-    result = subprocess.run(
-        [*command, output.parent / "config.yaml"], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    newest = max((output / "logs").glob("log_*.txt"), key=lambda path: path.stat().st_mtime_ns)
-    return [float(loss) for loss in re.findall(r"loss:(\S+)", newest.read_text())]
+    }
+    return run_recipe("lora_finetune_single_device", output, {**fixed, **settings})
 
 
 def load(directory: Path) -> torch.nn.Module:
@@ -132,7 +117,7 @@ def test_resuming_goes_on_with_the_adapter(root: Path, tmp_path: Path) -> None:
     model = {"use_dora": True, "fusion_trainable": "full"}
     settings = {"epochs": 2, "max_steps_per_epoch": 3}
     whole = run(root, tmp_path / "output", model=model, **settings)
-    subprocess.run(["rm", "-r", tmp_path / "output" / "epoch_1"], check=True)
+    shutil.rmtree(tmp_path / "output" / "epoch_1")
     resumed = run(root, tmp_path / "output", model=model, resume_from_checkpoint=True, **settings)
     np.testing.assert_allclose(resumed, whole[3:], rtol=1e-6)
 

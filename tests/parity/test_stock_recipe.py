@@ -1,26 +1,22 @@
 """torchtune's own recipe on our components, beside a plain loop over transformers' model."""
 
 import json
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torchtune.data import Message
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from quickstart.checkpoint import write_tiny_checkpoint
 from tests.parity.figures import record
+from tests.stock_recipes import run_recipe
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20
 BATCH_SIZE = 2
 LEARNING_RATE = 1e-3
@@ -53,33 +49,20 @@ def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def recipe_losses(
-    root: Path, output: Path, settings: dict[str, Any], steps: int = STEPS
-) -> list[float]:
-    """Losses of the stock recipe, run as users run it with the quickstart's config."""
-    config = OmegaConf.load(ROOT / "quickstart" / "digits.yaml")
-    del config.lr_scheduler, config.clip_grad_norm
-    for key, value in {
+def recipe_losses(root: Path, output: Path, settings: dict[str, Any]) -> list[float]:
+    """Losses of the stock recipe."""
+    fixed = {
+        "lr_scheduler": None,
+        "clip_grad_norm": None,
         "checkpoint_dir": str(root / "base"),
-        "output_dir": str(output),
         "dataset.data_files": str(root / "train.json"),
         "dataset.image_dir": str(root),
         "shuffle": False,
         "batch_size": BATCH_SIZE,
         "epochs": 1,
         "optimizer.lr": LEARNING_RATE,
-        **settings,
-    }.items():
-        OmegaConf.update(config, key, value)
-    OmegaConf.save(config, root / "config.yaml")
-    tune = Path(sys.executable).with_name("tune")
-    command = [tune, "run", "full_finetune_single_device", "--config", root / "config.yaml"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    (log,) = (output / "logs").glob("log_*.txt")
-    losses = [float(loss) for loss in re.findall(r"loss:(\S+)", log.read_text())]
-    assert len(losses) == steps
-    return losses
+    }
+    return run_recipe("full_finetune_single_device", output, {**fixed, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +134,7 @@ CHECKPOINTING = {"enable_activation_checkpointing": True}
 def test_every_step_has_the_loss_of_a_transformers_loop(
     root: Path, reference_losses: list[float], settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    losses = recipe_losses(root, tmp_path, settings)
+    losses = recipe_losses(root, tmp_path / "output", settings)
     np.testing.assert_allclose(losses, reference_losses, rtol=1e-4)
     difference = np.abs(np.array(losses) / np.array(reference_losses) - 1).max()
     record("training steps: loss, stock recipe, relative", STEPS, float(difference))
@@ -159,10 +142,9 @@ def test_every_step_has_the_loss_of_a_transformers_loop(
 
 def test_resuming_continues_the_run(root: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"epochs": 2, "max_steps_per_epoch": 10}
-    whole = recipe_losses(root, tmp_path, settings)
+    whole = recipe_losses(root, tmp_path / "output", settings)
     # What a run leaves that is stopped after its first epoch
-    shutil.rmtree(tmp_path / "epoch_1")
-    shutil.rmtree(tmp_path / "logs")
+    shutil.rmtree(tmp_path / "output" / "epoch_1")
     settings["resume_from_checkpoint"] = True
-    resumed = recipe_losses(root, tmp_path, settings, steps=10)
+    resumed = recipe_losses(root, tmp_path / "output", settings)
     np.testing.assert_allclose(resumed, whole[10:], rtol=1e-6)

@@ -11,7 +11,12 @@ from safetensors.torch import save_file
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_peft_to_tune, qwen2_5_vl_tune_to_peft
 from torchtune_vl.models.qwen2_5_vl._convert_adapters import peft_module
 from torchtune_vl.modules.adapters import ADAPTER_SUFFIXES, is_adapter
-from torchtune_vl.training._directory import new_file, write_json
+from torchtune_vl.training._directory import (
+    check_manifest,
+    new_file,
+    write_json,
+    write_manifest,
+)
 from torchtune_vl.training._weights import read_tensors, stored_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -57,11 +62,13 @@ def load_adapter(directory: Path) -> Adapter:
         The adapter, its tensors mapped from the file.
 
     Raises:
-        ValueError: if a file is missing, or it is another kind of adapter or of another model.
+        ValueError: if a file is missing or damaged, or it is another kind of adapter or of another
+            model.
     """
     path = directory / CONFIG
     if not path.is_file():
         raise ValueError(f"{directory} has no {CONFIG}: it is no directory of an adapter")
+    check_manifest(directory)
     config = json.loads(path.read_text(encoding="utf-8"))
     other = {
         key: config[key] for key, plain in _PLAIN.items() if config.get(key, plain[0]) not in plain
@@ -84,7 +91,7 @@ def load_adapter(directory: Path) -> Adapter:
 
 
 def save_adapter(adapter: Adapter, directory: Path) -> None:
-    """Write an adapter as peft does.
+    """Write an adapter as peft does, and checksums of its files.
 
     Modules are named one by one in ``adapter_config.json``, so that no other layer of the same
     name gets an adapter.
@@ -120,6 +127,7 @@ def save_adapter(adapter: Adapter, directory: Path) -> None:
     with new_file(directory / WEIGHTS) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
     write_json(directory / CONFIG, config)
+    write_manifest(directory)
 
 
 @torch.no_grad()

@@ -36,10 +36,13 @@ def new_file(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
+        partial.touch()
+        usual_mode = partial.stat().st_mode
         yield partial
-        _flush(partial)
+        partial.chmod(usual_mode)  # safetensors' files are for their owner alone
+        flush(partial)
         partial.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except SafetensorError as error:  # what safetensors makes of an OSError
         raise OSError(f"{path.name}: {error}") from error
     finally:
@@ -86,7 +89,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         if target.exists():
             target.rename(_old(target))
         partial.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
     except OSError as error:
         raise OSError(
             f"{target} cannot be written ({error}): make room, or name another output_dir; "
@@ -128,20 +131,21 @@ def write_manifest(directory: Path, recipe_state: Path | None = None) -> None:
     """Write ``checksums.json``: size in bytes and checksum of each file.
 
     Args:
-        directory: has all its files, but this one, also in directories of its own.
+        directory: has all its other files, also in directories of its own.
         recipe_state: file elsewhere that belongs to this directory, see :func:`belongs`.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    own = directory / MANIFEST
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != own)
     with ThreadPoolExecutor() as pool:
         entries = pool.map(_entry, paths)
         names = [path.relative_to(directory).as_posix() for path in paths]
         manifest = {"files": dict(zip(names, entries, strict=True))}
     if recipe_state:
         manifest[_RECIPE_STATE] = _entry(recipe_state)
-    write_json(directory / MANIFEST, manifest)
+    write_json(own, manifest)
 
 
 def check_manifest(directory: Path) -> None:
@@ -217,8 +221,15 @@ def _checksum(path: Path) -> str:
             return xxhash.xxh3_128_hexdigest(content)
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk.
+
+    Args:
+        path: of the file or the directory.
+
+    Raises:
+        OSError: if it cannot be opened or written.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -67,7 +67,6 @@ def export(
     tensors = {name: tensor.to(dtype) for name, tensor in adapter.tensors.items()}
     with _new_output(output) as partial:
         save_adapter(adapter._replace(tensors=tensors), partial)
-        write_manifest(partial)
 
 
 def _write_checkpoint(
