@@ -96,6 +96,27 @@ def read_bytes(source: Source, remote: RemoteLimits | None = None) -> bytes:
     return data
 
 
+def open_bytes(source: Source, remote: RemoteLimits | None = None) -> BinaryIO:
+    """Opens what :func:`read_bytes` reads, files without reading them.
+
+    Args:
+        source (Source): as in :func:`read_bytes`.
+        remote (RemoteLimits | None): as there.
+
+    Returns:
+        BinaryIO: an open file at its start, which the caller closes.
+
+    Raises:
+        ValueError: as :func:`read_bytes` does.
+    """
+    if isinstance(source, os.PathLike) or (isinstance(source, str) and not _scheme(source)):
+        with contextlib.suppress(OSError, ValueError):  # read_bytes says what is wrong
+            status = os.stat(source)
+            if stat.S_ISREG(status.st_mode) and 0 < status.st_size <= MAX_BYTES:
+                return open(source, "rb")
+    return io.BytesIO(read_bytes(source, remote))
+
+
 def describe_source(source: object) -> str:
     """Names a source in an error message, shortened: never whole data.
 

@@ -66,6 +66,8 @@ class Video:
         num_frames (int): how many frames a player shows, at least 1.
         fps (float): average number of frames per second, as FFmpeg finds it.
         times (np.ndarray): float64 [num_frames], seconds from the first frame to each.
+        size (tuple[int, int]): height and width of the frames in pixels as they are stored, before
+            they are turned upright.
         num_decoded (int): how many frames the decoder gave out so far.
 
     Raises:
@@ -80,6 +82,7 @@ class Video:
     num_frames: int
     fps: float
     times: np.ndarray
+    size: tuple[int, int]
     close: Callable[[], None]
 
     def __init__(self, source: Source, remote: RemoteLimits | None = None) -> None:
@@ -91,6 +94,7 @@ class Video:
                 self._container = _open_container(self._file)
                 stack.callback(lambda: self._container.close())
                 self._stream = _video_stream(self._container)
+                self.size = (self._stream.height, self._stream.width)
                 self._index_packets()
             except READ_ERRORS as error:
                 raise ValueError(

@@ -16,13 +16,15 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from torchtune_vl.media._images import Alpha, Backend, describe_image, to_rgb
+from torchtune_vl.media._images import Alpha, Backend, describe_image, rgb_size, to_rgb
 from torchtune_vl.media._sources import RemoteLimits
 from torchtune_vl.models.qwen2_5_vl._patches import (
+    CHANNELS,
     CLIP_MEAN,
     CLIP_STD,
     PATCH_SIZE,
     SQUARE,
+    TEMPORAL_PATCH_SIZE,
     normalized_patches,
     patchify,
 )
@@ -155,14 +157,36 @@ class Qwen2_5_VLImageTransform:
             patches = normalized_patches(
                 resized_THWC, self.image_mean, self.image_std, self.backend
             )
-        grid_thw = np.array([[1, height // PATCH_SIZE, width // PATCH_SIZE]])
-        return {
-            **sample,
-            "pixel_values": torch.from_numpy(patches),
-            "image_grid_thw": torch.from_numpy(grid_thw),
-            "num_image_tokens": len(patches) // MERGE_SIZE**2,
-            "original_size": original_size,
-        }
+        return _described(sample, torch.from_numpy(patches), height, width, original_size)
+
+    def measure(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """Finds what :meth:`__call__` returns but for the pixels, from headers of files.
+
+        Args:
+            sample (Mapping[str, Any]): as in :meth:`__call__`.
+
+        Returns:
+            dict[str, Any]: that of :meth:`__call__`, with ``pixel_values`` on the meta device:
+            a shape and dtype without values.
+
+        Raises:
+            ValueError: as :meth:`__call__` does, but for what only decoding shows.
+        """
+        image = sample["image"]
+        try:
+            original_size = rgb_size(image, self.remote)
+            height, width = self._target_size(original_size, sample)
+        except ValueError as error:
+            raise ValueError(f"{describe_image(image)}: {error}") from error
+        count = height // PATCH_SIZE * (width // PATCH_SIZE)
+        copies = 1 if self.patch_dtype == "uint8" else TEMPORAL_PATCH_SIZE
+        patches = torch.empty(
+            count,
+            CHANNELS * copies * PATCH_SIZE**2,
+            dtype=getattr(torch, self.patch_dtype),
+            device="meta",
+        )
+        return _described(sample, patches, height, width, original_size)
 
     def _target_size(self, original_size: Size, sample: Mapping[str, Any]) -> Size:
         """Size of the resized image: that of ``qwen_vl_utils.fetch_image``."""
@@ -181,6 +205,23 @@ class Qwen2_5_VLImageTransform:
         max_pixels = limits.get("max_pixels", self.max_pixels)
         _check_limits(min_pixels, max_pixels)
         return smart_resize(*original_size, SQUARE, min_pixels, max_pixels)
+
+
+def _described(
+    sample: Mapping[str, Any],
+    patches: torch.Tensor,
+    height: int,
+    width: int,
+    original_size: Size,
+) -> dict[str, Any]:
+    grid_thw = np.array([[1, height // PATCH_SIZE, width // PATCH_SIZE]])
+    return {
+        **sample,
+        "pixel_values": patches,
+        "image_grid_thw": torch.from_numpy(grid_thw),
+        "num_image_tokens": len(patches) // MERGE_SIZE**2,
+        "original_size": original_size,
+    }
 
 
 def _check_limits(min_pixels: int, max_pixels: int) -> None:

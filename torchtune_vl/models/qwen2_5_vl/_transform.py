@@ -3,9 +3,10 @@
 import logging
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torchtune.data import Message
@@ -39,6 +40,15 @@ from torchtune_vl.modules import concatenate_patches
 Truncation = Literal["right", "left", "turns"]
 Turns = Literal["all", "last"]
 _log = logging.getLogger(__name__)
+
+_MediumTransform = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class _MediaTransforms(NamedTuple):
+    """What encodes media, or measures them."""
+
+    image: _MediumTransform
+    video: _MediumTransform
 
 
 class Qwen2_5_VLTransform(ModelTokenizer, Transform):
@@ -183,7 +193,7 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         Raises:
             ValueError: if the message cannot be read.
         """
-        (turn,) = self._encode_media(read_conversation([message]))
+        (turn,) = self._encode_media(read_conversation([message]), self._media_transforms)
         block = blocks_of([turn], [])[-1]
         prompt = self.prompts.of_blocks([block])
         return prompt.tokens, prompt.mask
@@ -203,7 +213,7 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         Raises:
             ValueError: if a message cannot be read; it says which and why.
         """
-        turns = self._encode_media(read_conversation(messages))
+        turns = self._encode_media(read_conversation(messages), self._media_transforms)
         prompt = self.prompts.build(turns, [], inference=False)
         return prompt.tokens, prompt.mask
 
@@ -246,26 +256,31 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
                 or the sample is too long and nothing would be left to learn; it says which and
                 why.
         """
-        try:
+        with _naming(sample):
             return self._transform(sample, inference)
-        except ValueError as error:
-            if "id" not in sample:
-                raise
-            raise ValueError(f"sample {sample['id']!r}: {error}") from error
+
+    def measure(self, sample: Mapping[str, Any], inference: bool = False) -> tuple[int, int]:
+        """Find how large :meth:`__call__` makes a sample, without decoding its media.
+
+        Of image files the header is read, of video files the list of packets.
+
+        Args:
+            sample: as in :meth:`__call__`.
+            inference: likewise.
+
+        Returns:
+            Number of tokens, cut at ``max_seq_len``, and number of patches of all media left.
+
+        Raises:
+            ValueError: as :meth:`__call__` does, but for what only decoding shows.
+        """
+        transforms = _MediaTransforms(self.image_transform.measure, self.video_transform.measure)
+        with _naming(sample):
+            _, prompt = self._prompts_of(sample, inference, transforms)
+        return len(prompt.tokens), sum(len(placed.medium.patches) for placed in prompt.media)
 
     def _transform(self, sample: Mapping[str, Any], inference: bool) -> dict[str, Any]:
-        if "messages" not in sample:
-            raise ValueError(f"it has no 'messages', but {sorted(map(str, sample))}")
-        turns = read_conversation(sample["messages"], sample.get("images"), sample.get("videos"))
-        tools = read_tools(sample.get("tools"))
-        if inference and _asks_for_answer(turns[-1]):
-            turns = turns[:-1]
-        if not turns:
-            raise ValueError("there is no message to answer")
-        encoded = self._encode_media(turns)
-        whole = self.prompts.build(encoded, tools, inference)
-        prompt = self._fit(whole, encoded, tools, inference)
-
+        whole, prompt = self._prompts_of(sample, inference, self._media_transforms)
         media = [placed.medium for placed in prompt.media]
         grid_thw = torch.cat([medium.grid_thw for medium in media]) if media else _NO_MEDIA
         transformed: dict[str, Any] = {
@@ -291,7 +306,29 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
             self._say_truncated(transformed["truncated"])
         return transformed
 
-    def _encode_media(self, turns: Sequence[Turn]) -> list[EncodedTurn]:
+    @property
+    def _media_transforms(self) -> _MediaTransforms:
+        return _MediaTransforms(self.image_transform, self.video_transform)
+
+    def _prompts_of(
+        self, sample: Mapping[str, Any], inference: bool, transforms: _MediaTransforms
+    ) -> tuple[Prompt, Prompt]:
+        """The whole prompt of a sample, and what is left of it within ``max_seq_len``."""
+        if "messages" not in sample:
+            raise ValueError(f"it has no 'messages', but {sorted(map(str, sample))}")
+        turns = read_conversation(sample["messages"], sample.get("images"), sample.get("videos"))
+        tools = read_tools(sample.get("tools"))
+        if inference and _asks_for_answer(turns[-1]):
+            turns = turns[:-1]
+        if not turns:
+            raise ValueError("there is no message to answer")
+        encoded = self._encode_media(turns, transforms)
+        whole = self.prompts.build(encoded, tools, inference)
+        return whole, self._fit(whole, encoded, tools, inference)
+
+    def _encode_media(
+        self, turns: Sequence[Turn], transforms: _MediaTransforms
+    ) -> list[EncodedTurn]:
         """Encode media and write boxes in the pixels of the images that they belong to."""
         image_sizes: list[tuple[tuple[int, int], tuple[int, int]]] = []
         encoded = []
@@ -300,11 +337,11 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
             for index, item in enumerate(turn.content):
                 try:
                     if isinstance(item, Medium) and item.kind == "image":
-                        medium, sizes = self._encode_image(item)
+                        medium, sizes = _encode_image(item, transforms.image)
                         image_sizes.append(sizes)
                         content.append(medium)
                     elif isinstance(item, Medium):
-                        content.append(self._encode_video(item))
+                        content.append(_encode_video(item, transforms.video))
                     elif isinstance(item, Objects):
                         content.append(_write_objects(item, image_sizes))
                     else:
@@ -321,29 +358,6 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
             last = max((i for i, t in enumerate(encoded) if t.role == "assistant"), default=None)
             encoded = [t if i == last else t._replace(masked=True) for i, t in enumerate(encoded)]
         return encoded
-
-    def _encode_image(
-        self, item: Medium
-    ) -> tuple[EncodedMedium, tuple[tuple[int, int], tuple[int, int]]]:
-        """Encode an image, and tell the sizes of the original and the resized one."""
-        transformed = self.image_transform({"image": item.source, **item.settings})
-        grid_thw = transformed["image_grid_thw"]
-        ((_, rows, columns),) = grid_thw.tolist()
-        medium = EncodedMedium(
-            "image", transformed["pixel_values"], grid_thw, transformed["num_image_tokens"]
-        )
-        resized_size = (rows * PATCH_SIZE, columns * PATCH_SIZE)
-        return medium, (transformed["original_size"], resized_size)
-
-    def _encode_video(self, item: Medium) -> EncodedMedium:
-        transformed = self.video_transform({"video": item.source, **item.settings})
-        return EncodedMedium(
-            "video",
-            transformed["pixel_values_videos"],
-            transformed["video_grid_thw"],
-            transformed["num_video_tokens"],
-            transformed["seconds_per_step"],
-        )
 
     def _check_text(self, text: str) -> None:
         check_surrogates(text)
@@ -413,11 +427,47 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
             self._said_truncated = True
 
 
+@contextmanager
+def _naming(sample: Mapping[str, Any]) -> Iterator[None]:
+    """Names the sample in errors."""
+    try:
+        yield
+    except ValueError as error:
+        if "id" not in sample:
+            raise
+        raise ValueError(f"sample {sample['id']!r}: {error}") from error
+
+
 _NO_MEDIA = torch.empty(0, 3, dtype=torch.int64)
 
 
 def _asks_for_answer(turn: Turn) -> bool:
     return turn.role == "assistant" and not turn.tool_calls and not any(turn.content)
+
+
+def _encode_image(
+    item: Medium, transform: _MediumTransform
+) -> tuple[EncodedMedium, tuple[tuple[int, int], tuple[int, int]]]:
+    """Encode an image, and tell the sizes of the original and the resized one."""
+    transformed = transform({"image": item.source, **item.settings})
+    grid_thw = transformed["image_grid_thw"]
+    ((_, rows, columns),) = grid_thw.tolist()
+    medium = EncodedMedium(
+        "image", transformed["pixel_values"], grid_thw, transformed["num_image_tokens"]
+    )
+    resized_size = (rows * PATCH_SIZE, columns * PATCH_SIZE)
+    return medium, (transformed["original_size"], resized_size)
+
+
+def _encode_video(item: Medium, transform: _MediumTransform) -> EncodedMedium:
+    transformed = transform({"video": item.source, **item.settings})
+    return EncodedMedium(
+        "video",
+        transformed["pixel_values_videos"],
+        transformed["video_grid_thw"],
+        transformed["num_video_tokens"],
+        transformed["seconds_per_step"],
+    )
 
 
 def _write_objects(

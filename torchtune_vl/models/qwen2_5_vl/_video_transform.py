@@ -10,15 +10,17 @@ Shapes: T frames, C channels (3), H height and W width in pixels.
 import math
 import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, repeat
 from numbers import Integral, Real
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 import torch
 
-from torchtune_vl.media._images import describe_image, to_rgb
+from torchtune_vl.media._images import describe_image, rgb_size, to_rgb
 from torchtune_vl.media._sources import RemoteLimits, describe_source
 from torchtune_vl.media._videos import Video
 from torchtune_vl.models.qwen2_5_vl._image_transform import (
@@ -29,6 +31,7 @@ from torchtune_vl.models.qwen2_5_vl._image_transform import (
     smart_resize,
 )
 from torchtune_vl.models.qwen2_5_vl._patches import (
+    CHANNELS,
     CLIP_MEAN,
     CLIP_STD,
     PATCH_SIZE,
@@ -63,6 +66,26 @@ LEAST = {
 }
 POSITIVE = ("fps", "sample_fps", "total_pixels")
 TIMES = ("video_start", "video_end")
+
+VALUES_PER_PATCH = CHANNELS * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2
+
+_T = TypeVar("_T")
+
+
+class _Frames(NamedTuple):
+    """The chosen frames of a video, read one by one."""
+
+    sizes: Iterator[Size]  # of each, without decoding; of a file as they are stored
+    pixels: Iterator[torch.Tensor]  # uint8 [C, H, W]
+    indices: list[int]
+    fps: float
+
+    def check_size(self, i: int, size: Size, first: Size) -> None:
+        if size != first:
+            raise ValueError(
+                f"frame {self.indices[i]} is {size[1]} x {size[0]} pixels, "
+                f"frame {self.indices[0]} {first[1]} x {first[0]}: give all one size"
+            )
 
 
 class Qwen2_5_VLVideoTransform:
@@ -199,41 +222,84 @@ class Qwen2_5_VLVideoTransform:
                 images, or have one side more than 200 times the other; or a setting is unusable.
                 Names the video.
         """
+        with self._chosen_frames(sample) as (frames, settings):
+            return {**sample, **self._encode(frames, settings)}
+
+    def measure(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """Finds what :meth:`__call__` returns but for the pixels, without decoding frames.
+
+        Height and width of the grid are those of the frames as they are stored: of recordings that
+        are turned by a quarter they change places. A file whose timestamps do not put its frames in
+        order is decoded after all, to count them.
+
+        Args:
+            sample (Mapping[str, Any]): as in :meth:`__call__`.
+
+        Returns:
+            dict[str, Any]: that of :meth:`__call__`, with ``pixel_values_videos`` on the meta
+            device: a shape and dtype without values.
+
+        Raises:
+            ValueError: as :meth:`__call__` does, but for what only decoding shows.
+        """
+        with self._chosen_frames(sample) as (frames, settings):
+            first = next(frames.sizes)
+            layout = self._layout(frames, first, settings)
+            for i, size in enumerate(frames.sizes, 1):
+                frames.check_size(i, size, first)
+            patches = torch.empty(
+                layout["num_video_tokens"] * MERGE_SIZE**2,
+                VALUES_PER_PATCH,
+                dtype=getattr(torch, self.patch_dtype),
+                device="meta",
+            )
+            return {**sample, "pixel_values_videos": patches, **layout}
+
+    @contextmanager
+    def _chosen_frames(self, sample: Mapping[str, Any]) -> Iterator[tuple[_Frames, dict[str, Any]]]:
+        """Opens a video, and names it in errors of whoever reads its frames."""
         video = sample["video"]
         settings = {name: sample[name] for name in SETTINGS if sample.get(name) is not None}
         try:
             _check_numbers(settings)
             if isinstance(video, list | tuple | np.ndarray | torch.Tensor):
-                result = self._from_frames(video, settings)
+                yield self._given_frames(video, settings), settings
             else:
-                result = self._from_file(video, settings)
+                if "sample_fps" in settings:
+                    raise ValueError(
+                        "sample_fps belongs to frames that are given: for a file, set fps"
+                    )
+                with Video(video, self.remote) as file:
+                    yield self._frames_of_file(file, settings), settings
         except ValueError as error:
             raise ValueError(f"{_describe(video)}: {error}") from error
-        return {**sample, **result}
 
-    def _from_file(self, video: Any, settings: dict[str, Any]) -> dict[str, Any]:
-        if "sample_fps" in settings:
-            raise ValueError("sample_fps belongs to frames that are given: for a file, set fps")
-        with Video(video, self.remote) as file:
-            indices, fps = self._sample(file.num_frames, file.fps, settings)
-            # Turned frames have strides that torch does not take
-            frames = (
-                torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
-                for frame in file.frames(indices)
-            )
-            return self._encode(frames, indices, fps, settings)
+    def _frames_of_file(self, file: Video, settings: Mapping[str, Any]) -> _Frames:
+        indices, fps = self._sample(file.num_frames, file.fps, settings)
+        # Turned frames have strides that torch does not take
+        frames_CHW = (
+            torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+            for frame in file.frames(indices)
+        )
+        return _Frames(repeat(file.size, len(indices)), frames_CHW, indices, fps)
 
-    def _from_frames(self, video: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    def _given_frames(self, video: Any, settings: Mapping[str, Any]) -> _Frames:
         for name in (*SAMPLING, "frame_indices"):
             if name in settings:
                 raise ValueError(
                     f"{name} chooses among the frames of a file, but given frames are all taken: "
                     "leave it out, or set sample_fps"
                 )
-        is_list = isinstance(video, list | tuple)
-        frames = _image_frames(video, self.remote) if is_list else _array_frames(video)
+        if isinstance(video, list | tuple):
+            sizes = _of_each(video, partial(rgb_size, remote=self.remote))
+            frames_CHW = _of_each(video, partial(to_rgb, remote=self.remote))
+        else:
+            frames_CHW = _array_frames(video)
+            sizes = map(_size_of, _array_frames(video))
+        if not len(video):
+            raise ValueError("has no frames; remove it from the data")
         fps = settings.get("sample_fps", FPS)
-        return self._encode(frames, list(range(len(video))), fps, settings)
+        return _Frames(sizes, frames_CHW, list(range(len(video))), fps)
 
     def _sample(
         self, num_frames: int, video_fps: float, settings: Mapping[str, Any]
@@ -262,51 +328,41 @@ class Qwen2_5_VLVideoTransform:
         indices = torch.linspace(first, last, count).round().long().tolist()
         return indices, count / (last - first + 1) * video_fps
 
-    def _encode(
-        self,
-        frames_CHW: Iterator[torch.Tensor],
-        indices: list[int],
-        fps: float,
-        settings: Mapping[str, Any],
-    ) -> dict[str, Any]:
+    def _encode(self, frames: _Frames, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Resizes frames and cuts them into patches, two at a time."""
-        if not indices:
-            raise ValueError("has no frames; remove it from the data")
-        steps = math.ceil(len(indices) / TEMPORAL_PATCH_SIZE)
-        first = next(frames_CHW)
-        height, width = self._target_size(first, steps * TEMPORAL_PATCH_SIZE, settings)
-        grid_thw = (steps, height // PATCH_SIZE, width // PATCH_SIZE)
-        per_patch = 3 * TEMPORAL_PATCH_SIZE * PATCH_SIZE**2
-        patches = np.empty(
-            (steps, grid_thw[1] * grid_thw[2], per_patch), np.dtype(self.patch_dtype)
-        )
+        first = next(frames.pixels)
+        layout = self._layout(frames, _size_of(first), settings)
+        ((steps, rows, columns),) = layout["video_grid_thw"].tolist()
+        height, width = rows * PATCH_SIZE, columns * PATCH_SIZE
+        patches = np.empty((steps, rows * columns, VALUES_PER_PATCH), np.dtype(self.patch_dtype))
         # Only two frames are held besides the patches
-        pair_THWC = torch.empty(TEMPORAL_PATCH_SIZE, height, width, 3, dtype=torch.uint8)
-        for i, frame_CHW in enumerate(chain([first], frames_CHW)):
-            if frame_CHW.shape != first.shape:
-                raise ValueError(
-                    f"frame {indices[i]} is {frame_CHW.shape[2]} x {frame_CHW.shape[1]} pixels, "
-                    f"frame {indices[0]} {first.shape[2]} x {first.shape[1]}: give all one size"
-                )
+        pair_THWC = torch.empty(TEMPORAL_PATCH_SIZE, height, width, CHANNELS, dtype=torch.uint8)
+        for i, frame_CHW in enumerate(chain([first], frames.pixels)):
+            frames.check_size(i, _size_of(frame_CHW), _size_of(first))
             pair_THWC[i % TEMPORAL_PATCH_SIZE] = resize(frame_CHW, height, width).permute(1, 2, 0)
             if i % TEMPORAL_PATCH_SIZE:
                 patches[i // TEMPORAL_PATCH_SIZE] = self._cut(pair_THWC.numpy())
-        if len(indices) % TEMPORAL_PATCH_SIZE:
+        if len(frames.indices) % TEMPORAL_PATCH_SIZE:
             pair_THWC[1] = pair_THWC[0]
             patches[-1] = self._cut(pair_THWC.numpy())
+        pixel_values = torch.from_numpy(patches.reshape(-1, VALUES_PER_PATCH))
+        return {"pixel_values_videos": pixel_values, **layout}
+
+    def _layout(self, frames: _Frames, size: Size, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Finds everything but the pixels."""
+        steps = math.ceil(len(frames.indices) / TEMPORAL_PATCH_SIZE)
+        height, width = self._target_size(size, steps * TEMPORAL_PATCH_SIZE, settings)
+        grid_thw = (steps, height // PATCH_SIZE, width // PATCH_SIZE)
         return {
-            "pixel_values_videos": torch.from_numpy(patches.reshape(-1, per_patch)),
             "video_grid_thw": torch.tensor([grid_thw]),
             "num_video_tokens": math.prod(grid_thw) // MERGE_SIZE**2,
-            "seconds_per_step": TEMPORAL_PATCH_SIZE / fps,
-            "frame_indices": indices,
+            "seconds_per_step": TEMPORAL_PATCH_SIZE / frames.fps,
+            "frame_indices": frames.indices,
         }
 
-    def _target_size(
-        self, frame_CHW: torch.Tensor, num_frames: int, settings: Mapping[str, Any]
-    ) -> Size:
-        _, height, width = frame_CHW.shape
-        if not frame_CHW.numel():
+    def _target_size(self, size: Size, num_frames: int, settings: Mapping[str, Any]) -> Size:
+        height, width = size
+        if min(size) < 1:
             raise ValueError(
                 f"height {height} and width {width}: a frame needs at least one pixel each way; "
                 "remove the video from the data"
@@ -499,13 +555,17 @@ def _array_frames(video: np.ndarray | torch.Tensor) -> Iterator[torch.Tensor]:
     return (frame if channels_first else frame.permute(2, 0, 1) for frame in frames)
 
 
-def _image_frames(images: Sequence[Any], remote: RemoteLimits | None) -> Iterator[torch.Tensor]:
-    """Reads images as [C, H, W]."""
+def _of_each(images: Sequence[Any], read: Callable[[Any], _T]) -> Iterator[_T]:
+    """What a function makes of each image of a list."""
     for number, image in enumerate(images):
         try:
-            yield to_rgb(image, remote=remote)
+            yield read(image)
         except ValueError as error:
             raise ValueError(f"frame {number}, {describe_image(image)}: {error}") from error
+
+
+def _size_of(frame_CHW: torch.Tensor) -> Size:
+    return frame_CHW.shape[1], frame_CHW.shape[2]
 
 
 def _describe(video: object) -> str:

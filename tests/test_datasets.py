@@ -1,0 +1,348 @@
+"""Rows in the formats that people have, to samples."""
+
+import base64
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torchtune import config
+from torchtune.datasets.multimodal import multimodal_chat_dataset
+
+from quickstart.digits import write_digits
+from tests import hostile
+from torchtune_vl.data import padded_collate_vision_supervised
+from torchtune_vl.datasets import measure_all, vision_chat_dataset
+from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
+
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+PROMPT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+TOOLS = [
+    {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}}}}},
+    {"type": "function", "function": {"name": "g", "parameters": {"properties": {"b": {}}}}},
+]
+
+
+@pytest.fixture(scope="module")
+def transform(vocabulary: Path) -> Qwen2_5_VLTransform:
+    return Qwen2_5_VLTransform(vocabulary / "tokenizer.json")
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> Path:
+    """A directory with two images, of 6 and 8 tokens, and a video of 4 tokens."""
+    for name, height, width in (("a.png", 56, 84), ("sub/b.png", 112, 56)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(hostile.noise(height, width, 3)).save(tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def build(transform: Qwen2_5_VLTransform, media: Path):
+    """Writes rows to a file beside the media, and makes a dataset of it."""
+
+    def build(rows: list[dict[str, Any]], suffix: str = "jsonl", **settings: Any) -> Any:
+        path = media / f"data.{suffix}"
+        lines = map(json.dumps, rows)
+        path.write_text("\n".join(lines) if suffix == "jsonl" else json.dumps(rows))
+        settings = {"cache_dir": str(media / "cache"), "data_files": str(path), **settings}
+        return vision_chat_dataset(transform, source="json", **settings)
+
+    return build
+
+
+def text_of(transform: Qwen2_5_VLTransform, sample: dict[str, Any]) -> str:
+    """The text of a sample, placeholders of a medium as one."""
+    tokens = sample["tokens"]
+    kept = [t for i, t in enumerate(tokens) if t not in (151655, 151656) or t != tokens[i - 1]]
+    return transform.decode(kept).removeprefix(PROMPT)
+
+
+def grids(sample: dict[str, Any]) -> list[list[int]]:
+    return (
+        sample["encoder_input"]["vision"]["grid_thw"].tolist() if "encoder_input" in sample else []
+    )
+
+
+def turns(question: str, answer: str = "b") -> str:
+    question = question.replace("<I>", f"<|vision_start|>{IMAGE_PAD}<|vision_end|>")
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+
+
+GPT = {"from": "gpt", "value": "b"}
+ASSISTANT = {"role": "assistant", "content": "b"}
+A, B = [1, 4, 6], [1, 8, 4]
+
+
+def sharegpt(question: str, **columns: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": question}, GPT], **columns}
+
+
+def chat(content: Any, **columns: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}, ASSISTANT], **columns}
+
+
+FORMATS: dict[str, tuple[dict[str, Any], str, list[list[int]]]] = {
+    "LLaVA": (sharegpt("<image>\nWhat?", image="a.png"), turns("<I>\nWhat?"), [A]),
+    "two images": (
+        sharegpt("1: <image>, 2: <image>.", images=["a.png", "sub/b.png"]),
+        turns("1: <I>, 2: <I>."),
+        [A, B],
+    ),
+    "images of one tag": (sharegpt("What?<image>", image=["a.png"]), turns("What?<I>"), [A]),
+    "text": (sharegpt("What?"), turns("What?"), []),
+    "system": (
+        sharegpt("What?", system="Obey."),
+        f"<|im_start|>system\nObey.<|im_end|>\n{turns('What?')}",
+        [],
+    ),
+    "transformers": (
+        chat([{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]),
+        turns("<I>What?"),
+        [A],
+    ),
+    "transformers, path": (
+        chat([{"type": "text", "text": "What?"}, {"type": "image", "path": "sub/b.png"}]),
+        turns("What?<I>"),
+        [B],
+    ),
+    "OpenAI": (
+        chat(
+            [
+                {"type": "text", "text": "What?"},
+                {"type": "image_url", "image_url": {"url": "a.png"}},
+            ]
+        ),
+        turns("What?<I>"),
+        [A],
+    ),
+    "places": (
+        chat([{"type": "image"}, {"type": "text", "text": "What?"}], images=["sub/b.png"]),
+        turns("<I>What?"),
+        [B],
+    ),
+    "tags in messages": (chat("<image>What?", images=["a.png"]), turns("<I>What?"), [A]),
+    "tags of no medium": (chat("<image> of <video>?"), turns("<image> of <video>?"), []),
+    "tag of another kind": (
+        chat("<image> of <video>?", images=["a.png"]),
+        turns("<I> of <video>?"),
+        [A],
+    ),
+    "torchtune": (
+        chat([{"type": "image", "content": "a.png"}, {"type": "text", "content": "a.png"}]),
+        turns("<I>a.png"),
+        [A],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_formats(build, transform: Qwen2_5_VLTransform, name: str, suffix: str) -> None:
+    row, text, media_grids = FORMATS[name]
+    dataset = build([row], suffix)
+    sample = dataset[0]
+    assert text_of(transform, sample) == text
+    assert grids(sample) == media_grids
+    answer = [*transform.encode("b", False, False), transform.special_tokens["<|im_end|>"]]
+    assert [label for label in sample["labels"] if label != -100] == answer
+    is_label = np.array(sample["labels"]) != -100
+    assert (np.array(sample["tokens"])[is_label] == answer).all()
+    assert dataset.measure(0) == (len(sample["tokens"]), sum(h * w for _, h, w in media_grids))
+
+
+def test_all_formats_in_one_file(build, transform: Qwen2_5_VLTransform) -> None:
+    dataset = build([row for row, _, _ in FORMATS.values()])
+    assert len(dataset) == len(FORMATS)
+    for number, (_, text, media_grids) in enumerate(FORMATS.values()):
+        assert text_of(transform, dataset[number]) == text
+        assert grids(dataset[number]) == media_grids
+
+
+def test_videos(build, transform: Qwen2_5_VLTransform, media: Path) -> None:
+    (media / "v.mp4").write_bytes(hostile.encode_video("mp4", "libx264", 20))
+    frames = {"type": "video", "video": ["a.png", "a.png"]}
+    for row in (
+        sharegpt("<video>What?", video="v.mp4"),
+        sharegpt("<video>What?", videos=["v.mp4"]),
+        chat([{"type": "video", "video": "v.mp4"}, {"type": "text", "text": "What?"}]),
+    ):
+        sample = build([row])[0]
+        assert grids(sample) == [[2, 20, 28]]
+        video = f"<|vision_start|>{VIDEO_PAD}<|vision_end|>"
+        assert text_of(transform, sample) == turns(f"{video}What?")
+    assert grids(build([chat([frames])])[0])[0][0] == 1
+
+
+def test_tools_stay_as_they_are(build, transform: Qwen2_5_VLTransform) -> None:
+    """A table that gives every row the keys of all would add parameters to functions."""
+    rows = [chat("a", tools=[tool]) for tool in TOOLS]
+    dataset = build(rows)
+    for number, tool in enumerate(TOOLS):
+        assert f"<tools>\n{json.dumps(tool)}\n</tools>" in text_of(transform, dataset[number])
+
+
+def test_function_calls_of_llama_factory(build, transform: Qwen2_5_VLTransform) -> None:
+    call = {"name": "f", "arguments": {"a": 1}}
+    row = {
+        "conversations": [
+            {"from": "human", "value": "a"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "b"},
+        ],
+        "tools": json.dumps(TOOLS),
+    }
+    text = text_of(transform, build([row])[0])
+    assert f"<tool_call>\n{json.dumps(call)}\n</tool_call>" in text
+    assert "<tool_response>\n2\n</tool_response>" in text
+    assert json.dumps(TOOLS[1]) in text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (sharegpt("What?", image="a.png"), "0 places for images, but there are 1 images"),
+        (sharegpt("<image>What?"), "1 places for images, but there are 0 images"),
+        (sharegpt("<image><video>", image="a.png"), "1 places for videos, but there are 0"),
+        (chat([{"type": "image"}]), "1 places for images, but there are 0 images"),
+        (sharegpt("<image>", image="none.png"), "none.png"),
+        ({"conversations": [{"from": "me", "value": "a"}]}, "from 'me'"),
+        ({"conversations": [{"role": "user", "content": "a"}]}, "is no turn such as"),
+        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "no JSON"),
+        ({"text": "a"}, "column_map"),
+        ({"messages": [{"role": "user"}]}, "message 0"),
+    ],
+)
+def test_errors_name_the_sample(build, row: dict[str, Any], message: str) -> None:
+    for name, named in (("3", row), ("'x/7'", {**row, "id": "x/7"})):
+        dataset = build([sharegpt("a")] * 3 + [named])
+        for read in (dataset.__getitem__, dataset.measure):
+            with pytest.raises(ValueError, match=f"^sample {name}: .*{message}"):
+                read(3)
+
+
+def test_other_columns_and_directory(build, media: Path) -> None:
+    row = {"dialogue": sharegpt("<image>")["conversations"], "picture": "b.png", "image": "c"}
+    names = {"conversations": "dialogue", "image": "picture"}
+    dataset = build([row], column_map=names, media_dir=str(media / "sub"))
+    assert grids(dataset[0]) == [B]
+    for wrong, message in (({"text": "a"}, "has 'text'; known are"), ({"id": "no"}, "names 'no'")):
+        with pytest.raises(ValueError, match=message):
+            build([row], column_map=wrong)
+
+
+def test_paths_that_are_not_relative(build, media: Path) -> None:
+    encoded = hostile.encode(Image.open(media / "a.png"), "PNG")
+    url = "data:image/png;base64," + base64.b64encode(encoded).decode()
+    for source in (str(media / "a.png"), (media / "a.png").as_uri(), url, url.split(",")[1]):
+        assert grids(build([sharegpt("<image>", image=source)], media_dir="/none")[0]) == [A]
+
+
+def test_files_of_several_directories(build, media: Path) -> None:
+    for directory in ("x", "y"):
+        (media / directory).mkdir()
+        (media / directory / "d.json").write_text(json.dumps([sharegpt("<image>", image="a.png")]))
+    files = [str(media / directory / "d.json") for directory in ("x", "y")]
+    with pytest.raises(ValueError, match="media_dir"):
+        build([], data_files=files)
+    dataset = build([], data_files=files, media_dir=str(media))
+    assert [grids(dataset[number]) for number in (0, 1)] == [[A], [A]]
+    for one in (OmegaConf.create(files[:1]), {"train": files[0]}):
+        (media / "x" / "a.png").write_bytes((media / "sub" / "b.png").read_bytes())
+        assert grids(build([], data_files=one)[0]) == [B]
+
+
+def test_a_table_of_encoded_images(transform: Qwen2_5_VLTransform, tmp_path: Path) -> None:
+    """Bytes reach the transform as they are, not decoded, and so with their EXIF orientation."""
+    jpeg = hostile.encode(Image.fromarray(hostile.noise(56, 84, 3)), "JPEG")
+    sideways = hostile.with_exif(jpeg, hostile.orientation_exif(6))
+    path = tmp_path / "t.parquet"
+    features = datasets.Features(
+        {
+            "images": datasets.List(datasets.Image()),
+            "messages": datasets.List({k: datasets.Value("string") for k in ("role", "content")}),
+        }
+    )
+    messages = [{"role": "user", "content": "<image><image>"}, ASSISTANT]
+    row = {"images": [{"bytes": jpeg, "path": "a"}, {"bytes": sideways, "path": None}]}
+    rows = datasets.Dataset.from_list([{**row, "messages": messages}], features=features)
+    rows.to_parquet(path)
+    build = partial(
+        vision_chat_dataset,
+        transform,
+        source="parquet",
+        data_files=str(path),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    table, stream = build(), build(streaming=True)
+    (sample,) = stream
+    assert sample["images"] == [jpeg, sideways]
+    for transformed in (table[0], stream.transform(sample)):
+        assert grids(transformed) == [[1, 4, 6], [1, 6, 4]]
+    assert table.measure(0) == stream.measure(sample)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_stream_is_the_table_row_by_row(build) -> None:
+    rows = [row for row, _, _ in FORMATS.values()]
+    table, stream = build(rows), build(rows, streaming=True)
+    assert not hasattr(stream, "__len__")
+    for skipped in (0, 1, 5):
+        rest = list(stream.skip(skipped))
+        assert [sample["id"] for sample in rest] == list(range(skipped, len(rows)))
+        for sample in rest:
+            assert same(stream.transform(sample), table[sample["id"]])
+            assert stream.measure(sample) == table.measure(sample["id"])
+    assert [sample["id"] for sample in stream.skip(2).skip(3)] == list(range(5, len(rows)))
+
+
+def test_digits_are_those_of_torchtune(transform: Qwen2_5_VLTransform, tmp_path: Path) -> None:
+    train, _ = write_digits(tmp_path)
+    common = {
+        "source": "json",
+        "data_files": str(train),
+        "split": "train[:40]",
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    reference = multimodal_chat_dataset(
+        transform, image_dir=str(tmp_path), image_tag="<image>", **common
+    )
+    component = {"_component_": "torchtune_vl.datasets.vision_chat_dataset", **common}
+    # As recipes make it
+    dataset = config.instantiate(OmegaConf.create(component), transform)
+    collate = partial(padded_collate_vision_supervised, padding_idx=transform.pad_id)
+    assert len(dataset) == len(reference) == 40
+    batches = [collate([data[i] for i in range(40)]) for data in (dataset, reference)]
+    assert same(*batches)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_all_are_measured(build, num_workers: int) -> None:
+    rows = [sharegpt("<image>" + "a " * (i % 50), image="a.png") for i in range(300)]
+    dataset = build(rows)
+    sizes = measure_all(dataset, num_workers, show_progress=False)
+    assert sizes.dtype == np.int32
+    assert sizes.tolist() == [list(dataset.measure(i)) for i in range(300)]
+
+
+def test_all_that_cannot_be_measured_are_told(build, capsys: pytest.CaptureFixture) -> None:
+    rows = [sharegpt("<image>" if i % 4 == 0 else "a") for i in range(120)]
+    with pytest.raises(ValueError, match="30 of 120 samples") as raised:
+        measure_all(build(rows))
+    _, *lines = str(raised.value).split("\n")
+    assert [line.split(":")[0] for line in lines[:20]] == [f"sample {4 * i}" for i in range(20)]
+    assert all("1 places for images" in line for line in lines[:20])
+    assert lines[20:] == ["and 10 more"]
+    assert "120/120" in capsys.readouterr().err

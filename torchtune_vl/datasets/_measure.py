@@ -1,0 +1,86 @@
+"""The sizes of all samples, before training begins."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+# Sending a batch from a worker costs as much as measuring some samples
+_BATCH_SIZE = 128
+_NUM_SHOWN = 20
+
+
+class Measurable(Protocol):
+    """A map-style dataset whose samples can be measured."""
+
+    def __len__(self) -> int: ...
+
+    def measure(self, index: int) -> tuple[int, int]:
+        """Number of tokens and of patches of a sample, or a ValueError that names it."""
+
+
+def measure_all(
+    dataset: Measurable, num_workers: int = 0, show_progress: bool = True
+) -> np.ndarray:
+    """Measure every sample, so that those which cannot be read are found before training.
+
+    Args:
+        dataset: a map-style dataset with ``measure``, such as that of
+            :func:`~torchtune_vl.datasets.vision_chat_dataset`.
+        num_workers: processes to measure in, besides this one; 0: in this one.
+        show_progress: whether to show a progress bar. With several ranks, let one do so.
+
+    Returns:
+        int32 [len(dataset), 2], tokens and patches of each sample.
+
+    Raises:
+        ValueError: if samples cannot be measured. It lists the first 20 with the reason and says
+            how many there are.
+    """
+    loader = DataLoader(
+        _Measurements(dataset),
+        batch_size=_BATCH_SIZE,
+        num_workers=num_workers,
+        collate_fn=_as_arrays,
+    )
+    sizes: list[np.ndarray] = []
+    problems: list[str] = []
+    with tqdm(
+        total=len(dataset), desc="measuring", unit=" samples", disable=not show_progress
+    ) as bar:
+        for batch_sizes, batch_problems in loader:
+            sizes.append(batch_sizes)
+            problems += batch_problems
+            bar.update(len(batch_sizes))
+    if problems:
+        shown = "\n".join(problems[:_NUM_SHOWN])
+        more = len(problems) - _NUM_SHOWN
+        raise ValueError(
+            f"{len(problems)} of {len(dataset)} samples cannot be read: correct them or remove "
+            f"them from the data\n{shown}" + (f"\nand {more} more" if more > 0 else "")
+        )
+    return np.concatenate(sizes)
+
+
+class _Measurements(Dataset):
+    """The size of each sample, or what is wrong with it."""
+
+    def __init__(self, dataset: Measurable) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, int] | str:
+        try:
+            return self.dataset.measure(index)
+        except ValueError as error:
+            return str(error)
+
+
+def _as_arrays(batch: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
+    problems = [entry for entry in batch if isinstance(entry, str)]
+    sizes = [(0, 0) if isinstance(entry, str) else entry for entry in batch]
+    return np.array(sizes, np.int32), problems
