@@ -4,8 +4,9 @@ Shape suffixes: N rows of the packed sequence, G segments of equal length, L row
 H heads, D dimension of a head.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,38 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
     varlen_attn = None  # type: ignore[assignment]
+    _CAUSAL: dict[str, Any] = {}
+else:
+    # The argument has another name in torch 2.10
+    _is_window = "window_size" in inspect.signature(varlen_attn).parameters
+    _CAUSAL = {"window_size": (-1, 0)} if _is_window else {"is_causal": True}
+
+
+class Documents(NamedTuple):
+    """The documents of a packed row: what stands in for its attention mask.
+
+    Lengths are known to the host, so that nothing waits for the device to tell them.
+
+    Args:
+        lengths: tokens of each document, in order.
+        boundaries: where they start, and the end of the last, int32 [documents + 1].
+    """
+
+    lengths: tuple[int, ...]
+    boundaries: torch.Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> "Documents":
+        """Describe documents that lie end to end.
+
+        Args:
+            lengths: tokens of each.
+
+        Returns:
+            The description, on the CPU.
+        """
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        return cls(tuple(lengths), ends.to(torch.int32))
 
 
 def segment_index(lengths: torch.Tensor) -> dict[str, Any]:
@@ -154,6 +187,38 @@ def attend_within_segments(
         for length, q, k, v in zip(starts, *groups, strict=True)
     ]
     return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+
+@torch.compiler.disable  # likewise
+def attend_within_documents(
+    q_NHD: torch.Tensor, k_NHD: torch.Tensor, v_NHD: torch.Tensor, documents: Documents
+) -> torch.Tensor:
+    """Causal scaled dot-product attention in which each token sees its own document only.
+
+    In half precision on CUDA it is one variable-length kernel (torch >= 2.10), elsewhere one call
+    of ``scaled_dot_product_attention`` for each document, so that no document's numbers depend on
+    another.
+
+    Args:
+        q_NHD: queries [N, H, D].
+        k_NHD: keys [N, H, D].
+        v_NHD: values [N, H, D].
+        documents: the documents of the N tokens.
+
+    Returns:
+        Tensor of shape [N, H, D].
+    """
+    half_precision = q_NHD.dtype in (torch.float16, torch.bfloat16)
+    if varlen_attn is not None and q_NHD.is_cuda and half_precision:
+        ends, longest = documents.boundaries, max(documents.lengths)
+        out = varlen_attn(q_NHD, k_NHD, v_NHD, ends, ends, longest, longest, **_CAUSAL)
+        return cast(torch.Tensor, out)
+    q, k, v = (x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q_NHD, k_NHD, v_NHD))
+    attended = [
+        F.scaled_dot_product_attention(*document, is_causal=True)
+        for document in zip(q, k, v, strict=True)
+    ]
+    return torch.cat(attended, dim=1).transpose(0, 1)
 
 
 def _attend_within_equal_segments(

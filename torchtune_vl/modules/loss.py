@@ -1,8 +1,43 @@
 """Losses."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# Rows of logits that exist at a time: many enough for a fast product, few enough to be small
+# beside the activations of the layers
+CHUNK = 1024
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, output: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of an output layer, whose logits are made chunk by chunk and never kept.
+
+    Gradients make them anew: memory is that of one chunk, at the price of a second product.
+
+    Args:
+        hidden: what the output layer takes, [n, d].
+        output: the output layer, to logits [rows, vocabulary].
+        targets: the right entries, int64 [n].
+
+    Returns:
+        float32 [n].
+    """
+
+    def losses(rows: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output(rows).float(), right, reduction="none")
+
+    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    return torch.cat(
+        [
+            checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        ]
+    )
 
 
 class SupervisedCrossEntropyLoss(nn.Module):

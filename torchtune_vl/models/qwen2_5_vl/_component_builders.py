@@ -7,7 +7,6 @@ from typing import Any, get_args
 from torch import nn
 from torchtune.modules import (
     FeedForward,
-    MultiHeadAttention,
     TiedLinear,
     TransformerSelfAttentionLayer,
 )
@@ -16,7 +15,11 @@ from torchtune.modules.model_fusion import register_fusion_module
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.utils import get_logger
 
-from torchtune_vl.models.qwen2_5_vl._fusion import MRoPEDecoder, VisionFusionModel
+from torchtune_vl.models.qwen2_5_vl._fusion import (
+    DocumentAttention,
+    MRoPEDecoder,
+    VisionFusionModel,
+)
 from torchtune_vl.models.qwen2_5_vl._position_embeddings import (
     MultimodalRotaryTable,
     RotaryEmbedding,
@@ -241,7 +244,11 @@ def lora_qwen2_5_vl(
         model._register_state_dict_hook(
             partial(reparametrize_as_dtype_state_dict_post_hook, dtype=dtype)
         )
-    get_logger("INFO").info("What is trained:\n%s", trained_parts(model, _part_of))
+    log = get_logger("INFO")
+    log.info("What is trained:\n%s", trained_parts(model, _part_of))
+    in_full = [part for part, trainable in parts.items() if trainable == "full"]
+    if in_full:
+        log.info("%s 'full': save_adapter_weights_only would lose it", " and ".join(in_full))
     return model
 
 
@@ -318,7 +325,7 @@ def qwen2_5_vl_decoder(
     head_dim = _head_dim(embed_dim, num_heads)
 
     def layer() -> TransformerSelfAttentionLayer:
-        attn = MultiHeadAttention(
+        attn = DocumentAttention(
             embed_dim=embed_dim,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,

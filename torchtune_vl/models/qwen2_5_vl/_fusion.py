@@ -1,16 +1,61 @@
 """Fusion of media into the token stream, and the decoder that takes it.
 
-Shape notation: b sequences, s tokens of a sequence, d width of the decoder, v vocabulary.
+Shape notation: b sequences, s tokens of a sequence, d width of the decoder, v vocabulary,
+n positions whose logits or losses are wanted.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from torchtune.modules.model_fusion import EarlyFusionModel
+from torchtune.utils import batch_to_device
 
+from torchtune_vl.models.qwen2_5_vl._patches import PATCH_SIZE
 from torchtune_vl.models.qwen2_5_vl._position_embeddings import MultimodalRotaryTable
+from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE, vision_index
+from torchtune_vl.modules import (
+    Documents,
+    attend_within_documents,
+    chunked_cross_entropy,
+    window_encoder_index,
+)
+
+
+class DocumentAttention(MultiHeadAttention):
+    """torchtune's attention, which takes the documents of packed rows for a mask too.
+
+    Args:
+        **kwargs: arguments of :class:`~torchtune.modules.MultiHeadAttention`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._attend_by_mask: Callable[..., torch.Tensor] = self._attention_call  # type: ignore[has-type]
+        self._attention_call = self._attend
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        mask: Any,
+        dropout_p: float,
+        is_causal: bool,
+    ) -> torch.Tensor:
+        if not isinstance(mask, Documents):
+            return self._attend_by_mask(
+                q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal
+            )
+        if dropout_p:
+            raise ValueError("packed rows have no attn_dropout: set it to 0, or pad instead")
+        rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+        out = attend_within_documents(*rows, documents=mask)
+        return out.unflatten(0, (len(q), -1)).transpose(1, 2)
 
 
 class MRoPEDecoder(TransformerDecoder):
@@ -32,20 +77,25 @@ class MRoPEDecoder(TransformerDecoder):
         mask: torch.Tensor | None = None,
         input_pos: torch.Tensor | None = None,
         output_positions: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute logits.
+        """Compute logits, or losses.
 
         Args:
             tokens: ids [b, s], or embeddings [b, s, d] where the embedding is taken out.
             mask: which token attends to which, bool [b, s, s] (with a KV cache [b, s, cache
-                length]), or a BlockMask. Causal by default.
+                length]), a BlockMask, or the :class:`~torchtune_vl.modules.Documents` of the
+                flattened batch. Causal by default.
             input_pos: positions, int64 [b, s, 3] or, equal on all axes, [b, s]; 0, 1, 2, ... by
                 default.
             output_positions: positions in the flattened batch whose logits are wanted, int64 [n].
+            targets: the right entries at these positions, int64 [n], if it is their losses that
+                are wanted.
 
         Returns:
             Logits, float32 [b, s, v], or [n, v] with ``output_positions``; a list of their chunks
-            after ``set_num_output_chunks``.
+            after ``set_num_output_chunks``. With ``targets`` the cross-entropy of each, float32
+            [n].
         """
         self._validate_inputs(tokens.shape[1], mask=mask, input_pos=input_pos)
         rope = self.rope(_three_axes(input_pos, tokens))
@@ -54,6 +104,8 @@ class MRoPEDecoder(TransformerDecoder):
             h = layer(h, mask=mask, input_pos=rope)
         if output_positions is not None:
             h = h.flatten(0, 1).index_select(0, output_positions)
+        if targets is not None:
+            return chunked_cross_entropy(self.norm(h), self.output, targets)
         return self.unembed(h)
 
 
@@ -125,8 +177,13 @@ class VisionFusionModel(EarlyFusionModel):
         encoder_input: dict[str, dict[str, Any]] | None = None,
         input_pos: torch.Tensor | None = None,
         output_positions: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute logits of text with media.
+        """Compute logits, or losses, of text with media.
+
+        In training, and wherever processes work together, the encoder runs without media too: where
+        it is sharded, all of them wait for each other in it, and its gradients are zero then, not
+        missing.
 
         Args:
             tokens: ids with placeholders expanded, int64 [b, s].
@@ -135,10 +192,11 @@ class VisionFusionModel(EarlyFusionModel):
                 :meth:`Qwen2_5_VLVisionEncoder.forward` for the media of all sequences in order;
                 None for text alone.
             input_pos: M-RoPE positions, int64 [b, s, 3].
-            output_positions: positions in the flattened batch whose logits are wanted, int64 [n].
+            output_positions: as in :meth:`MRoPEDecoder.forward`.
+            targets: likewise.
 
         Returns:
-            Logits as in :meth:`MRoPEDecoder.forward`.
+            Logits or losses as in :meth:`MRoPEDecoder.forward`.
 
         Raises:
             ValueError: if ``encoder_input`` has another key than ``vision``.
@@ -153,7 +211,15 @@ class VisionFusionModel(EarlyFusionModel):
                     f"{sorted(self.encoders.keys())}"
                 )
             h = self._fuse(tokens, h, self.encoders["vision"](**encoder_input["vision"]))
-        return self.decoder(h, mask=mask, input_pos=input_pos, output_positions=output_positions)
+        elif self.training or torch.distributed.is_initialized():
+            h = h + 0 * self.encoders["vision"](**_blank_unit(tokens.device)).sum().to(h.dtype)
+        return self.decoder(
+            h,
+            mask=mask,
+            input_pos=input_pos,
+            output_positions=output_positions,
+            targets=targets,
+        )
 
     def _fuse(self, tokens: torch.Tensor, h: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
         is_placeholder = torch.zeros_like(tokens, dtype=torch.bool)
@@ -167,3 +233,16 @@ class VisionFusionModel(EarlyFusionModel):
         positions = torch.nonzero_static(is_placeholder.flatten(), size=len(media)).squeeze(1)
         fused = h.flatten(0, 1).index_copy(0, positions, media.to(h.dtype))
         return fused.view_as(h)
+
+
+@lru_cache
+def _blank_unit(device: torch.device) -> dict[str, Any]:
+    """The smallest image that the encoder takes, all zeros."""
+    grid_thw = torch.tensor([[1, MERGE_SIZE, MERGE_SIZE]])
+    blank = {
+        "patches": torch.zeros(MERGE_SIZE**2, 3 * PATCH_SIZE**2, dtype=torch.uint8),
+        "grid_thw": grid_thw,
+        **window_encoder_index(vision_index(grid_thw)),
+    }
+    batch_to_device(blank, device)
+    return blank
