@@ -121,8 +121,8 @@ def test_every_file_is_flushed_before_it_is_moved(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: set[Path] = set()
-    flush = _directory._flush
-    monkeypatch.setattr(_directory, "_flush", lambda path: (flushed.add(path), flush(path)))
+    flush = _directory.flush
+    monkeypatch.setattr(_directory, "flush", lambda path: (flushed.add(path), flush(path)))
     replace = Path.replace
 
     def checked(source: Path, target: Path) -> Path:
@@ -234,14 +234,14 @@ def test_a_write_that_fails(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     save(base, tmp_path / "output", value=1.0)
-    flush = _directory._flush
+    flush = _directory.flush
 
     def full(path: Path) -> None:
         if path.name.endswith(f"{place}.partial"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         flush(path)
 
-    monkeypatch.setattr(_directory, "_flush", full)
+    monkeypatch.setattr(_directory, "flush", full)
     refused(base, tmp_path / "output", rf"No space left on device.*{place}")
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchtune import config
 from torchtune.datasets.multimodal import multimodal_chat_dataset
 
 from quickstart.digits import write_digits
 from tests import hostile
-from torchtune_vl.data import padded_collate_vision_supervised
+from torchtune_vl.data import PackedRows, TrainingRows, padded_collate_vision_supervised
 from torchtune_vl.datasets import measure_all, vision_chat_dataset
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 
@@ -346,3 +347,16 @@ def test_all_that_cannot_be_measured_are_told(build, capsys: pytest.CaptureFixtu
     assert all("1 places for images" in line for line in lines[:20])
     assert lines[20:] == ["and 10 more"]
     assert "120/120" in capsys.readouterr().err
+
+
+def test_a_stream_in_data_workers(build) -> None:
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    stream = build([{"messages": turns}] * 7, streaming=True)
+    planned = TrainingRows(stream, PackedRows(64), rows_per_step=1, shuffle=False, epochs=2)
+    alone, shared = (
+        [row.samples for row in DataLoader(planned, batch_size=None, num_workers=workers)]
+        for workers in (0, 2)
+    )
+    assert alone == shared
+    assert len(alone) > 4
+    assert sorted(sample for row in alone for sample in row) == sorted([*range(7)] * 2)

@@ -1,10 +1,12 @@
 """Batches on their way from a data worker to the trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+
+from torchtune_vl.modules import Documents
 
 # A file of shared memory costs each side some half a millisecond, whatever its size; by value so
 # many bytes cost less
@@ -21,22 +23,26 @@ class Batch(dict[str, Any]):
 
     # How pickle, and so a queue between processes, takes it apart
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (_to_send(self),)
+        return _received, (_map_leaves(_to_send, self),)
+
+
+def _map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _map_leaves(change, entry) for key, entry in value.items()}
+    if isinstance(value, Documents):
+        return value._replace(boundaries=change(value.boundaries))
+    return change(value)
 
 
 def _to_send(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _to_send(entry) for key, entry in value.items()}
     if not isinstance(value, torch.Tensor) or value.is_floating_point():
         return value
     return value.numpy() if value.nbytes <= LARGEST_BY_VALUE else value
 
 
 def _received(values: Mapping[str, Any]) -> Batch:
-    return Batch({key: _from_sent(value) for key, value in values.items()})
+    return Batch(_map_leaves(_from_sent, values))
 
 
 def _from_sent(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _from_sent(entry) for key, entry in value.items()}
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value

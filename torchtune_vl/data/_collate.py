@@ -1,9 +1,10 @@
-"""Samples to padded batches.
+"""Samples to padded batches and packed rows.
 
-Shape notation: b samples, s tokens of the longest, n patches of all images.
+Shape notation: b samples, s tokens of the longest or of a packed row, n patches of all images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import get_worker_info
 
 from torchtune_vl.data._batch import Batch
 from torchtune_vl.modules import (
+    Documents,
     concatenate_patches,
     concatenate_window_indices,
     window_encoder_index,
@@ -65,10 +67,7 @@ def padded_collate_vision(
     if pad_direction == "left":
         lengths = torch.tensor([len(sample["tokens"]) for sample in batch])
         collated["mask"] = _left_padding_mask(lengths)
-    vision = [sample["encoder_input"]["vision"] for sample in batch if "encoder_input" in sample]
-    if vision:
-        collated["encoder_input"] = {"vision": _collate_media(vision)}
-    return collated
+    return Batch(collated, **_encoder_input(batch))
 
 
 def padded_collate_vision_supervised(
@@ -96,12 +95,83 @@ def padded_collate_vision_supervised(
     return collated
 
 
+def padded_collate_vision_targets(
+    batch: Sequence[Mapping[str, Any]], padding_idx: int = 0, ignore_idx: int = -100
+) -> Batch:
+    """Pad samples as :func:`padded_collate_vision` does, for a model that computes the loss.
+
+    Args:
+        batch: samples with ``labels``; none give one padding token without a target.
+        padding_idx: id of the padding token.
+        ignore_idx: label of positions without loss.
+
+    Returns:
+        The batch of :func:`padded_collate_vision` with, instead of labels, ``output_positions``,
+        int64 [supervised labels], the positions in the flattened batch whose next token is
+        supervised, and ``targets``, int64 of the same shape, the ids of these next tokens.
+    """
+    collated = padded_collate_vision_supervised(
+        batch or [_padding(padding_idx, ignore_idx)], padding_idx, ignore_idx
+    )
+    labels = collated.pop("labels").flatten()
+    collated["targets"] = labels[collated["output_positions"] + 1]
+    return collated
+
+
+def packed_collate_vision(
+    batch: Sequence[Mapping[str, Any]], padding_idx: int = 0, ignore_idx: int = -100
+) -> Batch:
+    """Lay samples end to end in one row, each a document that sees itself only.
+
+    Args:
+        batch: samples as in :func:`padded_collate_vision`, with ``labels``; none give a document
+            of one padding token without a target.
+        padding_idx: id of the padding token.
+        ignore_idx: label of positions without loss.
+
+    Returns:
+        ``tokens``, int64 [1, s]; ``input_pos``, int64 [1, s, 3], which starts anew in each
+        document; ``mask``, the :class:`~torchtune_vl.modules.Documents` of the row;
+        ``output_positions``, int64 [supervised labels], the positions whose next token is
+        supervised; ``targets``, int64 of the same shape, the ids of these next tokens; and
+        ``encoder_input`` as in :func:`padded_collate_vision`. No document predicts the first token
+        of the next.
+    """
+    batch = batch or [_padding(padding_idx, ignore_idx)]
+    documents = Documents.of([len(sample["tokens"]) for sample in batch])
+    labels = _joined(sample["labels"] for sample in batch)
+    labels[documents.boundaries[:-1]] = ignore_idx
+    supervised = (labels != ignore_idx).nonzero().squeeze(1)
+    return Batch(
+        tokens=_joined(sample["tokens"] for sample in batch)[None],
+        input_pos=torch.cat([sample["input_pos"] for sample in batch])[None],
+        mask=documents,
+        output_positions=supervised - 1,
+        targets=labels[supervised],
+        **_encoder_input(batch),
+    )
+
+
+def _padding(padding_idx: int, ignore_idx: int) -> dict[str, Any]:
+    input_pos = torch.zeros(1, 3, dtype=torch.int64)
+    return {"tokens": [padding_idx], "labels": [ignore_idx], "input_pos": input_pos}
+
+
+def _joined(ids: Iterable[Sequence[int]]) -> torch.Tensor:
+    return torch.tensor(list(chain.from_iterable(ids)))
+
+
 def _left_padding_mask(lengths: torch.Tensor) -> torch.Tensor:
     size = int(lengths.max())
     causal = torch.ones(size, size, dtype=torch.bool).tril()
     is_token = torch.arange(size) >= (size - lengths)[:, None]
     # Padding attends to itself: a row without any key has no softmax
     return causal & (is_token[:, None, :] | torch.eye(size, dtype=torch.bool))
+
+
+def _encoder_input(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    vision = [sample["encoder_input"]["vision"] for sample in batch if "encoder_input" in sample]
+    return {"encoder_input": {"vision": _collate_media(vision)}} if vision else {}
 
 
 def _collate_media(vision: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -180,7 +180,9 @@ class StreamedVisionChat:
         self._start = start
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(self._rows, self._start):
+        # Iterated over by itself, it would share its rows out among data workers
+        rows = ({k: v[0] for k, v in batch.items()} for batch in self._rows.iter(batch_size=1))
+        for number, row in enumerate(rows, self._start):
             yield self._read(row, number)
 
     def skip(self, count: int) -> "StreamedVisionChat":

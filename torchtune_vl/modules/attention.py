@@ -32,7 +32,7 @@ class Documents(NamedTuple):
         boundaries: where they start, and the end of the last, int32 [documents + 1].
     """
 
-    lengths: tuple[int, ...]
+    lengths: Sequence[int]
     boundaries: torch.Tensor
 
     @classmethod

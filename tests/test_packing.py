@@ -1,0 +1,83 @@
+"""Planners: which samples make a row."""
+
+import random
+from itertools import chain
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.packing import sizes
+from torchtune_vl.data import PackedRows, PaddedRows, Planner, Size
+
+
+def rows_of(planner: Planner, given: list[Size]) -> list[list[int]]:
+    """All rows, as lists of places in the given sizes."""
+    left, waiting = list(range(len(given))), list[int]()
+    rows: list[list[int]] = []
+    while left or waiting:
+        missing = planner.lookahead - len(waiting)
+        waiting, left = waiting + left[:missing], left[missing:]
+        taken = planner.take([given[place] for place in waiting])
+        rows.append([waiting[index] for index in taken])
+        waiting = [place for place in waiting if place not in rows[-1]]
+    return rows
+
+
+SIZES = st.lists(st.builds(Size, st.integers(1, 100), st.integers(0, 200)), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(SIZES, st.integers(1, 20))
+def test_packed_rows_keep_both_budgets_and_let_nobody_wait(
+    given: list[Size], lookahead: int
+) -> None:
+    rows = rows_of(PackedRows(100, 200, lookahead), given)
+    assert sorted(chain.from_iterable(rows)) == list(range(len(given)))
+    left = list(range(len(given)))
+    for row in rows:
+        assert sum(given[place].tokens for place in row) <= 100
+        assert sum(given[place].patches for place in row) <= 200
+        assert row[0] == left[0]  # the oldest
+        left = [place for place in left if place not in row]
+
+
+def test_the_largest_that_fits_comes_next() -> None:
+    waiting = [Size(40, 0), Size(50, 9), Size(30, 0), Size(55, 0), Size(10, 0), Size(30, 1)]
+    assert PackedRows(100).take(waiting) == [0, 3]
+    assert PackedRows(130).take(waiting) == [0, 3, 2]
+    assert PackedRows(135).take(waiting) == [0, 3, 2, 4]
+    assert PackedRows(95, max_patches=5).take(waiting) == [0, 3]
+    assert PackedRows(94, max_patches=8).take(waiting) == [0, 2, 4]
+    assert PackedRows(94, max_patches=9).take(waiting) == [0, 1]
+
+
+def test_rows_are_full() -> None:
+    given = sizes(10_000)
+    rows = rows_of(PackedRows(16_384, 4 * 16_384), given)
+    assert sum(size.tokens for size in given) / len(rows) / 16_384 >= 0.99
+    # Patches scarcer than tokens
+    rows = rows_of(PackedRows(16_384, 3 * 16_384), given)
+    assert sum(size.patches for size in given) / len(rows) / (3 * 16_384) >= 0.99
+
+
+def test_a_sample_too_large_for_a_row_is_refused() -> None:
+    planner = PackedRows(100, 200)
+    planner.check(Size(100, 200))
+    with pytest.raises(ValueError, match=r"101 tokens.*max_tokens of 100: raise.*max_seq_len"):
+        planner.check(Size(101, 0))
+    with pytest.raises(ValueError, match=r"201 patches.*max_patches of 200: raise.*max_pixels"):
+        planner.check(Size(1, 201))
+    PackedRows(100).check(Size(1, 10**9))
+
+
+def test_padded_rows_take_samples_in_order() -> None:
+    given = [Size(random.randrange(1, 100), 0) for _ in range(8)]
+    assert rows_of(PaddedRows(3), given) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+def test_work() -> None:
+    row = [Size(10, 16), Size(30, 0)]
+    assert PackedRows(100).work(row) == 10 + 30 + 16 / 8
+    assert PaddedRows(2).work(row) == 2 * 30 + 16 / 8
+    assert PackedRows(100).work([]) == PaddedRows(2).work([]) == 0
