@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,32 +83,37 @@ GENERATION_CONFIG = {
 }
 
 
-def write_tiny_checkpoint(directory: Path, vocabulary: Path, seed: int = 0) -> None:
+def write_tiny_checkpoint(
+    directory: Path, vocabulary: Path, seed: int = 0, config: Mapping[str, Any] = CONFIG
+) -> None:
     """Write a complete checkpoint with random weights.
 
     Args:
         directory: the checkpoint's directory, made if missing.
         vocabulary: directory with the tokenizer's files, which are copied.
         seed: seed of the weights.
+        config: dimensions, in the form of the published ``config.json``.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for path in vocabulary.glob("*.*"):
         if path.suffix in (".json", ".txt"):
             shutil.copyfile(path, directory / path.name)
     for name, content in {
-        "config.json": CONFIG,
+        "config.json": config,
         "preprocessor_config.json": PREPROCESSOR_CONFIG,
         "generation_config.json": GENERATION_CONFIG,
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
     }.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    weights = qwen2_5_vl_tune_to_hf(_random_model(directory, seed).state_dict())
+    weights = qwen2_5_vl_tune_to_hf(
+        _random_model(directory, seed, config["hidden_size"]).state_dict()
+    )
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def _random_model(directory: Path, seed: int) -> torch.nn.Module:
+def _random_model(directory: Path, seed: int, hidden_size: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     model = qwen2_5_vl_from_config(directory)
     # torch's own start values suit all layers but the embedding, which is the output layer too
-    torch.nn.init.normal_(model.tok_embeddings.weight, std=HIDDEN_SIZE**-0.5)
+    torch.nn.init.normal_(model.tok_embeddings.weight, std=hidden_size**-0.5)
     return model

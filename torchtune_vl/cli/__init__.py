@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torchtune_vl.cli import export, merge, validate
+from torchtune_vl.cli import _torchtune, estimate, export, merge, validate
 
 # Each has `add_parser`, which sets the function to run; what takes long to import it imports there
-_SUBCOMMANDS = (validate, merge, export)
+_SUBCOMMANDS = (estimate, validate, merge, export)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="tune-vl", description="Fine-tune Qwen2.5-VL with torchtune, and check that it is it."
     )
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _torchtune.add_parsers(subparsers)
     for subcommand in _SUBCOMMANDS:
         subcommand.add_parser(subparsers)
     options = parser.parse_args(arguments)

@@ -27,6 +27,7 @@ from torchtune_vl.models.qwen2_5_vl._model_builders import (
     qwen2_5_vl_72b,
     qwen2_5_vl_from_config,
 )
+from torchtune_vl.models.qwen2_5_vl._parallelism import qwen2_5_vl_tp_plan
 from torchtune_vl.models.qwen2_5_vl._tokenizer import Qwen2_5_VLTokenizer
 from torchtune_vl.models.qwen2_5_vl._transform import Qwen2_5_VLTransform, qwen2_5_vl_transform
 from torchtune_vl.models.qwen2_5_vl._video_transform import Qwen2_5_VLVideoTransform
@@ -55,6 +56,7 @@ __all__ = [
     "qwen2_5_vl_from_config",
     "qwen2_5_vl_hf_to_tune",
     "qwen2_5_vl_peft_to_tune",
+    "qwen2_5_vl_tp_plan",
     "qwen2_5_vl_transform",
     "qwen2_5_vl_tune_to_hf",
     "qwen2_5_vl_tune_to_peft",

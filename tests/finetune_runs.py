@@ -1,0 +1,181 @@
+"""Runs of our recipe on a tiny checkpoint and a mixed dataset, as users start them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
+from tests.videos import Clip, write_clip
+from torchtune_vl.recipes import config_path
+
+# The embedding of the real vocabulary makes most of the work: narrow, it is a few seconds less
+NARROW = {
+    **CONFIG,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    "vision_config": {
+        **CONFIG["vision_config"],
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [1],
+    },
+}
+ANSWERS = ("Noise.", "Ein Bild, 3 Farben.", "这是噪声。\nSecond line.", "Yes")
+# What each sample shows, over and over
+MEDIA = (("image",), (), ("image", "image", "image"), ("video",), (), ("image", "video"))
+
+
+def write_inputs(root: Path, vocabulary: Path, count: int) -> None:
+    """Write a tiny checkpoint, and conversations with text, images and videos.
+
+    Args:
+        root: where ``base`` and ``train.jsonl`` are written.
+        vocabulary: directory with the tokenizer's files.
+        count: how many conversations.
+    """
+    write_tiny_checkpoint(root / "base", vocabulary, config=NARROW)
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(count):
+        content: list[dict[str, Any]] = []
+        for place, kind in enumerate(MEDIA[number % len(MEDIA)]):
+            height, width = (int(side) for side in rng.integers(30, 200, 2))
+            name = f"{number}_{place}.{'png' if kind == 'image' else 'mp4'}"
+            if kind == "image":
+                pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+                Image.fromarray(pixels).save(root / name)
+            else:
+                frames = int(rng.integers(20, 80))
+                write_clip(root / name, Clip(".mp4", frames=frames, size=(64, 96)))
+            content.append({"type": kind, kind: name})
+        content.append({"type": "text", "text": "What is this? " * int(rng.integers(1, 9))})
+        turns = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": ANSWERS[number % len(ANSWERS)]},
+        ]
+        lines.append(json.dumps({"messages": turns}))
+    (root / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_config(
+    root: Path, output: Path, settings: Mapping[str, Any], name: str = "qwen2_5_vl/3B_full"
+) -> Path:
+    """Write a config of ours with what is different for a tiny model on a CPU.
+
+    Args:
+        root: as :func:`write_inputs` left it.
+        output: directory of the run; the config is written beside it.
+        settings: further keys that differ.
+        name: of the config.
+
+    Returns:
+        The config's path.
+    """
+    config = OmegaConf.load(config_path(name))
+    for key, value in {
+        "output_dir": str(output),
+        "checkpoint_dir": str(root / "base"),
+        "dataset.data_files": str(root / "train.jsonl"),
+        "rows.max_tokens": 512,
+        "rows.max_patches": None,
+        "rows_per_step": 2,
+        "num_workers": 0,
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3, "weight_decay": 0.01},
+        "lr_scheduler.num_warmup_steps": 3,
+        "clip_grad_norm": None,
+        "device": "cpu",
+        "dtype": "fp32",
+        "compute_dtype": None,
+        "compile": False,
+        "activation_checkpointing": "none",
+        **settings,
+    }.items():
+        OmegaConf.update(config, key, value, merge=not isinstance(value, dict))
+    path = output.with_suffix(".yaml")
+    OmegaConf.save(config, path)
+    return path
+
+
+def start(config: Path, processes: int = 1, *overrides: str) -> subprocess.Popen[str]:
+    """Start ``tune-vl run finetune``.
+
+    Args:
+        config: of the run.
+        processes: more than one by torchrun.
+        *overrides: of the config's keys.
+
+    Returns:
+        The process, with its messages in ``stdout``.
+    """
+    command = [sys.executable, "-m", "torchtune_vl.cli", "run"]
+    if processes > 1:
+        command += ["--nproc_per_node", str(processes)]
+    return subprocess.Popen(
+        [*command, "finetune", "--config", str(config), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def run(config: Path, processes: int = 1, *overrides: str) -> dict[int, float]:
+    """Run ``tune-vl run finetune`` to its end.
+
+    Args:
+        config: of the run.
+        processes: more than one by torchrun.
+        *overrides: of the config's keys.
+
+    Returns:
+        The loss of each step that this run logged.
+    """
+    process = start(config, processes, *overrides)
+    messages, _ = process.communicate()
+    assert process.returncode == 0, messages[-4000:]
+    return read_losses(config.with_suffix(""))
+
+
+def read_losses(output: Path) -> dict[int, float]:
+    """The losses in the newest log of a run, by step."""
+    newest = max((output / "logs").glob("log_*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    return {
+        int(step): float(loss)
+        for step, loss in re.findall(r"Step (\d+) \| loss:(\S+)", newest.read_text())
+    }
+
+
+def read_samples(output: Path) -> dict[int, list[int]]:
+    """The samples of each step, of all processes, as the last run that took it wrote them."""
+    steps: dict[int, list[int]] = {}
+    for path in (output / "samples").glob("process_*.jsonl"):
+        own: dict[int, list[list[int]]] = {}
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            own.setdefault(entry["step"], []).append(entry["samples"])
+        for step, rows in own.items():
+            steps.setdefault(step, []).extend(sample for row in rows for sample in row)
+    return steps
+
+
+def constant_rate(optimizer: Any, num_training_steps: int) -> Any:
+    """A schedule that changes nothing."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

@@ -1,0 +1,104 @@
+"""The configs that are shipped: complete, of components that exist, and with the right memory."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config as torchtune_config
+from torchtune.config._utils import _get_component_from_path
+
+from tests.parity.test_sizes import SIZES
+from torchtune_vl.recipes import config_path
+from torchtune_vl.training._memory import estimate_memory
+
+NAMES = [f"{size}_{method}" for size in SIZES for method in ("full", "lora", "qlora")]
+KEYS = """
+    output_dir checkpoint_dir tokenizer model checkpointer dataset dataset_val rows rows_per_step
+    epochs max_steps seed shuffle num_workers optimizer learning_rates lr_scheduler clip_grad_norm
+    device dtype compute_dtype compile activation_checkpointing activation_offloading parallel
+    save_every_n_steps keep_last eval_every_n_steps resume log_every_n_steps metric_logger
+"""
+# What the recipe adds to each component
+GIVEN: dict[str, list[Any]] = {
+    "dataset": ["tokenizer"],
+    "optimizer": [["parameters"]],
+    "lr_scheduler": ["optimizer"],
+    "parallel.plan": ["model"],
+}
+
+
+def read(name: str, directory: Path = Path("nowhere")) -> DictConfig:
+    cfg = OmegaConf.load(config_path(f"qwen2_5_vl/{name}"))
+    assert isinstance(cfg, DictConfig)
+    cfg.checkpoint_dir = str(directory)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directories = {size: tmp_path_factory.mktemp(size) for size in SIZES}
+    for size, (_, config, *_) in SIZES.items():
+        (directories[size] / "config.json").write_text(json.dumps(config))
+    return directories
+
+
+def test_there_is_one_for_each_size_and_method() -> None:
+    folder = config_path("qwen2_5_vl/3B_full").parent
+    assert {path.stem for path in folder.iterdir()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_and_components(name: str) -> None:
+    cfg = read(name)
+    assert list(cfg) == KEYS.split()
+    assert list(cfg.learning_rates) == ["encoder", "merger", "decoder"]
+    assert list(cfg.parallel) == ["tensor", "plan", "cpu_offload"]
+    found = 0
+    for key in (*cfg, "parallel.plan"):
+        node = OmegaConf.select(cfg, key)
+        if not isinstance(node, DictConfig) or "_component_" not in node:
+            continue
+        component = _get_component_from_path(node._component_)
+        arguments = {name: value for name, value in node.items() if name != "_component_"}
+        if key == "lr_scheduler":
+            arguments["num_training_steps"] = 1
+        inspect.signature(component).bind(*GIVEN.get(key, []), **arguments)
+        found += 1
+    assert found == 9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_names_its_size_and_method(name: str) -> None:
+    size, method = name.split("_")
+    text = config_path(f"qwen2_5_vl/{name}").read_text()
+    assert text.startswith(f"# Qwen2.5-VL {size}: ")
+    assert set(re.findall(r"--config (\S+)", text)) == {f"qwen2_5_vl/{name}"}
+    cfg = read(name)
+    assert cfg.output_dir.endswith(f"qwen2_5_vl_{name.lower()}")
+    assert ("lora_rank" in cfg.model) == (method != "full")
+    assert cfg.model.get("quantize_base", False) == (method == "qlora")
+
+
+# NF4 of the large sizes takes half a minute, and is computed as that of the small ones
+@pytest.mark.parametrize("name", [name for name in NAMES if not re.match("(32|72)B_qlora", name)])
+def test_model_builds_and_memory_is_what_the_comment_says(
+    name: str, checkpoints: dict[str, Path]
+) -> None:
+    size, method = name.split("_")
+    cfg = read(name, checkpoints[size])
+    with torch.device("meta"):
+        model = torchtune_config.instantiate(cfg.model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == SIZES[size][2] if method == "full" else 0 < trained < SIZES[size][2] / 50
+    text = config_path(f"qwen2_5_vl/{name}").read_text()
+    said = re.findall(r"^# +(\d+) devices? +([\d.]+) GB$", text, re.MULTILINE)
+    assert len(said) == 2
+    for num_devices, gigabytes in said:
+        assert cfg.rows_per_step % int(num_devices) == 0
+        memory = sum(estimate_memory(cfg, int(num_devices)).values())
+        assert float(gigabytes) == pytest.approx(memory / 1e9, abs=0.051)

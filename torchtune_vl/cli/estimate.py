@@ -1,0 +1,82 @@
+"""``tune-vl estimate``: the memory that a config takes."""
+
+import argparse
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_DESCRIPTION = """\
+Compute how much memory a config of the recipe finetune takes on each device. Nothing is trained or
+measured, and no device is needed: of the checkpoint it reads config.json alone."""
+
+_EXAMPLES = """\
+examples:
+  tune-vl estimate --config qwen2_5_vl/7B_full --devices 8
+  tune-vl estimate --config mine.yaml checkpoint_dir=Qwen2.5-VL-3B-Instruct rows.max_tokens=8192
+"""
+
+_GB = 1e9
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand.
+
+    Args:
+        subparsers: the action of :meth:`argparse.ArgumentParser.add_subparsers`.
+    """
+    parser = subparsers.add_parser(
+        "estimate",
+        help="compute the memory that a config takes",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="CONFIG", help="name, see `tune-vl ls`, or file"
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="GPUs, over all nodes (default: 1)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="in place of what the config says"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Estimate.
+
+    Args:
+        options: of the command line.
+
+    Returns:
+        The exit status, 2 if it cannot be done.
+    """
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    from torchtune_vl.training._memory import estimate_memory
+
+    try:
+        memory = estimate_memory(_read(options.config, options.overrides), options.devices)
+    except (OSError, ValueError) as error:
+        print(f"tune-vl estimate: {error}", file=sys.stderr)
+        return 2
+    print(f"GB on each of {options.devices} devices, computed, not measured")
+    for purpose, size in {**memory, "all": sum(memory.values())}.items():
+        print(f"{purpose:<16}{size / _GB:8.1f}")
+    return 0
+
+
+def _read(name: str, overrides: list[str]) -> "DictConfig":
+    """A config by its name or file, with overrides as torchtune's recipes take them."""
+    from omegaconf import OmegaConf
+    from torchtune.config._utils import _merge_yaml_and_cli_args
+
+    from torchtune_vl.recipes import config_path
+
+    content: Any = OmegaConf.to_container(OmegaConf.load(config_path(name)))
+    if not isinstance(content, dict) or "rows" not in content:
+        raise ValueError(f"{name} has no rows: it is no config of the recipe finetune")
+    return _merge_yaml_and_cli_args(argparse.Namespace(**content), overrides)

@@ -1,0 +1,563 @@
+"""Fine-tune a vision-language model: in full or by adapters, on one device or many.
+
+    tune-vl run finetune --config qwen2_5_vl/3B_lora
+    tune-vl run --nproc_per_node 8 finetune --config qwen2_5_vl/3B_lora
+
+A step takes ``rows_per_step`` rows, whatever the number of devices: each accumulates gradients
+over its share of them. Rows are packed with several samples, or padded, as ``rows`` says. The loss
+is the mean over all supervised tokens of the step. `docs/training.md` walks through this file.
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from torchtune import config, training
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.modules.model_fusion import get_fusion_params
+from torchtune.modules.peft import DoRALinear, LoRALinear
+from tqdm import tqdm
+
+from torchtune_vl.data import Row, TrainingRows
+from torchtune_vl.datasets import measure_all
+from torchtune_vl.modules.adapters import is_adapter
+from torchtune_vl.training._adapters import Adapter, merge_adapter
+from torchtune_vl.training._flops import FlopCounter, peak_flops
+from torchtune_vl.training._parallel import (
+    clip_grad_norm,
+    initial_adapters,
+    load_weights_into,
+    named_as_saved,
+    shard,
+)
+from torchtune_vl.training._plot import plot_losses
+from torchtune_vl.training._steps import Steps
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Logged:
+    """What happened since the last line of the log, on this rank, and was not waited for yet.
+
+    Args:
+        losses: of each step, this rank's share of the mean, on the device.
+        samples: of each row, the indices of its samples.
+        counts: how many targets, tokens, tokens that would have had room, images and videos, and
+            floating-point operations.
+        waited: seconds in which there was no row.
+        start: when it began.
+    """
+
+    losses: list[torch.Tensor] = field(default_factory=list)
+    samples: list[list[int]] = field(default_factory=list)
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(5))
+    waited: float = 0.0
+    start: float = field(default_factory=time.perf_counter)
+
+
+class FinetuneRecipe:
+    """The run that a config describes: see the configs for what each key means.
+
+    Args:
+        cfg: the config.
+
+    Raises:
+        ValueError: if settings do not fit each other, or ``output_dir`` has an earlier run that is
+            not to be resumed.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.device = torch.device(cfg.device)
+        self.peak_flops: float | None = None
+        self._init_process_group()
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+            self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device))
+        self.dtype = training.get_dtype(cfg.dtype, self.device)
+        self.compute_dtype = training.get_dtype(cfg.compute_dtype or cfg.dtype, self.device)
+        self.mesh = init_device_mesh(
+            self.device.type,
+            (dist.get_world_size() // cfg.parallel.tensor, cfg.parallel.tensor),
+            mesh_dim_names=("data", "tensor"),
+        )
+        self.data_ranks = self.mesh["data"].size()
+        self.data_rank = self.mesh["data"].get_local_rank()
+        self.is_main = dist.get_rank() == 0
+        self.output_dir = Path(cfg.output_dir)
+        self.saved = Steps(self.output_dir / "steps", cfg.keep_last)
+        if self.saved.newest() and not cfg.resume:
+            raise ValueError(
+                f"{self.output_dir} has steps of an earlier run: go on with resume=True, or name "
+                "another output_dir"
+            )
+        self.is_asked_to_stop = False
+        self.pending_save: Future[Any] | None = None
+
+    def _init_process_group(self) -> None:
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:  # started without torchrun: one process is a group too
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        # Saving goes on beside the steps, and so must not take part in their collectives
+        self.save_group = dist.new_group(backend="gloo")
+
+    def setup(self) -> None:
+        """Make model, data, optimizer and schedule, and take up where an earlier run stopped."""
+        cfg = self.cfg
+        training.set_seed(cfg.seed)
+        tokenizer = config.instantiate(cfg.tokenizer)
+        self.checkpointer = config.instantiate(cfg.checkpointer)
+        self.model = self._make_model()
+        self.trained = {n: p for n, p in named_as_saved(self.model) if p.requires_grad}
+        self.optimizer = config.instantiate(cfg.optimizer, self._parameter_groups())
+        self.offloading = training.get_act_offloading_ctx_manager(
+            self.model, cfg.activation_offloading
+        )
+
+        newest = self.saved.newest()
+        progress = self.saved.progress(newest) if newest else {}
+        self.position: dict[str, Any] = progress.get("position", {})
+        self.rows = self._make_rows(tokenizer)
+        self.validation_rows = self._make_validation_rows(tokenizer)
+        self.max_steps = cfg.max_steps or sum(self.rows.steps_per_epoch())
+        self.scheduler = config.instantiate(
+            cfg.lr_scheduler, self.optimizer, num_training_steps=self.max_steps
+        )
+        self.step = 0
+        self.losses: list[float] = []
+        self.validation_losses: list[tuple[int, float]] = []
+        self.best: dict[str, Any] = {"loss": math.inf, "step": None}
+        if newest:
+            self._resume(newest, progress)
+
+        self.sample_log = self._open_sample_log()
+        if self.is_main:
+            self.logger = config.instantiate(cfg.metric_logger)
+            self.logger.log_config(cfg)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_stop)
+
+    def _make_model(self) -> nn.Module:
+        """Build on the meta device, divide over devices, and only then load each one's part."""
+        cfg = self.cfg
+        with training.set_default_dtype(self.dtype), torch.device("meta"):
+            model = config.instantiate(cfg.model)
+        self.flops = FlopCounter(model)
+        if cfg.parallel.tensor > 1:
+            plan = config.instantiate(cfg.parallel.plan, model)
+            training.prepare_mha_for_tp(model, self.mesh["tensor"])
+            parallelize_module(model, self.mesh["tensor"], plan)
+        layers = [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
+        for number, layer in enumerate(layers):
+            if cfg.compile:
+                layer.forward = torch.compile(layer.forward)
+            if self._recomputes(number):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        offload = cfg.parallel.cpu_offload
+        if self.data_ranks > 1 or self.compute_dtype != self.dtype or offload:
+            shard(model, layers, self.mesh["data"], self.compute_dtype, offload)
+        weights = self.checkpointer.load_checkpoint()[training.MODEL_KEY]
+        weights = {**weights, **initial_adapters(model, weights, cfg.seed)}
+        load_weights_into(model, weights, torch.device("cpu") if offload else self.device)
+        return model.train()
+
+    def _recomputes(self, layer: int) -> bool:
+        every = {"none": None, "selective": 2, "full": 1}[self.cfg.activation_checkpointing]
+        return every is not None and layer % every == 0
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained parameters by part, each with its learning rate."""
+        merger = get_fusion_params(self.model)
+        groups: dict[str, list[nn.Parameter]] = {"encoder": [], "merger": [], "decoder": []}
+        for name, parameter in self.trained.items():
+            is_encoder = name.startswith("encoders.")
+            part = "merger" if name in merger else "encoder" if is_encoder else "decoder"
+            groups[part].append(parameter)
+        rates = self.cfg.learning_rates
+        return [
+            {
+                "params": parameters,
+                "lr": self.cfg.optimizer.lr if rates[part] is None else rates[part],
+                "part": part,
+            }
+            for part, parameters in groups.items()
+            if parameters
+        ]
+
+    def _make_rows(self, tokenizer: Any) -> TrainingRows:
+        """The data; the sizes of all samples are measured first, which finds broken ones."""
+        cfg = self.cfg
+        dataset = config.instantiate(cfg.dataset, tokenizer)
+        is_stream = not hasattr(dataset, "__getitem__")
+        if is_stream and not cfg.max_steps:
+            raise ValueError("a streaming dataset has no known end: set max_steps")
+        return TrainingRows(
+            dataset,
+            config.instantiate(cfg.rows),
+            rows_per_step=cfg.rows_per_step,
+            rank=self.data_rank,
+            world_size=self.data_ranks,
+            seed=cfg.seed,
+            shuffle=cfg.shuffle,
+            epochs=None if cfg.max_steps else cfg.epochs,
+            position=self.position or None,
+            sizes=None if is_stream else self._measure(dataset),
+        )
+
+    def _make_validation_rows(self, tokenizer: Any) -> TrainingRows | None:
+        if self.cfg.dataset_val is None:
+            return None
+        dataset = config.instantiate(self.cfg.dataset_val, tokenizer)
+        return TrainingRows(
+            dataset,
+            config.instantiate(self.cfg.rows),
+            rows_per_step=self.data_ranks,
+            rank=self.data_rank,
+            world_size=self.data_ranks,
+            shuffle=False,
+            epochs=1,
+            sizes=self._measure(dataset),
+        )
+
+    def _measure(self, dataset: Any) -> np.ndarray:
+        return measure_all(dataset, self.cfg.num_workers, show_progress=self.is_main)
+
+    def _open_sample_log(self) -> TextIO:
+        """Which samples each step took, for whoever wants to check, a file for each process."""
+        directory = self.output_dir / "samples"
+        directory.mkdir(parents=True, exist_ok=True)
+        return (directory / f"process_{dist.get_rank()}.jsonl").open("a", encoding="utf-8")
+
+    def _load(self, rows: TrainingRows) -> Iterator[Row]:
+        workers = self.cfg.num_workers
+        return iter(
+            DataLoader(
+                rows,
+                batch_size=None,
+                num_workers=workers,
+                pin_memory=self.device.type == "cuda",
+                prefetch_factor=4 if workers else None,
+            )
+        )
+
+    def train(self) -> None:
+        """Train until the last step, or until a signal asks to stop, and save."""
+        cfg = self.cfg
+        loader = self._load(self.rows)
+        since = Logged()
+        with tqdm(
+            total=self.max_steps, initial=self.step, unit="step", disable=not self.is_main
+        ) as self.bar:
+            while self.step < self.max_steps:
+                self._train_step(loader, since)
+                self.bar.update()
+                is_last = self.step == self.max_steps
+                saves = self.step % cfg.save_every_n_steps == 0
+                evaluates = self.step % cfg.eval_every_n_steps == 0
+                if self.step % cfg.log_every_n_steps == 0 or saves or evaluates or is_last:
+                    asked_to_stop = self._log(since)
+                    if self.validation_rows and (evaluates or is_last):
+                        self._evaluate(self.validation_rows)
+                    if saves or asked_to_stop:
+                        self._save()
+                    if asked_to_stop and not is_last:
+                        self._wait_for_save()
+                        log.warning("Stopped after step %d; resume=True goes on", self.step)
+                        return
+                    since = Logged()
+        self._wait_for_save()
+        self._export()
+        if self.is_main:
+            self._show()
+
+    def _train_step(self, loader: Iterator[Row], since: Logged) -> None:
+        start = time.perf_counter()
+        rows = [next(loader) for _ in range(self.cfg.rows_per_step // self.data_ranks)]
+        since.waited += time.perf_counter() - start
+
+        # Made and summed on the device: the host does not wait for it
+        targets = torch.full(
+            (), float(sum(len(row.batch["targets"]) for row in rows)), device=self.device
+        )
+        dist.all_reduce(targets, group=self.mesh["data"].get_group())
+        targets.clamp_(min=1)
+        mean_loss = torch.zeros_like(targets)
+        self.step += 1
+        with self.offloading:
+            for row in rows:
+                loss = self.model(**self._to_device(row.batch)).sum() / targets
+                (loss * self.data_ranks).backward()  # FSDP averages gradients over ranks
+                mean_loss += loss.detach()
+                self._note(row, since)
+        self.grad_norm = clip_grad_norm(self.trained.values(), self.cfg.clip_grad_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        since.losses.append(mean_loss)
+        self.position = rows[-1].position
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        return tree_map_only(torch.Tensor, move, dict(batch))
+
+    def _note(self, row: Row, since: Logged) -> None:
+        """Count what a row was, and write down whose it was."""
+        media = row.batch.get("encoder_input", {}).get("vision")
+        tokens = [size.tokens for size in row.sizes]
+        targets = len(row.batch["targets"])
+        since.counts += (
+            targets,
+            sum(tokens),
+            getattr(self.rows.planner, "max_tokens", row.batch["tokens"].numel()),
+            len(media["grid_thw"]) if media else 0,
+            self.flops.step(tokens, media, targets),
+        )
+        since.samples.append(row.samples)
+        self.sample_log.write(json.dumps({"step": self.step, "samples": row.samples}) + "\n")
+
+    def _log(self, since: Logged) -> bool:
+        """Wait for the device, and log the steps since the last line.
+
+        Returns:
+            Whether any process was asked to stop.
+
+        Raises:
+            RuntimeError: if a loss was not finite; it names the samples.
+        """
+        steps = len(since.losses)
+        totals = torch.tensor([*since.counts, float(self.is_asked_to_stop)])
+        totals = torch.cat([torch.stack(since.losses).double(), totals.to(self.device).double()])
+        dist.all_reduce(totals, group=self.mesh["data"].get_group())
+        *losses, targets, tokens, room, media, flops, stops = totals.tolist()
+        seconds = time.perf_counter() - since.start
+        self._refuse_non_finite(losses, since)
+        self.losses += losses
+        self.sample_log.flush()
+        metrics = {
+            "loss": sum(losses) / steps,
+            "grad_norm": self.grad_norm.item(),
+            **{f"lr_{group['part']}": group["lr"] for group in self.optimizer.param_groups},
+            "tokens_per_second": tokens / seconds,
+            "supervised_tokens_per_second": targets / seconds,
+            "media_per_second": media / seconds,
+            "row_fill": tokens / room,
+            "waiting_for_data": since.waited / seconds,
+            "memory_gb": self._peak_memory() / 1e9,
+        }
+        if self.peak_flops:
+            metrics["mfu"] = flops / seconds / (self.peak_flops * dist.get_world_size())
+        if self.is_main:
+            self.logger.log_dict(metrics, step=self.step)
+            self.bar.set_postfix(loss=f"{metrics['loss']:.4g}", fill=f"{metrics['row_fill']:.0%}")
+        return stops > 0
+
+    def _refuse_non_finite(self, losses: list[float], since: Logged) -> None:
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if not bad:
+            return
+        first = self.step - len(losses) + 1 + bad[0]
+        rows = len(since.samples) // len(losses)
+        own = [i for row in since.samples[bad[0] * rows :][:rows] for i in row]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+        samples = sorted({sample for part in everyone for sample in part})
+        raise RuntimeError(
+            f"the loss of step {first} is {losses[bad[0]]}; its samples have the indices "
+            f"{samples}. Lower the learning rate, or look at these samples; the last save is in "
+            f"{self.saved.newest() or 'no directory yet'}"
+        )
+
+    def _peak_memory(self) -> int:
+        """The most bytes used so far: of the device, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    @torch.no_grad()
+    def _evaluate(self, rows: TrainingRows) -> None:
+        """Compute the loss of the validation set, and save if it is the lowest so far."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for row in self._load(rows):
+            losses = self.model(**self._to_device(row.batch))
+            total[0] += losses.sum()
+            total[1] += len(losses)
+        self.model.train()
+        dist.all_reduce(total, group=self.mesh["data"].get_group())
+        loss = (total[0] / total[1]).item()
+        if self.is_main:
+            self.logger.log_dict({"validation_loss": loss}, step=self.step)
+            log.info("Validation loss %.4g after step %d", loss, self.step)
+        self.validation_losses.append((self.step, loss))
+        if loss < self.best["loss"]:
+            self.best = {"loss": loss, "step": self.step}
+            self._save()
+
+    def _state(self) -> dict[str, Any]:
+        """What is saved and loaded by all processes together, by name and not by rank."""
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        return {
+            "model": {name: parameter.detach() for name, parameter in self.trained.items()},
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=options),
+        }
+
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {f"{name}_{dist.get_rank()}": state for name, state in states.items()}
+
+    def _save(self) -> None:
+        """Begin to save all that it takes to go on; the next steps run meanwhile."""
+        self._wait_for_save()
+        state = {**self._state(), "random": self._random_state()}
+        if self.device.type == "cpu":  # would change under the hands of the thread that writes
+            state = tree_map_only(torch.Tensor, torch.clone, state)
+        progress = {
+            "step": self.step,
+            "position": self.position,
+            "scheduler": self.scheduler.state_dict(),
+            "losses": self.losses,
+            "validation_losses": self.validation_losses,
+            "best": self.best,
+            "processes": dist.get_world_size(),
+        }
+        if self.is_main:
+            self.saved.begin(self.step, progress)
+        dist.barrier(group=self.save_group)
+        self.pending_save = cast(
+            "Future[Any]",
+            dcp.async_save(
+                state,
+                checkpoint_id=self.saved.partial(self.step),
+                process_group=self.save_group,
+            ),
+        )
+        self.pending_step = self.step
+
+    def _wait_for_save(self) -> None:
+        if self.pending_save is not None:
+            self.pending_save.result()
+            if self.is_main:
+                self.saved.finish(self.pending_step, self.best["step"])
+            self.pending_save = None
+
+    def _resume(self, directory: Path, progress: dict[str, Any]) -> None:
+        state = self._state()
+        same_processes = progress["processes"] == dist.get_world_size()
+        if same_processes:
+            state["random"] = self._random_state()
+        dcp.load(state, checkpoint_id=directory)
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        set_optimizer_state_dict(
+            self.model, self.optimizer, optim_state_dict=state["optimizer"], options=options
+        )
+        self.scheduler.load_state_dict(progress["scheduler"])
+        self.step, self.position = progress["step"], progress["position"]
+        self.losses, self.best = progress["losses"], progress["best"]
+        self.validation_losses = progress["validation_losses"]
+        if same_processes:
+            rank = dist.get_rank()
+            torch.set_rng_state(state["random"][f"cpu_{rank}"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["random"][f"cuda_{rank}"], self.device)
+        log.info("Going on after step %d of %s", self.step, directory)
+
+    def _export(self) -> None:
+        """Write what was trained in the published layout, adapters apart and merged."""
+        trained = {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu()
+            for name, p in self.trained.items()
+        }
+        if not self.is_main:
+            return
+        weights = self.checkpointer.load_checkpoint()[training.MODEL_KEY]
+        weights |= {name: tensor for name, tensor in trained.items() if not is_adapter(name)}
+        state = {training.MODEL_KEY: weights}
+        adapters = {name: tensor for name, tensor in trained.items() if is_adapter(name)}
+        if adapters:
+            layer = next(m for m in self.model.modules() if isinstance(m, LoRALinear | DoRALinear))
+            adapter = Adapter(adapters, layer.rank, layer.alpha, str(self.cfg.checkpoint_dir))
+            state = {
+                training.MODEL_KEY: merge_adapter(weights, adapter),
+                training.ADAPTER_KEY: adapters,
+                training.ADAPTER_CONFIG: {"r": layer.rank, "lora_alpha": layer.alpha},
+            }
+        self.checkpointer.save_checkpoint(state, epoch=self.position["epoch"])
+
+    def _show(self) -> None:
+        """Draw the losses, and sum the run up."""
+        picture = self.output_dir / "loss.png"
+        plot_losses(self.losses, self.validation_losses, picture)
+        table = Table("steps", "first loss", "last loss", "best validation loss", "written to")
+        best = f"{self.best['loss']:.4g} (step {self.best['step']})" if self.best["step"] else "-"
+        epoch = self.output_dir / f"epoch_{self.position['epoch']}"
+        table.add_row(
+            str(self.step), f"{self.losses[0]:.4g}", f"{self.losses[-1]:.4g}", best, str(epoch)
+        )
+        Console().print(table)
+        print(f"Loss curve: {picture}")
+
+    def _ask_to_stop(self, number: int, frame: Any) -> None:
+        self.is_asked_to_stop = True
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+    def cleanup(self) -> None:
+        """Close what is open."""
+        self.sample_log.close()
+        if self.is_main:
+            self.logger.close()
+        dist.destroy_process_group()
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> None:
+    """Run the recipe.
+
+    Args:
+        cfg: the config.
+    """
+    recipe = FinetuneRecipe(cfg)
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

@@ -1,0 +1,169 @@
+"""Floating-point operations of training, for model FLOPs utilization (MFU).
+
+Counted is what the mathematics needs, two operations for each multiply-add of a matrix product, as
+in PaLM (arXiv 2204.02311, appendix B): what checkpointing, attention kernels and chunked losses
+compute a second time is left out, and so is all that is not a matrix product.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torchtune.modules import TiedLinear
+
+# Dense bfloat16 products with float32 accumulation, from NVIDIA's data sheets, which often print
+# the doubled figure for sparse matrices. Names are those of `torch.cuda.get_device_name`; the first
+# pattern that occurs in one counts.
+_PEAK_FLOPS = (
+    (r"\bB200\b", 2250e12),
+    (r"\bGH200\b", 989.4e12),
+    (r"\bH(100|200) NVL\b", 835.5e12),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\b(H100|H200|H800)\b", 989.4e12),
+    (r"\b(A100|A800)\b", 312e12),
+    (r"\bL40S\b", 362e12),
+    (r"\bL4\b", 121e12),
+    (r"\bRTX 4090$", 165.2e12),
+    (r"\bRTX 3090$", 71e12),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Tell what a GPU can compute at most.
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name()`` gives it.
+
+    Returns:
+        Dense bfloat16 operations per second, or None if the device is not known here.
+    """
+    return next((peak for name, peak in _PEAK_FLOPS if re.search(name, device_name)), None)
+
+
+class FlopCounter:
+    """Counts the operations of forward and backward for rows of any composition.
+
+    Weights that are frozen take no gradient, and nothing below the first that is trained takes any:
+    a frozen encoder costs its forward alone.
+
+    Args:
+        model: a :class:`VisionFusionModel` or what is built like it, before its layers are wrapped
+            (sharding, checkpointing). It is only looked at; the meta device will do.
+    """
+
+    def __init__(self, model: Any) -> None:
+        encoder = model.encoders["vision"]
+        trace = _Trace(carries=False)
+        self._patch = trace.linear(encoder.patch_embed)
+        self._patch_pair = {"window_segments": 0, "frame_segments": 0}
+        for i, layer in enumerate(encoder.layers):
+            row, pair = trace.layer(layer)
+            kind = "frame_segments" if i in encoder.full_attention_layers else "window_segments"
+            self._patch += row
+            self._patch_pair[kind] += pair
+        trace.pass_through(encoder.merger.norm)
+        unit = trace.linear(encoder.merger.mlp.w1) + trace.linear(encoder.merger.mlp.w2)
+        # The merger works on several patches at once
+        self._patch += unit * encoder.merger.norm.weight.numel() // _in_dim(encoder.merger.mlp.w1)
+        self._text = _decoder_flops(model, carries=False)
+        self._text_with_media = _decoder_flops(model, carries=trace.carries)
+
+    def step(
+        self, documents: Sequence[int], media: Mapping[str, Any] | None, num_targets: int
+    ) -> int:
+        """Count the operations of one forward and backward.
+
+        Args:
+            documents: tokens of each document; tokens attend to earlier ones of their own.
+            media: ``encoder_input["vision"]`` of the batch, of which only ``window_segments`` and
+                ``frame_segments`` are read, see :func:`~torchtune_vl.modules.segment_index`: no
+                device is waited for. None without media.
+            num_targets: positions that the output layer is computed for.
+
+        Returns:
+            Floating-point operations.
+        """
+        decoder = self._text if media is None else self._text_with_media
+        flops = decoder.token * sum(documents) + decoder.target * num_targets
+        flops += decoder.pair * sum(n * (n + 1) // 2 for n in documents)
+        if media is not None:
+            flops += self._patch * sum(_powers(media["frame_segments"], 1))
+            for kind, pair in self._patch_pair.items():
+                flops += pair * sum(_powers(media[kind], 2))
+        return flops
+
+
+@dataclass(frozen=True)
+class _DecoderFlops:
+    token: int
+    pair: int  # of a query and a key
+    target: int
+
+
+def _decoder_flops(model: Any, carries: bool) -> _DecoderFlops:
+    trace = _Trace(carries)
+    trace.pass_through(model.tok_embeddings)
+    layers = [trace.layer(layer) for layer in model.decoder.layers]
+    trace.pass_through(model.decoder.norm)
+    output = model.decoder.output
+    target = trace.linear(output.tied_module if isinstance(output, TiedLinear) else output)
+    return _DecoderFlops(sum(row for row, _ in layers), sum(pair for _, pair in layers), target)
+
+
+class _Trace:
+    """Follows hidden states through the layers, and knows whether they carry gradients.
+
+    Args:
+        carries: whether those that come in do.
+    """
+
+    def __init__(self, carries: bool) -> None:
+        self.carries = carries
+
+    def after(self, module: nn.Module) -> bool:
+        """Whether the output of a module carries gradients."""
+        return self.carries or any(p.requires_grad for p in module.parameters())
+
+    def pass_through(self, module: nn.Module) -> None:
+        self.carries = self.after(module)
+
+    def linear(self, *layers: nn.Module) -> int:
+        """Operations per row of layers that have one input."""
+        flops = sum(_linear_flops(layer, self.carries) for layer in layers)
+        self.carries = any(self.after(layer) for layer in layers)
+        return flops
+
+    def layer(self, layer: Any) -> tuple[int, int]:
+        """Operations of a transformer layer per row, and per pair of a query and a key."""
+        attn, mlp = layer.attn, layer.mlp
+        self.pass_through(layer.sa_norm)
+        inputs = [attn.qkv] if hasattr(attn, "qkv") else [attn.q_proj, attn.k_proj, attn.v_proj]
+        q, k, v = (self.after(inputs[i % len(inputs)]) for i in range(3))
+        # Scores and weighted values; the gradient of weights, and those of queries, keys and values
+        products = 2 + (q or k) + q + k + v
+        pair = 2 * products * _in_dim(attn.output_proj)
+        row = self.linear(*inputs)
+        row += self.linear(attn.output_proj)
+        self.pass_through(layer.mlp_norm)
+        row += self.linear(mlp.w1, mlp.w3) + self.linear(mlp.w2)
+        return row, pair
+
+
+def _linear_flops(layer: nn.Module, carries: bool) -> int:
+    """Operations per row of a linear layer with its adapter, which has weights of its own."""
+    flops = 0
+    for name, weight in layer.named_parameters():
+        if weight.ndim > 1:
+            takes_input_gradient = carries or "lora_b" in name  # lora_a, below it, is trained
+            flops += 2 * weight.numel() * (1 + takes_input_gradient + weight.requires_grad)
+    return flops
+
+
+def _in_dim(linear: Any) -> int:
+    return linear.weight.shape[1]
+
+
+def _powers(segments: Mapping[str, Any], power: int) -> Iterable[int]:
+    return (length**power * len(starts) for length, starts in segments["starts"].items())

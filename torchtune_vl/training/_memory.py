@@ -1,0 +1,159 @@
+"""Memory of training on one of several devices, computed from a config.
+
+Weights come from the model on the meta device. Activations are those that autograd keeps of one
+real layer, run on tensors without storage, times the number of layers. So they are those without
+compilation, which keeps fewer.
+"""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torchao.dtypes.nf4tensor import NF4Tensor
+from torchtune import config as torchtune_config
+from torchtune.training import set_default_dtype
+from torchtune.training.precision import PRECISION_STR_TO_DTYPE
+
+from torchtune_vl.modules.loss import CHUNK
+from torchtune_vl.modules.summary import num_bytes
+
+# Logits of a chunk in the dtype of the model and in float32, and the float32 gradient
+_LOGIT_BYTES = 2 + 4 + 4
+
+
+def estimate_memory(config: DictConfig, num_devices: int = 1) -> dict[str, int]:
+    """Compute what training takes on each device, at its peak.
+
+    Not in it are what the allocator loses to fragments, the CUDA context, about 0.5 GB, and
+    buffers of communication. Activations do not shrink with tensor parallelism here.
+
+    Args:
+        config: of the recipe ``finetune``.
+        num_devices: devices that weights, gradients and optimizer are sharded over; NF4 weights
+            are not.
+
+    Returns:
+        Bytes of a device for each purpose.
+
+    Raises:
+        ValueError: if the model cannot be built.
+    """
+    dtype = PRECISION_STR_TO_DTYPE[config.dtype]
+    compute_dtype = PRECISION_STR_TO_DTYPE[config.compute_dtype or config.dtype]
+    with set_default_dtype(dtype), torch.device("meta"):
+        model = torchtune_config.instantiate(config.model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    states = {
+        "weights": sum(map(num_bytes, _plain(model))),
+        "gradients": sum(map(num_bytes, trained)),
+        "optimizer": _optimizer_bytes(config.optimizer, dtype) * sum(p.numel() for p in trained),
+    }
+    on_device = 0 if config.parallel.cpu_offload else 1 / num_devices
+    memory = {name: round(size * on_device) for name, size in states.items()}
+    # Quantized weights are not sharded
+    memory["weights"] += sum(map(num_bytes, {*model.parameters()} - {*_plain(model)}))
+    is_sharded = num_devices > config.parallel.tensor or config.parallel.cpu_offload
+    if is_sharded or compute_dtype != dtype:
+        memory["gathered layers"] = _gathered_bytes(model, compute_dtype)
+    tokens, patches = _row_size(config, model)
+    with set_default_dtype(compute_dtype):
+        memory |= _activation_bytes(config, model, tokens, patches)
+    memory["logits"] = min(CHUNK, tokens) * model.tok_embeddings.num_embeddings * _LOGIT_BYTES
+    return memory
+
+
+def _plain(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if not isinstance(p.data, NF4Tensor)]
+
+
+def _optimizer_bytes(component: DictConfig, dtype: torch.dtype) -> float:
+    """Bytes of state for each parameter, as the optimizer allots them to one it is given."""
+    parameter = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = torchtune_config.instantiate(component, [parameter])
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles the step
+        optimizer.step()
+    states = [x for x in optimizer.state[parameter].values() if isinstance(x, torch.Tensor)]
+    return sum(num_bytes(x) for x in states if x.ndim) / parameter.numel()
+
+
+def _gathered_bytes(model: Any, dtype: torch.dtype) -> int:
+    """What is whole at a time: a layer, the next, what is in no layer, and gradients of these."""
+    layer = _plain(model.decoder.layers[0])
+    rest = {*_plain(model)}
+    for layers in (model.decoder.layers, model.encoders["vision"].layers):
+        rest -= {*layers.parameters()}
+    gradients = sum(p.numel() for p in (*layer, *rest) if p.requires_grad)
+    return dtype.itemsize * (sum(p.numel() for p in (*layer, *layer, *rest)) + gradients)
+
+
+def _row_size(config: DictConfig, model: Any) -> tuple[int, int]:
+    """Most tokens and patches of one forward."""
+    merger = model.encoders["vision"].merger
+    patches_per_token = merger.mlp.w1.weight.shape[1] // merger.norm.weight.numel()
+    rows = config.rows
+    if "batch_size" in rows:
+        tokens = rows.batch_size * config.tokenizer.max_seq_len
+        return tokens, patches_per_token * tokens
+    patches = patches_per_token * rows.max_tokens
+    return rows.max_tokens, min(patches, rows.max_patches or patches)
+
+
+def _activation_bytes(config: DictConfig, model: Any, tokens: int, patches: int) -> dict[str, int]:
+    """What layers keep for their gradients, and what one layer takes beside that as it runs."""
+    encoder, decoder = model.encoders["vision"], model.decoder
+    layer = encoder.layers[0]
+    with FakeTensorMode():
+        x_NE = torch.empty(patches, encoder.merger.norm.weight.numel(), requires_grad=True)
+        rope = torch.empty(patches, 2, layer.attn.head_dim // 2, dtype=torch.float32)
+        segments = {"starts": {patches: [0]}}  # how they are cut makes no difference
+        vision = _kept_bytes(layer, x_NE, segments=segments, rope=rope)
+        merger = _kept_bytes(encoder.merger, x_NE)
+
+        layer = decoder.layers[0]
+        h = torch.empty(1, tokens, model.tok_embeddings.embedding_dim, requires_grad=True)
+        rope = torch.empty(1, tokens, 2, layer.attn.head_dim // 2, dtype=torch.float32)
+        text = _kept_bytes(layer, h, input_pos=rope)
+
+    # How much of the layers is computed anew
+    share = {"none": 0.0, "selective": 0.5, "full": 1.0}[config.activation_checkpointing]
+
+    def kept_by(layers: nn.ModuleList, layer_bytes: int, input_bytes: int) -> int:
+        return round(len(layers) * (share * input_bytes + (1 - share) * layer_bytes))
+
+    kept = kept_by(decoder.layers, text, h.nbytes)
+    if any(p.requires_grad for p in encoder.parameters()):
+        kept += merger
+    if any(p.requires_grad for m in (encoder.patch_embed, encoder.layers) for p in m.parameters()):
+        kept += kept_by(encoder.layers, vision, x_NE.nbytes)
+    return {
+        "activations": 0 if config.activation_offloading else kept,
+        "a layer at work": max(text, vision),
+    }
+
+
+def _kept_bytes(layer: nn.Module, x: torch.Tensor, **inputs: Any) -> int:
+    """Bytes that autograd keeps of a layer from forward to backward."""
+    weights = {
+        name: torch.empty(p.shape, requires_grad=p.requires_grad)
+        for name, p in layer.named_parameters()
+    }
+    tensors = (x for x in (*weights.values(), *inputs.values()) if isinstance(x, torch.Tensor))
+    not_kept = {_storage(tensor) for tensor in tensors}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if _storage(tensor) not in not_kept:
+            kept[_storage(tensor)] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        functional_call(layer, weights, (x,), inputs)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,149 @@
+"""Weights on their way to the devices of a run, and their gradients' norm."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DeviceMesh, DTensor, distribute_tensor
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.modules.peft import DoRALinear, LoRALinear
+
+
+def shard(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    cpu_offload: bool,
+) -> None:
+    """Shard a model over data-parallel devices by FSDP2: each layer, and the rest as one.
+
+    Gradients are summed in float32. Quantized weights, which are frozen and small, stay whole.
+
+    Args:
+        model: the model, on the meta device.
+        layers: those of its modules that are gathered one at a time.
+        mesh: the devices.
+        compute_dtype: dtype that gathered weights have, and so the computation.
+        cpu_offload: whether weights, gradients and optimizer states live in the host's memory.
+    """
+    # Inputs stay as they are: rotary tables are float32 in any computation
+    precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    quantized = {p for p in model.parameters() if isinstance(p.data, NF4Tensor)}
+    for module in (*layers, model):
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=precision,
+            offload_policy=offload,
+            ignored_params=quantized,
+        )
+
+
+def load_weights_into(
+    model: nn.Module, weights: Mapping[str, torch.Tensor], device: torch.device
+) -> None:
+    """Give a model on the meta device its weights: each process takes its own part of them.
+
+    Args:
+        model: the model, sharded or not.
+        weights: all of its parameters, whole, on the CPU.
+        device: where they go; the CPU if they are offloaded.
+    """
+    placed = {name: _like(weights[name], p, device) for name, p in named_as_saved(model)}
+    model.load_state_dict(placed, assign=True)
+
+
+def named_as_saved(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """List a model's parameters by the names that its state dict, and so a checkpoint, has.
+
+    Args:
+        model: the model; torchtune's fusion models rename the token embedding.
+
+    Returns:
+        Pairs of name and parameter.
+    """
+    names = {id(value): name for name, value in model.state_dict(keep_vars=True).items()}
+    # What a state dict converts, quantized weights, keeps its name
+    return [(names.get(id(p), name), p) for name, p in model.named_parameters()]
+
+
+def _like(weight: torch.Tensor, parameter: nn.Parameter, device: torch.device) -> torch.Tensor:
+    if isinstance(parameter, DTensor):
+        # Nothing is sent, since all processes have all weights mapped; a clone, since the part
+        # would keep the whole alive
+        layout = parameter.device_mesh, parameter.placements
+        part = distribute_tensor(weight.to(parameter.dtype), *layout, src_data_rank=None)
+        return part.clone().to(device)
+    weight = weight.to(device, parameter.dtype, copy=True)
+    if isinstance(parameter.data, NF4Tensor):
+        return to_nf4(weight, parameter.data.block_size, parameter.data.scaler_block_size)
+    return weight
+
+
+def initial_adapters(
+    model: nn.Module, weights: Mapping[str, torch.Tensor], seed: int
+) -> dict[str, torch.Tensor]:
+    """Make the adapters that change nothing yet, the same for any number of devices.
+
+    Args:
+        model: has the adapters, perhaps on the meta device.
+        weights: of the base model, by the model's names.
+        seed: of the random ones.
+
+    Returns:
+        The adapters' parameters, float32 on the CPU, by the model's names; those of which
+        ``weights`` has some, not.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    adapters: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoRALinear | DoRALinear):
+            continue
+        a = torch.empty(module.lora_a.weight.shape)
+        # As torchtune and peft do, after the paper's code
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        adapters[f"{name}.lora_a.weight"] = a
+        adapters[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape)
+        if isinstance(module, DoRALinear):
+            base = weights[f"{name}.weight"]
+            if isinstance(module.weight.data, NF4Tensor):
+                blocks = module.weight.data.block_size, module.weight.data.scaler_block_size
+                base = to_nf4(base, *blocks).get_original_weight()
+            adapters[f"{name}.magnitude"] = torch.linalg.norm(base.float(), dim=1)
+    return {name: tensor for name, tensor in adapters.items() if name not in weights}
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale gradients down to a norm that they exceed, over parameters sharded in several ways.
+
+    Like :func:`torch.nn.utils.clip_grad_norm_`, which takes those of one mesh only.
+
+    Args:
+        parameters: have gradients, or not.
+        max_norm: the norm.
+
+    Returns:
+        The norm before, a scalar, on the device and not waited for.
+    """
+    groups: dict[object, list[torch.Tensor]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            layout = (p.grad.device_mesh, p.grad.placements) if isinstance(p.grad, DTensor) else ()
+            groups.setdefault(layout, []).append(p.grad)
+    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack(whole))
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradients in groups.values():
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        torch._foreach_mul_(local, factor.to(local[0].device))
+    return total
