@@ -105,8 +105,12 @@ class DoRA(DoRALinear):
     magnitudes after loading weights, also where these include trained ones.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, in_dim: int, out_dim: int, rank: int, alpha: float, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(in_dim, out_dim, rank, alpha, *args, **kwargs)
+        self.rank = rank
+        self.alpha = alpha
         self._is_loaded = False
         self.register_load_state_dict_pre_hook(_note_magnitude)
 

@@ -45,12 +45,12 @@ from torch.utils.data import DataLoader
 from torchtune import config, training
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.model_fusion import get_fusion_params
-from torchtune.modules.peft import DoRALinear, LoRALinear
+from torchtune.modules.peft import LoRALinear
 from tqdm import tqdm
 
 from torchtune_vl.data import Row, TrainingRows
 from torchtune_vl.datasets import measure_all
-from torchtune_vl.modules.adapters import is_adapter
+from torchtune_vl.modules.adapters import DoRA, is_adapter
 from torchtune_vl.training._adapters import Adapter, merge_adapter
 from torchtune_vl.training._flops import FlopCounter, peak_flops
 from torchtune_vl.training._parallel import (
@@ -512,14 +512,18 @@ class FinetuneRecipe:
         state = {training.MODEL_KEY: weights}
         adapters = {name: tensor for name, tensor in trained.items() if is_adapter(name)}
         if adapters:
-            layer = next(m for m in self.model.modules() if isinstance(m, LoRALinear | DoRALinear))
+            layer = next(m for m in self.model.modules() if isinstance(m, LoRALinear | DoRA))
             adapter = Adapter(adapters, layer.rank, layer.alpha, str(self.cfg.checkpoint_dir))
             state = {
                 training.MODEL_KEY: merge_adapter(weights, adapter),
                 training.ADAPTER_KEY: adapters,
                 training.ADAPTER_CONFIG: {"r": layer.rank, "lora_alpha": layer.alpha},
             }
-        self.checkpointer.save_checkpoint(state, epoch=self.position["epoch"])
+        self.checkpointer.save_checkpoint(state, epoch=self._epoch())
+
+    def _epoch(self) -> int:
+        """The epoch of the last step; the position is that of the next."""
+        return self.position["epoch"] - (self.position["next"] == 0)
 
     def _show(self) -> None:
         """Draw the losses, and sum the run up."""
@@ -527,7 +531,7 @@ class FinetuneRecipe:
         plot_losses(self.losses, self.validation_losses, picture)
         table = Table("steps", "first loss", "last loss", "best validation loss", "written to")
         best = f"{self.best['loss']:.4g} (step {self.best['step']})" if self.best["step"] else "-"
-        epoch = self.output_dir / f"epoch_{self.position['epoch']}"
+        epoch = self.output_dir / f"epoch_{self._epoch()}"
         table.add_row(
             str(self.step), f"{self.losses[0]:.4g}", f"{self.losses[-1]:.4g}", best, str(epoch)
         )

@@ -66,14 +66,16 @@ def named_as_saved(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """List a model's parameters by the names that its state dict, and so a checkpoint, has.
 
     Args:
-        model: the model; torchtune's fusion models rename the token embedding.
+        model: an early fusion model of torchtune, which takes the token embedding out of its
+            decoder and puts it back in its state dict.
 
     Returns:
         Pairs of name and parameter.
     """
-    names = {id(value): name for name, value in model.state_dict(keep_vars=True).items()}
-    # What a state dict converts, quantized weights, keeps its name
-    return [(names.get(id(p), name), p) for name, p in model.named_parameters()]
+    return [
+        (f"decoder.{name}" if name.startswith("tok_embeddings.") else name, parameter)
+        for name, parameter in model.named_parameters()
+    ]
 
 
 def _like(weight: torch.Tensor, parameter: nn.Parameter, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,236 @@
+"""Our recipe on one process and on two, stopped and gone on with."""
+
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.finetune_runs import (
+    read_losses,
+    read_samples,
+    run,
+    start,
+    write_config,
+    write_inputs,
+)
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_hf_to_tune
+from torchtune_vl.training._adapters import load_adapter, merge_adapter
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("finetune")
+    write_inputs(root, vocabulary, COUNT)
+    return root
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    (epoch,) = output.glob("epoch_*")
+    return load_file(epoch / "model.safetensors")
+
+
+def same(losses: dict[int, float], others: dict[int, float]) -> bool:
+    assert losses
+    assert losses.keys() == others.keys()
+    difference = max(abs(loss / others[step] - 1) for step, loss in losses.items())
+    print(f"largest relative difference of {len(losses)} steps' losses: {difference:.2g}")
+    return difference <= 1e-5
+
+
+ADAPTERS = {
+    "_component_": "torchtune_vl.models.qwen2_5_vl.lora_qwen2_5_vl_from_config",
+    "checkpoint_dir": "${checkpoint_dir}",
+    "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "qkv", "output_proj"],
+    "lora_rank": 4,
+    "lora_alpha": 8,
+    "encoder_trainable": "lora",
+}
+
+MODES: dict[str, dict[str, Any]] = {
+    "FSDP": {},
+    "tensor parallel": {"parallel.tensor": 2},
+    "one rank has text alone": {
+        "rows": {"_component_": "torchtune_vl.data.PaddedRows", "batch_size": 1},
+        "shuffle": False,
+    },
+    "LoRA, encoder frozen": {
+        "model": {**ADAPTERS, "lora_attn_modules": ["q_proj"], "encoder_trainable": "frozen"},
+        "optimizer.lr": 1e-2,
+    },
+    "DoRA": {"model": {**ADAPTERS, "use_dora": True}, "optimizer.lr": 1e-2},
+    "QLoRA": {"model": {**ADAPTERS, "quantize_base": True}, "optimizer.lr": 1e-2},
+}
+
+
+VALIDATION = {
+    "_component_": "torchtune_vl.datasets.vision_chat_dataset",
+    "source": "json",
+    "data_files": "${dataset.data_files}",
+    "split": "train[:6]",
+}
+
+
+def test_a_run_and_what_it_leaves(root: Path, tmp_path: Path) -> None:
+    settings = {
+        "model": {**ADAPTERS, "use_dora": True, "fusion_trainable": "full"},
+        "dataset_val": VALIDATION,
+        "eval_every_n_steps": 4,
+        "save_every_n_steps": 2,
+        "keep_last": 1,
+        "epochs": 2,
+        "optimizer.lr": 1e-2,
+        "learning_rates.merger": 1e-3,
+        "clip_grad_norm": 1.0,
+    }
+    config = write_config(root, tmp_path / "run", settings)
+    process = start(config)
+    messages, _ = process.communicate()
+    assert process.returncode == 0, messages[-3000:]
+    output = tmp_path / "run"
+    losses = read_losses(output)
+    assert losses.keys() == {*range(1, len(losses) + 1)}
+    assert losses[len(losses)] < losses[1] - 0.5
+
+    (log,) = (output / "logs").glob("log_*.txt")
+    lines = log.read_text().splitlines()
+    metrics = dict(re.findall(r"(\w+):(\S+)", lines[0]))
+    assert metrics.keys() == METRICS
+    assert float(metrics["lr_merger"]) == pytest.approx(float(metrics["lr_decoder"]) / 10)
+    assert 0 < float(metrics["row_fill"]) <= 1
+    validated = {
+        int(step): float(loss)
+        for step, loss in re.findall(r"Step (\d+) \| validation_loss:(\S+)", log.read_text())
+    }
+    assert validated.keys() == {step for step in losses if step % 4 == 0 or step == len(losses)}
+    best = min(validated, key=validated.__getitem__)
+    newest = max(step for step in losses if step % 2 == 0 or step == best)
+    kept = {int(path.name.removeprefix("step_")) for path in (output / "steps").iterdir()}
+    assert kept == {best, newest}
+
+    samples = read_samples(output)
+    assert sorted(s for step in samples.values() for s in step) == sorted([*range(COUNT)] * 2)
+    assert (output / "loss.png").stat().st_size > 10_000
+    assert "Loss curve" in messages
+
+    base = qwen2_5_vl_hf_to_tune(load_file(root / "base" / "model.safetensors"))
+    merged = merge_adapter(base, load_adapter(output / "epoch_1" / "adapter"))
+    for name, tensor in qwen2_5_vl_hf_to_tune(weights(output)).items():
+        torch.testing.assert_close(tensor, merged[name], rtol=0, atol=1e-6)
+
+    again = start(config)
+    messages, _ = again.communicate()
+    assert again.returncode != 0
+    assert "resume=True, or name another output_dir" in messages
+
+
+METRICS = {
+    "loss",
+    "grad_norm",
+    "lr_encoder",
+    "lr_merger",
+    "lr_decoder",
+    "tokens_per_second",
+    "supervised_tokens_per_second",
+    "media_per_second",
+    "row_fill",
+    "waiting_for_data",
+    "memory_gb",
+}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(root: Path, tmp_path: Path) -> None:
+    settings = {
+        "optimizer.lr": 1e30,
+        "lr_scheduler": {"_component_": "tests.finetune_runs.constant_rate"},
+    }
+    process = start(write_config(root, tmp_path / "run", settings))
+    messages, _ = process.communicate()
+    assert process.returncode != 0
+    (step, samples) = re.search(
+        r"the loss of step (\d+) is (?:nan|inf); its samples have the indices \[(.*?)\]", messages
+    ).groups()
+    assert sorted(read_samples(tmp_path / "run")[int(step)]) == [*map(int, samples.split(", "))]
+    assert not [*(tmp_path / "run").glob("epoch_*")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", MODES.values(), ids=MODES)
+def test_two_processes_are_as_one(root: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    alone = {key: value for key, value in settings.items() if key != "parallel.tensor"}
+    one = run(write_config(root, tmp_path / "one", alone))
+    two = run(write_config(root, tmp_path / "two", settings), processes=2)
+    assert same(one, two)
+    samples, others = read_samples(tmp_path / "one"), read_samples(tmp_path / "two")
+    copies = 2 if "parallel.tensor" in settings else 1
+    assert {step: sorted(s * copies) for step, s in samples.items()} == {
+        step: sorted(s) for step, s in others.items()
+    }
+    assert sorted(s for step in samples.values() for s in step) == [*range(COUNT)]
+
+
+@pytest.mark.slow
+def test_going_on_with_other_numbers_of_processes(root: Path, tmp_path: Path) -> None:
+    settings = {"epochs": 2, "save_every_n_steps": 2}
+    whole = run(write_config(root, tmp_path / "whole", settings))
+    config = write_config(root, tmp_path / "parts", settings)
+    third = len(whole) // 3
+    losses: dict[int, float] = {}
+    for processes, last in ((2, third), (1, 2 * third), (2, len(whole))):
+        losses |= stop_after(config, last, processes)
+    assert same(whole, losses)
+
+
+def stop_after(config: Path, step: int, processes: int) -> dict[int, float]:
+    """Run until a step, ask to stop as a cluster does, and return the losses."""
+    output = config.with_suffix("")
+    process = start(config, processes, "resume=True")
+    while process.poll() is None and last_step(output) < step:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    messages, _ = process.communicate()
+    assert (output / "steps").is_dir(), messages[-3000:]
+    return read_losses(output)
+
+
+def last_step(output: Path) -> int:
+    logs = [*(output / "logs").glob("log_*.txt")]
+    return max(read_losses(output), default=0) if logs else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_any_step(root: Path, tmp_path: Path, processes: int) -> None:
+    kills = 20
+    settings = {"epochs": 8, "save_every_n_steps": 1, "keep_last": 2}
+    whole = run(write_config(root, tmp_path / "whole", settings), processes)
+    config = write_config(root, tmp_path / "killed", settings)
+    output = config.with_suffix("")
+    rng = random.Random(0)
+    losses: dict[int, float] = {}
+    killed = 0
+    while killed < kills:
+        reached = last_step(output)
+        process = start(config, processes, "resume=True")
+        target = min(reached + rng.randint(1, 2), len(whole) - 1)
+        while process.poll() is None and last_step(output) < target:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        losses |= read_losses(output)
+        killed += 1
+    losses |= run(config, processes, "resume=True")
+    assert losses == whole
+    for name, weight in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(output)[name], weight), name
+    assert read_samples(output) == read_samples(tmp_path / "whole")
