@@ -164,15 +164,12 @@ def read_losses(output: Path) -> dict[int, float]:
 
 
 def read_samples(output: Path) -> dict[int, list[int]]:
-    """The samples of each step, of all processes, as the last run that took it wrote them."""
+    """The samples of each step, of all processes."""
     steps: dict[int, list[int]] = {}
     for path in (output / "samples").glob("process_*.jsonl"):
-        own: dict[int, list[list[int]]] = {}
         for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            own.setdefault(entry["step"], []).append(entry["samples"])
-        for step, rows in own.items():
-            steps.setdefault(step, []).extend(sample for row in rows for sample in row)
+            row = json.loads(line)
+            steps.setdefault(row["step"], []).extend(row["samples"])
     return steps
 
 

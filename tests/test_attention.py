@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchtune_vl.modules import (
+    Segments,
     attend_within_segments,
     concatenate_window_indices,
     permute_rows,
@@ -25,7 +26,7 @@ def test_equals_attention_with_a_mask(lengths: list[int]) -> None:
     masked = F.scaled_dot_product_attention(
         *(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask
     ).transpose(0, 1)
-    ours = attend_within_segments(q, k, v, segment_index(torch.tensor(lengths)))
+    ours = attend_within_segments(q, k, v, Segments(**segment_index(torch.tensor(lengths))))
     torch.testing.assert_close(ours, masked)
 
     weight = torch.randn_like(ours)
@@ -37,7 +38,7 @@ def test_equals_attention_with_a_mask(lengths: list[int]) -> None:
 def test_segments_do_not_see_each_other() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 12, 2, 8).unbind(0)
-    segments = segment_index(torch.tensor([2, 2, 4, 4]))
+    segments = Segments(**segment_index(torch.tensor([2, 2, 4, 4])))
     before = attend_within_segments(q, k, v, segments)
     k[2:4], v[2:4] = 100.0, -100.0
     after = attend_within_segments(q, k, v, segments)
@@ -99,5 +100,5 @@ def test_window_encoder_index() -> None:
 @pytest.mark.parametrize("length", [1, 64])
 def test_one_length_only(length: int) -> None:
     q, k, v = torch.randn(3, 2 * length, 1, 4).unbind(0)
-    segments = segment_index(torch.tensor([length, length]))
+    segments = Segments(**segment_index(torch.tensor([length, length])))
     assert attend_within_segments(q, k, v, segments).shape == q.shape

@@ -333,7 +333,7 @@ def test_digits_are_those_of_torchtune(transform: Qwen2_5_VLTransform, tmp_path:
 def test_all_are_measured(build, num_workers: int) -> None:
     rows = [sharegpt("<image>" + "a " * (i % 50), image="a.png") for i in range(300)]
     dataset = build(rows)
-    sizes = measure_all(dataset, num_workers, show_progress=False)
+    sizes = measure_all(dataset, range(len(dataset)), num_workers, show_progress=False)
     assert sizes.dtype == np.int32
     assert sizes.tolist() == [list(dataset.measure(i)) for i in range(300)]
 
@@ -341,7 +341,7 @@ def test_all_are_measured(build, num_workers: int) -> None:
 def test_all_that_cannot_be_measured_are_told(build, capsys: pytest.CaptureFixture) -> None:
     rows = [sharegpt("<image>" if i % 4 == 0 else "a") for i in range(120)]
     with pytest.raises(ValueError, match="30 of 120 samples") as raised:
-        measure_all(build(rows))
+        measure_all(build(rows), range(len(rows)))
     _, *lines = str(raised.value).split("\n")
     assert [line.split(":")[0] for line in lines[:20]] == [f"sample {4 * i}" for i in range(20)]
     assert all("1 places for images" in line for line in lines[:20])

@@ -115,6 +115,6 @@ def test_documents_travel_between_processes_and_into_pinned_memory(
     for batch in (received, pickle.loads(pickle.dumps(row)), pin_memory(row)):
         documents = batch["mask"]
         assert isinstance(documents, Documents)
-        assert tuple(documents.lengths) == row["mask"].lengths  # torch makes lists of tuples
+        assert documents.lengths == row["mask"].lengths
         assert torch.equal(documents.boundaries, row["mask"].boundaries)
     assert not received["mask"].boundaries.is_shared()  # by value

@@ -152,3 +152,20 @@ def test_losses_of_many_positions_are_made_in_chunks(
     torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
         assert (gradient - chunked_gradients[name]).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_compiled_layers_are_not_compiled_for_each_row(
+    model: torch.nn.Module, checkpoint: Path, samples: list[dict[str, Any]]
+) -> None:
+    for layer in (*model.decoder.layers, *model.encoders["vision"].layers):
+        layer.forward = torch.compile(layer.forward, backend="eager")
+    transform = Qwen2_5_VLTransform.from_pretrained(checkpoint)
+    graphs = []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for seed in range(4):
+        row = [sample(transform, 10 * seed + i, ["image", "video"][: i % 3]) for i in range(4)]
+        model(**packed_collate_vision(row)).sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[1] == graphs[-1]  # the second knows that sizes change

@@ -30,7 +30,7 @@ def _map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _map_leaves(change, entry) for key, entry in value.items()}
     if isinstance(value, Documents):
-        return value._replace(boundaries=change(value.boundaries))
+        return Documents(value.lengths, change(value.boundaries))
     return change(value)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 # Sending a batch from a worker costs as much as measuring some samples
@@ -22,25 +22,34 @@ class Measurable(Protocol):
 
 
 def measure_all(
-    dataset: Measurable, num_workers: int = 0, show_progress: bool = True
+    dataset: Measurable,
+    indices: Sequence[int],
+    num_workers: int = 0,
+    show_progress: bool = True,
 ) -> np.ndarray:
-    """Measure every sample, so that those which cannot be read are found before training.
+    """Measure samples, so that those which cannot be read are found before training.
 
     Args:
         dataset: a map-style dataset with ``measure``, such as that of
             :func:`~torchtune_vl.datasets.vision_chat_dataset`.
+        indices: of the samples, ``range(len(dataset))`` for all.
         num_workers: processes to measure in, besides this one; 0: in this one.
         show_progress: whether to show a progress bar. With several ranks, let one do so.
 
     Returns:
-        int32 [len(dataset), 2], tokens and patches of each sample.
+        int32 [len(indices), 2], tokens and patches of each sample.
 
     Raises:
-        ValueError: if samples cannot be measured. It lists the first 20 with the reason and says
-            how many there are.
+        ValueError: if samples cannot be measured: it lists the first 20 with the reason and says
+            how many there are. If the dataset cannot measure them.
     """
+    if not hasattr(dataset, "measure"):
+        raise ValueError(
+            f"a {type(dataset).__name__} does not know the sizes of its samples: use "
+            "torchtune_vl.datasets.vision_chat_dataset"
+        )
     loader = DataLoader(
-        _Measurements(dataset),
+        Subset(_Measurements(dataset), indices),
         batch_size=_BATCH_SIZE,
         num_workers=num_workers,
         collate_fn=_as_arrays,
@@ -48,7 +57,7 @@ def measure_all(
     sizes: list[np.ndarray] = []
     problems: list[str] = []
     with tqdm(
-        total=len(dataset), desc="measuring", unit=" samples", disable=not show_progress
+        total=len(indices), desc="measuring", unit=" samples", disable=not show_progress
     ) as bar:
         for batch_sizes, batch_problems in loader:
             sizes.append(batch_sizes)
@@ -58,7 +67,7 @@ def measure_all(
         shown = "\n".join(problems[:_NUM_SHOWN])
         more = len(problems) - _NUM_SHOWN
         raise ValueError(
-            f"{len(problems)} of {len(dataset)} samples cannot be read: correct them or remove "
+            f"{len(problems)} of {len(indices)} samples cannot be read: correct them or remove "
             f"them from the data\n{shown}" + (f"\nand {more} more" if more > 0 else "")
         )
     return np.concatenate(sizes)

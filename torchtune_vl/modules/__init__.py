@@ -2,6 +2,7 @@
 
 from torchtune_vl.modules.attention import (
     Documents,
+    Segments,
     attend_within_documents,
     attend_within_segments,
     concatenate_window_indices,
@@ -14,6 +15,7 @@ from torchtune_vl.modules.patches import concatenate_patches
 
 __all__ = [
     "Documents",
+    "Segments",
     "SupervisedCrossEntropyLoss",
     "attend_within_documents",
     "attend_within_segments",

@@ -6,7 +6,7 @@ H heads, D dimension of a head.
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +22,33 @@ else:
     _CAUSAL = {"window_size": (-1, 0)} if _is_window else {"is_causal": True}
 
 
-class Documents(NamedTuple):
+class Segments:
+    """The segments of a sequence.
+
+    An object, since torch.compile would look into a dict, and compile anew for each batch.
+
+    Args:
+        starts: from each length that occurs to the first rows of the segments that have it, int32.
+    """
+
+    def __init__(self, starts: Mapping[int, torch.Tensor]) -> None:
+        self.starts = starts
+
+
+class Documents:
     """The documents of a packed row: what stands in for its attention mask.
 
-    Lengths are known to the host, so that nothing waits for the device to tell them.
+    Lengths are known to the host, so that nothing waits for the device to tell them. An object for
+    the reason that :class:`Segments` is one.
 
     Args:
         lengths: tokens of each document, in order.
         boundaries: where they start, and the end of the last, int32 [documents + 1].
     """
 
-    lengths: Sequence[int]
-    boundaries: torch.Tensor
+    def __init__(self, lengths: Sequence[int], boundaries: torch.Tensor) -> None:
+        self.lengths = lengths
+        self.boundaries = boundaries
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Documents":
@@ -47,6 +62,14 @@ class Documents(NamedTuple):
         """
         ends = torch.tensor([0, *lengths]).cumsum(0)
         return cls(tuple(lengths), ends.to(torch.int32))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Documents":
+        """Return them with boundaries on a device, as :meth:`torch.Tensor.to` does."""
+        return Documents(self.lengths, self.boundaries.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Documents":
+        """Return them with boundaries in pinned memory, as data loaders ask for."""
+        return Documents(self.lengths, self.boundaries.pin_memory())
 
 
 def segment_index(lengths: torch.Tensor) -> dict[str, Any]:
@@ -155,7 +178,7 @@ def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) ->
 
 @torch.compiler.disable  # its loop depends on the data: traced, it would recompile for each batch
 def attend_within_segments(
-    q_NHD: torch.Tensor, k_NHD: torch.Tensor, v_NHD: torch.Tensor, segments: dict[str, Any]
+    q_NHD: torch.Tensor, k_NHD: torch.Tensor, v_NHD: torch.Tensor, segments: Segments
 ) -> torch.Tensor:
     """Scaled dot-product attention in which each row sees the rows of its own segment.
 
@@ -167,12 +190,12 @@ def attend_within_segments(
         q_NHD: queries [N, H, D].
         k_NHD: keys [N, H, D].
         v_NHD: values [N, H, D].
-        segments: the segments of the N rows, from :func:`segment_index`.
+        segments: the segments of the N rows, ordered by length.
 
     Returns:
         Tensor of shape [N, H, D].
     """
-    starts = segments["starts"]
+    starts = segments.starts
     half_precision = q_NHD.dtype in (torch.float16, torch.bfloat16)
     if varlen_attn is not None and q_NHD.is_cuda and half_precision:
         cu_seqlens = F.pad(torch.cat(list(starts.values())), (0, 1), value=len(q_NHD))

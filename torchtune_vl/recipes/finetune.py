@@ -9,7 +9,6 @@ is the mean over all supervised tokens of the step. `docs/training.md` walks thr
 """
 
 import json
-import logging
 import math
 import os
 import resource
@@ -46,10 +45,12 @@ from torchtune import config, training
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.model_fusion import get_fusion_params
 from torchtune.modules.peft import LoRALinear
+from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from torchtune_vl.data import Row, TrainingRows
 from torchtune_vl.datasets import measure_all
+from torchtune_vl.modules import Documents
 from torchtune_vl.modules.adapters import DoRA, is_adapter
 from torchtune_vl.training._adapters import Adapter, merge_adapter
 from torchtune_vl.training._flops import FlopCounter, peak_flops
@@ -63,7 +64,7 @@ from torchtune_vl.training._parallel import (
 from torchtune_vl.training._plot import plot_losses
 from torchtune_vl.training._steps import Steps
 
-log = logging.getLogger(__name__)
+log = get_logger("INFO")
 
 
 @dataclass
@@ -254,23 +255,36 @@ class FinetuneRecipe:
         )
 
     def _measure(self, dataset: Any) -> np.ndarray:
-        return measure_all(dataset, self.cfg.num_workers, show_progress=self.is_main)
+        """The size of each sample; each process measures its share."""
+        processes = dist.get_world_size()
+        share = range(dist.get_rank(), len(dataset), processes)
+        own = measure_all(dataset, share, self.cfg.num_workers, show_progress=self.is_main)
+        shares: list[Any] = [None] * processes
+        dist.all_gather_object(shares, own, group=self.save_group)
+        sizes = np.empty((len(dataset), own.shape[1]), own.dtype)
+        for rank, sizes_of_rank in enumerate(shares):
+            sizes[rank::processes] = sizes_of_rank
+        return sizes
 
     def _open_sample_log(self) -> TextIO:
         """Which samples each step took, for whoever wants to check, a file for each process."""
         directory = self.output_dir / "samples"
-        directory.mkdir(parents=True, exist_ok=True)
-        return (directory / f"process_{dist.get_rank()}.jsonl").open("a", encoding="utf-8")
+        if self.is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            for path in directory.iterdir():  # steps after the one that was saved come again
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                path.write_text("".join(x for x in lines if json.loads(x)["step"] <= self.step))
+        dist.barrier(group=self.save_group)
+        own = directory / f"process_{dist.get_rank()}.jsonl"
+        return own.open("a", buffering=1, encoding="utf-8")  # a crash leaves whole lines
 
     def _load(self, rows: TrainingRows) -> Iterator[Row]:
-        workers = self.cfg.num_workers
         return iter(
             DataLoader(
                 rows,
                 batch_size=None,
-                num_workers=workers,
+                num_workers=self.cfg.num_workers,
                 pin_memory=self.device.type == "cuda",
-                prefetch_factor=4 if workers else None,
             )
         )
 
@@ -285,13 +299,15 @@ class FinetuneRecipe:
             while self.step < self.max_steps:
                 self._train_step(loader, since)
                 self.bar.update()
+                if self.pending_save and self.pending_save.done():
+                    self._wait_for_save()
                 is_last = self.step == self.max_steps
                 saves = self.step % cfg.save_every_n_steps == 0
                 evaluates = self.step % cfg.eval_every_n_steps == 0
                 if self.step % cfg.log_every_n_steps == 0 or saves or evaluates or is_last:
                     asked_to_stop = self._log(since)
                     if self.validation_rows and (evaluates or is_last):
-                        self._evaluate(self.validation_rows)
+                        saves |= self._evaluate(self.validation_rows)
                     if saves or asked_to_stop:
                         self._save()
                     if asked_to_stop and not is_last:
@@ -331,10 +347,10 @@ class FinetuneRecipe:
         self.position = rows[-1].position
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(self.device, non_blocking=True)
+        def move(value: torch.Tensor | Documents) -> torch.Tensor | Documents:
+            return value.to(self.device, non_blocking=True)
 
-        return tree_map_only(torch.Tensor, move, dict(batch))
+        return tree_map_only((torch.Tensor, Documents), move, dict(batch))
 
     def _note(self, row: Row, since: Logged) -> None:
         """Count what a row was, and write down whose it was."""
@@ -368,7 +384,6 @@ class FinetuneRecipe:
         seconds = time.perf_counter() - since.start
         self._refuse_non_finite(losses, since)
         self.losses += losses
-        self.sample_log.flush()
         metrics = {
             "loss": sum(losses) / steps,
             "grad_norm": self.grad_norm.item(),
@@ -410,8 +425,8 @@ class FinetuneRecipe:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     @torch.no_grad()
-    def _evaluate(self, rows: TrainingRows) -> None:
-        """Compute the loss of the validation set, and save if it is the lowest so far."""
+    def _evaluate(self, rows: TrainingRows) -> bool:
+        """Compute the loss of the validation set, and tell whether it is the lowest so far."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for row in self._load(rows):
@@ -425,9 +440,10 @@ class FinetuneRecipe:
             self.logger.log_dict({"validation_loss": loss}, step=self.step)
             log.info("Validation loss %.4g after step %d", loss, self.step)
         self.validation_losses.append((self.step, loss))
-        if loss < self.best["loss"]:
+        is_best = loss < self.best["loss"]
+        if is_best:
             self.best = {"loss": loss, "step": self.step}
-            self._save()
+        return is_best
 
     def _state(self) -> dict[str, Any]:
         """What is saved and loaded by all processes together, by name and not by rank."""
@@ -529,14 +545,11 @@ class FinetuneRecipe:
         """Draw the losses, and sum the run up."""
         picture = self.output_dir / "loss.png"
         plot_losses(self.losses, self.validation_losses, picture)
-        table = Table("steps", "first loss", "last loss", "best validation loss", "written to")
+        table = Table("steps", "first loss", "last loss", "best validation loss")
         best = f"{self.best['loss']:.4g} (step {self.best['step']})" if self.best["step"] else "-"
-        epoch = self.output_dir / f"epoch_{self._epoch()}"
-        table.add_row(
-            str(self.step), f"{self.losses[0]:.4g}", f"{self.losses[-1]:.4g}", best, str(epoch)
-        )
+        table.add_row(str(self.step), f"{self.losses[0]:.4g}", f"{self.losses[-1]:.4g}", best)
         Console().print(table)
-        print(f"Loss curve: {picture}")
+        print(f"Loss curve: {picture}\nWeights:    {self.output_dir / f'epoch_{self._epoch()}'}")
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:
         self.is_asked_to_stop = True

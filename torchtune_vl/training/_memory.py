@@ -17,6 +17,7 @@ from torchtune import config as torchtune_config
 from torchtune.training import set_default_dtype
 from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
+from torchtune_vl.modules import Segments
 from torchtune_vl.modules.loss import CHUNK
 from torchtune_vl.modules.summary import num_bytes
 
@@ -109,7 +110,7 @@ def _activation_bytes(config: DictConfig, model: Any, tokens: int, patches: int)
     with FakeTensorMode():
         x_NE = torch.empty(patches, encoder.merger.norm.weight.numel(), requires_grad=True)
         rope = torch.empty(patches, 2, layer.attn.head_dim // 2, dtype=torch.float32)
-        segments = {"starts": {patches: [0]}}  # how they are cut makes no difference
+        segments = Segments({patches: torch.zeros(1)})  # how they are cut makes no difference
         vision = _kept_bytes(layer, x_NE, segments=segments, rope=rope)
         merger = _kept_bytes(encoder.merger, x_NE)
 

@@ -131,7 +131,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
 
     Args:
         parameters: have gradients, or not.
-        max_norm: the norm.
+        max_norm: the norm; infinite for the norm before alone.
 
     Returns:
         The norm before, a scalar, on the device and not waited for.
@@ -144,6 +144,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
     norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack(whole))
+    if math.isinf(max_norm):
+        return total
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradients in groups.values():
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]

@@ -16,7 +16,12 @@ from torchtune.utils import batch_to_device
 from torchtune_vl.models.qwen2_5_vl._patches import CLIP_MEAN, CLIP_STD
 from torchtune_vl.models.qwen2_5_vl._position_embeddings import VisionRotaryTable, rotate
 from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE, vision_index
-from torchtune_vl.modules import attend_within_segments, permute_rows, window_encoder_index
+from torchtune_vl.modules import (
+    Segments,
+    attend_within_segments,
+    permute_rows,
+    window_encoder_index,
+)
 
 
 class PatchEmbedding(nn.Module):
@@ -88,13 +93,13 @@ class VisionAttention(nn.Module):
         self.head_dim = head_dim
 
     def forward(
-        self, x_NE: torch.Tensor, *, segments: dict[str, Any], rope: torch.Tensor
+        self, x_NE: torch.Tensor, *, segments: Segments, rope: torch.Tensor
     ) -> torch.Tensor:
         """Attend.
 
         Args:
             x_NE: hidden states [N, E].
-            segments: what attends to what, from :func:`~torchtune_vl.modules.segment_index`.
+            segments: what attends to what.
             rope: rotary table [N, 2, D/2].
 
         Returns:
@@ -112,13 +117,13 @@ class VisionLayer(TransformerSelfAttentionLayer):
     """
 
     def forward(
-        self, x_NE: torch.Tensor, *, segments: dict[str, Any], rope: torch.Tensor
+        self, x_NE: torch.Tensor, *, segments: Segments, rope: torch.Tensor
     ) -> torch.Tensor:
         """Apply attention and feed-forward, each with its residual.
 
         Args:
             x_NE: hidden states [N, E].
-            segments: what attends to what, from :func:`~torchtune_vl.modules.segment_index`.
+            segments: what attends to what.
             rope: rotary table [N, 2, D/2].
 
         Returns:
@@ -216,7 +221,8 @@ class Qwen2_5_VLVisionEncoder(nn.Module):
         """
         index = index or _index_on_device(grid_thw)
         window_order, frame_order = index["window_order"], index["frame_order"]
-        window_segments, frame_segments = index["window_segments"], index["frame_segments"]
+        window_segments = Segments(**index["window_segments"])
+        frame_segments = Segments(**index["frame_segments"])
 
         unit_order, window_order_of_frames = window_order.argsort(), frame_order.argsort()
         window_rope = self.rope(index["unit_positions"])
