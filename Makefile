@@ -43,8 +43,8 @@ bench: $(INSTALLED) $(VOCABULARY)
 # The public names with their docstrings as HTML, build/docs/index.html
 docs: $(INSTALLED)
 	$(BIN)/pdoc --docformat google --output-directory build/docs \
-		torchtune_vl.models.qwen2_5_vl torchtune_vl.data torchtune_vl.media \
-		torchtune_vl.generation torchtune_vl.training torchtune_vl.modules
+		torchtune_vl.models.qwen2_5_vl torchtune_vl.data torchtune_vl.datasets torchtune_vl.media \
+		torchtune_vl.generation torchtune_vl.training torchtune_vl.modules torchtune_vl.recipes
 
 # torchvision serves comparisons with transformers alone, see quickstart/torchvision.py
 $(INSTALLED): pyproject.toml constraints.txt

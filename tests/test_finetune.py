@@ -58,6 +58,7 @@ ADAPTERS = {
 MODES: dict[str, dict[str, Any]] = {
     "FSDP": {},
     "tensor parallel": {"parallel.tensor": 2},
+    "both, on four processes": {"parallel.tensor": 2, "clip_grad_norm": 0.5},
     "one rank has text alone": {
         "rows": {"_component_": "torchtune_vl.data.PaddedRows", "batch_size": 1},
         "shuffle": False,
@@ -164,10 +165,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(root: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", MODES.values(), ids=MODES)
-def test_two_processes_are_as_one(root: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_several_processes_are_as_one(
+    root: Path, tmp_path: Path, settings: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
     alone = {key: value for key, value in settings.items() if key != "parallel.tensor"}
+    processes = 4 if "four" in request.node.name else 2
     one = run(write_config(root, tmp_path / "one", alone))
-    two = run(write_config(root, tmp_path / "two", settings), processes=2)
+    two = run(write_config(root, tmp_path / "two", settings), processes)
     assert same(one, two)
     samples, others = read_samples(tmp_path / "one"), read_samples(tmp_path / "two")
     copies = 2 if "parallel.tensor" in settings else 1
@@ -207,10 +211,19 @@ def last_step(output: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_any_step(root: Path, tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "model"),
+    [
+        pytest.param(1, {}, id="one process"),
+        # Which needs the random states too
+        pytest.param(2, {"model": {**ADAPTERS, "lora_dropout": 0.1}}, id="two, with dropout"),
+    ],
+)
+def test_killed_at_any_step(
+    root: Path, tmp_path: Path, processes: int, model: dict[str, Any]
+) -> None:
     kills = 20
-    settings = {"epochs": 8, "save_every_n_steps": 1, "keep_last": 2}
+    settings = {"epochs": 8, "save_every_n_steps": 1, "keep_last": 2, **model}
     whole = run(write_config(root, tmp_path / "whole", settings), processes)
     config = write_config(root, tmp_path / "killed", settings)
     output = config.with_suffix("")

@@ -236,12 +236,15 @@ def attend_within_documents(
         ends, longest = documents.boundaries, max(documents.lengths)
         out = varlen_attn(q_NHD, k_NHD, v_NHD, ends, ends, longest, longest, **_CAUSAL)
         return cast(torch.Tensor, out)
-    q, k, v = (x.transpose(0, 1).split(documents.lengths, dim=1) for x in (q_NHD, k_NHD, v_NHD))
+    # As batches of one: without a batch there is no fused kernel
+    q, k, v = (
+        x.transpose(0, 1)[None].split(documents.lengths, dim=2) for x in (q_NHD, k_NHD, v_NHD)
+    )
     attended = [
         F.scaled_dot_product_attention(*document, is_causal=True)
         for document in zip(q, k, v, strict=True)
     ]
-    return torch.cat(attended, dim=1).transpose(0, 1)
+    return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
 
 def _attend_within_equal_segments(

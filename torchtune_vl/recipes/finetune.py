@@ -66,6 +66,8 @@ from torchtune_vl.training._steps import Steps
 
 log = get_logger("INFO")
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 @dataclass
 class Logged:
@@ -119,12 +121,14 @@ class FinetuneRecipe:
         self.is_main = dist.get_rank() == 0
         self.output_dir = Path(cfg.output_dir)
         self.saved = Steps(self.output_dir / "steps", cfg.keep_last)
+        if self.is_main:
+            self.saved.tidy()
         if self.saved.newest() and not cfg.resume:
             raise ValueError(
                 f"{self.output_dir} has steps of an earlier run: go on with resume=True, or name "
                 "another output_dir"
             )
-        self.is_asked_to_stop = False
+        self.stop_signal = 0
         self.pending_save: Future[Any] | None = None
 
     def _init_process_group(self) -> None:
@@ -169,7 +173,7 @@ class FinetuneRecipe:
         if self.is_main:
             self.logger = config.instantiate(cfg.metric_logger)
             self.logger.log_config(cfg)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
 
     def _make_model(self) -> nn.Module:
@@ -285,6 +289,7 @@ class FinetuneRecipe:
                 batch_size=None,
                 num_workers=self.cfg.num_workers,
                 pin_memory=self.device.type == "cuda",
+                worker_init_fn=_leave_signals_to_the_trainer,
             )
         )
 
@@ -377,9 +382,10 @@ class FinetuneRecipe:
             RuntimeError: if a loss was not finite; it names the samples.
         """
         steps = len(since.losses)
-        totals = torch.tensor([*since.counts, float(self.is_asked_to_stop)])
+        totals = torch.tensor([*since.counts, float(self.stop_signal)])
         totals = torch.cat([torch.stack(since.losses).double(), totals.to(self.device).double()])
-        dist.all_reduce(totals, group=self.mesh["data"].get_group())
+        dist.all_reduce(totals)
+        totals /= self.mesh["tensor"].size()  # which have the same rows
         *losses, targets, tokens, room, media, flops, stops = totals.tolist()
         seconds = time.perf_counter() - since.start
         self._refuse_non_finite(losses, since)
@@ -552,7 +558,7 @@ class FinetuneRecipe:
         print(f"Loss curve: {picture}\nWeights:    {self.output_dir / f'epoch_{self._epoch()}'}")
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:
-        self.is_asked_to_stop = True
+        self.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
     def cleanup(self) -> None:
@@ -563,17 +569,27 @@ class FinetuneRecipe:
         dist.destroy_process_group()
 
 
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Clusters and terminals signal all processes: data workers go on until the trainer ends."""
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @config.parse
-def recipe_main(cfg: DictConfig) -> None:
+def recipe_main(cfg: DictConfig) -> int:
     """Run the recipe.
 
     Args:
         cfg: the config.
+
+    Returns:
+        The exit status: 0 if the run is finished, 128 and the signal's number if it was stopped.
     """
     recipe = FinetuneRecipe(cfg)
     recipe.setup()
     recipe.train()
     recipe.cleanup()
+    return 128 + recipe.stop_signal if recipe.step < recipe.max_steps else 0
 
 
 if __name__ == "__main__":

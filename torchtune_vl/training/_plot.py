@@ -26,7 +26,7 @@ def plot_losses(
     axes.plot(steps, _smoothed(losses), color="C0", label="training, smoothed")
     if validation_losses:
         axes.plot(*zip(*validation_losses, strict=True), "o-", color="C1", label="validation")
-    axes.set(xlabel="step", ylabel="cross-entropy per supervised token")
+    axes.set(xlabel="step", ylabel="cross-entropy per supervised token", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

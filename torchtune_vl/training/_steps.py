@@ -22,6 +22,11 @@ class Steps:
         self.directory = directory
         self.keep_last = keep_last
 
+    def tidy(self) -> None:
+        """Remove what a crash left: directories that were being written or removed."""
+        for left in self.directory.glob("step_*.*"):
+            shutil.rmtree(left)
+
     def newest(self) -> Path | None:
         """Return the directory of the last step that was saved, or None."""
         return max(self._complete(), key=_number, default=None)
@@ -52,7 +57,6 @@ class Steps:
             OSError: if it cannot be written.
         """
         partial = self.partial(step)
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_json(partial / _PROGRESS, progress)
 
@@ -69,8 +73,6 @@ class Steps:
         partial = self.partial(step)
         flush(partial)
         target = partial.with_suffix("")
-        if target.exists():  # of a run that went on from an earlier step
-            shutil.rmtree(target.rename(target.with_suffix(".old")))
         partial.rename(target)
         flush(self.directory)
         for old in sorted(self._complete(), key=_number)[: -self.keep_last]:
