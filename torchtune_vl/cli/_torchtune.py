@@ -53,7 +53,7 @@ examples:
 examples:
   tune-vl run finetune --config qwen2_5_vl/3B_lora dataset.data_files=train.jsonl
   tune-vl run --nproc_per_node 8 finetune --config mine.yaml optimizer.lr=2e-5
-  tune-vl run full_finetune_single_device --config llama3_2/1B_full_single_device
+  tune-vl run full_finetune_single_device --config stock.yaml
 """,
     ),
     "validate-config": _Command(
