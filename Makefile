@@ -39,6 +39,8 @@ bench: $(INSTALLED) $(VOCABULARY)
 	$(BIN)/python -m benchmarks.encoder
 	$(BIN)/python -m benchmarks.data_path
 	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.training
 
 # The public names with their docstrings as HTML, build/docs/index.html
 docs: $(INSTALLED)

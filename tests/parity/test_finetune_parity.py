@@ -59,6 +59,7 @@ def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "rows",
     [
         pytest.param({}, id="packed"),
+        pytest.param({"compile": True, "activation_checkpointing": "full"}, id="compiled"),
         pytest.param(
             {"rows": {"_component_": "torchtune_vl.data.PaddedRows", "batch_size": 3}}, id="padded"
         ),

@@ -15,9 +15,10 @@ CHUNK = 1024
 def chunked_cross_entropy(
     hidden: torch.Tensor, output: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy of an output layer, whose logits are made chunk by chunk and never kept.
+    """Cross-entropy of an output layer, whose logits are made chunk by chunk.
 
-    Gradients make them anew: memory is that of one chunk, at the price of a second product.
+    Gradients make them anew, but for the last chunk, with which they begin: memory is that of one
+    chunk, at the price of a second product of the others.
 
     Args:
         hidden: what the output layer takes, [n, d].
@@ -31,13 +32,12 @@ def chunked_cross_entropy(
     def losses(rows: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(output(rows).float(), right, reduction="none")
 
-    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    return torch.cat(
-        [
-            checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in chunks
-        ]
-    )
+    *chunks, last = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    made_anew = [
+        checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in chunks
+    ]
+    return torch.cat([*made_anew, losses(*last)])
 
 
 class SupervisedCrossEntropyLoss(nn.Module):

@@ -1,0 +1,541 @@
+"""Speed and memory of training steps, ours beside a plain loop over transformers' model.
+
+Run as ``python -m benchmarks.training`` (Linux; about a quarter of an hour on two cores). It prints
+Markdown. Both sides train the same random model of 100 M parameters, which has the proportions of
+the 3B but for the vocabulary, on the same samples in each step: short questions and answers about
+no, one or two images. Ours is the step of the recipe, once with packed rows and once with padded
+batches; theirs pads the same batches to the longest and lets the model compute the loss. Model and
+optimizer are timed alone, and together with what makes batches of files. Memory is that of fresh
+processes. With a GPU, the shapes of the 3B and the 7B follow.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
+from torch.autograd import DeviceType
+from torch.profiler import profile, record_function
+from torch.utils.data import Subset
+from torchtune.training import set_default_dtype
+
+from benchmarks.data_path import FULL_HD, jpeg, prose, spread, write_settings
+
+# transformers comes after what makes torchvision known to it
+# isort: split
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from benchmarks.encoder import peak_memory
+from quickstart.checkpoint import CONFIG
+from torchtune_vl.data import PackedRows, PaddedRows, Row, TrainingRows
+from torchtune_vl.data._packing import Planner
+from torchtune_vl.datasets import VisionChatDataset
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tune_to_hf
+from torchtune_vl.recipes import config_path
+from torchtune_vl.recipes.finetune import FinetuneRecipe, Logged
+from torchtune_vl.training._flops import peak_flops
+
+BATCH_SIZE, STEP_SIZE = 8, 8  # samples of a padded batch, and of an optimizer step
+MAX_TOKENS = 2560  # of a packed row: as many as a padded batch has without its padding
+MAX_NORM = 1.0  # of the recipe's config too
+IMAGE_COUNTS = (0.25, 0.6, 0.15)  # probabilities of none, one and two
+IGNORED = -100
+ASSISTANT_HEADER = 3  # tokens from the last <|im_start|> on: itself, "assistant" and "\n"
+# Widths and ratios of images, px, and words of questions: lengths spread as in
+# `benchmarks/packing.py`, at an eighth of the size, so that the peer's logits fit the memory
+CPU_MIX = ((80, 686), (0.5, 1.5), 30)
+PLANNERS: dict[str, Any] = {"packed": PackedRows(MAX_TOKENS), "padded": PaddedRows(BATCH_SIZE)}
+
+GPU_MAX_TOKENS, GPU_ROWS_PER_STEP, GPU_BATCH_SIZE = 16_384, 2, 4
+GPU_WORKERS = 8
+# More rows than the data workers make beforehand
+GPU_WARM_UP, GPU_STEPS, GPU_PROFILED_STEPS = 5, 30, 4
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+class Mix(NamedTuple):
+    """Conversations to make up.
+
+    Args:
+        samples: how many.
+        widths: least and most of an image, px.
+        ratios: least and most of height / width.
+        question_words: of the middle question.
+    """
+
+    samples: int
+    widths: tuple[int, int]
+    ratios: tuple[float, float]
+    question_words: int
+
+
+GPU_MIX = Mix(256, (FULL_HD[0], FULL_HD[0]), (9 / 16, 9 / 16), 600)
+
+# What differs from the tiny model of the quickstart
+_MID: dict[str, Any] = {
+    "hidden_size": 384,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_config": {
+        "depth": 6,
+        "hidden_size": 320,
+        "intermediate_size": 856,
+        "num_heads": 4,
+        "fullatt_block_indexes": [5],
+        "out_hidden_size": 384,
+    },
+}
+_PUBLISHED_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+_3B: dict[str, Any] = {
+    **_MID,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128_000,
+    "vision_config": {**_PUBLISHED_VISION, "out_hidden_size": 2048},
+}
+_7B: dict[str, Any] = {
+    **_3B,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+    "vocab_size": 152_064,
+    "vision_config": {**_PUBLISHED_VISION, "out_hidden_size": 3584},
+}
+GPU_MODELS = {"3B": _3B, "7B": _7B}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=5, help="paired steps, each of other samples")
+    arguments = parser.parse_args()
+    if arguments.runs < 2:
+        parser.error("--runs must be at least 2: quartiles are printed")
+
+    with TemporaryDirectory() as temporary:
+        print_cpu(Path(temporary), arguments.runs)
+    if torch.cuda.is_available():
+        for name, dimensions in GPU_MODELS.items():
+            with TemporaryDirectory() as temporary:
+                print_gpu(Path(temporary), name, dimensions)
+
+
+def print_cpu(root: Path, runs: int) -> None:
+    """Print the comparison on a CPU."""
+    write_checkpoint(root, _MID, torch.float32, "cpu")
+    write_data(root, Mix((runs + 1) * STEP_SIZE, *CPU_MIX))
+    ours, theirs = ours_on_cpu(root), theirs_on_cpu(root)
+    print_inputs(ours, runs)
+    alone, whole = paired_times({**packed_and_padded(ours), **padded_by_processor(theirs)}, runs)
+    held = 3 * sum(p.nbytes for p in theirs.model.parameters())  # weights and AdamW's two states
+    ours.recipe.cleanup()
+    del ours, theirs
+    memory = {name: apart(step_memory, root, name) for name in alone}
+
+    print("| rows | supervised tokens per second, ours / transformers | aim | ", end="")
+    print("with making batches | memory of a step, ours / transformers | ", end="")
+    print("with weights and optimizer | aim |\n|---|---|---|---|---|---|---|")
+    for name, aim, memory_aim in (("packed", ">= 4", "<= 0.5"), ("padded", ">= 2", "")):
+        faster, faster_whole = (
+            spread([b / a for a, b in zip(times[name], times["theirs"], strict=True)])
+            for times in (alone, whole)
+        )
+        of_step = memory[name] / memory["theirs"]
+        of_all = (memory[name] + held) / (memory["theirs"] + held)
+        print(
+            f"| {name} | {faster} | {aim} | {faster_whole} | {of_step:.2f} | {of_all:.2f} | "
+            f"{memory_aim} |"
+        )
+
+
+def print_inputs(ours: "Ours", runs: int) -> None:
+    """Print what is trained, and on what."""
+    samples = range(STEP_SIZE, (runs + 1) * STEP_SIZE)
+    rows = ours.rows(PLANNERS["padded"], samples)
+    tokens, patches = map(sum, zip(*(size for row in rows for size in row.sizes), strict=True))
+    targets = sum(len(row.batch["targets"]) for row in rows)
+    room = sum(row.batch["tokens"].numel() for row in rows)
+    parameters = sum(p.numel() for p in ours.recipe.model.parameters())
+    print(
+        f"{parameters / 1e6:.0f} M parameters, float32, {torch.get_num_threads()} threads, "
+        f"{runs} paired steps of {STEP_SIZE} samples: median (quartiles). A sample has "
+        f"{tokens / len(samples):.0f} tokens, {patches / 4 / tokens:.0%} of images, "
+        f"{targets / tokens:.0%} supervised; batches of {BATCH_SIZE} are {1 - tokens / room:.0%} "
+        f"padding, packed rows have up to {MAX_TOKENS} tokens\n"
+    )
+
+
+class Side(NamedTuple):
+    """A way to train.
+
+    Args:
+        make: batches of a step, from the numbers of its samples.
+        step: trains on them, and returns the loss.
+    """
+
+    make: Callable[[Sequence[int]], Any]
+    step: Callable[[Any], torch.Tensor]
+
+
+def paired_times(
+    sides: dict[str, Side], runs: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return seconds of each side's steps, alone and with making their batches, taken in turns.
+
+    Before that, all take one step from the same weights, whose losses have to be equal.
+    """
+    first, *steps = [range(i * STEP_SIZE, (i + 1) * STEP_SIZE) for i in range(runs + 1)]
+    # The two sides that share a model do so, since the first learning rate is 0
+    losses = [side.step(side.make(first)).item() for side in sides.values()]
+    assert max(losses) - min(losses) < 1e-4 * min(losses), losses
+
+    alone: dict[str, list[float]] = {name: [] for name in sides}
+    whole: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    for samples in steps:
+        for name in names:
+            start = time.perf_counter()
+            batches = sides[name].make(samples)
+            made = time.perf_counter()
+            sides[name].step(batches)
+            end = time.perf_counter()
+            alone[name].append(end - made)
+            whole[name].append(end - start)
+        names.reverse()
+    return alone, whole
+
+
+def step_memory(root: Path, name: str) -> int:
+    """Return the bytes that a step adds at its peak to weights, optimizer and batches."""
+    if name == "theirs":
+        side = padded_by_processor(theirs_on_cpu(root))[name]
+    else:
+        side = packed_and_padded(ours_on_cpu(root))[name]
+    batches = side.make(range(STEP_SIZE))
+    side.step(batches)  # makes the optimizer's states
+    return peak_memory(lambda: side.step(batches))
+
+
+def apart(measure: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function does in a process of its own, which starts afresh."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+def ours_on_cpu(root: Path) -> "Ours":
+    """Our side, computed as transformers' is."""
+    return Ours(
+        root,
+        {
+            "rows": {"_component_": "torchtune_vl.data.PackedRows", "max_tokens": MAX_TOKENS},
+            "num_workers": 0,
+            "device": "cpu",
+            "dtype": "fp32",
+            "compile": False,
+            "activation_checkpointing": "none",
+        },
+    )
+
+
+def packed_and_padded(ours: "Ours") -> dict[str, Side]:
+    """Both kinds of rows, for one model."""
+    return {
+        name: Side(partial(ours.rows, planner), ours.step) for name, planner in PLANNERS.items()
+    }
+
+
+def theirs_on_cpu(root: Path) -> "Theirs":
+    """Their side."""
+    return Theirs(root, BATCH_SIZE, "sdpa", "cpu")
+
+
+def padded_by_processor(theirs: "Theirs") -> dict[str, Side]:
+    """Their batches."""
+    return {"theirs": Side(theirs.batches, theirs.step)}
+
+
+class Ours:
+    """The recipe.
+
+    Args:
+        root: as :func:`write_checkpoint` and :func:`write_data` left it.
+        settings: what differs from the config.
+    """
+
+    def __init__(self, root: Path, settings: dict[str, Any]) -> None:
+        config = OmegaConf.load(config_path("qwen2_5_vl/3B_full"))
+        for key, value in {
+            "output_dir": mkdtemp(dir=root),
+            "checkpoint_dir": str(root / "base"),
+            "dataset.data_files": str(root / "train.jsonl"),
+            "max_steps": 1_000_000,
+            "shuffle": False,
+            **settings,
+        }.items():
+            OmegaConf.update(config, key, value, merge=not isinstance(value, dict))
+        self.recipe = FinetuneRecipe(cast(DictConfig, config))
+        self.recipe.setup()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # there is no run to save
+
+    def rows(self, planner: Planner, samples: Sequence[int]) -> list[Row]:
+        """Make the rows of these samples."""
+        chosen = Chosen(self.recipe.rows.dataset, samples)
+        return list(TrainingRows(chosen, planner, rows_per_step=1, shuffle=False, epochs=1))
+
+    def step(self, rows: list[Row]) -> torch.Tensor:
+        """Take an optimizer step, and return the loss."""
+        since = Logged()
+        self.recipe.cfg.rows_per_step = len(rows)
+        self.recipe._train_step(iter(rows), since)
+        return since.losses[0]
+
+
+class Chosen(Subset[dict[str, Any]]):
+    """Some samples of a dataset that measures them."""
+
+    dataset: VisionChatDataset
+
+    def measure(self, index: int) -> tuple[int, int]:
+        """Measure a sample."""
+        return self.dataset.measure(self.indices[index])
+
+
+class Theirs:
+    """A plain loop over transformers' model.
+
+    Args:
+        root: as :func:`write_checkpoint` and :func:`write_data` left it.
+        batch_size: samples of a batch; a step accumulates the gradients of several.
+        attention: of transformers.
+        device: where to train.
+    """
+
+    def __init__(self, root: Path, batch_size: int, attention: str, device: str) -> None:
+        self.batch_size = batch_size
+        self.device = device
+        self.data = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
+        self.processor = AutoProcessor.from_pretrained(root / "base")
+        self.processor.tokenizer.padding_side = "right"
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            root / "base", attn_implementation=attention, dtype="auto", device_map=device
+        ).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+
+    def batches(self, samples: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Make the batches of a step, with labels of the answers."""
+        return [
+            self.batch([self.data[index]["messages"] for index in samples[i : i + self.batch_size]])
+            for i in range(0, len(samples), self.batch_size)
+        ]
+
+    def batch(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        """Make a batch, padded to the longest."""
+        items = chain.from_iterable(messages[0]["content"] for messages in conversations)
+        images = [Image.open(item["image"]) for item in items if item["type"] == "image"]
+        inputs = self.processor(
+            text=[self.processor.apply_chat_template(messages) for messages in conversations],
+            images=images or None,
+            padding=True,
+            return_tensors="pt",
+        )
+        ids = inputs["input_ids"]
+        is_start = ids == self.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        turns_begun = is_start.cumsum(1)
+        is_answer = (turns_begun == turns_begun[:, -1:]).cumsum(1) > ASSISTANT_HEADER
+        # The template puts a line break behind the token that ends a turn
+        precedes_break = torch.arange(ids.shape[1]) < inputs["attention_mask"].sum(1)[:, None] - 1
+        return {**inputs, "labels": ids.where(is_answer & precedes_break, IGNORED)}
+
+    def step(self, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Take an optimizer step, and return the loss."""
+        targets = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            inputs = {name: x.to(self.device) for name, x in batch.items()}
+            loss = self.model(**inputs, num_items_in_batch=targets, use_cache=False).loss
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+
+def print_gpu(root: Path, name: str, dimensions: dict[str, Any]) -> None:
+    """Print the comparison on a GPU for one model."""
+    write_checkpoint(root, dimensions, torch.bfloat16, "cuda")
+    write_data(root, GPU_MIX)
+    ours: dict[str, Any] = apart(ours_on_gpu, root)
+    theirs: dict[str, Any] = apart(theirs_on_gpu, root, ours["samples"])
+    print(
+        f"\n{name}, {torch.cuda.get_device_name()}, bfloat16, rows of {GPU_MAX_TOKENS} tokens; "
+        f"transformers with {theirs['attention']}, batches of {GPU_BATCH_SIZE}; both compute "
+        "activations anew\n"
+    )
+    faster = ours["tokens"] / theirs["tokens"]
+    print("| | | aim |\n|---|---|---|")
+    print(f"| MFU | {ours['mfu']:.1%} | >= 50 % |")
+    print(f"| tokens per second | {ours['tokens']:,.0f} | |")
+    print(f"| the same, ours / transformers | {faster:.2f} | >= 1.5 |")
+    print(f"| peak memory, ours / transformers | {ours['memory'] / theirs['memory']:.2f} | |")
+    print(f"| synchronisations in {GPU_PROFILED_STEPS} steps | {ours['waits']} | 0 |")
+    print(
+        f"| waiting for data, {GPU_WORKERS} workers, 1920x1080 px | {ours['waiting']:.1%} | < 2 % |"
+    )
+
+
+def ours_on_gpu(root: Path) -> dict[str, Any]:
+    """Train by the recipe, its own data workers included, and measure."""
+    rows = {
+        "_component_": "torchtune_vl.data.PackedRows",
+        "max_tokens": GPU_MAX_TOKENS,
+        "max_patches": 4 * GPU_MAX_TOKENS,
+    }
+    settings = {"rows": rows, "rows_per_step": GPU_ROWS_PER_STEP, "num_workers": GPU_WORKERS}
+    recipe = Ours(root, settings).recipe
+    loader = recipe._load(recipe.rows)
+
+    def train(steps: int) -> Logged:
+        since = Logged()
+        for _ in range(steps):
+            recipe._train_step(loader, since)
+        return since
+
+    train(GPU_WARM_UP)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    since = train(GPU_STEPS)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    _, tokens, _, _, flops = since.counts
+    return {
+        "mfu": flops / seconds / (peak_flops(torch.cuda.get_device_name()) or math.nan),
+        "tokens": tokens / seconds,
+        "waiting": since.waited / seconds,
+        "memory": torch.cuda.max_memory_allocated(),
+        "waits": count_waits(lambda: train(GPU_PROFILED_STEPS)),
+        "samples": since.samples,
+    }
+
+
+def theirs_on_gpu(root: Path, rows: list[list[int]]) -> dict[str, Any]:
+    """Train on the samples of these rows in batches made beforehand, and measure."""
+    attention = "flash_attention_2" if find_spec("flash_attn") else "sdpa"
+    theirs = Theirs(root, GPU_BATCH_SIZE, attention, "cuda")
+    theirs.model.gradient_checkpointing_enable()
+    steps = [
+        theirs.batches(sorted(chain.from_iterable(rows[i : i + GPU_ROWS_PER_STEP])))
+        for i in range(0, GPU_ROWS_PER_STEP * GPU_PROFILED_STEPS, GPU_ROWS_PER_STEP)
+    ]
+    theirs.step(steps[0])
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for batches in steps:
+        theirs.step(batches)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    tokens = sum(int(batch["attention_mask"].sum()) for step in steps for batch in step)
+    return {
+        "tokens": tokens / seconds,
+        "memory": torch.cuda.max_memory_allocated(),
+        "attention": attention,
+    }
+
+
+def count_waits(call: Callable[[], Any]) -> int:
+    """Count how often the host waits for the GPU during a call."""
+    with profile() as profiled, record_function("steps"):
+        call()
+    events = profiled.events() or []
+    (steps,) = (
+        e.time_range for e in events if e.name == "steps" and e.device_type == DeviceType.CPU
+    )
+    return sum(
+        (e.name in WAITS or e.name.startswith("Memcpy DtoH"))
+        and steps.start <= e.time_range.start <= steps.end
+        for e in events
+    )
+
+
+def write_checkpoint(
+    root: Path, dimensions: dict[str, Any], dtype: torch.dtype, device: str
+) -> None:
+    """Write random weights as published ones are, to ``root / "base"``."""
+    directory = write_settings(root / "base")
+    vision = {**CONFIG["vision_config"], **dimensions["vision_config"]}
+    config = {
+        **CONFIG,
+        **dimensions,
+        "vision_config": vision,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    torch.manual_seed(0)
+    with torch.device(device), set_default_dtype(dtype):
+        model = qwen2_5_vl_from_config(directory)
+        torch.nn.init.normal_(model.tok_embeddings.weight, std=config["hidden_size"] ** -0.5)
+    weights = qwen2_5_vl_tune_to_hf(model.state_dict())
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_data(root: Path, mix: Mix) -> None:
+    """Write conversations, and the images that they are about, to ``root``."""
+    random = np.random.default_rng(0)
+    words = prose().split()
+
+    def text(middle: int, most: int) -> str:
+        count = int(np.clip(random.lognormal(np.log(middle), 0.9), 1, most))
+        start = int(random.integers(len(words) - count))
+        return " ".join(words[start : start + count])
+
+    lines = []
+    for number in range(mix.samples):
+        content = []
+        for place in range(random.choice(3, p=IMAGE_COUNTS)):
+            path = root / f"{number}_{place}.jpg"
+            width = int(random.uniform(*mix.widths))
+            height = int(np.clip(width * random.uniform(*mix.ratios), 56, mix.widths[1]))
+            path.write_bytes(jpeg(width, height))
+            content.append({"type": "image", "image": str(path)})
+        content.append({"type": "text", "text": text(mix.question_words, 2000)})
+        answer = [{"type": "text", "text": text(8, 60)}]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": turns}))
+    (root / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
