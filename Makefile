@@ -41,6 +41,7 @@ bench: $(INSTALLED) $(VOCABULARY)
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.training_options
 
 # The public names with their docstrings as HTML, build/docs/index.html
 docs: $(INSTALLED)

@@ -144,18 +144,22 @@ def paired_times(run: Forwards, repeats: int) -> dict[str, list[float]]:
 def peak_memory(forward: Callable[[], torch.Tensor]) -> int:
     """Return the bytes that a forward adds at its peak to what the process holds (Linux)."""
     gc.collect()
-    libc = ctypes.CDLL("libc.so.6")
-    # Tensors go back to the system when freed: no heap that depends on what ran before
-    libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-    libc.malloc_trim(0)
+    return_what_is_freed()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak to the present
-    before = _status("VmRSS")
+    before = status("VmRSS")
     forward()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(field: str) -> int:
+def return_what_is_freed() -> None:
+    """Let tensors go back to the system when freed: no heap that depends on what ran before."""
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+
+
+def status(field: str) -> int:
+    """Return the bytes that the kernel tells of this process (Linux)."""
     with open("/proc/self/status") as file:
         (line,) = (line for line in file if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

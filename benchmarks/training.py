@@ -57,8 +57,16 @@ IMAGE_COUNTS = (0.25, 0.6, 0.15)  # probabilities of none, one and two
 IGNORED = -100
 ASSISTANT_HEADER = 3  # tokens from the last <|im_start|> on: itself, "assistant" and "\n"
 # Widths and ratios of images, px, and words of questions: lengths spread as in
-# `benchmarks/packing.py`, at an eighth of the size, so that the peer's logits fit the memory
-CPU_MIX = ((80, 686), (0.5, 1.5), 30)
+# `benchmarks/packing.py`, at a tenth of the size, so that the peer's logits fit 24 GB
+CPU_MIX = ((72, 614), (0.5, 1.5), 24)
+CPU_SETTINGS: dict[str, Any] = {
+    "rows": {"_component_": "torchtune_vl.data.PackedRows", "max_tokens": MAX_TOKENS},
+    "num_workers": 0,
+    "device": "cpu",
+    "dtype": "fp32",
+    "compile": False,
+    "activation_checkpointing": "none",
+}
 PLANNERS: dict[str, Any] = {"packed": PackedRows(MAX_TOKENS), "padded": PaddedRows(BATCH_SIZE)}
 
 GPU_MAX_TOKENS, GPU_ROWS_PER_STEP, GPU_BATCH_SIZE = 16_384, 2, 4
@@ -87,7 +95,7 @@ class Mix(NamedTuple):
 GPU_MIX = Mix(256, (FULL_HD[0], FULL_HD[0]), (9 / 16, 9 / 16), 600)
 
 # What differs from the tiny model of the quickstart
-_MID: dict[str, Any] = {
+CPU_MODEL: dict[str, Any] = {
     "hidden_size": 384,
     "intermediate_size": 2048,
     "num_hidden_layers": 12,
@@ -111,7 +119,7 @@ _PUBLISHED_VISION = {
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
 _3B: dict[str, Any] = {
-    **_MID,
+    **CPU_MODEL,
     "hidden_size": 2048,
     "intermediate_size": 11008,
     "num_hidden_layers": 36,
@@ -139,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=5, help="paired steps, each of other samples")
+    parser.add_argument("--runs", type=int, default=8, help="paired steps, each of other samples")
     arguments = parser.parse_args()
     if arguments.runs < 2:
         parser.error("--runs must be at least 2: quartiles are printed")
@@ -154,7 +162,7 @@ def main() -> None:
 
 def print_cpu(root: Path, runs: int) -> None:
     """Print the comparison on a CPU."""
-    write_checkpoint(root, _MID, torch.float32, "cpu")
+    write_checkpoint(root, CPU_MODEL, torch.float32, "cpu")
     write_data(root, Mix((runs + 1) * STEP_SIZE, *CPU_MIX))
     ours, theirs = ours_on_cpu(root), theirs_on_cpu(root)
     print_inputs(ours, runs)
@@ -256,17 +264,7 @@ def apart(measure: Callable[..., Any], *arguments: Any) -> Any:
 
 def ours_on_cpu(root: Path) -> "Ours":
     """Our side, computed as transformers' is."""
-    return Ours(
-        root,
-        {
-            "rows": {"_component_": "torchtune_vl.data.PackedRows", "max_tokens": MAX_TOKENS},
-            "num_workers": 0,
-            "device": "cpu",
-            "dtype": "fp32",
-            "compile": False,
-            "activation_checkpointing": "none",
-        },
-    )
+    return Ours(root, CPU_SETTINGS)
 
 
 def packed_and_padded(ours: "Ours") -> dict[str, Side]:

@@ -336,6 +336,8 @@ def test_all_are_measured(build, num_workers: int) -> None:
     sizes = measure_all(dataset, range(len(dataset)), num_workers, show_progress=False)
     assert sizes.dtype == np.int32
     assert sizes.tolist() == [list(dataset.measure(i)) for i in range(300)]
+    none = measure_all(dataset, range(300, 300), num_workers, show_progress=False)
+    assert none.shape == (0, 2)
 
 
 def test_all_that_cannot_be_measured_are_told(build, capsys: pytest.CaptureFixture) -> None:

@@ -54,7 +54,8 @@ def measure_all(
         num_workers=num_workers,
         collate_fn=_as_arrays,
     )
-    sizes: list[np.ndarray] = []
+    # With more processes than samples some measure none
+    sizes = [np.empty((0, 2), np.int32)]
     problems: list[str] = []
     with tqdm(
         total=len(indices), desc="measuring", unit=" samples", disable=not show_progress
