@@ -1,10 +1,10 @@
 """Time and memory of training steps by the recipe's options, beside the plain setting.
 
-Run as ``python -m benchmarks.training_options`` (Linux; about three quarters of an hour on two cores).
-It prints Markdown. Model and samples are those of `benchmarks.training`: 100 M parameters, of which
-58 M are embeddings, on a CPU. Plain is full training in float32 with packed rows, AdamW, and
-nothing recomputed. Steps are taken in turns, the same samples on both sides; memory is all that a
-process of its own holds at the peak of a step beyond its libraries.
+Run as ``python -m benchmarks.training_options`` (Linux; about three quarters of an hour on two
+cores). It prints Markdown. Model and samples are those of `benchmarks.training`: 100 M parameters,
+of which 58 M are embeddings, on a CPU. Plain is full training in float32 with packed rows, AdamW,
+and nothing recomputed. Steps are taken in turns, the same samples on both sides; memory is all that
+a process of its own holds at the peak of a step beyond its libraries.
 """
 
 import argparse
