@@ -17,9 +17,9 @@ test: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)
 test-slow: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)
 	$(BIN)/python -m pytest -m ''
 
-# The comparisons with transformers alone, with the table of README.md at their end
+# The comparisons with transformers alone, slow ones too, with the table of README.md at their end
 parity: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)
-	$(BIN)/python -m pytest -n 2 tests/parity
+	$(BIN)/python -m pytest -n 2 -m '' tests/parity
 
 # Random damage to files and conversations, for MINUTES
 MINUTES ?= 10

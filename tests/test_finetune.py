@@ -1,13 +1,14 @@
 """Our recipe on one process and on two, stopped and gone on with."""
 
-import os
 import random
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -210,6 +211,16 @@ def last_step(output: Path) -> int:
     return max(read_losses(output), default=0) if logs else 0
 
 
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a run with its data workers and, which are no group of its own, torchrun's processes."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.suspend()
+    for member in family:
+        member.kill()
+    process.communicate()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "model"),
@@ -222,26 +233,24 @@ def last_step(output: Path) -> int:
 def test_killed_at_any_step(
     root: Path, tmp_path: Path, processes: int, model: dict[str, Any]
 ) -> None:
-    kills = 20
-    settings = {"epochs": 8, "save_every_n_steps": 1, "keep_last": 2, **model}
+    settings = {"epochs": 32, "save_every_n_steps": 1, "keep_last": 2, **model}
     whole = run(write_config(root, tmp_path / "whole", settings), processes)
     config = write_config(root, tmp_path / "killed", settings)
     output = config.with_suffix("")
     rng = random.Random(0)
     losses: dict[int, float] = {}
-    killed = 0
-    while killed < kills:
-        reached = last_step(output)
+    killed_after = [0]
+    while len(killed_after) <= 20:
+        target = killed_after[-1] + rng.randint(1, 3)
         process = start(config, processes, "resume=True")
-        target = min(reached + rng.randint(1, 2), len(whole) - 1)
         while process.poll() is None and last_step(output) < target:
             time.sleep(0.01)
-        time.sleep(rng.random() * 0.3)
+        time.sleep(rng.random() * 0.2)
         assert process.poll() is None, process.communicate()[0][-3000:]
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        kill(process)
         losses |= read_losses(output)
-        killed += 1
+        killed_after.append(last_step(output))
+    print(f"killed after steps {killed_after[1:]} of {len(whole)}")
     losses |= run(config, processes, "resume=True")
     assert losses == whole
     for name, weight in weights(tmp_path / "whole").items():
