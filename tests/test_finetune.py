@@ -149,6 +149,16 @@ METRICS = {
 }
 
 
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(root: Path, tmp_path: Path) -> None:
+    settings = {"model": {**ADAPTERS, "lora_dropout": 0.1}, "epochs": 4, "optimizer.lr": 1e-2}
+    whole = run(write_config(root, tmp_path / "whole", settings))
+    config = write_config(root, tmp_path / "parts", settings)
+    losses = stop_after(config, 2, processes=1)
+    assert len(losses) < len(whole)
+    assert losses | run(config, 1, "resume=True") == whole
+    assert read_samples(tmp_path / "parts") == read_samples(tmp_path / "whole")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(root: Path, tmp_path: Path) -> None:
     settings = {
         "optimizer.lr": 1e30,

@@ -290,6 +290,8 @@ class FinetuneRecipe:
                 num_workers=self.cfg.num_workers,
                 pin_memory=self.device.type == "cuda",
                 worker_init_fn=_leave_signals_to_the_trainer,
+                # Or else it draws from the random numbers of the steps, once more after resuming
+                generator=torch.Generator(),
             )
         )
 
