@@ -156,11 +156,14 @@ def run(config: Path, processes: int = 1, *overrides: str) -> dict[int, float]:
 
 def read_losses(output: Path) -> dict[int, float]:
     """The losses in the newest log of a run, by step."""
+    return read_metric(output, "loss")
+
+
+def read_metric(output: Path, name: str) -> dict[int, float]:
+    """What the newest log of a run tells of each step."""
     newest = max((output / "logs").glob("log_*.txt"), key=lambda path: path.stat().st_mtime_ns)
-    return {
-        int(step): float(loss)
-        for step, loss in re.findall(r"Step (\d+) \| loss:(\S+)", newest.read_text())
-    }
+    lines = re.findall(rf"Step (\d+) \|.*?\b{name}:(\S+)", newest.read_text())
+    return {int(step): float(value) for step, value in lines}
 
 
 def read_samples(output: Path) -> dict[int, list[int]]:

@@ -1,0 +1,71 @@
+"""Gradients' norm, and adapters before the first step."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchtune.modules.peft import DoRALinear, LoRALinear
+
+from quickstart.checkpoint import write_tiny_checkpoint
+from torchtune_vl.models.qwen2_5_vl import (
+    lora_qwen2_5_vl_from_config,
+    qwen2_5_vl_from_config,
+)
+from torchtune_vl.training._parallel import clip_grad_norm, initial_adapters, load_weights_into
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 10.0, 1e6, math.inf])
+def test_gradients_are_clipped_as_by_torch(max_norm: float) -> None:
+    ours = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(3, 3))
+    ours[:2](torch.arange(10.0).view(2, 5)).square().sum().backward()  # the last has no gradients
+    theirs = copy.deepcopy(ours)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        q.grad = None if p.grad is None else p.grad.clone()
+    norm = clip_grad_norm(ours.parameters(), max_norm)
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(theirs.parameters(), max_norm))
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.fixture(scope="module")
+def base(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("adapters") / "base"
+    write_tiny_checkpoint(directory, vocabulary)
+    return directory
+
+
+@pytest.mark.parametrize("quantize_base", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_new_adapters_change_nothing(base: Path, use_dora: bool, quantize_base: bool) -> None:
+    torch.manual_seed(0)
+    weights = qwen2_5_vl_from_config(base).state_dict()
+    with torch.device("meta"):
+        model = lora_qwen2_5_vl_from_config(
+            base,
+            lora_attn_modules=["q_proj", "v_proj", "qkv"],
+            lora_rank=4,
+            lora_alpha=8,
+            encoder_trainable="lora",
+            use_dora=use_dora,
+            quantize_base=quantize_base,
+        )
+    adapters = initial_adapters(model, weights, seed=1)
+    load_weights_into(model, {**weights, **adapters}, torch.device("cpu"))
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear | DoRALinear)]
+    assert layers
+    for layer in layers:
+        x = torch.randn(3, layer.in_dim)
+        adapted = layer(x)
+        layer.disabled = True
+        torch.testing.assert_close(adapted, layer(x), rtol=0, atol=1e-5)
+
+    # From another seed, others; those that there are stay
+    again = initial_adapters(model, weights, seed=2)
+    assert again.keys() == adapters.keys()
+    assert not any(torch.equal(again[n], a) for n, a in adapters.items() if ".lora_a." in n)
+    assert not initial_adapters(model, {**weights, **adapters}, seed=2)
