@@ -123,6 +123,7 @@ def test_a_run_and_what_it_leaves(root: Path, tmp_path: Path) -> None:
     assert sorted(s for step in samples.values() for s in step) == sorted([*range(COUNT)] * 2)
     assert (output / "loss.png").stat().st_size > 10_000
     assert "Loss curve" in messages
+    assert f"(step {best})" in messages
 
     base = qwen2_5_vl_hf_to_tune(load_file(root / "base" / "model.safetensors"))
     merged = merge_adapter(base, load_adapter(output / "epoch_1" / "adapter"))
@@ -163,6 +164,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(root: Path, tmp_path: P
 def test_a_loss_that_is_not_finite_stops_the_run(root: Path, tmp_path: Path) -> None:
     settings = {
         "optimizer.lr": 1e30,
+        "log_every_n_steps": 4,
         "lr_scheduler": {"_component_": "tests.finetune_runs.constant_rate"},
     }
     process = start(write_config(root, tmp_path / "run", settings))
