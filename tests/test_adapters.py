@@ -23,7 +23,7 @@ from torchtune_vl.models.qwen2_5_vl import (
     qlora_qwen2_5_vl_7b,
     qwen2_5_vl_from_config,
 )
-from torchtune_vl.modules.adapters import AdapterLinears, is_adapter
+from torchtune_vl.modules.adapters import AdapterLinears, DoRA, is_adapter
 from torchtune_vl.modules.summary import num_bytes
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 
@@ -244,3 +244,23 @@ def test_a_run_tells_what_it_trains(
         f"{sum(p.numel() for p in model.parameters()):,}",
         f"{adapters + merger:,}",
     ]
+
+
+def test_what_is_trained_in_full_is_not_quantized() -> None:
+    build = {
+        trainable: AdapterLinears(trainable, frozenset(), rank=4, alpha=8, quantize_base=True)
+        for trainable in ("frozen", "full")
+    }
+    assert isinstance(build["frozen"]("w1", 64, 64, False).weight.data, NF4Tensor)
+    assert not isinstance(build["full"]("w1", 64, 64, False).weight.data, NF4Tensor)
+
+
+def test_a_magnitude_that_was_loaded_stays() -> None:
+    layer, fresh = DoRA(8, 6, 2, 4), DoRA(8, 6, 2, 4)
+    state = {name: torch.rand_like(tensor) for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    fresh.load_state_dict({n: t for n, t in state.items() if n != "magnitude"}, strict=False)
+    for module in (layer, fresh):
+        module.initialize_dora_magnitude()
+    assert torch.equal(layer.magnitude, state["magnitude"])
+    assert not torch.equal(fresh.magnitude, state["magnitude"])

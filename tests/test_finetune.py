@@ -161,6 +161,18 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(root: Path, tmp_path: P
     assert read_samples(tmp_path / "parts") == read_samples(tmp_path / "whole")
 
 
+def test_gradients_are_clipped(root: Path, tmp_path: Path) -> None:
+    settings = {
+        "optimizer": {"_component_": "torch.optim.SGD", "lr": 1.0},
+        "lr_scheduler": {"_component_": "tests.finetune_runs.constant_rate"},
+        "clip_grad_norm": 1e-3,
+    }
+    steps = len(run(write_config(root, tmp_path / "run", settings)))
+    base = load_file(root / "base" / "model.safetensors")
+    moved = sum((w - base[n]).double().square().sum() for n, w in weights(tmp_path / "run").items())
+    assert 1e-4 < moved**0.5 <= 1.01e-3 * steps
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(root: Path, tmp_path: Path) -> None:
     settings = {
         "optimizer.lr": 1e30,
