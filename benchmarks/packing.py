@@ -74,7 +74,7 @@ def sizes(count: int, seed: int = 0) -> list[Size]:
     random = np.random.default_rng(seed)
     media = [_media_tokens(random) for _ in range(count)]
     text = np.clip(random.lognormal(5.5, 0.9, count), 50, 2000).astype(int).tolist()
-    return [Size(text[i] + media[i], 4 * media[i]) for i in range(count)]
+    return [Size(text[i] + media[i], 4 * media[i], text[i] // 2) for i in range(count)]
 
 
 def _media_tokens(random: np.random.Generator) -> int:
@@ -101,7 +101,7 @@ def plan(planner: PackedRows, given: list[Size]) -> Plan:
     start = time.process_time()
     (count,) = rows.steps_per_epoch()
     seconds = time.process_time() - start
-    tokens, patches = (sum(values) / count for values in zip(*given, strict=True))
+    tokens, patches, _ = (sum(values) / count for values in zip(*given, strict=True))
     return Plan(tokens / planner.max_tokens, patches / planner.max_patches, len(given) / seconds)
 
 

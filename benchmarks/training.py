@@ -192,7 +192,7 @@ def print_inputs(ours: "Ours", runs: int) -> None:
     """Print what is trained, and on what."""
     samples = range(STEP_SIZE, (runs + 1) * STEP_SIZE)
     rows = ours.rows(PLANNERS["padded"], samples)
-    tokens, patches = map(sum, zip(*(size for row in rows for size in row.sizes), strict=True))
+    tokens, patches, _ = map(sum, zip(*(size for row in rows for size in row.sizes), strict=True))
     targets = sum(len(row.batch["targets"]) for row in rows)
     room = sum(row.batch["tokens"].numel() for row in rows)
     parameters = sum(p.numel() for p in ours.recipe.model.parameters())
@@ -326,7 +326,7 @@ class Chosen(Subset[dict[str, Any]]):
 
     dataset: VisionChatDataset
 
-    def measure(self, index: int) -> tuple[int, int]:
+    def measure(self, index: int) -> tuple[int, int, int]:
         """Measure a sample."""
         return self.dataset.measure(self.indices[index])
 

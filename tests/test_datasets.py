@@ -155,7 +155,8 @@ def test_formats(build, transform: Qwen2_5_VLTransform, name: str, suffix: str) 
     assert [label for label in sample["labels"] if label != -100] == answer
     is_label = np.array(sample["labels"]) != -100
     assert (np.array(sample["tokens"])[is_label] == answer).all()
-    assert dataset.measure(0) == (len(sample["tokens"]), sum(h * w for _, h, w in media_grids))
+    patches = sum(h * w for _, h, w in media_grids)
+    assert dataset.measure(0) == (len(sample["tokens"]), patches, len(answer))
 
 
 def test_all_formats_in_one_file(build, transform: Qwen2_5_VLTransform) -> None:
@@ -337,7 +338,7 @@ def test_all_are_measured(build, num_workers: int) -> None:
     assert sizes.dtype == np.int32
     assert sizes.tolist() == [list(dataset.measure(i)) for i in range(300)]
     none = measure_all(dataset, range(300, 300), num_workers, show_progress=False)
-    assert none.shape == (0, 2)
+    assert none.shape == (0, 3)
 
 
 def test_all_that_cannot_be_measured_are_told(build, capsys: pytest.CaptureFixture) -> None:

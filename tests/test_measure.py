@@ -43,9 +43,9 @@ def asking(*items: dict[str, Any]) -> dict[str, Any]:
     return {"id": "s", "messages": [{"role": "user", "content": list(items)}, ANSWER]}
 
 
-def size_of(sample: dict[str, Any]) -> tuple[int, int]:
+def size_of(sample: dict[str, Any]) -> tuple[int, int, int]:
     vision = sample.get("encoder_input", {}).get("vision", {"patches": ()})
-    return len(sample["tokens"]), len(vision["patches"])
+    return len(sample["tokens"]), len(vision["patches"]), sample["mask"][1:].count(False)
 
 
 def outcome(function: Callable[[Any], Any], sample: Any) -> Any:

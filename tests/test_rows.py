@@ -20,7 +20,7 @@ def sample(number: int, size: Size) -> dict[str, Any]:
     """A sample whose tokens all are its number."""
     made: dict[str, Any] = {
         "tokens": [number] * size.tokens,
-        "labels": [number] * size.tokens,
+        "labels": [-100] * (size.tokens - size.targets) + [number] * size.targets,
         "input_pos": torch.zeros(size.tokens, 3, dtype=torch.int64),
     }
     if size.patches:
@@ -42,7 +42,7 @@ class Samples:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return sample(index, self.sizes[index])
 
-    def measure(self, index: int) -> tuple[int, int]:
+    def measure(self, index: int) -> tuple[int, int, int]:
         return tuple(self.sizes[index])
 
 
@@ -55,7 +55,7 @@ class Stream:
     def __iter__(self) -> Iterator[tuple[int, Size]]:
         yield from enumerate(self.sizes)
 
-    def measure(self, raw: tuple[int, Size]) -> tuple[int, int]:
+    def measure(self, raw: tuple[int, Size]) -> tuple[int, int, int]:
         return tuple(raw[1])
 
     def transform(self, raw: tuple[int, Size]) -> dict[str, Any]:
@@ -72,8 +72,8 @@ class SkippingStream(Stream):
 
 def random_sizes(count: int, seed: int = 0) -> list[Size]:
     random = np.random.default_rng(seed)
-    tokens = random.integers(1, 60, count).tolist()
-    return [Size(n, 4 * (n // 2) * int(random.integers(2))) for n in tokens]
+    tokens = random.integers(2, 60, count).tolist()
+    return [Size(n, 4 * (n // 2) * int(random.integers(2)), n // 2) for n in tokens]
 
 
 SIZES = random_sizes(200)
@@ -138,6 +138,7 @@ def test_rows_hold_what_they_say() -> None:
         assert row.batch["mask"].lengths == tuple(size.tokens for size in row.sizes)
         vision = row.batch.get("encoder_input", {"vision": {"patches": ()}})["vision"]
         assert len(vision["patches"]) == sum(size.patches for size in row.sizes)
+        assert len(row.batch["targets"]) == sum(size.targets for size in row.sizes)
 
 
 @PLANNERS
@@ -187,7 +188,7 @@ def test_rows_of_a_rank_come_heaviest_first() -> None:
 
 
 def test_ranks_share_the_work_of_a_step() -> None:
-    sizes = [Size(50, 0), Size(20, 0), Size(40, 0), Size(30, 0)]
+    sizes = [Size(50, 0, 49), Size(20, 0, 19), Size(40, 0, 39), Size(30, 0, 29)]
     settings: dict[str, Any] = {"rows_per_step": 4, "world_size": 2, "epochs": 1}
     hands = [
         [
@@ -271,7 +272,7 @@ def test_a_position_may_go_on_with_other_budgets() -> None:
 
 
 def test_the_last_step_divides_rows_and_then_adds_empty_ones() -> None:
-    sizes = [Size(10, 0), Size(20, 0), Size(30, 0)]
+    sizes = [Size(10, 0, 9), Size(20, 0, 19), Size(30, 0, 29)]
     (step,) = steps_of(Samples(sizes), PACKED, rows_per_step=2, epochs=1, shuffle=False)
     assert step[1] == [[0, 1], [2]]
     (step,) = steps_of(Samples(sizes), PACKED, rows_per_step=4, epochs=1, shuffle=False)
@@ -317,7 +318,7 @@ def test_positions_of_other_runs_are_refused(change: dict[str, Any], message: st
 
 
 def test_a_sample_too_large_is_refused_at_once_if_sizes_are_known() -> None:
-    sizes = [*SIZES, Size(65, 0)]
+    sizes = [*SIZES, Size(65, 0, 64)]
     message = r"sample 200 of the dataset: it has 65 tokens.*raise max_tokens"
     with pytest.raises(ValueError, match=message):
         TrainingRows(Samples(sizes), PACKED, rows_per_step=1, sizes=np.array(sizes))
@@ -331,13 +332,18 @@ class Unreadable(Samples):
 
 
 class Unmeasurable(Samples):
-    def measure(self, index: int) -> tuple[int, int]:
+    def measure(self, index: int) -> tuple[int, int, int]:
         raise ValueError("it has no messages")
 
 
 class Changed(Samples):
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return sample(index, Size(9, 4))
+        return sample(index, Size(9, 4, 8))
+
+
+class Unsupervised(Samples):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return sample(index, self.sizes[index]._replace(targets=0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -346,12 +352,17 @@ class Changed(Samples):
     [
         (Unreadable, ValueError, "sample 0 of the dataset: no such file: cat.jpg"),
         (Unmeasurable, ValueError, "sample 0 of the dataset: it has no messages"),
-        (Changed, RuntimeError, "sample 0 of the dataset has 9 tokens and 4 patches, but 9 and 8"),
+        (
+            Changed,
+            RuntimeError,
+            r"sample 0 of the dataset has 9 tokens, 4 patches and 8 supervised.*had 9 tokens, 8",
+        ),
+        (Unsupervised, RuntimeError, "8 patches and 0 supervised.*8 patches and 8 supervised"),
     ],
 )
 def test_errors_name_the_sample(
     dataset: type[Samples], error: type[Exception], message: str, workers: int
 ) -> None:
-    rows = TrainingRows(dataset([Size(9, 8)]), PACKED, rows_per_step=1)
+    rows = TrainingRows(dataset([Size(9, 8, 8)]), PACKED, rows_per_step=1)
     with pytest.raises(error, match=message):
         next(iter(DataLoader(rows, batch_size=None, num_workers=workers)))

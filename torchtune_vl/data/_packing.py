@@ -23,10 +23,12 @@ class Size(NamedTuple):
     Args:
         tokens: tokens, placeholders of media included.
         patches: patches of all its images and videos.
+        targets: tokens that the loss is taken of. The first token is none: nothing predicts it.
     """
 
     tokens: int
     patches: int
+    targets: int
 
 
 class Planner(Protocol):

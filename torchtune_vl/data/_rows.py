@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from torchtune_vl.data._batch import Batch
 from torchtune_vl.data._packing import Planner, Size
@@ -65,8 +66,8 @@ class TrainingRows(IterableDataset[Row]):
         dataset: has ``__len__``, ``__getitem__`` and ``measure``, both of an index; or, if it is a
             stream, ``__iter__`` over raw samples, ``measure`` and ``transform``, both of a raw
             sample, and perhaps ``skip(n)``, an iterable without the first n. Measuring gives
-            (tokens, patches), and samples are what collate functions take. Every rank and data
-            worker has to see the same samples.
+            the fields of a :class:`Size`, and samples are what collate functions take. Every rank
+            and data worker has to see the same samples.
         planner: :class:`PackedRows` or :class:`PaddedRows`.
         rows_per_step: rows of an optimizer step, over all ranks.
         rank: number of this rank among those that get different rows.
@@ -76,7 +77,7 @@ class TrainingRows(IterableDataset[Row]):
         epochs: how often to go through the dataset; None for no end.
         position: from the last row that was trained on, to go on behind its step, with any number
             of ranks.
-        sizes: int [samples, 2], tokens and patches of each sample of a dataset with indices. None
+        sizes: int [samples, 3], the :class:`Size` of each sample of a dataset with indices. None
             measures them when they are planned.
 
     Raises:
@@ -286,12 +287,16 @@ def _made(sample: _Sample) -> Mapping[str, Any]:
     with _naming(sample.number):
         made = sample.make()
     patches = made["encoder_input"]["vision"]["patches"] if "encoder_input" in made else ()
-    size = Size(len(made["tokens"]), len(patches))
+    targets = len(made["labels"]) - 1 - made["labels"][1:].count(CROSS_ENTROPY_IGNORE_IDX)
+    size = Size(len(made["tokens"]), len(patches), targets)
     if size != sample.size:
+        now, before = (
+            f"{s.tokens} tokens, {s.patches} patches and {s.targets} supervised tokens"
+            for s in (size, sample.size)
+        )
         raise RuntimeError(
-            f"sample {sample.number} of the dataset has {size.tokens} tokens and {size.patches} "
-            f"patches, but {sample.size.tokens} and {sample.size.patches} when it was measured: "
-            "it has changed since; measure the dataset anew"
+            f"sample {sample.number} of the dataset has {now}, but had {before} when it was "
+            "measured: it has changed since; measure the dataset anew"
         )
     return made
 

@@ -46,7 +46,7 @@ class Transform(Protocol):
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]: ...
 
-    def measure(self, sample: Mapping[str, Any]) -> tuple[int, int]: ...
+    def measure(self, sample: Mapping[str, Any]) -> tuple[int, int, int]: ...
 
 
 def vision_chat_dataset(
@@ -139,14 +139,14 @@ class VisionChatDataset(Dataset):
         """
         return _with_labels(self._transform(self._read(self._rows[index], index)))
 
-    def measure(self, index: int) -> tuple[int, int]:
+    def measure(self, index: int) -> tuple[int, int, int]:
         """Measure a sample without decoding its media.
 
         Args:
             index: its number.
 
         Returns:
-            Number of tokens and of patches that it has when transformed.
+            Number of tokens, of patches and of supervised tokens that it has when transformed.
 
         Raises:
             ValueError: if the row or its media cannot be read; it names them.
@@ -197,7 +197,7 @@ class StreamedVisionChat:
         rows = self._rows.skip(count)
         return StreamedVisionChat(self._transform, rows, self._read, self._start + count)
 
-    def measure(self, sample: Mapping[str, Any]) -> tuple[int, int]:
+    def measure(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
         """Measure a sample of the stream as :meth:`VisionChatDataset.measure` does."""
         return self._transform.measure(sample)
 

@@ -17,8 +17,8 @@ class Measurable(Protocol):
 
     def __len__(self) -> int: ...
 
-    def measure(self, index: int) -> tuple[int, int]:
-        """Number of tokens and of patches of a sample, or a ValueError that names it."""
+    def measure(self, index: int) -> tuple[int, int, int]:
+        """Tokens, patches and supervised tokens of a sample, or a ValueError that names it."""
 
 
 def measure_all(
@@ -37,7 +37,7 @@ def measure_all(
         show_progress: whether to show a progress bar. With several ranks, let one do so.
 
     Returns:
-        int32 [len(indices), 2], tokens and patches of each sample.
+        int32 [len(indices), 3], tokens, patches and supervised tokens of each sample.
 
     Raises:
         ValueError: if samples cannot be measured: it lists the first 20 with the reason and says
@@ -55,7 +55,7 @@ def measure_all(
         collate_fn=_as_arrays,
     )
     # With more processes than samples some measure none
-    sizes = [np.empty((0, 2), np.int32)]
+    sizes = [np.empty((0, 3), np.int32)]
     problems: list[str] = []
     with tqdm(
         total=len(indices), desc="measuring", unit=" samples", disable=not show_progress
@@ -83,7 +83,7 @@ class _Measurements(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[int, int] | str:
+    def __getitem__(self, index: int) -> tuple[int, int, int] | str:
         try:
             return self.dataset.measure(index)
         except ValueError as error:
@@ -92,5 +92,5 @@ class _Measurements(Dataset):
 
 def _as_arrays(batch: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
     problems = [entry for entry in batch if isinstance(entry, str)]
-    sizes = [(0, 0) if isinstance(entry, str) else entry for entry in batch]
+    sizes = [(0, 0, 0) if isinstance(entry, str) else entry for entry in batch]
     return np.array(sizes, np.int32), problems

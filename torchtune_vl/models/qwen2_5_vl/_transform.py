@@ -259,7 +259,7 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         with _naming(sample):
             return self._transform(sample, inference)
 
-    def measure(self, sample: Mapping[str, Any], inference: bool = False) -> tuple[int, int]:
+    def measure(self, sample: Mapping[str, Any], inference: bool = False) -> tuple[int, int, int]:
         """Find how large :meth:`__call__` makes a sample, without decoding its media.
 
         Of image files the header is read, of video files the list of packets.
@@ -269,7 +269,8 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
             inference: likewise.
 
         Returns:
-            Number of tokens, cut at ``max_seq_len``, and number of patches of all media left.
+            Of what is left within ``max_seq_len`` the number of tokens, of patches, and of tokens
+            that carry loss, the first token aside, which nothing predicts.
 
         Raises:
             ValueError: as :meth:`__call__` does, but for what only decoding shows.
@@ -277,7 +278,8 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         transforms = _MediaTransforms(self.image_transform.measure, self.video_transform.measure)
         with _naming(sample):
             _, prompt = self._prompts_of(sample, inference, transforms)
-        return len(prompt.tokens), sum(len(placed.medium.patches) for placed in prompt.media)
+        patches = sum(len(placed.medium.patches) for placed in prompt.media)
+        return len(prompt.tokens), patches, prompt.mask[1:].count(False)
 
     def _transform(self, sample: Mapping[str, Any], inference: bool) -> dict[str, Any]:
         whole, prompt = self._prompts_of(sample, inference, self._media_transforms)
