@@ -14,7 +14,7 @@ import torch
 
 from tests.reference import reference_config
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
-from torchtune_vl.training import Qwen2_5_VLCheckpointer, _directory, _weights
+from torchtune_vl.training import Qwen2_5_VLCheckpointer, _directory, _weights, export
 from torchtune_vl.training._directory import MANIFEST, check_manifest, new_directory, new_file
 from torchtune_vl.training._weights import (
     INDEX,
@@ -154,6 +154,40 @@ def test_what_a_crash_left_is_found_and_then_cleaned(base: Path, tmp_path: Path)
     assert resumed(base, output) == 2
 
 
+_WRITES_AN_EPOCH = """
+import sys
+from pathlib import Path
+from torchtune_vl.training._directory import new_directory
+
+with new_directory(Path(sys.argv[1])) as partial:
+    (partial / "weights").write_text("half")
+    print("begun", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_what_a_living_process_writes_stays(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    command = [sys.executable, "-c", _WRITES_AN_EPOCH, str(output / "epoch_1")]
+    (output / "epoch_7.partial").mkdir(parents=True)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as living:
+        assert living.stdin is not None
+        assert living.stdout is not None
+        assert living.stdout.readline() == b"begun\n"
+        assert not (output / "epoch_7.partial").exists()
+        export(base, output / "exported")
+        for epoch in (0, 1):
+            with pytest.raises(OSError, match=rf"epoch_{epoch} .*another process is writing"):
+                save(base, output, epoch=epoch)
+        assert (output / "epoch_1.partial" / "weights").read_text() == "half"
+        living.stdin.write(b"\n")
+    assert living.returncode == 0
+    assert {path.name for path in output.iterdir()} == {"epoch_1", "exported"}
+    (output / "merged.partial").mkdir()  # whose writer was killed
+    export(base, output / "merged")
+    assert not list(output.glob("*.partial"))
+
+
 def test_resuming_takes_weights_and_state_of_the_same_save(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     save(base, output, epoch=0, value=1.0)
@@ -226,7 +260,7 @@ def test_a_full_disk(base: Path, small_disk: Path) -> None:
 def test_a_read_only_disk(base: Path, small_disk: Path) -> None:
     save(base, small_disk / "output", value=1.0)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    refused(base, small_disk / "output", r"epoch_.\.partial.*name another output_dir")
+    refused(base, small_disk / "output", r"Read-only file system.*name another output_dir")
 
 
 @pytest.mark.parametrize("place", ["model.safetensors", "config.json", MANIFEST, ".next"])

@@ -178,6 +178,7 @@ class Qwen2_5_VLCheckpointer:
             raise ValueError("adapter_only: there are no adapters to save")
         target = self._output_dir / f"epoch_{epoch}"
         self._finish_recipe_state()
+        recipe_state = None
         try:
             with new_directory(target) as partial:
                 if not adapter_only:
@@ -186,13 +187,14 @@ class Qwen2_5_VLCheckpointer:
                 if training.ADAPTER_KEY in state_dict:
                     (partial / _ADAPTER).mkdir()
                     save_adapter(self._adapter(state_dict), partial / _ADAPTER)
-                recipe_state = None
                 if intermediate_checkpoint:
                     rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
                     recipe_state = self._write_recipe_state(rest)
                 write_manifest(partial, recipe_state)
         finally:
             self._finish_recipe_state()
+            if recipe_state:
+                recipe_state.unlink(missing_ok=True)  # of a save that failed
         log.info("Checkpoint written to %s", target)
 
     def _adapter(self, state_dict: Mapping[str, Any]) -> Adapter:
@@ -218,11 +220,8 @@ class Qwen2_5_VLCheckpointer:
     def _finish_recipe_state(self) -> None:
         """Move the state of the recipe to its place if the weights beside it are in theirs."""
         pending = _pending(self._recipe_state)
-        if pending.is_file():
-            if any(belongs(pending, directory) for directory in epochs(self._output_dir)):
-                pending.replace(self._recipe_state)
-            else:
-                pending.unlink()
+        if pending.is_file() and any(belongs(pending, d) for d in epochs(self._output_dir)):
+            pending.replace(self._recipe_state)
 
 
 def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Files and directories of checkpoints that are complete or not there, with checksums."""
 
+import fcntl
 import json
 import mmap
 import os
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 
 MANIFEST = "checksums.json"
 _RECIPE_STATE = "recipe_state"
+_EPOCH = re.compile(r"epoch_(\d+)")
 
 
 @contextmanager
@@ -68,36 +70,39 @@ def new_directory(target: Path) -> Iterator[Path]:
     """Write a directory, ``epoch_N``, as ``epoch_N.partial``, and rename it when it is on the disk.
 
     An older directory of this name is ``epoch_N.old`` between two renames, where :func:`survivor`
-    finds it after a crash. What crashes left of any epoch is put right before and after.
+    finds it after a crash. What crashes left of it, and of an epoch all others beside it, is put
+    right before and after. A lock keeps this from what another process is writing: one writes
+    epochs into a directory at a time.
 
     Args:
-        target: the place, ``epoch_N``.
+        target: the place.
 
     Yields:
         The directory to write to.
 
     Raises:
-        OSError: if something cannot be written; all is as before then.
+        OSError: if something cannot be written, or another process is writing there; all is as
+            before then.
     """
     partial = target.with_name(f"{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _tidy(target.parent)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        if target.exists():
-            target.rename(_old(target))
-        partial.rename(target)
-        flush(target.parent)
+        with _locked(target):
+            _tidy(target)
+            partial.mkdir()
+            try:
+                yield partial
+                if target.exists():
+                    target.rename(_old(target))
+                partial.rename(target)
+                flush(target.parent)
+            finally:
+                _tidy(target)
     except OSError as error:
         raise OSError(
             f"{target} cannot be written ({error}): make room, or name another output_dir; "
             "earlier checkpoints are as they were"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        _tidy(target.parent)
 
 
 def survivor(target: Path) -> Path:
@@ -241,16 +246,41 @@ def _old(target: Path) -> Path:
     return target.with_name(f"{target.name}.old")
 
 
-def _tidy(output_dir: Path) -> None:
-    """Put right what a crash left: what was being replaced comes back, all else goes."""
-    for partial in output_dir.glob("epoch_*.partial"):
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Keep other processes from writing a directory, or any epoch beside an epoch."""
+    lock = target.with_name(f".{'epochs' if _EPOCH.fullmatch(target.name) else target.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is writing there, and holds {lock}") from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        # Whoever held it may have removed the file since it was opened, and another made it anew
+        if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))):
+            raise BlockingIOError(f"another process is writing there, and held {lock}")
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
+def _tidy(target: Path) -> None:
+    """Put right what a crash left: what was being replaced comes back, all else goes.
+
+    Of a directory that was being written, or of all epochs if it is one.
+    """
+    names = {target.name}
+    if _EPOCH.fullmatch(target.name):
+        names |= {p.stem for p in target.parent.glob("epoch_*.*") if _EPOCH.fullmatch(p.stem)}
+    for place in (target.with_name(name) for name in names):
+        partial = place.with_name(f"{place.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-    for old in output_dir.glob("epoch_*.old"):
-        target = old.with_suffix("")
-        if target.exists():
+        old = _old(place)
+        if old.is_dir() and place.exists():
             # Half of an old directory must not look like a whole one
-            shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
-        else:
-            old.rename(target)
-    for partial in output_dir.glob("recipe_state/*.partial"):
-        partial.unlink()
+            shutil.rmtree(old.rename(partial), ignore_errors=True)
+        elif old.is_dir():
+            old.rename(place)
