@@ -1,14 +1,24 @@
-"""Sampling and limits of generation."""
+"""Sampling and limits of generation, and that it goes on as training has it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.reference import Conversation, reference_config
-from torchtune_vl.data import padded_collate_vision
+from tests.reference import (
+    IMAGE_PAD,
+    VIDEO_PAD,
+    Conversation,
+    reference_config,
+    reference_model,
+)
+from torchtune_vl.data import packed_collate_vision, padded_collate_vision
+from torchtune_vl.data._collate import padded_collate_vision_targets
 from torchtune_vl.generation import generate
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
+from torchtune_vl.models.qwen2_5_vl._positions import mrope_positions
+from torchtune_vl.training import Qwen2_5_VLCheckpointer
 
 
 @pytest.fixture
@@ -41,3 +51,56 @@ def test_prompts_that_leave_no_room(model: torch.nn.Module) -> None:
     with pytest.raises(ValueError, match="max_seq_len of 30"):
         generate(model, prompts(), max_new_tokens=20, stop_tokens=[])
     assert not model.caches_are_setup()
+
+
+MIXES = [
+    Conversation([], 7),
+    Conversation([(1, 4, 6)]),
+    Conversation([(1, 4, 6), (1, 12, 4)], 3),
+    Conversation([(20, 4, 4)], 4, [1.0]),
+    Conversation([(6, 4, 4), (1, 4, 6)], 5, [2.5]),
+    Conversation([(1, 8, 4), (9, 2, 4), (12, 4, 2)], 2, [2.0, 0.5]),
+]
+
+
+def answered(conversation: Conversation, prompt: dict[str, Any], answer: list[int]) -> dict:
+    """The sample that trains an answer to a prompt."""
+    tokens = prompt["tokens"] + answer
+    grid_thw = torch.tensor(conversation.grids, dtype=torch.int64).reshape(-1, 3)
+    positions = mrope_positions(
+        tokens,
+        grid_thw,
+        conversation.seconds_per_step,
+        image_token_id=IMAGE_PAD,
+        video_token_id=VIDEO_PAD,
+    )
+    labels = [-100] * len(prompt["tokens"]) + answer
+    return {**prompt, "tokens": tokens, "labels": labels, "input_pos": positions}
+
+
+def test_answers_are_written_where_training_has_them(tmp_path: Path) -> None:
+    """Positions of each new token, and the logits that chose it, in padded and packed rows."""
+    reference_model(reference_config("head_dim_128")).save_pretrained(tmp_path / "model")
+    model = qwen2_5_vl_from_config(tmp_path / "model").eval()
+    checkpointer = Qwen2_5_VLCheckpointer(tmp_path / "model", tmp_path / "unused")
+    model.load_state_dict(checkpointer.load_checkpoint()["model"])
+    generator = torch.Generator().manual_seed(3)
+    prompts = [conversation.sample(generator) for conversation in MIXES]
+    written: list[torch.Tensor] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: written.append(kwargs["input_pos"]), with_kwargs=True
+    )
+    batch = padded_collate_vision(prompts, pad_direction="left")
+    answers = generate(model, batch, max_new_tokens=8, stop_tokens=[])
+    hook.remove()
+    steps = torch.cat(written[1:], dim=1)  # the last token is not read again
+
+    samples = [answered(*each) for each in zip(MIXES, prompts, answers, strict=True)]
+    for sample, prompt, positions in zip(samples, prompts, steps, strict=True):
+        assert sample["input_pos"][len(prompt["tokens"]) : -1].tolist() == positions.tolist()
+    for collate in (padded_collate_vision_targets, packed_collate_vision):
+        row = collate(samples)
+        targets = row.pop("targets").tolist()
+        assert targets == [token for answer in answers for token in answer]
+        with torch.no_grad():
+            assert model(**row).argmax(-1).flatten().tolist() == targets

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -373,3 +374,19 @@ def test_data_workers_can_take_it(transform: Qwen2_5_VLTransform) -> None:
     sample = {"messages": [user(image(), text("a")), assistant("b")]}
     copied = pickle.loads(pickle.dumps(transform))
     assert copied(sample)["tokens"] == transform(sample)["tokens"]
+
+
+def test_an_answer_goes_on_from_the_largest_position_of_its_prompt(
+    transform: Qwen2_5_VLTransform,
+) -> None:
+    """Where generation writes it: see ``tests/test_generation.py``."""
+    film = {"type": "video", "video": np.zeros((40, 28, 28, 3), np.uint8), "sample_fps": 0.5}
+    for media in ([], [image()], [film], [film, image()], [image(), film, film]):
+        question = {"role": "user", "content": [*media, text("What?")]}
+        prompt = transform({"messages": [question]}, inference=True)
+        answer = {"role": "assistant", "content": "Nothing moves here."}
+        sample = transform({"messages": [question, answer]})
+        assert sample["tokens"][: len(prompt["tokens"])] == prompt["tokens"]
+        answered = sample["input_pos"][len(prompt["tokens"]) :]
+        first = int(prompt["input_pos"].max()) + 1
+        assert answered.tolist() == [[first + i] * 3 for i in range(len(answered))]

@@ -34,7 +34,7 @@ from torchtune_vl.validation._builtin import write_builtin
 from torchtune_vl.validation._compare import compare_sequences, compare_tensors
 from torchtune_vl.validation._images import image_rows
 from torchtune_vl.validation._ours import Ours
-from torchtune_vl.validation._reference import Reference
+from torchtune_vl.validation._reference import Reference, continue_behind_media
 from torchtune_vl.validation._report import KEPT_EVIDENCE, Case, Outcome, attempt, refusal
 from torchtune_vl.validation._settings import chat_template_row, image_settings_row
 from torchtune_vl.validation._videos import video_rows
@@ -210,7 +210,7 @@ def test_every_input_is_compared(report: Report, data: Path) -> None:
     chats = {case.name for case in row_of(report, "chat ids").cases if "chat.json" in case.name}
     assert chats == {f"chat.json #{n}" for n in range(5)}
     assert {case.name for case in row_of(report, "video pixels").cases} == {
-        "built-in moving square, 24 frames of 160 x 120",
+        "built-in moving square, 10 frames of 160 x 120",
         str(data / "no_video.mp4"),
     }
     texts = {case.name for case in row_of(report, "text ids").cases}
@@ -233,6 +233,21 @@ def test_what_transformers_does_not_know_is_told(report: Report) -> None:
     assert "Not compared: 6" in note
     assert "https://x.org/a is remote" in note
     assert "<|im_end|> in a text: 1" in note
+
+
+def test_known_difference_of_positions_is_named(report: Report) -> None:
+    """Two built-in conversations have a video of more seconds than its frames are wide."""
+    note = row_of(report, "positions").note
+    assert re.match(r"transformers 5\.\d+\.\d+ begins .* videos of 2 conversations before", note)
+
+
+def test_positions_move_behind_media_only() -> None:
+    """Two tokens of text, a video of two steps, text, an image, text."""
+    kinds = torch.tensor([0, 0, 2, 2, 0, 0, 1, 0])
+    behind = [[0] * 3, [1] * 3, [2, 2, 2], [9, 2, 2], [10] * 3, [11] * 3, [12] * 3, [13] * 3]
+    within = [[0] * 3, [1] * 3, [2, 2, 2], [9, 2, 2], [3] * 3, [4] * 3, [5] * 3, [6] * 3]
+    for given in (within, behind):
+        assert continue_behind_media(torch.tensor(given), kinds).tolist() == behind
 
 
 def test_times_are_of_both_sides(report: Report) -> None:

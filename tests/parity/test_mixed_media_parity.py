@@ -1,4 +1,4 @@
-"""Conversations of images and videos beside transformers' processor and positions."""
+"""Conversations of images and videos beside transformers' processor, and defined positions."""
 
 import random
 from pathlib import Path
@@ -9,14 +9,13 @@ import pytest
 import torch
 from transformers import (
     AutoProcessor,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
 )
 
 from quickstart.checkpoint import write_tiny_checkpoint
 from tests.conversations import generate_conversation, images_of
 from tests.parity.figures import record
+from tests.positions import defined_positions
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 
@@ -70,6 +69,20 @@ def reference(
     )
 
 
+def positions(conversation: list[dict[str, Any]], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Those of the definition, for transformers' ids, grids and seconds."""
+    grids = {
+        "image": iter(inputs.get("image_grid_thw", torch.empty(0, 3)).tolist()),
+        "video": iter(inputs["video_grid_thw"].tolist()),
+    }
+    kinds = [item["type"] for turn in conversation for item in turn["content"]]
+    return defined_positions(
+        inputs["input_ids"][0].tolist(),
+        [next(grids[kind]) for kind in kinds if kind != "text"],
+        inputs["second_per_grid_ts"],
+    )
+
+
 def test_images_and_videos(checkpoint: Path, processor: Qwen2_5_VLProcessor) -> None:
     limits = {"min_pixels": VIDEO_SIZE["shortest_edge"], "max_pixels": VIDEO_SIZE["longest_edge"]}
     transform = Qwen2_5_VLTransform.from_pretrained(
@@ -81,23 +94,13 @@ def test_images_and_videos(checkpoint: Path, processor: Qwen2_5_VLProcessor) -> 
         image_settings={"patch_dtype": "uint8"},
         video_settings={**limits, "patch_dtype": "uint8"},
     )
-    config = Qwen2_5_VLConfig.from_pretrained(checkpoint)
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
     for seed in range(60):
         conversation = with_videos(seed)
         expected = reference(processor, conversation)
         sample = transform({"messages": conversation})
 
         assert sample["tokens"] == expected["input_ids"][0].tolist(), seed
-        positions, _ = model.model.get_rope_index(
-            expected["input_ids"],
-            expected["mm_token_type_ids"],
-            image_grid_thw=expected.get("image_grid_thw"),
-            video_grid_thw=expected["video_grid_thw"],
-            second_per_grid_ts=torch.as_tensor(expected["second_per_grid_ts"]),
-        )
-        assert torch.equal(sample["input_pos"], positions[:, 0].T), seed
+        assert torch.equal(sample["input_pos"], positions(conversation, expected)), seed
 
         vision = sample["encoder_input"]["vision"]
         kinds = [i["type"] for turn in conversation for i in turn["content"] if i["type"] != "text"]
@@ -156,9 +159,10 @@ def test_a_batch_of_all_kinds(checkpoint: Path, processor: Qwen2_5_VLProcessor) 
                 text = processor.apply_chat_template(conversation, add_vision_id=True)
                 images = images_of(conversation) or None
                 inputs = processor(text=[text], images=images, return_tensors="pt")
-            inputs.pop("video_metadata", None)
-            if "second_per_grid_ts" in inputs:
-                inputs["second_per_grid_ts"] = torch.as_tensor(inputs["second_per_grid_ts"])
+            if "video_grid_thw" in inputs:
+                inputs["position_ids"] = positions(conversation, inputs).T[:, None]
+            for name in ("video_metadata", "second_per_grid_ts"):
+                inputs.pop(name, None)
             expected = theirs(**inputs).logits[0]
             difference = (ours[row, : len(expected)] - expected).abs().max()
             assert difference < 1e-4, row

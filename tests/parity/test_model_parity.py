@@ -9,8 +9,11 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.parity.figures import record
+from tests.positions import defined_positions
 from tests.reference import (
+    IMAGE_PAD,
     SHAPES,
+    VIDEO_PAD,
     Conversation,
     reference_config,
     reference_inputs,
@@ -134,11 +137,19 @@ def test_bfloat16_is_as_close_to_float32_as_the_reference(pair: Pair) -> None:
 
 
 def test_video_logits(pair: Pair) -> None:
+    """With the positions of the definition: see ``tests/positions.py``."""
     generator = torch.Generator().manual_seed(0)
-    conversation = Conversation([(1, 6, 6), (3, 10, 12), (2, 4, 4)], 9, [1.0, 0.5])
+    conversation = Conversation([(1, 6, 6), (9, 4, 6), (2, 4, 4)], 9, [1.0, 0.5])
     samples = [conversation.sample(generator)]
-    inputs = reference_inputs(samples)
+    positions = defined_positions(
+        samples[0]["tokens"],
+        conversation.grids,
+        conversation.seconds_per_step,
+        image_token_id=IMAGE_PAD,
+        video_token_id=VIDEO_PAD,
+    )
+    inputs = {**reference_inputs(samples), "position_ids": positions.T[:, None]}
     with torch.no_grad():
         ours = our_logits(pair.ours, samples)
-        reference = pair.reference(**inputs, second_per_grid_ts=torch.tensor([1.0, 0.5])).logits
+        reference = pair.reference(**inputs).logits
     torch.testing.assert_close(ours, reference, atol=2e-5, rtol=0)

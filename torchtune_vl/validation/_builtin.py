@@ -62,7 +62,7 @@ def write_builtin(directory: Path) -> Inputs:
         images[f"built-in {name}, {width} x {height} {suffix.upper()}"] = str(path)
     video = directory / "moving_square.mp4"
     _write_video(video)
-    name = "built-in moving square, 24 frames of 160 x 120"
+    name = "built-in moving square, 10 frames of 160 x 120"
     return Inputs(
         images=images,
         videos={name: str(video)},
@@ -129,11 +129,12 @@ _IMAGES: dict[str, tuple[int, int, str, Callable[[int, int], Image.Image]]] = {
 
 def _write_video(path: Path) -> None:
     with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("mpeg4", rate=30)
+        # Lasts longer than its frames are wide, in positions
+        stream: Any = container.add_stream("mpeg4", rate=1)
         stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
-        for i in range(24):
+        for i in range(10):
             frame = np.asarray(_gradient(160, 120)).copy()
-            frame[30:60, 5 * i : 5 * i + 30] = (250, 40, 10)
+            frame[30:60, 13 * i : 13 * i + 30] = (250, 40, 10)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torchtune_vl.models.qwen2_5_vl._tokenizer import STRUCTURAL_TOKENS
 from torchtune_vl.validation._compare import compare_sequences, compare_tensors
 from torchtune_vl.validation._inputs import Conversation
 from torchtune_vl.validation._ours import Ours
-from torchtune_vl.validation._reference import Reference, media_of
+from torchtune_vl.validation._reference import Reference, continue_behind_media, media_of
 from torchtune_vl.validation._report import Case, Outcome, Row, Track, attempt
 
 # Longer conversations are not run through the models: logits, and eager attention, take gigabytes
@@ -80,7 +81,7 @@ def chat_rows(
         Row(
             "positions",
             "M-RoPE positions (temporal, height, width) of every token, beside transformers' "
-            "get_rope_index.",
+            "get_rope_index, with what follows a medium behind its largest position.",
             "tokens",
         ),
         [],
@@ -104,6 +105,13 @@ def chat_rows(
         if len(rows.samples) < keep:
             rows.samples.append(sample)
     rows.ids.note = _note(conversations, problems)
+    if comparison.moved:
+        rows.positions.note = (
+            f"transformers {version('transformers')} begins the text behind videos of "
+            f"{comparison.moved:,} conversations before they end, at half the larger side of their "
+            "frames; compared, and run for the logits, are its positions with this text behind the "
+            "last position of the video, as the weights have learned it"
+        )
     return rows
 
 
@@ -140,6 +148,7 @@ class _Comparison:
         self.transform = ours.transform.value
         self.reference = reference
         self.rows = rows
+        self.moved = 0
         # A template of another kind need not say where answers are, which training asks for
         self.prompt = self.transform.prompts.chat_template is not None
 
@@ -177,14 +186,24 @@ class _Comparison:
             patches = ours.value["encoder_input"]["vision"]["patches"]
             expected = _patches_in_order(messages, theirs.value)
             self.rows.pixels.add(compare_tensors(name, Outcome(patches), Outcome(expected)))
-        self.rows.positions.add(self._positions(name, ours.value, theirs.value, videos))
-        return Sample(name, ours.value, theirs.value)
+        positions = attempt(self._positions_of_reference, theirs.value)
+        self.rows.positions.add(self._positions(name, ours.value, positions, videos))
+        if positions.error is not None:
+            return None
+        inputs = {**theirs.value, "position_ids": positions.value.T[:, None]}
+        return Sample(name, ours.value, inputs)
+
+    def _positions_of_reference(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        given = self.reference.positions(inputs)
+        positions = continue_behind_media(given, inputs["mm_token_type_ids"][0])
+        self.moved += not torch.equal(given, positions)
+        return positions
 
     def _positions(
         self,
         name: str,
         ours: dict[str, Any],
-        reference: dict[str, torch.Tensor],
+        reference: Outcome[torch.Tensor],
         videos: Sequence[str],
     ) -> Case:
         vision = ours.get("encoder_input", {"vision": {"grid_thw": torch.empty(0, 3)}})["vision"]
@@ -196,8 +215,7 @@ class _Comparison:
             tokens_per_second=self.transform.tokens_per_second,
         )
         a = replace(timed, value=ours["input_pos"].tolist(), error=None)
-        b = attempt(self.reference.positions, reference).map(torch.Tensor.tolist)
-        return compare_sequences(name, a, b)
+        return compare_sequences(name, a, reference.map(torch.Tensor.tolist))
 
 
 def _patches_in_order(

@@ -150,8 +150,6 @@ class _Pair:
     @torch.inference_mode()
     def reference(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return transformers' logits, float32 [s, vocabulary]."""
-        # Positions of the conversation before this one
-        self._reference.model.rope_deltas = None
         return self._reference(**inputs).logits[0].float()
 
     def spread(self, inputs: Mapping[str, torch.Tensor]) -> float:

@@ -236,7 +236,7 @@ class Reference:
         return processor(text=[text], images=images or None, return_tensors="pt", **arguments)
 
     def positions(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Number the positions of a conversation: int64 [s, 3]."""
+        """Number the positions of a conversation as the installed release does: int64 [s, 3]."""
         positions, _ = self.rope.value.get_rope_index(
             inputs["input_ids"],
             inputs["mm_token_type_ids"],
@@ -257,6 +257,26 @@ class Reference:
         return Qwen2_5_VLForConditionalGeneration.from_pretrained(
             self.directory, dtype=dtype, **_LOCAL
         ).eval()
+
+
+def continue_behind_media(positions: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+    """Let what follows a medium begin behind its largest position, as the weights have learned it.
+
+    transformers >= 5.3 lets it begin at half the larger side of the medium's grid. Before a video
+    has ended that is among its own temporal positions, and not where its ``generate`` goes on.
+
+    Args:
+        positions: as transformers numbers them, int64 [s, 3].
+        kinds: of each token, 0 for text, int64 [s].
+
+    Returns:
+        The positions, moved by what is missing behind each medium.
+    """
+    moved = positions.clone()
+    behind_media = ((kinds[1:] == 0) & (kinds[:-1] != 0)).nonzero().flatten() + 1
+    for start in behind_media.tolist():
+        moved[start:] += moved[:start].max() + 1 - moved[start, 0]
+    return moved
 
 
 def media_of(messages: Sequence[dict[str, Any]], kind: str) -> list[str]:

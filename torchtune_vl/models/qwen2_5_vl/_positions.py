@@ -25,8 +25,11 @@ def mrope_positions(
 ) -> torch.Tensor:
     """Positions of M-RoPE: equal on all axes for text, temporal, height and width for media.
 
-    After "Qwen2.5-VL Technical Report" (arXiv 2502.13923, section 2.1.3) and transformers'
-    ``Qwen2_5_VLModel.get_rope_index``.
+    What follows a medium begins at the largest position so far + 1, as "Qwen2-VL" (arXiv
+    2409.12191, section 2.1) defines it, and time goes by the clock, as "Qwen2.5-VL Technical
+    Report" (arXiv 2502.13923, section 2.1.3) does. So transformers numbered until release 4.51, and
+    so vLLM and SGLang do. transformers >= 5.3 goes on at half the larger side of the medium's grid,
+    which is less behind a video of many seconds.
 
     Args:
         tokens: token ids, placeholders expanded, of length s.
@@ -65,7 +68,7 @@ def mrope_positions(
         grid = _grid_positions(t, h // MERGE_SIZE, w // MERGE_SIZE, interval)
         end = start + len(grid)
         positions[start:end] = grid + position
-        position += max(h, w) // MERGE_SIZE
+        position += int(grid[-1].max()) + 1
     positions[end:] = np.arange(position, position + len(tokens) - end)[:, None]
     return torch.from_numpy(positions)
 

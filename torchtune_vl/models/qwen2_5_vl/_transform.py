@@ -56,7 +56,7 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
 
     The ids are those of transformers' ``Qwen2_5_VLProcessor.apply_chat_template`` with the
     published template, and with tools those of its tokenizer's; pixels and grids are those of its
-    image and video processor, positions those of ``Qwen2_5_VLModel.get_rope_index``.
+    image and video processor, positions those of its model up to release 4.51.
 
     Args:
         path: ``vocab.json``, ``tokenizer.json`` or a ``.tiktoken`` rank file.
