@@ -6,11 +6,14 @@ Its ``validate`` is here ``validate-config``: ``validate`` compares a checkpoint
 import argparse
 import logging
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+
+from torchtune_vl._shown import shown
 
 
 class _Command(NamedTuple):
@@ -82,6 +85,12 @@ def add_parsers(subparsers: Any) -> None:
 
 
 def _run(name: str, options: argparse.Namespace) -> int:
+    if name == "run":
+        try:
+            _check_config(options.arguments)
+        except (OSError, ValueError) as error:
+            print(f"tune-vl run: {shown(str(error))}", file=sys.stderr)
+            return 2
     # torchao tells of C++ extensions that it does not load
     logging.getLogger("torchao").setLevel(logging.ERROR)
     from torchtune._cli.cat import Cat
@@ -104,7 +113,42 @@ def _run(name: str, options: argparse.Namespace) -> int:
     parsed = parser.parse_args([command.of_torchtune, *options.arguments])
     if command.of_torchtune == "run":
         _check_files(subparsers.choices["run"], parsed)
+        return _run_recipe(partial(parsed.func, parsed))
     parsed.func(parsed)
+    return 0
+
+
+def _check_config(arguments: Sequence[str]) -> None:
+    """Read the config of our recipe, before torchtune is imported, which takes seconds."""
+    if "--config" not in arguments[:-1]:
+        return  # torchtune's parser knows whether one is needed
+    before = [*arguments[: arguments.index("--config")]]
+    while before and ("=" in before[-1] or before[-1].startswith("~")):
+        before.pop()
+    if before and before[-1] == "finetune":
+        from torchtune_vl.recipes._read_config import read_config
+
+        read_config(arguments[len(before) :])
+
+
+def _run_recipe(run: Callable[[], None]) -> int:
+    """Run a recipe, and return its exit status where it has several processes, too."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # What ended a process it has told itself
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run()
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        print(f"tune-vl run: process {rank} was ended by {name}", file=sys.stderr)
+        return 128 - failure.exitcode
     return 0
 
 

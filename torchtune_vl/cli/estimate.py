@@ -3,10 +3,7 @@
 import argparse
 import logging
 import sys
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from typing import Any
 
 _DESCRIPTION = """\
 Compute how much memory a config of the recipe finetune takes on each device. Nothing is trained or
@@ -56,10 +53,14 @@ def run(options: argparse.Namespace) -> int:
         The exit status, 2 if it cannot be done.
     """
     logging.getLogger("torchao").setLevel(logging.ERROR)
-    from torchtune_vl.training._memory import estimate_memory
+    from torchtune_vl.recipes._read_config import check_components, read_config
 
     try:
-        memory = estimate_memory(_read(options.config, options.overrides), options.devices)
+        config = read_config(["--config", options.config, *options.overrides])
+        check_components(config)
+        from torchtune_vl.training._memory import estimate_memory
+
+        memory = estimate_memory(config, options.devices)
     except (OSError, ValueError) as error:
         print(f"tune-vl estimate: {error}", file=sys.stderr)
         return 2
@@ -67,16 +68,3 @@ def run(options: argparse.Namespace) -> int:
     for purpose, size in {**memory, "all": sum(memory.values())}.items():
         print(f"{purpose:<16}{size / _GB:8.1f}")
     return 0
-
-
-def _read(name: str, overrides: list[str]) -> "DictConfig":
-    """A config by its name or file, with overrides as torchtune's recipes take them."""
-    from omegaconf import OmegaConf
-    from torchtune.config._utils import _merge_yaml_and_cli_args
-
-    from torchtune_vl.recipes import config_path
-
-    content: Any = OmegaConf.to_container(OmegaConf.load(config_path(name)))
-    if not isinstance(content, dict) or "rows" not in content:
-        raise ValueError(f"{name} has no rows: it is no config of the recipe finetune")
-    return _merge_yaml_and_cli_args(argparse.Namespace(**content), overrides)

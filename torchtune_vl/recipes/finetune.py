@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -52,6 +53,7 @@ from torchtune_vl.data import Row, TrainingRows
 from torchtune_vl.datasets import measure_all
 from torchtune_vl.modules import Documents
 from torchtune_vl.modules.adapters import DoRA, is_adapter
+from torchtune_vl.recipes._main import run_recipe
 from torchtune_vl.training._adapters import Adapter, merge_adapter
 from torchtune_vl.training._flops import FlopCounter, peak_flops
 from torchtune_vl.training._parallel import (
@@ -159,9 +161,7 @@ class FinetuneRecipe:
         self.rows = self._make_rows(tokenizer)
         self.validation_rows = self._make_validation_rows(tokenizer)
         self.max_steps = cfg.max_steps or sum(self.rows.steps_per_epoch())
-        self.scheduler = config.instantiate(
-            cfg.lr_scheduler, self.optimizer, num_training_steps=self.max_steps
-        )
+        self.scheduler = self._make_scheduler()
         self.step = 0
         self.losses: list[float] = []
         self.validation_losses: list[tuple[int, float]] = []
@@ -222,6 +222,14 @@ class FinetuneRecipe:
             for part, parameters in groups.items()
             if parameters
         ]
+
+    def _make_scheduler(self) -> LRScheduler:
+        if self.cfg.lr_scheduler is None:
+            return LambdaLR(self.optimizer, lambda step: 1.0)
+        scheduler: LRScheduler = config.instantiate(
+            self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.max_steps
+        )
+        return scheduler
 
     def _make_rows(self, tokenizer: Any) -> TrainingRows:
         """The data; the sizes of all samples are measured first, which finds broken ones."""
@@ -309,9 +317,9 @@ class FinetuneRecipe:
                 if self.pending_save and self.pending_save.done():
                     self._wait_for_save()
                 is_last = self.step == self.max_steps
-                saves = self.step % cfg.save_every_n_steps == 0
-                evaluates = self.step % cfg.eval_every_n_steps == 0
-                if self.step % cfg.log_every_n_steps == 0 or saves or evaluates or is_last:
+                saves = self._is_turn(cfg.save_every_n_steps, self.step)
+                evaluates = self._is_turn(cfg.eval_every_n_steps, self.step)
+                if self._logs(self.step):
                     asked_to_stop = self._log(since)
                     if self.validation_rows and (evaluates or is_last):
                         saves |= self._evaluate(self.validation_rows)
@@ -326,6 +334,18 @@ class FinetuneRecipe:
         self._export()
         if self.is_main:
             self._show()
+
+    def _is_turn(self, every: int | None, step: int) -> bool:
+        return every is not None and step % every == 0
+
+    def _logs(self, step: int) -> bool:
+        """Whether a step ends with a line of the log, which what else follows needs."""
+        every = (
+            self.cfg.log_every_n_steps,
+            self.cfg.save_every_n_steps,
+            self.cfg.eval_every_n_steps,
+        )
+        return step == self.max_steps or any(self._is_turn(n, step) for n in every)
 
     def _train_step(self, loader: Iterator[Row], since: Logged) -> None:
         start = time.perf_counter()
@@ -577,7 +597,6 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@config.parse
 def recipe_main(cfg: DictConfig) -> int:
     """Run the recipe.
 
@@ -595,4 +614,4 @@ def recipe_main(cfg: DictConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(recipe_main())
+    sys.exit(run_recipe(recipe_main))

@@ -1,0 +1,160 @@
+"""The config of the recipe: which keys and values it takes, and what it says of others."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from torchtune_vl.recipes._config import Config
+from torchtune_vl.recipes._read_config import check_components, keys_of, read_config, words
+
+CONFIG = "quickstart/digits.yaml"
+DATASET = "torchtune_vl.datasets.vision_chat_dataset"
+
+
+def error(*overrides: str, config: str = CONFIG) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        check_components(read_config(["--config", config, *overrides]))
+    return str(caught.value)
+
+
+def read(*overrides: str) -> dict[str, Any]:
+    config = read_config(["--config", CONFIG, *overrides])
+    check_components(config)
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    return dict(values)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_stepss=1", "max_stepss is no key of this recipe; the nearest is max_steps"),
+        ("gradient_accumulation_steps=8", "what it sets elsewhere rows_per_step sets here"),
+        ("learning_rates.mergers=1", "learning_rates.mergers is no key of this recipe; the nearest"
+         " is learning_rates.merger"),
+        ("parallel.tensors=1", "the nearest is parallel.tensor"),
+        ("rows.max_token=3", "rows.max_token is nothing that torchtune_vl.data.PackedRows takes; "
+         "the nearest is rows.max_tokens"),
+        ("optimizer.weight_decays=0", "the nearest is optimizer.weight_decay"),
+        ("~dataset.source", "dataset.source is missing"),
+        ("~rows_per_step", "rows_per_step is missing: rows of a step"),
+        ("~rows_per_stepp", "takes out a key that the config does not have"),
+        ("model=torchtune_vl.models.qwen2_5_vl.qwen2_5_vl_fromconfig",
+         "the nearest is qwen2_5_vl_from_config"),
+        ("model=no_such_package.model", "No module named 'no_such_package'"),
+        ("lr_scheduler.num_training_steps=3", "is set by the recipe itself"),
+        ("epochs=null", "epochs is null, and takes a whole number of at least 1"),
+        ("epochs=0.5", "epochs is 0.5, and takes a whole number of at least 1"),
+        ("optimizer=null", "optimizer is null, and takes a mapping with `_component_`"),
+        ("max_steps=0", "max_steps is 0, and takes a whole number of at least 1 or null"),
+        ("keep_last=0", "keep_last is 0, and takes a whole number of at least 1"),
+        ("log_every_n_steps=0", "log_every_n_steps is 0"),
+        ("seed=True", "seed is True, and takes a whole number of at least 0"),
+        ("resume=yes please", "resume is 'yes please', and takes True or False"),
+        ("clip_grad_norm=0", "clip_grad_norm is 0, and takes a number above 0 or null"),
+        ("clip_grad_norm=.nan", "clip_grad_norm is nan"),
+        ("dtype=bfloat16", "dtype is 'bfloat16', and takes fp32, bf16 or fp64"),
+        ("activation_checkpointing=True", "takes full, selective or none"),
+        ("optimizer.lr=fast", "optimizer.lr is 'fast', and takes a number"),
+        ("model.decoder_trainable=3", "model.decoder_trainable is 3, and takes True or False"),
+        ("dataset_val=null2", "dataset_val._component_: 'null2' cannot be imported"),
+        ("dataset=5", "dataset is "),
+        ("output_dir=${nothing}", "'nothing' not found"),
+        ("seed", "'seed' is no override: write key=value"),
+        ("--seed=3", "'--seed=3' is no override: write key=value"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(override: str, message: str) -> None:
+    said = error(override)
+    assert message in said
+    assert "\n" not in said
+
+
+def test_all_errors_are_listed() -> None:
+    lines = error("max_stepss=1", "epochs=null", "parallel.x=1", "keep_last=-1").splitlines()
+    assert lines[0] == f"{CONFIG}: 4 keys of the config are wrong"
+    assert [line.split()[0] for line in lines[1:]] == [
+        "max_stepss", "epochs", "parallel.x", "keep_last",
+    ]  # fmt: skip
+
+
+def test_null_where_it_means_something() -> None:
+    keys = ("lr_scheduler", "save_every_n_steps", "eval_every_n_steps", "clip_grad_norm",
+            "dataset_val", "max_steps", "compute_dtype")  # fmt: skip
+    config = read(*(f"{key}=null" for key in keys))
+    assert [config[key] for key in keys] == [None] * len(keys)
+    absent = read(*(f"~{key}" for key in keys if key != "dataset_val"))
+    assert [absent[key] for key in keys if key != "dataset_val"] == [None] * (len(keys) - 1)
+    assert read("clip_grad_norm=None")["clip_grad_norm"] is None
+
+
+def test_a_validation_set_is_the_training_set_but_for_what_it_says() -> None:
+    train = {
+        "_component_": DATASET,
+        "source": "json",
+        "data_files": "train.jsonl",
+        "media_dir": "x",
+    }
+    given = ["dataset.data_files=train.jsonl", "dataset.media_dir=x"]
+    config = read(*given, "~dataset_val", "dataset_val.data_files=a=b.jsonl")
+    assert config["dataset"] == train
+    assert config["dataset_val"] == {**train, "data_files": "a=b.jsonl"}
+    # One of its own is complete
+    assert "media_dir" not in read(*given)["dataset_val"]
+
+
+def test_overrides_replace_components_and_take_out_their_arguments() -> None:
+    config = read("rows=torchtune_vl.data.PaddedRows", "~rows.max_tokens", "~rows.max_patches",
+                  "rows.batch_size=2", "optimizer=torch.optim.SGD")  # fmt: skip
+    assert config["rows"] == {"_component_": "torchtune_vl.data.PaddedRows", "batch_size": 2}
+    assert config["optimizer"]["_component_"] == "torch.optim.SGD"
+    assert config["optimizer"]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [1", "line 2, column 1: did not find"),
+        (b"seed: 1\nseed: 2", "line 2, column 1: found duplicate key seed"),
+        (b"- a", "no keys at its top"),
+        (b"", "no keys at its top"),
+        (b"a: \xff", "no text in UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_config(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    said = error(config=str(path))
+    assert said.startswith(str(path))
+    assert message in said
+
+
+def test_a_wrong_key_costs_no_import_of_torch(tmp_path: Path) -> None:
+    """On several processes, too; and nothing is written."""
+    program = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        "from torchtune_vl.cli import main\nmain(sys.argv[1:])"
+    )
+    output = tmp_path / "run"
+    for options in ([], ["--nproc_per_node", "2"]):
+        command = ["run", *options, "finetune", "--config", CONFIG, f"output_dir={output}", "x=1"]
+        done = subprocess.run(
+            [sys.executable, "-c", program, *command], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (2, "False\n")
+        assert done.stderr == f"tune-vl run: {CONFIG}: x is no key of this recipe\n"
+    assert not output.exists()
+
+
+def test_docs_have_every_key() -> None:
+    text = Path("docs/training.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^(\| `[\w.]+` \|.*\|) [^|]*\|$", text, re.MULTILINE)
+    for key in keys_of(Config):
+        below = keys_of(key.group) if key.group else None
+        for name, k in [(f"{key.name}.{k.name}", k) for k in below or []] or [(key.name, key)]:
+            assert f"| `{name}` | {words(k.kind)} | {k.meaning} |" in documented

@@ -1,0 +1,151 @@
+"""The keys of the recipe's config: one description, which checks, docs and ``estimate`` follow.
+
+A key is a field of a dataclass; its type says which values it takes and its text what it means.
+Importing this takes no torch.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """The least number that a key takes."""
+
+    minimum: float
+
+
+@dataclass(frozen=True)
+class MoreThan:
+    """The number that a key's must exceed."""
+
+    bound: float
+
+
+class Component:
+    """A value that names what to call by ``_component_``, and its arguments beside it."""
+
+
+class Given:
+    """The arguments that the recipe adds to a component's.
+
+    Args:
+        *positional: their names, in their order.
+        keywords: names of those that are given by name.
+    """
+
+    def __init__(self, *positional: str, keywords: tuple[str, ...] = ()) -> None:
+        self.positional = positional
+        self.keywords = keywords
+
+
+_Count = Annotated[int, AtLeast(1)]
+_LearningRate = Annotated[float, AtLeast(0)]
+
+
+@dataclass(kw_only=True)
+class LearningRates:
+    """Learning rates of parts of the model, instead of the optimizer's."""
+
+    encoder: Annotated[_LearningRate | None, "of the vision encoder"] = None
+    merger: Annotated[_LearningRate | None, "of the merger"] = None
+    decoder: Annotated[_LearningRate | None, "of the decoder"] = None
+
+
+@dataclass(kw_only=True)
+class Parallel:
+    """How devices share the model."""
+
+    tensor: Annotated[
+        _Count,
+        "devices that share each decoder layer; without adapters only; the others share the data",
+    ]
+    plan: Annotated[Component | None, Given("model"), "how they share the layers"] = None
+    cpu_offload: Annotated[bool, "weights, gradients and optimizer in the host's memory"]
+
+
+@dataclass(kw_only=True)
+class Config:
+    """The config of the recipe ``finetune``; a key with a default may be absent."""
+
+    output_dir: Annotated[str, "directory of all that the run writes"]
+    checkpoint_dir: Annotated[
+        str, "directory of the checkpoint as the hub has it; stays needed for resuming"
+    ]
+    tokenizer: Annotated[
+        Component, "the transform, with limits of images, videos and length, see [data](data.md)"
+    ]
+    model: Annotated[Component, "what is trained and how, see [adapters](adapters.md)"]
+    checkpointer: Annotated[Component, "reads `checkpoint_dir` and writes the export"]
+    dataset: Annotated[Component, Given("tokenizer"), "see [data](data.md#datasets)"]
+    dataset_val: Annotated[
+        Component | None,
+        Given("tokenizer"),
+        "the validation set, null for none; without a `_component_`, the keys that differ from "
+        "`dataset`'s: `dataset_val.data_files=held_out.jsonl`",
+    ] = None
+    rows: Annotated[Component, "what one forward takes: `PackedRows` or `PaddedRows`"]
+    rows_per_step: Annotated[_Count, "rows of a step, over all devices"]
+    epochs: Annotated[_Count, "how often each sample is trained on"]
+    max_steps: Annotated[_Count | None, "how many steps, instead of `epochs`"] = None
+    seed: Annotated[int, AtLeast(0), "of the order of samples, of dropout and of new adapters"]
+    shuffle: Annotated[bool, "a random order of samples, new in each epoch"]
+    num_workers: Annotated[
+        int, AtLeast(0), "processes of each device that measure and decode; 0: none"
+    ]
+    optimizer: Annotated[Component, Given("params"), "any of torch, torchao or yours"]
+    learning_rates: Annotated[
+        LearningRates, "of `encoder`, `merger` and `decoder`, instead of `optimizer.lr`"
+    ]
+    lr_scheduler: Annotated[
+        Component | None,
+        Given("optimizer", keywords=("num_training_steps",)),
+        "how learning rates change with the steps; null: they stay",
+    ] = None
+    clip_grad_norm: Annotated[
+        Annotated[float, MoreThan(0)] | None, "largest norm of the gradient; null for none"
+    ] = None
+    device: Annotated[Literal["cuda", "cpu"], "where it computes"]
+    dtype: Annotated[Literal["fp32", "bf16", "fp64"], "of weights, gradients and optimizer"]
+    compute_dtype: Annotated[
+        Literal["fp32", "bf16", "fp64"] | None, "of the computation, if it is another"
+    ] = None
+    compile: Annotated[bool, "`torch.compile`, layer by layer"]
+    activation_checkpointing: Annotated[
+        Literal["full", "selective", "none"],
+        "`full`: every layer is computed again in backward; `selective`: every other; `none`",
+    ]
+    activation_offloading: Annotated[bool, "kept activations wait in the host's memory"]
+    parallel: Annotated[Parallel, "how devices share the model"]
+    save_every_n_steps: Annotated[
+        _Count | None,
+        "see [below](#stopping-and-going-on), written while the next steps run; null: only when "
+        "the run is stopped, at its end, and at the best validation loss",
+    ] = None
+    keep_last: Annotated[_Count, "how many steps to keep, beside the best"]
+    eval_every_n_steps: Annotated[_Count | None, "validation; null: at the end alone"] = None
+    resume: Annotated[bool, "go on from the newest step, if there is one"]
+    log_every_n_steps: Annotated[_Count, "a line of the log, and then only waiting for the device"]
+    metric_logger: Annotated[Component, "torchtune's: disk, TensorBoard, W&B, ..."]
+
+
+# Keys of torchtune's recipes and other trainers', beside what does the same here
+NAMES_ELSEWHERE = {
+    "gradient_accumulation_steps": "rows_per_step",
+    "per_device_train_batch_size": "rows_per_step",
+    "batch_size": "rows_per_step",
+    "max_steps_per_epoch": "max_steps",
+    "num_train_epochs": "epochs",
+    "learning_rate": "optimizer.lr",
+    "max_grad_norm": "clip_grad_norm",
+    "enable_activation_checkpointing": "activation_checkpointing",
+    "enable_activation_offloading": "activation_offloading",
+    "resume_from_checkpoint": "resume",
+    "run_val_every_n_steps": "eval_every_n_steps",
+    "save_steps": "save_every_n_steps",
+    "save_total_limit": "keep_last",
+    "eval_steps": "eval_every_n_steps",
+    "logging_steps": "log_every_n_steps",
+    "tensor_parallel_dim": "parallel.tensor",
+    "fsdp_cpu_offload": "parallel.cpu_offload",
+}
