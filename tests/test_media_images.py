@@ -1,15 +1,17 @@
 import contextlib
 import io
+import sys
+import types
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from torchtune_vl.media import _images
-from torchtune_vl.media._images import describe_image, to_rgb
+from torchtune_vl.media._images import describe_image, rgb_size, to_rgb
 
 
 def noise(*shape):
@@ -151,3 +153,37 @@ def test_warning_that_is_an_error_is_not_called_damage():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="more than 8 bits"):
             to_rgb(encoded("TIFF", Image.new("F", (9, 9))))
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99
+
+
+def test_photographs_of_phones_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for read in (to_rgb, rgb_size):
+        with pytest.raises(ValueError, match=r"is a HEIC file.* pip install pillow-heif, or conv"):
+            read(HEIC)
+
+
+def test_photographs_of_phones_are_decoded_by_the_plugin(monkeypatch):
+    """One that stands for pillow-heif: it teaches Pillow the format."""
+
+    class Photograph(ImageFile.ImageFile):
+        format = "HEIF"
+
+        def _open(self):
+            self._size, self._mode = (3, 2), "RGB"
+
+        def load(self):
+            self.im = Image.new("RGB", self.size, "red").im
+            return super().load()
+
+    def register_heif_opener():
+        Image.register_open("HEIF", Photograph, lambda head: head[4:12] == b"ftypheic")
+
+    plugin = types.SimpleNamespace(register_heif_opener=register_heif_opener)
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    assert rgb_size(HEIC) == (2, 3)
+    assert to_rgb(HEIC)[:, 0, 0].tolist() == [255, 0, 0]

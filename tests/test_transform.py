@@ -14,6 +14,7 @@ from PIL import Image
 from torchtune.data import Message
 
 from quickstart.checkpoint import write_tiny_checkpoint
+from tests.videos import CLIPS, write_clip
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform, qwen2_5_vl_transform
 
 IMAGE = Image.new("RGB", (56, 84), "teal")
@@ -238,6 +239,21 @@ def test_base64(transform: Qwen2_5_VLTransform) -> None:
     assert torch.equal(
         sample["encoder_input"]["vision"]["patches"], expected["encoder_input"]["vision"]["patches"]
     )
+
+
+def test_addresses_of_videos(transform: Qwen2_5_VLTransform, tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.mp4", CLIPS["H.264, B-frames"])
+    samples = [
+        transform({"messages": [{"role": "user", "content": [item]}]})
+        for item in (
+            {"type": "video", "video": path},
+            {"type": "video_url", "video_url": {"url": path.as_uri()}},
+            {"type": "video_url", "video_url": str(path)},
+            {"video_url": {"url": path.as_uri()}},
+        )
+    ]
+    for sample in samples:
+        assert sample["tokens"] == samples[0]["tokens"]
 
 
 def test_limits_of_one_image(transform: Qwen2_5_VLTransform) -> None:

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -185,3 +186,17 @@ def test_a_medium_that_just_fits_stays(make) -> None:
     cut = make(end)({"messages": messages})
     assert cut["tokens"] == whole[:end]
     assert cut["truncated"]["images"] == 0
+
+
+def test_the_remedy_is_that_of_the_media(make) -> None:
+    film = {"type": "video", "video": np.zeros((8, 28, 28, 3), np.uint8)}
+    fps = r"lower fps, max_frames or video_max_pixels \(of one video nframes or max_pixels\)"
+    for media, remedy in (
+        ([], r"\(now 9\), or shorten"),
+        ([MEDIUM], r"\(now 9\), lower max_pixels, or shorten"),
+        ([film], rf"\(now 9\), {fps}, or shorten"),
+        ([film, MEDIUM], rf"\(now 9\), lower max_pixels, {fps}, or shorten"),
+    ):
+        for messages in (exchange(0, *media), exchange(0, *media)[:1]):
+            with pytest.raises(ValueError, match=remedy):
+                make(9)({"messages": messages}, inference=len(messages) == 1)

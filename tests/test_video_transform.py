@@ -108,6 +108,50 @@ def test_an_odd_frame_is_repeated(transform):
 # Sources
 
 
+DURATIONS = [40, 100, 40, 40, 40, 40, 40]  # milliseconds of each frame
+
+
+@pytest.fixture
+def animation(tmp_path):
+    """An animation in WebP that keeps all values, and its frames."""
+    frames = [Image.fromarray(frame) for frame in noise(7, 60, 80, 3)]
+    path = tmp_path / "animation.webp"
+    options = {"save_all": True, "append_images": frames[1:], "lossless": True}
+    frames[0].save(path, duration=DURATIONS, **options)
+    return path, frames
+
+
+def test_animations_in_webp_are_videos(transform, animation):
+    path, frames = animation
+    for source in (
+        path,
+        str(path),
+        path.as_uri(),
+        path.read_bytes(),
+        io.BytesIO(path.read_bytes()),
+    ):
+        sample = transform({"video": source, "fps": 10})
+        assert sample["frame_indices"] == [0, 2, 4, 6]
+        chosen = transform({"video": [frames[i] for i in sample["frame_indices"]]})
+        assert torch.equal(sample["pixel_values_videos"], chosen["pixel_values_videos"])
+        assert sample["seconds_per_step"] == pytest.approx(2 / (4 / 0.34))
+        measured = transform.measure({"video": source, "fps": 10})
+        assert measured["pixel_values_videos"].shape == sample["pixel_values_videos"].shape
+
+
+def test_images_in_webp_are_no_videos(transform, tmp_path):
+    Image.new("RGB", (60, 80)).save(tmp_path / "still.webp")
+    with pytest.raises(ValueError, match="without an animation: pass it as an image"):
+        transform({"video": tmp_path / "still.webp"})
+
+
+def test_animations_that_are_cut_off(transform, animation):
+    data = animation[0].read_bytes()
+    for length in (30, 200, len(data) // 2, len(data) - 1):
+        with pytest.raises(ValueError, match=r"video data of .* (damaged|no animation|without)"):
+            transform({"video": data[:length], "nframes": 2})
+
+
 class Pipe(io.RawIOBase):
     """A handle that reads in one direction."""
 
@@ -205,8 +249,8 @@ def test_remote_limits_reach_the_frames_of_a_list():
         ({"fps": float("nan")}, "fps is nan"),
         ({"fps": "2"}, "fps is '2'"),
         ({"fps": 2, "nframes": 4}, "both fps and nframes"),
-        ({"nframes": 1}, "nframes 1 asks for 0 of 40 frames"),
-        ({"nframes": 42}, "nframes 42 asks for 42 of 40 frames"),
+        ({"nframes": 1}, "nframes 1 asks for 0 of 40 frames: ask for at least 2 of them"),
+        ({"nframes": 42}, "nframes 42 asks for 42 of 40 frames: ask for at most that many"),
         ({"nframes": 4.0}, "nframes is 4.0: make it an integer"),
         ({"nframes": True}, "nframes is True"),
         ({"max_frames": 1}, "max_frames 1 ask for 0 of 40"),
@@ -254,7 +298,8 @@ def test_settings_that_frames_cannot_have(transform, settings):
         ({"max_frames": 0}, "max_frames is 0"),
         ({"min_frames": 2.5}, "min_frames is 2.5"),
         ({"total_pixels": 0}, "total_pixels is 0"),
-        ({"min_pixels": 4000, "max_pixels": 3999}, "min_pixels is 4000 and max_pixels 3999"),
+        ({"min_pixels": 4000, "max_pixels": 3999}, "min_pixels of a video is 4000 and .* 3999"),
+        ({"max_pixels": 50176}, "in a config video_min_pixels and video_max_pixels"),
         ({"patch_dtype": "float16"}, "unknown patch_dtype 'float16'"),
         ({"patch_dtype": "uint8", "image_mean": (0.5, 0.5, 0.5)}, "use float32"),
     ],

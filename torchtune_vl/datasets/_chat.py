@@ -259,7 +259,7 @@ class _RowReader:
     def _item(self, item: Any) -> Any:
         if not isinstance(item, Mapping):
             return item
-        is_medium = item.get("type") in ("image", "image_url", "video")
+        is_medium = item.get("type") in ("image", "image_url", "video", "video_url")
         keys = (*_SOURCE_KEYS, "content") if is_medium else _SOURCE_KEYS
         return {key: self._source(value) if key in keys else value for key, value in item.items()}
 

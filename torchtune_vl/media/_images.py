@@ -6,13 +6,14 @@ Shapes: C channels (3), H height and W width in pixels.
 import os
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from io import BytesIO
 from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from torchtune_vl.media._sources import (
     RemoteLimits,
@@ -45,6 +46,8 @@ _TOLD_BY_HEADER = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")
 _PLAIN_HEAD_BYTES = 4096  # more than the tables of a plain JPEG
 _PNG_SIGNATURE_BYTES = 8
 _PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 # Files with further frames that are no more than views or layers of the first
 _ONE_PICTURE = ("MPO", "PSD")
@@ -252,10 +255,35 @@ def _has_late_metadata(png: BinaryIO) -> bool:
 def _open(file: BinaryIO) -> Image.Image:
     try:
         return Image.open(file)
+    except UnidentifiedImageError as error:
+        if _is_heic(file):
+            return _open_heic(file)
+        raise _undecodable(error) from error
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"is too large for Pillow ({error}); make it smaller, or if you trust it, raise "
             "PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except Exception as error:  # as above
+        raise _undecodable(error) from error
+
+
+def _is_heic(file: BinaryIO) -> bool:
+    """Whether a file is of the kind that phones write (ISO/IEC 23008-12)."""
+    file.seek(0)
+    head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:] in _HEIC_BRANDS
+
+
+def _open_heic(file: BinaryIO) -> Image.Image:
+    file.seek(0)
+    try:
+        import_module("pillow_heif").register_heif_opener()
+        return Image.open(file)
+    except ImportError as error:
+        raise ValueError(
+            "is a HEIC file, which Pillow decodes with a plugin only: pip install pillow-heif, or "
+            "convert it to JPEG"
         ) from error
     except Exception as error:  # as above
         raise _undecodable(error) from error

@@ -21,6 +21,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from torchtune_vl.media._sources import RemoteLimits, Source, read_bytes
+from torchtune_vl.media._webp import WEBP_HEAD, WebPAnimation, is_webp
 
 Skip = Literal["DEFAULT", "NONREF"]
 
@@ -41,6 +42,28 @@ if int(av.__version__.split(".")[0]) >= 17:
 READ_ERRORS = (av.FFmpegError, OSError)
 MISSING = "the decoder gives no frame"
 DAMAGED = "the decoder finds errors in it"
+
+
+def open_video(source: Source, remote: RemoteLimits | None = None) -> "Video | WebPAnimation":
+    """Opens a video file, or an animation in WebP, which FFmpeg does not decode.
+
+    Args:
+        source (Source): as :class:`Video` takes it.
+        remote (RemoteLimits | None): as there.
+
+    Returns:
+        Video | WebPAnimation: its frames, to be closed by the caller.
+
+    Raises:
+        ValueError: as :class:`Video` does.
+    """
+    if _local_path(source) is None:
+        source = read_bytes(source, remote)
+    with _open_file(source, remote) as file:
+        if is_webp(file.read(WEBP_HEAD)):
+            file.seek(0)
+            return WebPAnimation(file.read())
+    return Video(source, remote)
 
 
 class Video:
@@ -336,11 +359,17 @@ class Video:
 
 
 def _open_file(source: Source, remote: RemoteLimits | None) -> BinaryIO:
-    path = source.removeprefix("file://") if isinstance(source, str) else source
-    if isinstance(path, str | os.PathLike) and os.path.isfile(path):
+    path = _local_path(source)
+    if path is not None:
         with suppress(OSError):  # read_bytes says what is wrong
             return open(path, "rb")
     return BytesIO(read_bytes(source, remote))
+
+
+def _local_path(source: Source) -> str | os.PathLike | None:
+    """The path of a file that is there."""
+    path = source.removeprefix("file://") if isinstance(source, str) else source
+    return path if isinstance(path, str | os.PathLike) and os.path.isfile(path) else None
 
 
 def _open_container(file: BinaryIO) -> InputContainer:

@@ -168,7 +168,7 @@ class _Reader:
         kind = item.get("type") or _implied_type(item)
         if kind in ("image", "image_url"):
             return self._medium("image", item)
-        if kind == "video":
+        if kind in ("video", "video_url"):
             return self._medium("video", item)
         if kind == "boxes":
             return self._objects(item)
@@ -313,7 +313,7 @@ def _implied_type(item: Mapping[str, Any]) -> str | None:
     implied = {
         "boxes": ("boxes", "bbox_2d", "point_2d"),
         "image": ("image", "image_url"),
-        "video": ("video",),
+        "video": ("video", "video_url"),
         "text": ("text",),
     }
     return next((kind for kind, keys in implied.items() if item.keys() & {*keys}), None)

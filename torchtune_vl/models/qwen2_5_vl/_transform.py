@@ -380,7 +380,9 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         limit, length = self.max_seq_len, len(whole.tokens)
         if limit is None or length <= limit:
             return whole
-        remedy = f"raise max_seq_len (now {limit}), lower max_pixels or shorten the sample"
+        kinds = {placed.medium.kind for placed in whole.media}
+        smaller = [f"lower {_MAKES_SMALLER[kind]}, " for kind in sorted(kinds)]
+        remedy = f"raise max_seq_len (now {limit}), {''.join(smaller)}or shorten the sample"
         if inference:
             raise ValueError(f"the prompt has {length} tokens: {remedy}")
         if self.truncation == "turns":
@@ -440,6 +442,11 @@ def _naming(sample: Mapping[str, Any]) -> Iterator[None]:
         raise ValueError(f"sample {sample['id']!r}: {error}") from error
 
 
+# By what a medium takes fewer tokens
+_MAKES_SMALLER = {
+    "image": "max_pixels",
+    "video": "fps, max_frames or video_max_pixels (of one video nframes or max_pixels)",
+}
 _NO_MEDIA = torch.empty(0, 3, dtype=torch.int64)
 
 

@@ -22,7 +22,8 @@ import torch
 
 from torchtune_vl.media._images import describe_image, rgb_size, to_rgb
 from torchtune_vl.media._sources import RemoteLimits, describe_source
-from torchtune_vl.media._videos import Video
+from torchtune_vl.media._videos import Video, open_video
+from torchtune_vl.media._webp import WebPAnimation
 from torchtune_vl.models.qwen2_5_vl._image_transform import (
     SQUARE,
     PatchDtype,
@@ -155,8 +156,8 @@ class Qwen2_5_VLVideoTransform:
         )
         if min_pixels > max_pixels:
             raise ValueError(
-                f"min_pixels is {min_pixels} and max_pixels {max_pixels}: "
-                "make them min_pixels <= max_pixels"
+                f"min_pixels of a video is {min_pixels} and max_pixels {max_pixels}: make them "
+                "min_pixels <= max_pixels (in a config video_min_pixels and video_max_pixels)"
             )
         if patch_dtype not in get_args(PatchDtype):
             raise ValueError(
@@ -269,12 +270,12 @@ class Qwen2_5_VLVideoTransform:
                     raise ValueError(
                         "sample_fps belongs to frames that are given: for a file, set fps"
                     )
-                with Video(video, self.remote) as file:
+                with open_video(video, self.remote) as file:
                     yield self._frames_of_file(file, settings), settings
         except ValueError as error:
             raise ValueError(f"{_describe(video)}: {error}") from error
 
-    def _frames_of_file(self, file: Video, settings: Mapping[str, Any]) -> _Frames:
+    def _frames_of_file(self, file: Video | WebPAnimation, settings: Mapping[str, Any]) -> _Frames:
         indices, fps = self._sample(file.num_frames, file.fps, settings)
         # Turned frames have strides that torch does not take
         frames_CHW = (
@@ -459,7 +460,8 @@ def frame_count(
         wanted = min(max(num_frames / video_fps * fps, fewest), most, num_frames)
         count = math.floor(wanted / TEMPORAL_PATCH_SIZE) * TEMPORAL_PATCH_SIZE
     if not TEMPORAL_PATCH_SIZE <= count <= num_frames:
-        raise ValueError(f"{asked} for {count} of {num_frames} frames: ask for at least 2 of them")
+        remedy = "at most that many" if count > num_frames else "at least 2 of them"
+        raise ValueError(f"{asked} for {count} of {num_frames} frames: ask for {remedy}")
     return count
 
 
@@ -502,7 +504,8 @@ def frame_size(
     most = min(limit, allowed)
     if most < min_pixels:
         raise ValueError(
-            f"min_pixels is {min_pixels} and max_pixels {most}: make them min_pixels <= max_pixels"
+            f"min_pixels is {min_pixels} and max_pixels {most}: make them min_pixels <= "
+            "max_pixels, where the first is video_min_pixels of the transform if not set here"
         )
     # A share of a pixel counts where qwen-vl-utils rounds the sides
     return smart_resize(height, width, SQUARE, min_pixels, cast(int, most))
