@@ -337,7 +337,7 @@ def test_all_damages_are_listed_and_intended_ones_can_be_declared(saved: Path) -
         load(saved)
     assert "config.json" not in str(error.value)
     (saved / MANIFEST).write_text("{")
-    with pytest.raises(ValueError, match=rf"{MANIFEST} is damaged .* delete it"):
+    with pytest.raises(ValueError, match=rf"{MANIFEST}: not a JSON file .* delete it"):
         load(saved)
 
 

@@ -1,6 +1,5 @@
 """Checkpoints in the published layout: in, and out again."""
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ import torch
 from torchtune import training
 from torchtune.training.checkpointing._utils import check_outdir_not_in_ckptdir
 
+from torchtune_vl.models._json import read_json_object
 from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_from_config,
     qwen2_5_vl_hf_to_tune,
@@ -52,6 +52,7 @@ _COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".tiktoken")
 # ... but for those that speak of files of weights
 _OWN = (INDEX, MANIFEST, CONFIG)
 _ADAPTER = "adapter"
+_LISTED = 20  # tensors in an error
 _FILES_OF_THEIR_OWN = (training.MODEL_KEY, training.ADAPTER_KEY, training.ADAPTER_CONFIG)
 _PARTS = ("encoders.vision.merger.", "encoders.vision.", "decoder.")
 
@@ -349,7 +350,7 @@ def _refuse_differences(
     ]
     problems = {"unknown": unknown, "missing": missing, "of another shape": misshapen}
     lines = [
-        f"{len(found)} tensors {what}:\n  " + "\n  ".join(found)
+        f"{len(found)} tensors {what}:\n  " + "\n  ".join(found[:_LISTED])
         for what, found in problems.items()
         if found
     ]
@@ -368,7 +369,7 @@ def _state_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
     """State the dtype of the weights in a config, since transformers loads in what it states."""
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     name = str(dtype).removeprefix("torch.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json_object(path).content
     parts = [config, config.get("text_config") or {}, config.get("vision_config") or {}]
     stating = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
     for part, key in stating or [(config, "torch_dtype")]:

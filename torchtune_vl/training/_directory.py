@@ -15,6 +15,8 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError
 
+from torchtune_vl.models._json import JsonObject, read_json_object
+
 MANIFEST = "checksums.json"
 _RECIPE_STATE = "recipe_state"
 _EPOCH = re.compile(r"epoch_(\d+)")
@@ -163,8 +165,8 @@ def check_manifest(directory: Path) -> None:
         ValueError: if files are missing, or of another size or checksum; it names all of them.
     """
     with ThreadPoolExecutor() as pool:
-        expected = _manifest(directory).get("files", {})
-        damages = pool.map(_damage, (directory / name for name in expected), expected.values())
+        files = _manifest(directory).part("files")
+        damages = pool.map(lambda name: _damage(directory / name, files.part(name)), files.content)
         problems = [damage for damage in damages if damage]
     if problems:
         raise ValueError(
@@ -186,27 +188,28 @@ def belongs(recipe_state: Path, directory: Path) -> bool:
     Raises:
         ValueError: if ``checksums.json`` is damaged.
     """
-    expected = _manifest(directory).get(_RECIPE_STATE)
-    return expected is not None and _damage(recipe_state, expected) is None
+    manifest = _manifest(directory)
+    return _RECIPE_STATE in manifest and not _damage(recipe_state, manifest.part(_RECIPE_STATE))
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
+def _manifest(directory: Path) -> JsonObject:
     path = directory / MANIFEST
     if not path.is_file():
-        return {}
+        return JsonObject(path, {})
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again, or delete it") from None
+        return read_json_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: copy it again, or delete it") from None
 
 
-def _damage(path: Path, expected: dict[str, Any]) -> str | None:
+def _damage(path: Path, expected: JsonObject) -> str | None:
+    expected_size, checksum = expected.whole("size", 0), expected.text("xxh3_128")
     if not path.is_file():
         return f"{path} is missing"
     size = path.stat().st_size
-    if size != expected["size"]:
-        return f"{path} has a size of {size} bytes, expected {expected['size']}"
-    if _entry(path) != expected:
+    if size != expected_size:
+        return f"{path} has a size of {size} bytes, expected {expected_size}"
+    if _checksum(path) != checksum:
         return f"{path} has another checksum than when it was written"
     return None
 

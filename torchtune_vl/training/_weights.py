@@ -1,6 +1,5 @@
 """Tensors in safetensors files, one or several with an index."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +10,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from torchtune_vl.models._json import read_json_object
 from torchtune_vl.training._directory import new_file, write_json
 
 INDEX = "model.safetensors.index.json"
@@ -38,11 +38,13 @@ def weight_files(directory: Path) -> list[Path]:
     """
     index = directory / INDEX
     if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from None
-        return [directory / name for name in sorted(names)]
+        weight_map = read_json_object(index).part("weight_map")
+        names = {tensor: weight_map.text(tensor) for tensor in weight_map.content}
+        for tensor in (tensor for tensor, name in names.items() if not name):
+            raise weight_map.error(tensor, "the name of a file")
+        if not names:
+            raise ValueError(f"{index}: weight_map is empty: download the index again")
+        return [directory / name for name in sorted(set(names.values()))]
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
@@ -67,6 +69,8 @@ def stored_tensors(files: Sequence[Path], rename: Callable[[str], str] = str) ->
     """
     stored: dict[str, Stored] = {}
     for path in files:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is no file, but something else: it holds no weights")
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118

@@ -1,13 +1,14 @@
 """The published sizes, and the model that a ``config.json`` describes."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torchtune_vl.models._json import JsonObject, read_json_object
 from torchtune_vl.models.qwen2_5_vl._component_builders import lora_qwen2_5_vl, qwen2_5_vl
 from torchtune_vl.models.qwen2_5_vl._fusion import VisionFusionModel
 from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE, WINDOW_UNITS
+from torchtune_vl.models.qwen2_5_vl._pretrained import text_config
 
 _DIMENSIONS: dict[str, dict[str, Any]] = {
     "3B": {
@@ -307,6 +308,12 @@ _VISION_DEFAULTS: dict[str, Any] = {
     "fullatt_block_indexes": (7, 15, 23, 31),
 }
 _ROPE_DEFAULTS: dict[str, Any] = {"rope_theta": 1e6, "mrope_section": (16, 24, 24)}
+_SPECIAL_TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
+_UNTIED = {"tie_word_embeddings": False}
+# Ten times what the largest models have: beyond is damage, and could not be built
+_DEEPEST = 1_000
+_WIDEST = 10_000_000
+_LARGEST_PATCH = 1_000
 
 
 def qwen2_5_vl_from_config(
@@ -360,14 +367,43 @@ def lora_qwen2_5_vl_from_config(
 
 
 def _dimensions_of(checkpoint_dir: str | Path) -> dict[str, Any]:
-    path = Path(checkpoint_dir) / "config.json"
-    try:
-        return _dimensions(read_config(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    """Translate a ``config.json`` to the arguments of :func:`qwen2_5_vl`."""
+    config = read_config(Path(checkpoint_dir) / "config.json")
+    given_text = text_config(config)
+    text = given_text.over(_TEXT_DEFAULTS)
+    vision = config.part("vision_config").over(_VISION_DEFAULTS)
+    special = config.over(_SPECIAL_TOKENS)
+    _refuse_unsupported(text, vision)
+    vocab_size, width = text.whole("vocab_size", most=_WIDEST), text.whole("hidden_size")
+    num_heads = _heads(text, "num_attention_heads", width)
+    vision_num_heads = _heads(vision, "num_heads", vision.whole("hidden_size"), even_halves=True)
+    depth = vision.whole("depth", most=_DEEPEST)
+    return {
+        "vocab_size": vocab_size,
+        "num_layers": text.whole("num_hidden_layers", most=_DEEPEST),
+        "num_heads": num_heads,
+        "num_kv_heads": _kv_heads(text, num_heads),
+        "embed_dim": width,
+        "intermediate_dim": text.whole("intermediate_size", most=_WIDEST),
+        "tie_word_embeddings": config.over(_UNTIED).flag("tie_word_embeddings")
+        or text.over(_UNTIED).flag("tie_word_embeddings"),
+        "max_seq_len": text.whole("max_position_embeddings"),
+        "attn_dropout": text.number("attention_dropout", 0, 0.99),
+        "norm_eps": text.number("rms_norm_eps", 1e-20, 0.1),
+        **_rope(given_text, width // num_heads),
+        "vision_embed_dim": vision.whole("hidden_size", most=_WIDEST),
+        "vision_num_layers": depth,
+        "vision_num_heads": vision_num_heads,
+        "vision_intermediate_dim": vision.whole("intermediate_size", most=_WIDEST),
+        "vision_in_channels": vision.whole("in_channels", most=_WIDEST),
+        "patch_size": vision.whole("patch_size"),
+        "temporal_patch_size": vision.whole("temporal_patch_size", most=_LARGEST_PATCH),
+        "full_attention_layers": _whole_numbers(vision, "fullatt_block_indexes", 0, depth - 1),
+        **{name: special.whole(name, 0, vocab_size - 1) for name in _SPECIAL_TOKENS},
+    }
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> JsonObject:
     """Read a ``config.json`` of Qwen2.5-VL.
 
     Args:
@@ -380,79 +416,70 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: if there is no such file, or it is of another model.
     """
     if not path.is_file():
-        raise ValueError("no such file: a checkpoint directory needs its config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"not a JSON file ({error})") from None
-    if config.get("model_type") != "qwen2_5_vl":
-        raise ValueError(
-            f"model_type is {config.get('model_type')!r}, expected 'qwen2_5_vl': this is a "
-            "checkpoint of another model"
+        raise ValueError(f"{path}: no such file: a checkpoint directory needs its config.json")
+    config = read_json_object(path)
+    if config.content.get("model_type") != "qwen2_5_vl":
+        raise config.over({"model_type": None}).error(
+            "model_type", "'qwen2_5_vl': this is a checkpoint of another model"
         )
     return config
 
 
-def _dimensions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate a config to the arguments of :func:`qwen2_5_vl`."""
-    given_text = config.get("text_config") or config
-    text = {**_TEXT_DEFAULTS, **given_text}
-    vision = {**_VISION_DEFAULTS, **config.get("vision_config", {})}
-    rope = _rope(given_text)
-    _refuse_unsupported(text, vision)
-    return {
-        "vocab_size": text["vocab_size"],
-        "num_layers": text["num_hidden_layers"],
-        "num_heads": text["num_attention_heads"],
-        "num_kv_heads": text["num_key_value_heads"] or text["num_attention_heads"],
-        "embed_dim": text["hidden_size"],
-        "intermediate_dim": text["intermediate_size"],
-        "tie_word_embeddings": bool(
-            config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-        ),
-        "max_seq_len": text["max_position_embeddings"],
-        "attn_dropout": text["attention_dropout"],
-        "norm_eps": text["rms_norm_eps"],
-        "rope_base": rope["rope_theta"],
-        "mrope_sections": tuple(rope["mrope_section"]),
-        "vision_embed_dim": vision["hidden_size"],
-        "vision_num_layers": vision["depth"],
-        "vision_num_heads": vision["num_heads"],
-        "vision_intermediate_dim": vision["intermediate_size"],
-        "vision_in_channels": vision["in_channels"],
-        "patch_size": vision["patch_size"],
-        "temporal_patch_size": vision["temporal_patch_size"],
-        "full_attention_layers": tuple(vision["fullatt_block_indexes"]),
-        "image_token_id": config.get("image_token_id", 151655),
-        "video_token_id": config.get("video_token_id", 151656),
-    }
-
-
-def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary parameters from ``rope_parameters`` or from ``rope_theta`` and ``rope_scaling``."""
-    scaling = text.get("rope_scaling") or {}
-    given = text.get("rope_parameters") or scaling
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise ValueError(
-            f"rotary embeddings of type {kind!r} are not supported, only M-RoPE without scaling"
+def _heads(part: JsonObject, key: str, width: int, even_halves: bool = False) -> int:
+    """How many heads a width divides into, for rotary embeddings of one axis or of two."""
+    heads = part.whole(key, most=_WIDEST)
+    divisor = heads * (4 if even_halves else 2)
+    if width % divisor or width > _WIDEST:
+        raise part.error(
+            "hidden_size",
+            f"a number up to {_WIDEST:,} that {key} x {divisor // heads} = {divisor} divides",
         )
-    theta = {"rope_theta": text["rope_theta"]} if "rope_theta" in text else {}
-    return {**_ROPE_DEFAULTS, **theta, **given}
+    return heads
 
 
-def _refuse_unsupported(text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
-    if text["use_sliding_window"]:
-        raise ValueError("use_sliding_window is not supported")
-    for part, activation in (("text", text["hidden_act"]), ("vision", vision["hidden_act"])):
-        if activation != "silu":
-            raise ValueError(f"hidden_act of the {part} model is {activation!r}, expected 'silu'")
-    window_size = WINDOW_UNITS * MERGE_SIZE * vision["patch_size"]
-    for name, value in (("spatial_merge_size", MERGE_SIZE), ("window_size", window_size)):
-        if vision[name] != value:
-            raise ValueError(f"{name} of the vision model is {vision[name]}, expected {value}")
-    if vision["out_hidden_size"] != text["hidden_size"]:
-        raise ValueError(
-            f"the vision encoder's out_hidden_size {vision['out_hidden_size']} is not the "
-            f"decoder's hidden_size {text['hidden_size']}"
+def _kv_heads(text: JsonObject, num_heads: int) -> int:
+    if "num_key_value_heads" not in text:
+        return num_heads
+    kv_heads = text.whole("num_key_value_heads")
+    if num_heads % kv_heads:
+        raise text.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
+    return kv_heads
+
+
+def _whole_numbers(part: JsonObject, key: str, least: int, most: int) -> tuple[int, ...]:
+    items = part.each(key)
+    return tuple(items.whole(place, least, most) for place in items.content)
+
+
+def _rope(text: JsonObject, head_dim: int) -> dict[str, Any]:
+    """Rotary parameters from ``rope_parameters`` or from ``rope_theta`` and ``rope_scaling``."""
+    key = "rope_parameters" if "rope_parameters" in text.content else "rope_scaling"
+    given = text.over({key: {}}).part(key)
+    for name in ("rope_type", "type"):
+        if given.content.get(name, "default") not in ("default", "mrope"):
+            raise given.error(name, "'default' or 'mrope': rotary embeddings are not scaled here")
+    theta = given if "rope_theta" in given.content else text
+    sections = _whole_numbers(given.over(_ROPE_DEFAULTS), "mrope_section", 1, head_dim)
+    if len(sections) != 3 or 2 * sum(sections) != head_dim:
+        raise given.over(_ROPE_DEFAULTS).error(
+            "mrope_section", f"three numbers whose sum is half of a head's dimension, {head_dim}"
+        )
+    rope_base = theta.over(_ROPE_DEFAULTS).number("rope_theta", 1, 1e12)
+    return {"rope_base": rope_base, "mrope_sections": sections}
+
+
+def _refuse_unsupported(text: JsonObject, vision: JsonObject) -> None:
+    window_size = WINDOW_UNITS * MERGE_SIZE * vision.whole("patch_size", most=_LARGEST_PATCH)
+    for part, key, supported in (
+        (text, "use_sliding_window", False),
+        (text, "hidden_act", "silu"),
+        (vision, "hidden_act", "silu"),
+        (vision, "spatial_merge_size", MERGE_SIZE),
+        (vision, "window_size", window_size),
+    ):
+        if part.content[key] != supported:
+            raise part.error(key, f"{supported!r}: nothing else is supported")
+    if vision.content["out_hidden_size"] != text.content["hidden_size"]:
+        raise vision.error(
+            "out_hidden_size", f"the hidden_size of the decoder, {text.content['hidden_size']}"
         )

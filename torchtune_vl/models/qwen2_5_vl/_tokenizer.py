@@ -18,6 +18,8 @@ import tiktoken
 import torch
 from torchtune.models.qwen2_5._tokenizer import QWEN2_5_SPECIAL_TOKENS
 
+from torchtune_vl.models._json import JsonObject, read_json_object
+
 _WORDS_AND_LINE_BREAKS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+"
@@ -56,6 +58,7 @@ STRUCTURAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+_UNUSED = "<|vision_pad|>"
 
 # The `tokenizers` library normalizes by the tables of Unicode 9. These are the characters since
 # then that combine, compose or decompose: to it they are letters like any other, which no mark
@@ -101,6 +104,16 @@ _SPLIT = {
 _STEPS: dict[str, Any] = {
     "normalizer": {"type": "NFC"},
     "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_SPLIT, _BYTE_LEVEL]},
+}
+# ... and its settings of BPE, each with the values that change nothing; absent is None
+_BPE: dict[str, tuple[Any, ...]] = {
+    "type": ("BPE",),
+    "dropout": (None, 0),
+    "unk_token": (None,),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "byte_fallback": (None, False),
+    "ignore_merges": (None, False),
 }
 
 _Token = TypeVar("_Token", bytes, str)
@@ -165,6 +178,7 @@ class Qwen2_5_VLTokenizer:
                 f"{path} holds {len(tokens):,} tokens, but the first special token has the id "
                 f"{first_added}: the file is cut off, or special_tokens is another model's"
             )
+        _check_special_tokens(self.special_tokens, path)
         self._encoding = tiktoken.Encoding(
             "qwen2_5_vl",
             pat_str=_FAST_REGEX,
@@ -181,14 +195,14 @@ class Qwen2_5_VLTokenizer:
         self.max_seq_len = max_seq_len
 
         self.bos_id = None
-        self.eos_id = self.im_end_id = self._special_id(EOS)
-        self.pad_id = self._special_id(PAD)
+        self.eos_id = self.im_end_id = self.special_tokens[EOS]
+        self.pad_id = self.special_tokens[PAD]
         self.stop_tokens = [self.eos_id, self.pad_id]
-        self.im_start_id = self._special_id("<|im_start|>")
-        self.vision_start_id = self._special_id("<|vision_start|>")
-        self.vision_end_id = self._special_id("<|vision_end|>")
-        self.image_pad_id = self._special_id("<|image_pad|>")
-        self.video_pad_id = self._special_id("<|video_pad|>")
+        self.im_start_id = self.special_tokens["<|im_start|>"]
+        self.vision_start_id = self.special_tokens["<|vision_start|>"]
+        self.vision_end_id = self.special_tokens["<|vision_end|>"]
+        self.image_pad_id = self.special_tokens["<|image_pad|>"]
+        self.video_pad_id = self.special_tokens["<|video_pad|>"]
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Encode text; added tokens in it become their ids.
@@ -290,11 +304,6 @@ class Qwen2_5_VLTokenizer:
         }
         for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8", newline="\n")
-
-    def _special_id(self, name: str) -> int:
-        if name not in self.special_tokens:
-            raise ValueError(f"special tokens lack {name}, which Qwen2.5-VL's messages need")
-        return self.special_tokens[name]
 
     def _encode(self, text: str, added: re.Pattern[str]) -> list[int]:
         check_surrogates(text)
@@ -410,8 +419,8 @@ def _read_vocabulary(path: Path, merges_file: str | Path | None) -> _Vocabulary:
             f"{error.filename} is no file; the tokenizer reads vocab.json and merges.txt, "
             "tokenizer.json, or a .tiktoken file of a Qwen2.5-VL checkpoint"
         ) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(
             f"{files}: {reason}. Use the file published with Qwen2.5-VL, unchanged"
         ) from error
@@ -425,57 +434,108 @@ def _read_ranks(path: Path) -> _Vocabulary:
 
 
 def _read_vocab_and_merges(path: Path, merges_file: Path) -> _Vocabulary:
-    vocab = json.loads(path.read_bytes())
+    vocab = read_json_object(path)
     merges = merges_file.read_text(encoding="utf-8").splitlines()
     has_header = merges[:1] and merges[0].startswith("#version")
-    tokens = _merged_tokens(vocab, merges[1:] if has_header else merges)
+    tokens = _merged_tokens(_ids(vocab), merges[1:] if has_header else merges)
     return _Vocabulary(tokens, QWEN2_5_SPECIAL_TOKENS, PLAIN_ADDED_TOKENS)
 
 
 def _read_tokenizer_json(path: Path) -> _Vocabulary:
-    tokenizer = json.loads(path.read_bytes())
-    if not isinstance(tokenizer.get("model"), dict):
-        raise ValueError("it is no tokenizer.json; if it is a vocab.json, merges_file is missing")
+    tokenizer = read_json_object(path)
+    if not isinstance(tokenizer.content.get("model"), dict):
+        raise ValueError("it has no model, so if it is a vocab.json, merges_file is missing")
     _check_steps(tokenizer)
-    added = tokenizer["added_tokens"]
+    bpe = tokenizer.part("model")
+    tokens = _merged_tokens(_ids(bpe.part("vocab")), _merges_of(bpe))
+    items = tokenizer.each("added_tokens")
+    added = [items.part(place) for place in items.content]
+    if not added:
+        raise tokenizer.error("added_tokens", "those that messages are made with")
+    ids: dict[str, int] = {}
     for token in added:
-        if token["normalized"] or token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise ValueError(f"the added token {token['content']!r} is not matched literally")
-    return _Vocabulary(
-        _merged_tokens(tokenizer["model"]["vocab"], tokenizer["model"]["merges"]),
-        {token["content"]: token["id"] for token in added},
-        frozenset(token["content"] for token in added if not token["special"]),
-    )
+        content, token_id = token.text("content"), token.whole("id", 0)
+        for name in ("normalized", "lstrip", "rstrip", "single_word"):
+            if token.flag(name):
+                raise token.error(name, f"false, since {content!r} is matched literally")
+        if ids.setdefault(content, token_id) != token_id:
+            raise token.error("id", f"{ids[content]}, which {content!r} has as well")
+    plain = frozenset(token.text("content") for token in added if not token.flag("special"))
+    return _Vocabulary(tokens, ids, plain)
 
 
-def _check_steps(tokenizer: dict[str, Any]) -> None:
-    steps = {name: tokenizer[name] for name in _STEPS}
-    for step in (steps["pre_tokenizer"] or {}).get("pretokenizers", []):
+def _ids(vocab: JsonObject) -> dict[str, int]:
+    last = len(vocab.content) - 1
+    return {token: vocab.whole(token, 0, last) for token in vocab.content}
+
+
+def _merges_of(bpe: JsonObject) -> list[str]:
+    """What each merge makes, from ``a b`` or, as newer files have it, ``["a", "b"]``."""
+    merges = bpe.each("merges")
+    for place, merge in merges.content.items():
+        parts = merge if isinstance(merge, list) else [merge]
+        if len(parts) > 2 or not all(isinstance(part, str) for part in parts):
+            raise merges.error(place, "two strings, or one with a space between both")
+    return [m if isinstance(m, str) else " ".join(m) for m in merges.content.values()]
+
+
+def _check_special_tokens(special_tokens: dict[str, int], path: str | Path) -> None:
+    names: dict[int, str] = {}
+    for name, token_id in special_tokens.items():
+        if not name:
+            raise ValueError(f"{path}: the special token with the id {token_id} has no content")
+        if names.setdefault(token_id, name) != name:
+            raise ValueError(
+                f"{path}: the special tokens {names[token_id]!r} and {name!r} have the same id, "
+                f"{token_id}: give each its own"
+            )
+    missing = [name for name in STRUCTURAL_TOKENS if name not in {*special_tokens, _UNUSED}]
+    if missing:
+        raise ValueError(
+            f"{path}: no special token has the content {' or '.join(missing)}, which Qwen2.5-VL's "
+            "messages need"
+        )
+
+
+def _check_steps(tokenizer: JsonObject) -> None:
+    steps = tokenizer.part("pre_tokenizer").content.get("pretokenizers")
+    for step in steps if isinstance(steps, list) else []:
         # It moves offsets, not ids, and transformers writes it otherwise than it was published.
-        if "trim_offsets" in step:
+        if isinstance(step, dict) and "trim_offsets" in step:
             step["trim_offsets"] = False
-    if steps != _STEPS:
-        raise ValueError(f"its steps before BPE are {steps}, Qwen2.5-VL's are {_STEPS}")
+    for name, expected in _STEPS.items():
+        if tokenizer.part(name).content != expected:
+            raise tokenizer.error(name, "Qwen2.5-VL's steps before BPE, as published")
+    bpe = tokenizer.part("model")
+    for name, harmless in _BPE.items():
+        if bpe.content.get(name) not in harmless:
+            raise bpe.error(name, f"{harmless[-1]!r}: nothing else is supported")
 
 
-def _merged_tokens(vocab: dict[str, int], merges: Sequence[str | list[str]]) -> list[bytes]:
+def _merged_tokens(vocab: dict[str, int], merges: Sequence[str]) -> list[bytes]:
     """Tokens in the order of their ids, which must be the order in which merges make them.
 
     tiktoken merges the pair whose token has the lowest id first, BPE the pair first in the list.
     """
     tokens = _in_id_order(vocab)
-    made = [m.replace(" ", "") if isinstance(m, str) else "".join(m) for m in merges]
+    made = [merge.replace(" ", "") for merge in merges]
     if made != tokens[NUM_BYTES:]:
         pairs = enumerate(zip_longest(made, tokens[NUM_BYTES:]))
         i, (merge, token) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-        raise ValueError(f"merge {i} makes {merge!r}, but the id {NUM_BYTES + i} is {token!r}")
+        raise ValueError(
+            f"merge {i} makes {merge!r}, but the vocabulary has {token!r} at {NUM_BYTES + i}"
+        )
     return [token.translate(_BYTES).encode("latin-1") for token in tokens]
 
 
 def _in_id_order(ids: dict[_Token, int]) -> list[_Token]:
     tokens = sorted(ids, key=ids.__getitem__)
-    if [ids[token] for token in tokens] != list(range(len(tokens))):
-        raise ValueError(f"the ids of its {len(tokens):,} tokens are not 0 to {len(tokens) - 1}")
+    for i, token in enumerate(tokens):
+        if ids[token] != i:
+            raise ValueError(
+                f"the ids of its {len(tokens):,} tokens are not 0 to {len(tokens) - 1}: {token!r} "
+                f"has {ids[token]}, in place of {i}"
+            )
     return tokens
 
 

@@ -156,7 +156,7 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
             vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
         from_images = pretrained.image_settings(directory)
         normalization = {k: v for k, v in from_images.items() if k in ("image_mean", "image_std")}
-        return cls(
+        transform = cls(
             vocabulary,
             merges,
             image_transform=Qwen2_5_VLImageTransform(**{**from_images, **(image_settings or {})}),
@@ -167,6 +167,8 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
                 **settings,
             },
         )
+        pretrained.check_token_ids(vocabulary, transform.tokenizer)
+        return transform
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Encode text as :meth:`Qwen2_5_VLTokenizer.encode` does."""
