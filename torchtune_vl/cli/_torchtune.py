@@ -136,8 +136,10 @@ def _run_recipe(run: Callable[[], None]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # What ended a process it has told itself
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # What ended a process it has told itself. Each of these loggers has a level of its own
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         run()
     except SignalException as stopped:
@@ -146,8 +148,8 @@ def _run_recipe(run: Callable[[], None]) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
             return failure.exitcode
-        name = signal.Signals(-failure.exitcode).name
-        print(f"tune-vl run: process {rank} was ended by {name}", file=sys.stderr)
+        by = signal.Signals(-failure.exitcode).name
+        print(f"tune-vl run: process {rank} was ended by {by}", file=sys.stderr)
         return 128 - failure.exitcode
     return 0
 

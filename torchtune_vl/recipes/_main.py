@@ -1,6 +1,7 @@
 """How a recipe is started, and how it ends when it cannot go on."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,6 +14,12 @@ from torchtune_vl.recipes._config import Config
 from torchtune_vl.recipes._read_config import check_components, read_config
 
 _PACKAGE = Path(__file__).parents[1]
+# What a DataLoader makes of an error of its workers
+_IN_WORKER = re.compile(
+    r"Caught (?P<kind>\w+) in DataLoader worker .*"
+    r'\n  File "(?P<file>[^"\n]+)", line \d+, in \w+\n(?:    .*\n)+(?P=kind): (?P<message>.*)',
+    re.DOTALL,
+)
 
 
 def run_recipe(main: Callable[[DictConfig], int], description: type = Config) -> int:
@@ -44,7 +51,9 @@ def run_recipe(main: Callable[[DictConfig], int], description: type = Config) ->
             if sentence is None or os.environ.get("TORCHTUNE_VL_TRACEBACK") == "1":
                 traceback.print_exception(error)
             else:
-                print(f"tune-vl run: {sentence}", file=sys.stderr)
+                # Below the progress bar of another process
+                lead = "\n" if "TORCHELASTIC_ERROR_FILE" in os.environ else ""
+                print(f"{lead}tune-vl run: {sentence}", file=sys.stderr)
         return 1 if sentence is None else 2
 
 
@@ -57,11 +66,18 @@ def sentence_of(error: Exception) -> str | None:
     Returns:
         What to show, without control characters; None for what only a change of a program mends.
     """
+    in_worker = _IN_WORKER.fullmatch(str(error))
+    if in_worker:
+        file, kind, message = in_worker.group("file", "kind", "message")
+        is_told = kind == "ValueError" and Path(file).is_relative_to(_PACKAGE)
+        return shown(message) if is_told else None
     if isinstance(error, OSError):
         named = error.filename is not None and error.strerror is not None
         return shown(f"{error.filename}: {error.strerror}" if named else str(error))
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported yet
         return "the device is out of memory: `tune-vl estimate` computes what takes it"
+    if isinstance(error, RuntimeError) and re.search("gloo.*by peer", str(error)):
+        return "another process of this run has ended"
     if isinstance(error, ValueError) and _is_ours(error):
         return shown(str(error))
     return None

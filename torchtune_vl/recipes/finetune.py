@@ -104,6 +104,7 @@ class FinetuneRecipe:
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
+        _check_devices(cfg)
         self.device = torch.device(cfg.device)
         self.peak_flops: float | None = None
         self._init_process_group()
@@ -131,6 +132,7 @@ class FinetuneRecipe:
                 "another output_dir"
             )
         self.stop_signal = 0
+        self.last_asked = 0  # the step after which it was last seen to
         self.pending_save: Future[Any] | None = None
 
     def _init_process_group(self) -> None:
@@ -327,7 +329,7 @@ class FinetuneRecipe:
                         self._save()
                     if asked_to_stop and not is_last:
                         self._wait_for_save()
-                        log.warning("Stopped after step %d; resume=True goes on", self.step)
+                        self._agree_on_signal()
                         return
                     since = Logged()
         self._wait_for_save()
@@ -404,6 +406,7 @@ class FinetuneRecipe:
             RuntimeError: if a loss was not finite; it names the samples.
         """
         steps = len(since.losses)
+        self.last_asked = self.step
         totals = torch.tensor([*since.counts, float(self.stop_signal)])
         totals = torch.cat([torch.stack(since.losses).double(), totals.to(self.device).double()])
         dist.all_reduce(totals)
@@ -579,9 +582,26 @@ class FinetuneRecipe:
         Console().print(table)
         print(f"Loss curve: {picture}\nWeights:    {self.output_dir / f'epoch_{self._epoch()}'}")
 
+    def _agree_on_signal(self) -> None:
+        """Let all processes end with the status of the signal that some got."""
+        signals = torch.tensor(self.stop_signal)
+        dist.all_reduce(signals, dist.ReduceOp.MAX, group=self.save_group)
+        self.stop_signal = int(signals)
+        if self.is_main:
+            log.warning("Stopped after step %d; resume=True goes on", self.step)
+
     def _ask_to_stop(self, number: int, frame: Any) -> None:
         self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+        for each in _STOP_SIGNALS:  # a second one stops at once
+            signal.signal(each, signal.SIG_DFL)
+        if self.is_main:
+            step = max(self.step, self.last_asked + 1)
+            while step < self.max_steps and not self._logs(step):
+                step += 1
+            what = f"step {step} is saved" if step < self.max_steps else "the export is written"
+            name = signal.Signals(number).name
+            text = f"\n{name}: stops when {what}, at once on a second signal\n"
+            os.write(2, text.encode())  # can come in the middle of a print, which cannot be nested
 
     def cleanup(self) -> None:
         """Close what is open."""
@@ -589,6 +609,32 @@ class FinetuneRecipe:
         if self.is_main:
             self.logger.close()
         dist.destroy_process_group()
+
+
+def _check_devices(cfg: DictConfig) -> None:
+    """Refuse devices that are not there, and numbers that do not divide, before anything waits."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.device == "cuda":
+        devices, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if devices == 0:
+            raise ValueError(
+                "device is cuda, and torch sees no GPU: see what torch.cuda.is_available() says, "
+                "or set device=cpu"
+            )
+        if here > devices:
+            raise ValueError(f"{here} processes cannot share {devices} GPUs: lower nproc_per_node")
+    tensor = cfg.parallel.tensor
+    if processes % tensor:
+        raise ValueError(
+            f"parallel.tensor is {tensor}, and does not divide the {processes} processes"
+        )
+    if tensor > 1 and cfg.parallel.plan is None:
+        raise ValueError(f"parallel.tensor is {tensor}, which needs a parallel.plan")
+    if cfg.rows_per_step % (processes // tensor):
+        raise ValueError(
+            f"{processes // tensor} devices cannot share the {cfg.rows_per_step} rows of a step "
+            f"equally: set rows_per_step to a multiple of {processes // tensor}"
+        )
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

@@ -1,0 +1,180 @@
+"""How runs end that are stopped or cannot go on: what they say, how often, and their status."""
+
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from tests.finetune_runs import start, write_config, write_inputs
+from torchtune_vl.recipes._main import run_recipe, sentence_of
+from torchtune_vl.recipes._read_config import read_config
+from torchtune_vl.recipes.finetune import FinetuneRecipe
+
+
+class FailingSGD(torch.optim.SGD):
+    """Fails in its third step, on the last process."""
+
+    def __init__(self, params: object, lr: float, failure: str) -> None:
+        super().__init__(params, lr)  # type: ignore[arg-type]
+        self.failure = failure
+        self.steps = 0
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+        if self.steps == 3 and last:
+            if self.failure == "full disk":
+                raise OSError(28, "No space left on device", "/full/file")
+            if self.failure == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise TypeError(self.failure)
+        super().step()
+
+
+@pytest.fixture(scope="module")
+def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("endings")
+    write_inputs(root, vocabulary, 6)
+    return root
+
+
+def failing(root: Path, output: Path, failure: str) -> Path:
+    optimizer = {"_component_": "tests.test_endings.FailingSGD", "lr": 1e-3, "failure": failure}
+    return write_config(root, output, {"optimizer": optimizer, "max_steps": 9})
+
+
+def read_until(process: subprocess.Popen, text: str) -> str:
+    read = ""
+    assert process.stdout is not None
+    while text not in read:
+        character = process.stdout.read(1)
+        assert character, read
+        read += character
+    return read
+
+
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_is_answered_at_once_and_by_one_process(
+    root: Path, tmp_path: Path, processes: int, number: signal.Signals
+) -> None:
+    settings = {"max_steps": 3000, "log_every_n_steps": 7, "lr_scheduler": None}
+    config = write_config(root, tmp_path / "run", settings)
+    process = start(config, processes)
+    read_until(process, " 2/3000")
+    process.send_signal(number)
+    answer = read_until(process, "stops when step ")
+    messages = answer + process.communicate()[0]
+    assert process.returncode == 128 + number
+    (step,) = re.findall(rf"{number.name}: stops when step (\d+) is saved, at once on", messages)
+    assert int(step) % 7 == 0
+    assert f"{step}/3000" not in answer
+    assert re.findall(r"Stopped after step (\d+)", messages) == [step]
+    assert [path.name for path in (tmp_path / "run" / "steps").iterdir()] == [f"step_{step}"]
+    assert "death signal" not in messages
+
+
+def test_a_second_signal_stops_at_once(root: Path, tmp_path: Path) -> None:
+    every = ("log_every_n_steps", "save_every_n_steps", "eval_every_n_steps")
+    settings = {"max_steps": 3000, **dict.fromkeys(every, 3000)}
+    process = start(write_config(root, tmp_path / "run", settings), 2)
+    read_until(process, " 2/3000")
+    process.send_signal(signal.SIGINT)
+    read_until(process, "stops when the export is written")
+    process.send_signal(signal.SIGINT)
+    messages, _ = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in messages
+    assert not (tmp_path / "run" / "steps").exists()
+
+
+def test_what_a_user_can_cause_is_one_sentence_of_one_process(root: Path, tmp_path: Path) -> None:
+    process = start(failing(root, tmp_path / "run", "full disk"), 2)
+    messages, _ = process.communicate()
+    assert process.returncode == 2
+    assert messages.count("tune-vl run: ") == 1
+    assert "\ntune-vl run: /full/file: No space left on device\n" in messages
+    for wall in ("Traceback", "[rank", "ChildFailedError"):
+        assert wall not in messages
+
+
+def ended(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """The status of a recipe that raises, and what it says."""
+
+    def main(config: DictConfig) -> int:
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["recipe", "--config", "quickstart/digits.yaml"])
+    return run_recipe(main), capsys.readouterr().err
+
+
+def test_faults_of_programs_show_their_traceback_and_others_on_demand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, said = ended(TypeError("a bug"), monkeypatch, capsys)
+    assert (status, said.splitlines()[0], said.splitlines()[-1]) == (
+        1, "Traceback (most recent call last):", "TypeError: a bug",
+    )  # fmt: skip
+    full = OSError(28, "No space left on device", "/full/file")
+    assert ended(full, monkeypatch, capsys) == (
+        2, "tune-vl run: /full/file: No space left on device\n",
+    )  # fmt: skip
+    monkeypatch.setenv("TORCHTUNE_VL_TRACEBACK", "1")
+    status, said = ended(full, monkeypatch, capsys)
+    assert status == 2
+    assert "test_endings.py" in said
+    status, said = ended(KeyboardInterrupt(), monkeypatch, capsys)
+    assert (status, said) == (130, "tune-vl run: interrupted before the first step\n")
+
+
+def test_a_killed_process_is_named(root: Path, tmp_path: Path) -> None:
+    process = start(failing(root, tmp_path / "run", "killed"), 2)
+    messages, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "tune-vl run: process 1 was ended by SIGKILL" in messages
+    assert "Traceback" not in messages
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.tensor=2", "parallel.tensor is 2, and does not divide the 1 processes"),
+        pytest.param(
+            "device=cuda",
+            "device is cuda, and torch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_devices_that_do_not_fit(override: str, message: str) -> None:
+    cfg = read_config(["--config", "quickstart/digits.yaml", override])
+    with pytest.raises(ValueError, match=message):
+        FinetuneRecipe(cfg)
+
+
+def test_sentences() -> None:
+    def raised(error: Exception) -> Exception:
+        try:
+            raise error
+        except Exception as caught:
+            return caught
+
+    assert sentence_of(raised(FileNotFoundError(2, "No such file", "a\x1b[2Jb"))) == (
+        "a\\x1b[2Jb: No such file"
+    )
+    assert sentence_of(raised(ValueError("raised elsewhere"))) is None
+    assert sentence_of(raised(KeyError("a"))) is None
+    worker = (
+        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+        'last):\n  File "/torch/fetch.py", line 54, in fetch\n    data = next(x)\n'
+        f'  File "{Path("torchtune_vl/data/_rows.py").resolve()}", line 7, in __iter__\n'
+        "    raise ValueError(message)\nValueError: sample 3: too long\n"
+    )
+    assert sentence_of(raised(ValueError(worker))) == "sample 3: too long\n"
+    assert sentence_of(raised(ValueError(worker.replace("torchtune_vl/data", "mine")))) is None
