@@ -78,6 +78,7 @@ def turns(question: str, answer: str = "b") -> str:
 
 GPT = {"from": "gpt", "value": "b"}
 ASSISTANT = {"role": "assistant", "content": "b"}
+TAGGED = {"role": "assistant", "content": "<video> and <image>"}
 A, B = [1, 4, 6], [1, 8, 4]
 
 
@@ -129,11 +130,25 @@ FORMATS: dict[str, tuple[dict[str, Any], str, list[list[int]]]] = {
         [B],
     ),
     "tags in messages": (chat("<image>What?", images=["a.png"]), turns("<I>What?"), [A]),
-    "tags of no medium": (chat("<image> of <video>?"), turns("<image> of <video>?"), []),
-    "tag of another kind": (
-        chat("<image> of <video>?", images=["a.png"]),
-        turns("<I> of <video>?"),
+    "tags in an answer": (
+        {"messages": [{"role": "user", "content": "<image>?"}, TAGGED], "images": ["a.png"]},
+        turns("<I>?", "<video> and <image>"),
         [A],
+    ),
+    "tags in an answer of text alone": (
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "<video>"}]},
+        turns("?", "<video>"),
+        [],
+    ),
+    "tags in items": (
+        chat([{"type": "text", "text": "a<image>b"}, {"text": "c"}], image="sub/b.png"),
+        turns("a<I>bc"),
+        [B],
+    ),
+    "a tag that is none": (
+        chat([{"type": "text", "text": "<"}, {"type": "text", "text": "video>?"}]),
+        turns("<video>?"),
+        [],
     ),
     "torchtune": (
         chat([{"type": "image", "content": "a.png"}, {"type": "text", "content": "a.png"}]),
@@ -151,7 +166,9 @@ def test_formats(build, transform: Qwen2_5_VLTransform, name: str, suffix: str) 
     sample = dataset[0]
     assert text_of(transform, sample) == text
     assert grids(sample) == media_grids
-    answer = [*transform.encode("b", False, False), transform.special_tokens["<|im_end|>"]]
+    text_of_answer = text.split("assistant\n")[1].split("<|im_end|>")[0]
+    answer = transform.encode(text_of_answer, False, False)
+    answer.append(transform.special_tokens["<|im_end|>"])
     assert [label for label in sample["labels"] if label != -100] == answer
     is_label = np.array(sample["labels"]) != -100
     assert (np.array(sample["tokens"])[is_label] == answer).all()
@@ -211,8 +228,21 @@ def test_function_calls_of_llama_factory(build, transform: Qwen2_5_VLTransform) 
     ("row", "message"),
     [
         (sharegpt("What?", image="a.png"), "0 places for images, but there are 1 images"),
-        (sharegpt("<image>What?"), "1 places for images, but there are 0 images"),
-        (sharegpt("<image><video>", image="a.png"), "1 places for videos, but there are 0"),
+        (sharegpt("<image>What?"), "message 0: its <image> is .* none in 'image' or 'images'"),
+        (sharegpt("<image><video>", image="a.png"), "message 0: its <video> is .* none in 'video'"),
+        (sharegpt("a", system="<image>"), "message 0: its <image> is the place"),
+        (chat("<image>What?", imgs=["a.png"]), "message 0: its <image> .*column_map"),
+        (chat([{"text": "<image>"}], imgs=["a.png"]), "message 0: its <image> .*'<' and 'image>'"),
+        (chat([{"text": "<video>"}], images=["a.png"]), "message 0: its <video> is the place"),
+        (
+            {"messages": [{"role": "tool", "content": "<image>"}, ASSISTANT]},
+            "message 0: its <image> is the place",
+        ),
+        (chat("What?", images=["a.png"]), "0 places for images, but there are 1 images"),
+        (
+            {"messages": [{"role": "user", "content": "?"}, TAGGED], "images": ["a.png"]},
+            "0 places for images, but there are 1 images",
+        ),
         (chat([{"type": "image"}]), "1 places for images, but there are 0 images"),
         (sharegpt("<image>", image="none.png"), "none.png"),
         ({"conversations": [{"from": "me", "value": "a"}]}, "from 'me'"),
@@ -228,6 +258,53 @@ def test_errors_name_the_sample(build, row: dict[str, Any], message: str) -> Non
         for read in (dataset.__getitem__, dataset.measure):
             with pytest.raises(ValueError, match=f"^sample {name}: .*{message}"):
                 read(3)
+
+
+UNSUPERVISED = {
+    "no answer": {"messages": [{"role": "user", "content": "a"}]},
+    "an empty answer": chat("a")
+    | {"messages": [*chat("a")["messages"][:1], {**ASSISTANT, "content": ""}]},
+    "no items": {"messages": [{"role": "user", "content": "a"}, {**ASSISTANT, "content": []}]},
+    "no loss": {"messages": [{"role": "user", "content": "a"}, {**ASSISTANT, "weight": 0}]},
+    "two empty answers": {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}] * 2
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNSUPERVISED)
+def test_samples_that_teach_nothing(build, name: str) -> None:
+    rows = [chat("a"), {"id": "x", **UNSUPERVISED[name]}, chat("a")]
+    table, stream = build(rows), build(rows, streaming=True)
+    _, sample, _ = stream
+    message = "^sample 'x': no token of an answer carries loss: .* or remove the sample"
+    for read, argument in (
+        (table.__getitem__, 1),
+        (table.measure, 1),
+        (stream.transform, sample),
+        (stream.measure, sample),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(argument)
+    with pytest.raises(ValueError, match=r"1 of 3 samples cannot be.*\nsample 'x': no token of"):
+        measure_all(table, range(3), show_progress=False)
+
+
+def test_an_empty_answer_among_others(build, transform: Qwen2_5_VLTransform) -> None:
+    rows = [
+        {
+            "conversations": [
+                *sharegpt("a")["conversations"][:1],
+                {**GPT, "value": ""},
+                *sharegpt("c")["conversations"],
+            ]
+        }
+    ]
+    dataset = build(rows)
+    end = transform.special_tokens["<|im_end|>"]
+    labels = [label for label in dataset[0]["labels"] if label != -100]
+    assert labels == [end, *transform.encode("b", False, False), end]
+    assert dataset.measure(0)[2] == 3
 
 
 def test_other_columns_and_directory(build, media: Path) -> None:
@@ -347,7 +424,7 @@ def test_all_that_cannot_be_measured_are_told(build, capsys: pytest.CaptureFixtu
         measure_all(build(rows), range(len(rows)))
     _, *lines = str(raised.value).split("\n")
     assert [line.split(":")[0] for line in lines[:20]] == [f"sample {4 * i}" for i in range(20)]
-    assert all("1 places for images" in line for line in lines[:20])
+    assert all("its <image> is the place" in line for line in lines[:20])
     assert lines[20:] == ["and 10 more"]
     assert "120/120" in capsys.readouterr().err
 

@@ -23,6 +23,7 @@ from tests.videos import CLIPS, write_clip
 from torchtune_vl.media import _images as images
 from torchtune_vl.media._videos import Video
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform, Qwen2_5_VLVideoTransform
+from torchtune_vl.models.qwen2_5_vl._transform import _naming
 
 ANSWER = {"role": "assistant", "content": "Yes."}
 
@@ -43,9 +44,16 @@ def asking(*items: dict[str, Any]) -> dict[str, Any]:
     return {"id": "s", "messages": [{"role": "user", "content": list(items)}, ANSWER]}
 
 
-def size_of(sample: dict[str, Any]) -> tuple[int, int, int]:
-    vision = sample.get("encoder_input", {}).get("vision", {"patches": ()})
-    return len(sample["tokens"]), len(vision["patches"]), sample["mask"][1:].count(False)
+def size_of(
+    transform: Qwen2_5_VLTransform, sample: Any, inference: bool = False
+) -> tuple[int, int, int]:
+    """Size of the transformed sample, which is refused if training learns nothing from it."""
+    made = transform(sample, inference)
+    if not inference:
+        with _naming(sample):
+            transform.check_supervised(made["tokens"], made["mask"])
+    vision = made.get("encoder_input", {}).get("vision", {"patches": ()})
+    return len(made["tokens"]), len(vision["patches"]), made["mask"][1:].count(False)
 
 
 def outcome(function: Callable[[Any], Any], sample: Any) -> Any:
@@ -58,13 +66,13 @@ def outcome(function: Callable[[Any], Any], sample: Any) -> Any:
 
 def check(transform: Qwen2_5_VLTransform, sample: Any) -> None:
     """The size is that of the transformed sample; where it has none, the error is the same."""
-    expected = outcome(lambda s: size_of(transform(s)), sample)
+    expected = outcome(lambda s: size_of(transform, s), sample)
     assert outcome(transform.measure, sample) == expected
 
 
 def check_damaged(transform: Qwen2_5_VLTransform, sample: Any) -> None:
     """As :func:`check`, but that decoding may find what the header does not tell."""
-    expected = outcome(lambda s: size_of(transform(s)), sample)
+    expected = outcome(lambda s: size_of(transform, s), sample)
     measured = outcome(transform.measure, sample)
     if isinstance(measured, str) or not isinstance(expected, str):
         assert measured == expected
@@ -88,7 +96,7 @@ def test_conversations_of_every_length(
 ) -> None:
     limited = with_setting(transform, max_seq_len=limit, truncation=truncation)
     sample = {"id": seed, "messages": generate_conversation(seed)}
-    expected = outcome(lambda s: size_of(limited(s, inference)), sample)
+    expected = outcome(lambda s: size_of(limited, s, inference), sample)
     assert outcome(lambda s: limited.measure(s, inference), sample) == expected
 
 
@@ -210,7 +218,7 @@ def test_pixels_are_not_decoded(
         for name, data in oriented_files().items()
         if name.startswith(named)
     ]
-    expected = [size_of(transform(sample)) for sample in (*samples, clip_sample)]
+    expected = [size_of(transform, sample) for sample in (*samples, clip_sample)]
 
     def decode(*_: object) -> None:
         raise AssertionError("decodes")

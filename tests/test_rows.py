@@ -326,6 +326,15 @@ def test_a_sample_too_large_is_refused_at_once_if_sizes_are_known() -> None:
         list(TrainingRows(Samples(sizes), PACKED, rows_per_step=1, epochs=1))
 
 
+def test_a_sample_without_targets_is_refused() -> None:
+    sizes = [*SIZES[:3], Size(9, 0, 0)]
+    message = r"sample 3 of the dataset: it has no supervised token"
+    with pytest.raises(ValueError, match=message):
+        TrainingRows(Samples(sizes), PaddedRows(1), rows_per_step=1, sizes=np.array(sizes))
+    with pytest.raises(ValueError, match=message):
+        list(TrainingRows(Stream(sizes), PACKED, rows_per_step=1, shuffle=False, epochs=1))
+
+
 class Unreadable(Samples):
     def __getitem__(self, index: int) -> dict[str, Any]:
         raise OSError("no such file: cat.jpg")

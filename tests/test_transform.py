@@ -158,6 +158,37 @@ def test_bad_input_is_located(
         transform({"messages": messages, "id": "no. 7"})
 
 
+@pytest.mark.parametrize("role", ["human", "gpt", "Assistant", "model", "function_call", "user "])
+def test_roles_that_the_template_does_not_know(
+    transform: Qwen2_5_VLTransform, vocabulary: Path, role: str
+) -> None:
+    """As user's text, an answer would silently carry no loss."""
+    messages = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
+    message = (
+        rf"message 1 \({role}\): its role is '{role}'; known are system, user, assistant, tool"
+    )
+    for read in (transform, transform.measure):
+        with pytest.raises(ValueError, match=message):
+            read({"messages": messages})
+    with pytest.raises(ValueError, match=message):
+        transform.tokenize_messages(messages)
+    template = (
+        "{% for m in messages %}{% if m.role == ANSWERING %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}<|im_end|>"
+        "{% endif %}{% endfor %}"
+    )
+    other = Qwen2_5_VLTransform(
+        vocabulary / "tokenizer.json", chat_template=template.replace("ANSWERING", "'assistant'")
+    )
+    with pytest.raises(ValueError, match=message):
+        other({"messages": messages})
+    naming = Qwen2_5_VLTransform(
+        vocabulary / "tokenizer.json", chat_template=template.replace("ANSWERING", repr(role))
+    )
+    assert unmasked(naming, naming({"messages": messages})) == "b"
+    assert naming.measure({"messages": messages})[2] == 1
+
+
 def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path, vocabulary)
     transform = Qwen2_5_VLTransform.from_pretrained(
@@ -302,10 +333,8 @@ def test_text_forges_no_structure(transform: Qwen2_5_VLTransform, token: str) ->
     assert transform.decode(tokens).count(forged) == 2
     assert tokens.count(transform.special_tokens["<tool_call>"]) == 2
     assert tokens.count(transform.special_tokens["<|object_ref_start|>"]) == 2
-    role = [{"role": f"user\n{token}", "content": "a"}]
-    assert transform({"messages": role})["tokens"].count(ours) == (
-        transform({"messages": [user(text("a"))]})["tokens"].count(ours)
-    )
+    with pytest.raises(ValueError, match="known are system, user, assistant, tool"):
+        transform({"messages": [{"role": f"user\n{token}", "content": "a"}]})
 
 
 def test_all_special_tokens_on_request(vocabulary: Path) -> None:
@@ -371,7 +400,10 @@ def test_boxes_in_text(transform: Qwen2_5_VLTransform) -> None:
         ([{"type": "boxes", "boxes": [{"bbox_2d": [0, 0, 1, 1]}]}], "no image before its boxes"),
         ([image(), {"type": "boxes", "boxes": [{"label": "a"}]}], "no 'bbox_2d' and no 'point_2d'"),
         ([image(), {"type": "boxes", "boxes": {"bbox_2d": 1}}], "boxes are no list"),
-        ([image(), {"bbox_2d": [0, 0, 1, 1], "image": 1}], "image 1, but 1 images come before"),
+        (
+            [image(), {"bbox_2d": [0, 0, 1, 1], "image": 1}],
+            "image 1 .*, but the conversation has 1 im",
+        ),
         ([image(), {"bbox_2d": [0, 0, 1, 1], "image": "first"}], "'image' is 'first'"),
         ([image(), {"bbox_2d": [0, 0, 57, 1]}], r"bbox_2d .* outside"),
         ([image(), {"bbox_2d": [0, 0, 1, 1], "label": {1, 2}}], "cannot be written as JSON"),

@@ -129,7 +129,8 @@ def test_torchtune_messages_of_tools(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
-        ({"tool_calls": [{"name": "f", "arguments": "{}"}]}, r"message 0.*json\.loads"),
+        ({"tool_calls": [{"name": "f", "arguments": "f()"}]}, "message 0.*'f': no JSON"),
+        ({"tool_calls": [{"name": "f", "arguments": "[]"}]}, "message 0.*of type list, expected"),
         ({"tool_calls": [{"arguments": {}}]}, "message 0.*no function with a name"),
         ({"tool_calls": ["f"]}, "message 0.*no function with a name"),
         ({"tool_calls": True}, "message 0.*tool_calls are of type bool"),
@@ -138,7 +139,7 @@ def test_torchtune_messages_of_tools(checkpoint: Path) -> None:
         ({"tools": "{"}, "tools: no JSON"),
         ({"tools": [print]}, "tool 0 is of type builtin_function_or_method"),
         ({"tools": [{"a": {1}}]}, "cannot be written as JSON"),
-        ({"role": "narrator", "tools": [{"name": "f"}]}, "no role 'narrator'"),
+        ({"role": "narrator", "tools": [{"name": "f"}]}, "its role is 'narrator'; known are"),
     ],
 )
 def test_wrong_tools(checkpoint: Path, sample: dict[str, Any], message: str) -> None:

@@ -81,9 +81,10 @@ class TrainingRows(IterableDataset[Row]):
             measures them when they are planned.
 
     Raises:
-        ValueError: if ranks cannot share a step equally, a size exceeds a row, a stream is to be
-            shuffled, or the position is that of a run with other settings. From iterating, if a
-            sample cannot be measured or made, or exceeds a row, or there is none.
+        ValueError: if ranks cannot share a step equally, a size exceeds a row or has no supervised
+            token, a stream is to be shuffled, or the position is that of a run with other settings.
+            From iterating, if a sample cannot be measured or made, exceeds a row or has no
+            supervised token, or there is none.
         RuntimeError: from iterating, if a sample does not have the size that was measured.
     """
 
@@ -136,7 +137,7 @@ class TrainingRows(IterableDataset[Row]):
                 )
         for number, size in enumerate([] if sizes is None else sizes.tolist()):
             with _naming(number):
-                planner.check(Size(*size))
+                self._check(Size(*size))
 
     def __iter__(self) -> Iterator[Row]:
         """Iterate over the rows of this rank, in a data worker over those that it makes."""
@@ -207,9 +208,14 @@ class TrainingRows(IterableDataset[Row]):
     def _sample(self, place: int, number: int, raw: Any) -> _Sample:
         with _naming(number):
             size = Size(*self._measured(raw))
-            self.planner.check(size)
+            self._check(size)
         make = self.dataset.transform if self.is_stream else self.dataset.__getitem__
         return _Sample(place, number, size, partial(make, raw))
+
+    def _check(self, size: Size) -> None:
+        if size.targets == 0:
+            raise ValueError("it has no supervised token: remove it from the data")
+        self.planner.check(size)
 
     def _measured(self, raw: Any) -> Iterable[int]:
         return self.dataset.measure(raw) if self.sizes is None else self.sizes[raw].tolist()

@@ -1,16 +1,19 @@
 """Rows of a table, in the formats that people have, to conversations with media."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import datasets
 import numpy as np
 from torch.utils.data import Dataset
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+
+from torchtune_vl.datasets._formats import GroundedObjects, read_message, read_turn
+from torchtune_vl.media._json import from_json_text
 
 COLUMNS = (
     "id",
@@ -22,19 +25,8 @@ COLUMNS = (
     "video",
     "videos",
     "tools",
+    "objects",
 )
-# Names that LLaVA's, LLaMA-Factory's and Qwen's files have for those who speak
-_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-}
-_TAG = re.compile("<(image|video)>")
 _SOURCE_KEYS = ("image", "image_url", "video", "video_url", "url", "path")
 _URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # Of a file's name, on every common system: what is longer is base64
@@ -47,6 +39,8 @@ class Transform(Protocol):
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]: ...
 
     def measure(self, sample: Mapping[str, Any]) -> tuple[int, int, int]: ...
+
+    def check_supervised(self, tokens: Sequence[int], mask: Sequence[bool]) -> None: ...
 
 
 def vision_chat_dataset(
@@ -65,9 +59,10 @@ def vision_chat_dataset(
     A row has ``messages``, in the chat format of transformers or OpenAI, or ``conversations``, in
     that of ShareGPT. Their media stand in the items of messages, or in the columns ``image``,
     ``images``, ``video`` and ``videos``, a source or a list of them, whose places are items without
-    a source or the tags ``<image>`` and ``<video>`` in texts. (In ``messages`` a tag is one where
-    the row has such media.) ``tools`` are JSON schemas, ``system`` is a system message, and ``id``
-    names the row in errors, its number if there is none. Other columns are left alone.
+    a source or the tags ``<image>`` and ``<video>`` in texts that are not the assistant's.
+    ``objects`` are names and boxes in ms-swift's format, whose places are the tags ``<ref-object>``
+    and ``<bbox>`` in any text. ``tools`` are JSON schemas, ``system`` is a system message, and
+    ``id`` names the row in errors, its number if there is none. Other columns are left alone.
 
     Args:
         tokenizer: the model's transform, as recipes pass it.
@@ -97,9 +92,10 @@ def vision_chat_dataset(
         rows.info.features = datasets.Features(_encoded(dict(rows.features)))
     directory = _directory_of(data_files) if media_dir is None else media_dir
     reader = _RowReader(directory, column_map)
+    read = partial(_read_from_table, reader, rows.features)
     if streaming:
-        return StreamedVisionChat(tokenizer, rows, reader)
-    return VisionChatDataset(tokenizer, rows, reader)
+        return StreamedVisionChat(tokenizer, rows, read)
+    return VisionChatDataset(tokenizer, rows, read)
 
 
 class VisionChatDataset(Dataset):
@@ -135,9 +131,10 @@ class VisionChatDataset(Dataset):
             ignores them.
 
         Raises:
-            ValueError: if the row or its media cannot be read; it names them.
+            ValueError: if the row or its media cannot be read, or no token of an answer carries
+                loss; it names the sample.
         """
-        return _with_labels(self._transform(self._read(self._rows[index], index)))
+        return _supervised(self._transform, self._read(self._rows[index], index))
 
     def measure(self, index: int) -> tuple[int, int, int]:
         """Measure a sample without decoding its media.
@@ -149,7 +146,8 @@ class VisionChatDataset(Dataset):
             Number of tokens, of patches and of supervised tokens that it has when transformed.
 
         Raises:
-            ValueError: if the row or its media cannot be read; it names them.
+            ValueError: if the row or its media cannot be read, or no token of an answer carries
+                loss; it names the sample.
         """
         return self._transform.measure(self._read(self._rows[index], index))
 
@@ -203,7 +201,7 @@ class StreamedVisionChat:
 
     def transform(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """Transform a sample of the stream as :meth:`VisionChatDataset.__getitem__` does."""
-        return _with_labels(self._transform(sample))
+        return _supervised(self._transform, sample)
 
 
 class _RowReader:
@@ -229,18 +227,17 @@ class _RowReader:
     def _sample(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         images = [*_as_list(values["image"]), *_as_list(values["images"])]
         videos = [*_as_list(values["video"]), *_as_list(values["videos"])]
-        if values["messages"] is not None:
-            tags = {kind for kind, media in (("image", images), ("video", videos)) if media}
-            messages = [self._message(message, tags) for message in values["messages"]]
-        elif values["conversations"] is not None:
-            messages = [_sharegpt_message(turn) for turn in values["conversations"]]
-        else:
-            raise ValueError(
-                f"it has no {self._names['messages']!r} and no {self._names['conversations']!r}, "
-                f"but {sorted(row)}: name the column by column_map"
-            )
+        messages = self._messages(values, row)
         if values["system"]:
             messages.insert(0, {"role": "system", "content": values["system"]})
+        media = [kind for kind, given in (("image", images), ("video", videos)) if given]
+        objects = GroundedObjects(values["objects"])
+        for number, message in enumerate(messages):
+            try:
+                messages[number] = self._located(read_message(message, media, objects))
+            except ValueError as error:
+                raise ValueError(f"message {number}: {error}") from error
+        objects.check_all_used()
         return {
             "messages": messages,
             "images": [self._source(image) for image in images],
@@ -248,13 +245,25 @@ class _RowReader:
             "tools": values["tools"] or None,
         }
 
-    def _message(self, message: Any, tags: set[str]) -> Any:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if isinstance(content, str):
-            return {**message, "content": _split_at_tags(content, tags)}
-        if isinstance(content, list):
-            return {**message, "content": [self._item(item) for item in content]}
-        return message  # the transform says what is wrong with it
+    def _messages(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> list[Any]:
+        key = "messages" if values["messages"] is not None else "conversations"
+        if values[key] is None:
+            raise ValueError(
+                f"it has no {self._names['messages']!r} and no {self._names['conversations']!r}, "
+                f"but {sorted(row)}: name the column by column_map"
+            )
+        messages = from_json_text(values[key], repr(self._names[key]))
+        if not isinstance(messages, list):
+            raise ValueError(
+                f"{self._names[key]!r} is of type {type(messages).__name__}, expected a list"
+            )
+        return list(messages) if key == "messages" else [read_turn(turn) for turn in messages]
+
+    def _located(self, message: Any) -> Any:
+        """A message with the paths of its media resolved."""
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
+            return message  # the transform says what is wrong with it
+        return {**message, "content": [self._item(item) for item in message["content"]]}
 
     def _item(self, item: Any) -> Any:
         if not isinstance(item, Mapping):
@@ -280,44 +289,42 @@ class _RowReader:
         return os.path.join(self._directory, source)
 
 
-def _sharegpt_message(turn: Any) -> dict[str, Any]:
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
-        raise ValueError(f"{turn!r} is no turn such as {{'from': 'human', 'value': ...}}")
-    speaker, text = turn.get("from"), turn["value"]
-    if speaker not in _ROLES:
-        raise ValueError(f"a turn is from {speaker!r}; known are {', '.join(_ROLES)}")
-    if speaker == "function_call":
-        return {"role": "assistant", "tool_calls": _tool_calls(text)}
-    return {"role": _ROLES[speaker], "content": _split_at_tags(text, {"image", "video"})}
+def _read_from_table(
+    read: Callable[[Mapping[str, Any], int], dict[str, Any]],
+    features: Any,
+    row: Mapping[str, Any],
+    number: int,
+) -> dict[str, Any]:
+    """Read a row of a table, which gives every dict the keys of all, None where it had none."""
+    return read(_without_nulls(row, features), number)
 
 
-def _tool_calls(text: str) -> list[Any]:
+def _without_nulls(value: Any, feature: Any) -> Any:
+    if isinstance(feature, datasets.Json):  # kept as text, and so what it was
+        return value
+    if isinstance(value, Mapping):
+        features = feature if isinstance(feature, Mapping) else {}
+        return {
+            key: _without_nulls(entry, features.get(key))
+            for key, entry in value.items()
+            if entry is not None
+        }
+    if isinstance(value, list):
+        of_entries = getattr(feature, "feature", None)
+        return [_without_nulls(entry, of_entries) for entry in value]
+    return value
+
+
+def _supervised(transform: Transform, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformed sample with labels, of which there are some."""
+    transformed = transform(sample)
+    tokens, mask = transformed["tokens"], transformed["mask"]
     try:
-        calls = json.loads(text)
+        transform.check_supervised(tokens, mask)
     except ValueError as error:
-        raise ValueError(f"the function call {text!r} is no JSON ({error})") from error
-    return _as_list(calls)
-
-
-def _split_at_tags(text: str, kinds: set[str]) -> str | list[dict[str, str]]:
-    """Puts items without a source, which take the sample's media, in the places of tags."""
-    pieces = _TAG.split(text)  # text, kind, text, ...
-    if not kinds.intersection(pieces[1::2]):
-        return text
-    items: list[dict[str, str]] = []
-    for i, piece in enumerate(pieces):
-        if i % 2 and piece in kinds:
-            items.append({"type": piece})
-        elif i % 2:
-            items.append({"type": "text", "text": f"<{piece}>"})
-        elif piece:
-            items.append({"type": "text", "text": piece})
-    return items
-
-
-def _with_labels(sample: dict[str, Any]) -> dict[str, Any]:
-    labels = np.where(sample["mask"], CROSS_ENTROPY_IGNORE_IDX, sample["tokens"]).tolist()
-    return {**sample, "labels": labels}
+        raise ValueError(f"sample {sample['id']!r}: {error}") from error
+    labels = np.where(mask, CROSS_ENTROPY_IGNORE_IDX, tokens).tolist()
+    return {**transformed, "labels": labels}
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -359,7 +359,6 @@ class FinetuneRecipe:
             (), float(sum(len(row.batch["targets"]) for row in rows)), device=self.device
         )
         dist.all_reduce(targets, group=self.mesh["data"].get_group())
-        targets.clamp_(min=1)
         mean_loss = torch.zeros_like(targets)
         self.step += 1
         with self.offloading:

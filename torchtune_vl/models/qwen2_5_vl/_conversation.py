@@ -1,16 +1,21 @@
 """Conversations as users have them, to turns of text, media and boxes."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from torchtune.data import Message
 
-from torchtune_vl.models.qwen2_5_vl._grounding import Unit
+from torchtune_vl.media._json import from_json_text
+from torchtune_vl.models.qwen2_5_vl._grounding import Unit, is_geometry
 
 Kind = Literal["image", "video"]
-TOOL_ROLES = ("tool", "ipython")
+# Of the published templates
+ROLES = ("system", "user", "assistant", "tool")
+# Keys of a message by which it carries loss, or not
+_LOSS_KEYS = ("weight", "loss", "loss_mask")
+_ABOUT_LOSS = re.compile("loss|mask|weight|train", re.IGNORECASE)
 
 # Where transformers' chat format, OpenAI's and torchtune's keep a medium, after "image" or "video"
 _SOURCE_KEYS = ("content", "url", "path", "base64")
@@ -77,14 +82,17 @@ def read_conversation(
     messages: Sequence[Message | Mapping[str, Any]],
     images: Sequence[Any] | None = None,
     videos: Sequence[Any] | None = None,
+    roles: Collection[str] = ROLES,
 ) -> list[Turn]:
     """Read torchtune's messages, or messages in the chat format of transformers and OpenAI.
 
     Args:
         messages: :class:`~torchtune.data.Message` or dicts with ``role``, ``content`` (a str or a
-            list of items), and perhaps ``tool_calls`` and ``weight`` (0: no loss).
+            list of items), and perhaps ``tool_calls`` and ``weight``, ``loss`` or ``loss_mask``
+            (0: no loss). Keys whose value is None count as absent.
         images: what fills the items of type image that name none, in order.
         videos: likewise for videos.
+        roles: those that the chat template knows.
 
     Returns:
         The turns, roles as given but for ``ipython``, which is torchtune's name of ``tool``.
@@ -97,7 +105,7 @@ def read_conversation(
         raise ValueError(f"messages is of type {type(messages).__name__}, expected a list")
     if not messages:
         raise ValueError("a conversation needs at least one message")
-    reader = _Reader(images, videos)
+    reader = _Reader(images, videos, roles)
     turns = []
     for number, message in enumerate(messages):
         try:
@@ -111,31 +119,48 @@ def read_conversation(
 class _Reader:
     """Reads messages one after another, filling the places for media."""
 
-    def __init__(self, images: Sequence[Any] | None, videos: Sequence[Any] | None) -> None:
+    def __init__(
+        self,
+        images: Sequence[Any] | None,
+        videos: Sequence[Any] | None,
+        roles: Collection[str],
+    ) -> None:
+        self.roles = roles
         self.given: dict[Kind, Sequence[Any] | None] = {"image": images, "video": videos}
         self.places: dict[Kind, int] = {"image": 0, "video": 0}
         self.images_so_far = 0
 
     def turn(self, message: Message | Mapping[str, Any]) -> Turn:
         if isinstance(message, Message):
-            role, content, masked = message.role, message.content, message.masked
-            calls: list[tuple[str, Any]] = []
-            given = {"role": role}
-        elif isinstance(message, Mapping):
-            role, content = message.get("role"), message.get("content")
-            masked = _weight(message.get("weight")) == 0
-            calls = _tool_calls(message.get("tool_calls"))
-            if content is None and calls:
-                content = ""
-            given = {key: value for key, value in message.items() if key != "content"}
-        else:
+            role = self._role(message.role)
+            return Turn(
+                role, list(self._items(message.content)), message.masked, [], {"role": role}
+            )
+        if not isinstance(message, Mapping):
             raise ValueError(
                 f"is of type {type(message).__name__}, expected a torchtune Message or a dict"
             )
-        if not isinstance(role, str) or not role:
-            raise ValueError(f"its role is {role!r}, expected a name such as 'user'")
-        role = "tool" if role in TOOL_ROLES else role
+        # Tables such as Arrow's give every message every key, None where there is nothing
+        given = {key: value for key, value in message.items() if value is not None}
+        role = self._role(given.get("role"))
+        content = given.pop("content", None)
+        _refuse_geometry(given)
+        masked = _is_masked(given)
+        calls = _tool_calls(given.get("tool_calls"))
+        if calls:
+            content = "" if content is None else content
+            given["tool_calls"] = _with_arguments(given["tool_calls"], calls)
         return Turn(role, list(self._items(content)), masked, calls, given)
+
+    def _role(self, role: Any) -> str:
+        if role == "ipython":  # torchtune's name of it
+            return "tool"
+        if not isinstance(role, str) or role not in self.roles:
+            raise ValueError(
+                f"its role is {role!r}; known are {', '.join(ROLES)}, and what a chat template of "
+                "your own names: rename it"
+            )
+        return role
 
     def check_places(self) -> None:
         for kind, given in self.given.items():
@@ -163,7 +188,6 @@ class _Reader:
     def _item(self, item: Any) -> str | Medium | Objects:
         if not isinstance(item, Mapping):
             raise ValueError(f"is of type {type(item).__name__}, expected a dict")
-        # Tables such as Arrow's give every item every key, None where there is nothing
         item = {key: value for key, value in item.items() if value is not None}
         kind = item.get("type") or _implied_type(item)
         if kind in ("image", "image_url"):
@@ -216,6 +240,8 @@ class _Reader:
         text = item.get("text", item.get("content"))
         if not isinstance(text, str):
             raise ValueError(f"its text is of type {type(text).__name__}, expected a str")
+        _refuse_geometry(item)
+        _refuse_loss_keys(item)
         if "fields" not in item:
             return text
         if not isinstance(item["fields"], Mapping):
@@ -228,6 +254,12 @@ class _Reader:
 
     def _objects(self, item: dict[str, Any]) -> Objects:
         if "boxes" in item:
+            unread = item.keys() - {"type", "boxes", "unit", "image"}
+            if unread:
+                raise ValueError(
+                    f"an item of boxes has no key {sorted(unread)}; there are unit and image, and "
+                    "what is to be written stands in each of its boxes"
+                )
             return self._with_image(item["boxes"], item)
         values = {k: v for k, v in item.items() if k not in ("type", "unit", "image")}
         return self._with_image([values], item)
@@ -241,22 +273,26 @@ class _Reader:
     ) -> Objects:
         if isinstance(objects, Mapping | str) or not isinstance(objects, Sequence):
             raise ValueError("its boxes are no list of dicts such as {'bbox_2d': [...]}")
+        entries = []
         for entry in objects:
-            if not isinstance(entry, Mapping) or not _is_object(entry):
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"{entry!r} has no 'bbox_2d' and no 'point_2d'")
+            entries.append({key: value for key, value in entry.items() if value is not None})
+            if not entries[-1].keys() & {"bbox_2d", "point_2d"}:
                 raise ValueError(f"{entry!r} has no 'bbox_2d' and no 'point_2d'")
         image = item.get("image", self.images_so_far - 1)
         if not isinstance(image, int):
             raise ValueError(f"'image' is {image!r}, expected the number of an image, from 0")
         if image < 0:
             raise ValueError("there is no image before its boxes; name one: 'image': 0")
-        return Objects([dict(o) for o in objects], item.get("unit", "pixels"), image, text, fields)
+        return Objects(entries, item.get("unit", "pixels"), image, text, fields)
 
 
 def read_tools(tools: Any) -> list[Mapping[str, Any]]:
     """Read the function schemas of a sample.
 
     Args:
-        tools: list of JSON schemas, the JSON text of one, or None.
+        tools: list of JSON schemas, each perhaps as JSON text, the JSON text of a list, or None.
 
     Returns:
         The schemas.
@@ -264,26 +300,21 @@ def read_tools(tools: Any) -> list[Mapping[str, Any]]:
     Raises:
         ValueError: if it is something else.
     """
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise ValueError(f"tools: no JSON ({error})") from error
-    tools = [] if tools is None else tools
+    tools = [] if tools is None else from_json_text(tools, "tools")
     if isinstance(tools, Mapping) or not isinstance(tools, Sequence):
         raise ValueError(f"tools is of type {type(tools).__name__}, expected a list of schemas")
+    tools = [from_json_text(tool, f"tool {number}") for number, tool in enumerate(tools)]
     for number, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
             raise ValueError(
                 f"tool {number} is of type {type(tool).__name__}, expected its JSON schema as a "
                 "dict; transformers.utils.get_json_schema makes one of a function"
             )
-    return list(tools)
+    return tools
 
 
 def _tool_calls(calls: Any) -> list[tuple[str, Any]]:
-    if calls is None:
-        return []
+    calls = [] if calls is None else from_json_text(calls, "its tool_calls")
     if isinstance(calls, Mapping | str) or not isinstance(calls, Sequence):
         raise ValueError(f"its tool_calls are of type {type(calls).__name__}, expected a list")
     return [_tool_call(call) for call in calls]
@@ -293,20 +324,63 @@ def _tool_call(call: Any) -> tuple[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(f"the tool call {call!r} has no function with a name")
-    arguments = function.get("arguments")
+    what = f"the arguments of the tool call {function['name']!r}"
+    # OpenAI's are JSON text, which the published template would quote once more
+    arguments = from_json_text(function.get("arguments"), what)
     if not isinstance(arguments, Mapping):
-        raise ValueError(
-            f"the arguments of the tool call {function['name']!r} are of type "
-            f"{type(arguments).__name__}, expected a dict; the published template would quote a "
-            "JSON text once more: give json.loads of it"
-        )
+        raise ValueError(f"{what} are of type {type(arguments).__name__}, expected a dict")
     return function["name"], arguments
 
 
-def _weight(weight: Any) -> int:
-    if weight not in (None, 0, 1):
-        raise ValueError(f"its weight is {weight!r}; only 0 (no loss) and 1 are supported")
-    return 1 if weight is None else int(weight)
+def _with_arguments(given: Any, calls: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """The tool calls as they were given, their arguments parsed, for templates that read more."""
+    parsed = []
+    for call, (_, arguments) in zip(from_json_text(given, "tool_calls"), calls, strict=True):
+        if "function" in call:
+            call = {**call, "function": {**call["function"], "arguments": arguments}}
+        else:
+            call = {**call, "arguments": arguments}
+        parsed.append(call)
+    return parsed
+
+
+def _is_masked(message: Mapping[str, Any]) -> bool:
+    """Whether a message carries no loss, which several keys may say."""
+    said = {}
+    for key in (*_LOSS_KEYS, "masked"):  # the last is torchtune's
+        if key not in message:
+            continue
+        value = message[key]
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise ValueError(f"its {key} is {value!r}; only 0 (no loss) and 1 are supported")
+        said[key] = bool(value) == (key == "masked")
+    _refuse_loss_keys({key: value for key, value in message.items() if key not in said})
+    if len(set(said.values())) > 1:
+        raise ValueError(f"its keys {', '.join(said)} disagree whether it carries loss")
+    carries_loss = [key for key in _LOSS_KEYS if not said.get(key, True)]
+    if carries_loss and message.get("role") != "assistant":
+        raise ValueError(
+            f"its {carries_loss[0]} is 1, but only messages of the assistant carry loss: remove it"
+        )
+    return any(said.values())
+
+
+def _refuse_loss_keys(values: Mapping[str, Any]) -> None:
+    for key in values:
+        if _ABOUT_LOSS.search(str(key)):
+            raise ValueError(
+                f"its key {key!r} is not understood; a message carries loss or not by "
+                f"{', '.join(_LOSS_KEYS)} of 1 or 0"
+            )
+
+
+def _refuse_geometry(values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if is_geometry(key, value) and not isinstance(value, int | float):
+            raise ValueError(
+                f"its key {key!r} is not understood: coordinates are taken to the resized image in "
+                "items of type boxes, and in fields of a text"
+            )
 
 
 def _implied_type(item: Mapping[str, Any]) -> str | None:
@@ -317,10 +391,6 @@ def _implied_type(item: Mapping[str, Any]) -> str | None:
         "text": ("text",),
     }
     return next((kind for kind, keys in implied.items() if item.keys() & {*keys}), None)
-
-
-def _is_object(item: Mapping[str, Any]) -> bool:
-    return "bbox_2d" in item or "point_2d" in item
 
 
 def _role_of(message: Any) -> str:

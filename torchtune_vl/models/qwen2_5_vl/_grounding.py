@@ -6,6 +6,7 @@ arXiv 2502.13923, section 2.2), whose size depends on the limits of the image tr
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -16,6 +17,14 @@ from torchtune_vl.models.qwen2_5_vl._patches import PATCH_SIZE
 
 Unit = Literal["pixels", "0..1", "0..1000"]
 _COORDINATES = {"bbox_2d": 4, "point_2d": 2}
+# Words of keys whose numbers are places or lengths in an image
+_GEOMETRY = re.compile(
+    r"(?<![a-z])(b?box(es)?|(key)?points?|kpts|landmarks?|joints|skeleton|poly(gon|line)?s?|quad|"
+    r"obb|rbox|rect(angle)?|contours?|segmentation|corners?|cent(er|re|roid)|coord(inate)?s?|"
+    r"trajectory|[xy](min|max|\d)?|xyxy|xywh|c[xy]|[wh]|width|height|left|top|right|bottom|radius|"
+    r"angle)(?![a-z])",
+    re.IGNORECASE,
+)
 
 
 def to_resized(
@@ -37,10 +46,18 @@ def to_resized(
         The entry with whole pixels of the resized image.
 
     Raises:
-        ValueError: if the coordinates are no numbers, out of order or outside of the image.
+        ValueError: if the coordinates are no numbers, out of order or outside of the image, or
+            the entry has other coordinates.
     """
     if unit not in get_args(Unit):
         raise ValueError(f"unknown unit {unit!r} of coordinates: use one of {get_args(Unit)}")
+    for key, value in entry.items():
+        if key not in _COORDINATES and (is_geometry(key, value) or _has_list_of_numbers(value)):
+            raise ValueError(
+                f"the numbers of {key!r} would stay those of the original image: only bbox_2d and "
+                "point_2d are taken to the resized one, each also as a field of a text; remove it "
+                "or write it so"
+            )
     extent = original_size if unit == "pixels" else (1, 1) if unit == "0..1" else (1000, 1000)
     return {
         key: _rescale(key, value, extent, resized_size) if key in _COORDINATES else value
@@ -75,6 +92,33 @@ def _check(key: str, coordinates: Any, extent: tuple[int, int]) -> None:
         raise ValueError(
             f"{key} {list(coordinates)} is no [x1, y1, x2, y2] with x1 <= x2, y1 <= y2"
         )
+
+
+def is_geometry(key: str, value: Any) -> bool:
+    """Tell whether a key of a message, item or box says where in an image something is.
+
+    Args:
+        key: the key.
+        value: its value.
+
+    Returns:
+        Whether its name is one of geometry, and numbers are in its value.
+    """
+    return _GEOMETRY.search(str(key)) is not None and _has_number(value)
+
+
+def _has_number(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_number, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_number, value))
+    return _is_number(value)
+
+
+def _has_list_of_numbers(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_list_of_numbers, value.values()))
+    return isinstance(value, list | tuple) and _has_number(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -12,6 +12,7 @@ from torchtune_vl.models.qwen2_5_vl._rendering import (
     Part,
     blocks_of,
     hide,
+    known_roles,
     number_media,
     render_template,
     reveal,
@@ -75,6 +76,7 @@ class PromptBuilder:
         self.parse_special = parse_special
         self.add_vision_id = add_vision_id
         self.chat_template = chat_template
+        self.roles = known_roles(chat_template)
         self._headers: dict[str, list[int]] = {}
         self._line_break = tokenizer.encode("\n", add_eos=False)
 

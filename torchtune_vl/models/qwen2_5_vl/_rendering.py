@@ -19,7 +19,7 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from torchtune_vl.models.qwen2_5_vl._conversation import Kind
+from torchtune_vl.models.qwen2_5_vl._conversation import ROLES, Kind
 
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 DEFAULT_SYSTEM_PROMPT_WITH_TOOLS = (
@@ -93,7 +93,7 @@ def blocks_of(turns: Sequence[EncodedTurn], tools: Sequence[Mapping[str, Any]]) 
         The blocks of the prompt.
 
     Raises:
-        ValueError: if a role or tool cannot be rendered.
+        ValueError: if a tool cannot be rendered.
     """
     if tools or any(turn.tool_calls or turn.role == "tool" for turn in turns):
         return _blocks_with_tools(turns, tools)
@@ -122,13 +122,8 @@ def _blocks_with_tools(
                 blocks[-1].parts.extend(["\n", *response])
             else:
                 blocks.append(Block("user", response, True))
-        elif turn.role in ("system", "user", "assistant"):
-            blocks.append(Block(turn.role, _with_calls(turn), _carries_no_loss(turn)))
         else:
-            raise ValueError(
-                f"the published template with tools has no role {turn.role!r}; it has system, "
-                "user, assistant and tool"
-            )
+            blocks.append(Block(turn.role, _with_calls(turn), _carries_no_loss(turn)))
         previous = turn.role
     return blocks
 
@@ -271,14 +266,43 @@ def render_template(
 
 
 @lru_cache(maxsize=8)
+def known_roles(template: str | None) -> frozenset[str]:
+    """Tell which roles a chat template knows.
+
+    Args:
+        template: Jinja source; None for the published ones.
+
+    Returns:
+        Those of the published templates, and every text constant of this one: a role that it does
+        not name it treats like any other, an answer's perhaps as one without loss.
+
+    Raises:
+        ValueError: if the template is wrong.
+    """
+    if template is None:
+        return frozenset(ROLES)
+    try:
+        parsed = _environment().parse(template)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template fails: {error}") from error
+    constants = {node.value for node in parsed.find_all(nodes.Const)}
+    return frozenset((*ROLES, *(value for value in constants if isinstance(value, str))))
+
+
+@lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
     )
     environment.filters["tojson"] = _json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    return environment.from_string(template)
+    return environment
 
 
 def _raise(message: str) -> None:

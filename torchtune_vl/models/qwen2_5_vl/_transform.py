@@ -215,7 +215,9 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         Raises:
             ValueError: if a message cannot be read; it says which and why.
         """
-        turns = self._encode_media(read_conversation(messages), self._media_transforms)
+        turns = self._encode_media(
+            read_conversation(messages, roles=self.prompts.roles), self._media_transforms
+        )
         prompt = self.prompts.build(turns, [], inference=False)
         return prompt.tokens, prompt.mask
 
@@ -275,13 +277,38 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
             that carry loss, the first token aside, which nothing predicts.
 
         Raises:
-            ValueError: as :meth:`__call__` does, but for what only decoding shows.
+            ValueError: as :meth:`__call__` does, but for what only decoding shows, and unless
+                ``inference`` as :meth:`check_supervised` does.
         """
         transforms = _MediaTransforms(self.image_transform.measure, self.video_transform.measure)
         with _naming(sample):
             _, prompt = self._prompts_of(sample, inference, transforms)
+            if not inference:
+                self.check_supervised(prompt.tokens, prompt.mask)
         patches = sum(len(placed.medium.patches) for placed in prompt.media)
         return len(prompt.tokens), patches, prompt.mask[1:].count(False)
+
+    def check_supervised(self, tokens: Sequence[int], mask: Sequence[bool]) -> None:
+        """Refuse a sample that training learns nothing from.
+
+        Args:
+            tokens: ids.
+            mask: for each, whether the loss ignores it.
+
+        Raises:
+            ValueError: if the loss is taken of no token, or of none but those that end an answer.
+        """
+        if not self._is_supervised(tokens, mask):
+            raise ValueError(
+                "no token of an answer carries loss: give it a message of the role assistant with "
+                "a text or tool calls (and not of weight 0), or remove the sample"
+            )
+
+    def _is_supervised(self, tokens: Sequence[int], mask: Sequence[bool]) -> bool:
+        supervised = {
+            token for token, masked in zip(tokens[1:], mask[1:], strict=True) if not masked
+        }
+        return not supervised <= set(self.stop_tokens)
 
     def _transform(self, sample: Mapping[str, Any], inference: bool) -> dict[str, Any]:
         whole, prompt = self._prompts_of(sample, inference, self._media_transforms)
@@ -320,7 +347,9 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         """The whole prompt of a sample, and what is left of it within ``max_seq_len``."""
         if "messages" not in sample:
             raise ValueError(f"it has no 'messages', but {sorted(map(str, sample))}")
-        turns = read_conversation(sample["messages"], sample.get("images"), sample.get("videos"))
+        turns = read_conversation(
+            sample["messages"], sample.get("images"), sample.get("videos"), self.prompts.roles
+        )
         tools = read_tools(sample.get("tools"))
         if inference and _asks_for_answer(turns[-1]):
             turns = turns[:-1]
@@ -334,27 +363,31 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         self, turns: Sequence[Turn], transforms: _MediaTransforms
     ) -> list[EncodedTurn]:
         """Encode media and write boxes in the pixels of the images that they belong to."""
-        image_sizes: list[tuple[tuple[int, int], tuple[int, int]]] = []
-        encoded = []
+        image_sizes: list[_Sizes] = []
+        contents: list[list[Part | Objects]] = []
         for number, turn in enumerate(turns):
-            content: list[Part] = []
+            contents.append([])
             for index, item in enumerate(turn.content):
-                try:
+                with _locating(number, turn.role, index):
                     if isinstance(item, Medium) and item.kind == "image":
                         medium, sizes = _encode_image(item, transforms.image)
                         image_sizes.append(sizes)
-                        content.append(medium)
+                        contents[-1].append(medium)
                     elif isinstance(item, Medium):
-                        content.append(_encode_video(item, transforms.video))
-                    elif isinstance(item, Objects):
-                        content.append(_write_objects(item, image_sizes))
+                        contents[-1].append(_encode_video(item, transforms.video))
                     else:
-                        self._check_text(item)
-                        content.append(item)
-                except ValueError as error:
-                    raise ValueError(
-                        f"message {number} ({turn.role}): item {index}: {error}"
-                    ) from error
+                        if isinstance(item, str):
+                            self._check_text(item)
+                        contents[-1].append(item)
+        encoded = []
+        for number, (turn, items) in enumerate(zip(turns, contents, strict=True)):
+            content: list[Part] = []
+            for index, part in enumerate(items):
+                with _locating(number, turn.role, index):
+                    written = (
+                        _write_objects(part, image_sizes) if isinstance(part, Objects) else part
+                    )
+                    content.append(written)
             encoded.append(
                 EncodedTurn(turn.role, content, turn.masked, turn.tool_calls, turn.given)
             )
@@ -401,7 +434,7 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
                 f"the sample has {length} tokens, and its last turn alone {len(prompt.tokens)}: "
                 f"{remedy}"
             )
-        if all(prompt.mask):
+        if not self._is_supervised(prompt.tokens, prompt.mask):
             raise ValueError(
                 f"the sample has {length} tokens, and none that carries loss would be left of it: "
                 f"{remedy}, or choose another truncation (now {self.truncation!r})"
@@ -444,21 +477,30 @@ def _naming(sample: Mapping[str, Any]) -> Iterator[None]:
         raise ValueError(f"sample {sample['id']!r}: {error}") from error
 
 
+@contextmanager
+def _locating(message: int, role: str, item: int) -> Iterator[None]:
+    """Names the item in errors."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"message {message} ({role}): item {item}: {error}") from error
+
+
 # By what a medium takes fewer tokens
 _MAKES_SMALLER = {
     "image": "max_pixels",
     "video": "fps, max_frames or video_max_pixels (of one video nframes or max_pixels)",
 }
 _NO_MEDIA = torch.empty(0, 3, dtype=torch.int64)
+# Height and width of an image as it came, and as the model sees it
+_Sizes = tuple[tuple[int, int], tuple[int, int]]
 
 
 def _asks_for_answer(turn: Turn) -> bool:
     return turn.role == "assistant" and not turn.tool_calls and not any(turn.content)
 
 
-def _encode_image(
-    item: Medium, transform: _MediumTransform
-) -> tuple[EncodedMedium, tuple[tuple[int, int], tuple[int, int]]]:
+def _encode_image(item: Medium, transform: _MediumTransform) -> tuple[EncodedMedium, _Sizes]:
     """Encode an image, and tell the sizes of the original and the resized one."""
     transformed = transform({"image": item.source, **item.settings})
     grid_thw = transformed["image_grid_thw"]
@@ -481,12 +523,11 @@ def _encode_video(item: Medium, transform: _MediumTransform) -> EncodedMedium:
     )
 
 
-def _write_objects(
-    item: Objects, image_sizes: Sequence[tuple[tuple[int, int], tuple[int, int]]]
-) -> str:
+def _write_objects(item: Objects, image_sizes: Sequence[_Sizes]) -> str:
     if item.image >= len(image_sizes):
         raise ValueError(
-            f"its boxes are of image {item.image}, but {len(image_sizes)} images come before them"
+            f"its boxes are of image {item.image} (the first is 0), but the conversation has "
+            f"{len(image_sizes)} images"
         )
     entries = [to_resized(entry, item.unit, *image_sizes[item.image]) for entry in item.objects]
     if not item.fields:
