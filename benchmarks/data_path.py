@@ -111,9 +111,7 @@ def cases(checkpoint: Path, clip: Path, folder: Path | None) -> Iterator[Case]:
     processor = AutoProcessor.from_pretrained(checkpoint)
     assert processor.image_processor.backend == "torchvision"
     transforms = {
-        dtype: Qwen2_5_VLTransform.from_pretrained(
-            checkpoint, image_settings={"patch_dtype": dtype}
-        )
+        dtype: Qwen2_5_VLTransform.from_pretrained(checkpoint, patch_dtype=dtype)
         for dtype in ("float32", "uint8")
     }
     transform = transforms["float32"]
@@ -304,7 +302,7 @@ def print_batches(checkpoint: Path) -> None:
     """Print what a second data worker adds, and the bytes of a batch."""
     datasets = {
         dtype: Questions(
-            Qwen2_5_VLTransform.from_pretrained(checkpoint, image_settings={"patch_dtype": dtype}),
+            Qwen2_5_VLTransform.from_pretrained(checkpoint, patch_dtype=dtype),
             jpeg(*FULL_HD),
         )
         for dtype in ("float32", "uint8")

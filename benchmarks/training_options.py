@@ -57,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "rows": {"_component_": "torchtune_vl.data.PaddedRows", "batch_size": BATCH_SIZE}
     },
     "`rows.max_tokens` halved, twice the rows": {"rows.max_tokens": MAX_TOKENS // 2},
-    "`max_pixels`: half the image tokens": {"tokenizer.image_settings.max_pixels": PIXELS},
+    "`max_pixels`: half the image tokens": {"tokenizer.max_pixels": PIXELS},
     "`optimizer`: `torch.optim.SGD`": {
         "optimizer": {"_component_": "torch.optim.SGD", "lr": 1e-5, "fused": True}
     },

@@ -22,7 +22,8 @@ from tests.finetune_runs import (
     write_config,
     write_inputs,
 )
-from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_hf_to_tune
+from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform, qwen2_5_vl_hf_to_tune
+from torchtune_vl.training import export
 from torchtune_vl.training._adapters import load_adapter, merge_adapter
 
 COUNT = 24
@@ -57,6 +58,12 @@ ADAPTERS = {
     "encoder_trainable": "lora",
 }
 
+TOKENIZER = {
+    "_component_": "torchtune_vl.models.qwen2_5_vl.Qwen2_5_VLTransform.from_pretrained",
+    "checkpoint_dir": "${checkpoint_dir}",
+    "patch_dtype": "uint8",
+}
+
 MODES: dict[str, dict[str, Any]] = {
     "FSDP": {},
     "tensor parallel": {"parallel.tensor": 2},
@@ -84,6 +91,7 @@ VALIDATION = {
 
 def test_a_run_and_what_it_leaves(root: Path, tmp_path: Path) -> None:
     settings = {
+        "tokenizer": {**TOKENIZER, "max_pixels": 15_000, "fps": 1.5, "add_vision_id": True},
         "model": {**ADAPTERS, "use_dora": True, "fusion_trainable": "full"},
         "dataset_val": VALIDATION,
         "eval_every_n_steps": 4,
@@ -129,6 +137,14 @@ def test_a_run_and_what_it_leaves(root: Path, tmp_path: Path) -> None:
     merged = merge_adapter(base, load_adapter(output / "epoch_1" / "adapter"))
     for name, tensor in qwen2_5_vl_hf_to_tune(weights(output)).items():
         torch.testing.assert_close(tensor, merged[name], rtol=0, atol=1e-6)
+
+    exported = Qwen2_5_VLTransform.from_pretrained(output / "epoch_1")
+    assert exported.image_transform.max_pixels == 15_000
+    assert exported.video_transform.fps == 1.5
+    assert exported.prompts.add_vision_id
+    export(output / "epoch_1", tmp_path / "exported")
+    for name, text in exported.processor_files().items():
+        assert (tmp_path / "exported" / name).read_text() == text
 
     again = start(config)
     messages, _ = again.communicate()

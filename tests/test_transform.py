@@ -15,6 +15,7 @@ from torchtune.data import Message
 
 from quickstart.checkpoint import write_tiny_checkpoint
 from tests.videos import CLIPS, write_clip
+from torchtune_vl.media import RemoteLimits
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform, qwen2_5_vl_transform
 
 IMAGE = Image.new("RGB", (56, 84), "teal")
@@ -192,7 +193,7 @@ def test_roles_that_the_template_does_not_know(
 def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path, vocabulary)
     transform = Qwen2_5_VLTransform.from_pretrained(
-        tmp_path, image_settings={"max_pixels": 50000}, video_settings={"fps": 1.0}, max_seq_len=9
+        tmp_path, max_pixels=50000, fps=1.0, max_seq_len=9
     )
     assert transform.max_seq_len == transform.tokenizer.max_seq_len == 9
     assert transform.image_transform.max_pixels == 50000
@@ -219,9 +220,11 @@ def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     assert Qwen2_5_VLTransform.from_pretrained(tmp_path).vocab_size == 151665
     assert Qwen2_5_VLTransform.from_pretrained(tmp_path).prompts.chat_template is None
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    (tmp_path / "chat_template.json").unlink()
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert Qwen2_5_VLTransform.from_pretrained(tmp_path).prompts.chat_template == "{{ messages }}"
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0] }}")
+    # transformers looks here first
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0] }}"}))
     assert (
         Qwen2_5_VLTransform.from_pretrained(tmp_path).prompts.chat_template == "{{ messages[0] }}"
     )
@@ -231,6 +234,46 @@ def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
     assert Qwen2_5_VLTransform.from_pretrained(tmp_path).tokens_per_second == 25
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {}}))
     assert Qwen2_5_VLTransform.from_pretrained(tmp_path).tokens_per_second == 4
+
+
+def test_settings_are_those_of_the_builder(vocabulary: Path, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path, vocabulary)
+    settings = {
+        "max_seq_len": 99,
+        "train_on": "last",
+        "min_pixels": 5000,
+        "image_backend": "pil",
+        "fps": 3.5,
+        "min_frames": 6,
+        "video_min_pixels": 3136,
+        "video_max_pixels": 50176,
+        "video_total_pixels": 10**6,
+        "allow_remote": True,
+    }
+    files = vocabulary / "vocab.json", vocabulary / "merges.txt"
+    for transform in (
+        Qwen2_5_VLTransform.from_pretrained(tmp_path, **settings, max_pixels=None),
+        qwen2_5_vl_transform(*files, **settings),
+    ):
+        images, videos = transform.image_transform, transform.video_transform
+        assert (transform.max_seq_len, transform.train_on) == (99, "last")
+        assert (images.min_pixels, images.max_pixels, images.backend) == (5000, 12845056, "pil")
+        assert (videos.fps, videos.min_frames, videos.max_frames) == (3.5, 6, 768)
+        limits = (videos.min_pixels, videos.max_pixels, videos.total_pixels)
+        assert limits == (3136, 50176, 10**6)
+        assert images.remote == videos.remote == RemoteLimits()
+        assert transform.tokens_per_second == 2
+
+
+def test_settings_that_are_unknown(vocabulary: Path, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path, vocabulary)
+    for name, message in (
+        ("max_pixel", "has no setting 'max_pixel': the nearest is 'max_pixels'"),
+        ("total_pixels", "the nearest is 'video_total_pixels'"),
+        ("zzz", "has no setting 'zzz': there are max_seq_len, truncation"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Qwen2_5_VLTransform.from_pretrained(tmp_path, **{name: 1})
 
 
 @pytest.mark.parametrize("name", ["truncation", "train_on", "parse_special"])

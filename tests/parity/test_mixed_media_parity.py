@@ -20,6 +20,10 @@ from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 
 VIDEO_SIZE = {"shortest_edge": 4 * 28 * 28, "longest_edge": 24 * 28 * 28}
+LIMITS = {
+    "video_min_pixels": VIDEO_SIZE["shortest_edge"],
+    "video_max_pixels": VIDEO_SIZE["longest_edge"],
+}
 RATES = (0.5, 1, 2.0, 3, 7.5, 23.976, 24, 29.97, 30, 59.94, 1 / 3)
 
 
@@ -84,15 +88,12 @@ def positions(conversation: list[dict[str, Any]], inputs: dict[str, torch.Tensor
 
 
 def test_images_and_videos(checkpoint: Path, processor: Qwen2_5_VLProcessor) -> None:
-    limits = {"min_pixels": VIDEO_SIZE["shortest_edge"], "max_pixels": VIDEO_SIZE["longest_edge"]}
-    transform = Qwen2_5_VLTransform.from_pretrained(
-        checkpoint, add_vision_id=True, video_settings=limits
-    )
+    transform = Qwen2_5_VLTransform.from_pretrained(checkpoint, add_vision_id=True, **LIMITS)
     as_uint8 = Qwen2_5_VLTransform.from_pretrained(
         checkpoint,
         add_vision_id=True,
-        image_settings={"patch_dtype": "uint8"},
-        video_settings={**limits, "patch_dtype": "uint8"},
+        patch_dtype="uint8",
+        **LIMITS,
     )
     for seed in range(60):
         conversation = with_videos(seed)
@@ -140,12 +141,11 @@ def test_a_batch_of_all_kinds(checkpoint: Path, processor: Qwen2_5_VLProcessor) 
     weights = Qwen2_5_VLCheckpointer(directory, checkpoint / "unused").load_checkpoint()["model"]
     model.load_state_dict(weights)
 
-    limits = {"min_pixels": VIDEO_SIZE["shortest_edge"], "max_pixels": VIDEO_SIZE["longest_edge"]}
     transform = Qwen2_5_VLTransform.from_pretrained(
         checkpoint,
         add_vision_id=True,
-        image_settings={"patch_dtype": "uint8"},
-        video_settings={**limits, "patch_dtype": "uint8"},
+        patch_dtype="uint8",
+        **LIMITS,
     )
     conversations = [with_videos(0), generate_conversation(3), with_videos(5)]
     conversations.append([{"role": "user", "content": [{"type": "text", "text": "Text alone."}]}])

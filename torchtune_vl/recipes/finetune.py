@@ -149,6 +149,7 @@ class FinetuneRecipe:
         cfg = self.cfg
         training.set_seed(cfg.seed)
         tokenizer = config.instantiate(cfg.tokenizer)
+        self.processor_files = tokenizer.processor_files()
         self.checkpointer = config.instantiate(cfg.checkpointer)
         self.model = self._make_model()
         self.trained = {n: p for n, p in named_as_saved(self.model) if p.requires_grad}
@@ -565,7 +566,9 @@ class FinetuneRecipe:
                 training.ADAPTER_KEY: adapters,
                 training.ADAPTER_CONFIG: {"r": layer.rank, "lora_alpha": layer.alpha},
             }
-        self.checkpointer.save_checkpoint(state, epoch=self._epoch())
+        self.checkpointer.save_checkpoint(
+            state, epoch=self._epoch(), processor_files=self.processor_files
+        )
 
     def _epoch(self) -> int:
         """The epoch of the last step; the position is that of the next."""

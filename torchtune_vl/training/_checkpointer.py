@@ -161,6 +161,7 @@ class Qwen2_5_VLCheckpointer:
         epoch: int,
         intermediate_checkpoint: bool = False,
         adapter_only: bool = False,
+        processor_files: Mapping[str, str] | None = None,
     ) -> None:
         """Write ``epoch_{epoch}``, complete or not at all.
 
@@ -170,6 +171,8 @@ class Qwen2_5_VLCheckpointer:
             intermediate_checkpoint: whether to write the state of the recipe too, to resume from.
             adapter_only: whether to leave out the weights, and write adapters alone. What else is
                 trained is left out then.
+            processor_files: texts of files, by name, that go in place of ``checkpoint_dir``'s:
+                the transform's ``processor_files()``, which tell servers what the model saw.
 
         Raises:
             ValueError: if a tensor is not of the model, or there are no adapters to write alone.
@@ -185,6 +188,9 @@ class Qwen2_5_VLCheckpointer:
                 if not adapter_only:
                     weights = state_dict[training.MODEL_KEY]
                     write_weights(weights, partial, survivor(self._checkpoint_dir))
+                    for name, text in (processor_files or {}).items():
+                        with new_file(partial / name) as file:
+                            file.write_text(text, encoding="utf-8")
                 if training.ADAPTER_KEY in state_dict:
                     (partial / _ADAPTER).mkdir()
                     save_adapter(self._adapter(state_dict), partial / _ADAPTER)

@@ -10,7 +10,7 @@ from torchtune_vl.models.qwen2_5_vl import (
     Qwen2_5_VLTransform,
     Qwen2_5_VLVideoTransform,
 )
-from torchtune_vl.models.qwen2_5_vl._pretrained import image_settings
+from torchtune_vl.models.qwen2_5_vl._pretrained import image_settings, video_settings
 from torchtune_vl.validation._reference import Processed
 from torchtune_vl.validation._report import Outcome, attempt
 
@@ -48,8 +48,13 @@ class Ours:
             Qwen2_5_VLTransform.from_pretrained,
             self.directory,
             parse_special="all",
-            image_settings=self._limits,
+            **self._limits,
         )
+
+    @cached_property
+    def video_transform(self) -> Outcome[Qwen2_5_VLVideoTransform]:
+        """Outcome of making a video transform with the directory's settings."""
+        return attempt(_read_video_transform, self.directory)
 
     def image_transform(self, **settings: Any) -> Qwen2_5_VLImageTransform:
         """Make an image transform with the directory's settings and more."""
@@ -57,9 +62,7 @@ class Ours:
 
     def video(self, path: str) -> Processed:
         """Process a video."""
-        settings = self.image_settings.value
-        normalization = {k: settings[k] for k in ("image_mean", "image_std") if k in settings}
-        processed = Qwen2_5_VLVideoTransform(**normalization)({"video": path})
+        processed = self.video_transform.value({"video": path})
         self._videos[path] = processed["frame_indices"], processed["seconds_per_step"]
         return Processed(processed["pixel_values_videos"], processed["video_grid_thw"])
 
@@ -75,6 +78,14 @@ class Ours:
         if path not in self._videos and attempt(self.video, path).error is not None:
             self._videos[path] = [0], 1.0
         return self._videos[path]
+
+
+def _read_video_transform(directory: Path) -> Qwen2_5_VLVideoTransform:
+    """Make the one that :meth:`Qwen2_5_VLTransform.from_pretrained` makes."""
+    images = image_settings(directory)
+    normalization = {k: v for k, v in images.items() if k in ("image_mean", "image_std")}
+    videos = {k.removeprefix("video_"): v for k, v in video_settings(directory).items()}
+    return Qwen2_5_VLVideoTransform(**normalization, **videos)
 
 
 def _read_tokenizer(directory: Path) -> Qwen2_5_VLTokenizer:

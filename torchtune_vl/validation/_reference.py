@@ -20,7 +20,11 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 # What qwen-vl-utils gives a video, and transformers' class by default: the published
 # preprocessor_config.json states limits of images, which its video processor would take too
-_VIDEO_LIMITS = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
+_VIDEO_LIMITS: dict[str, Any] = {
+    "cap_pixels_per_frame": True,
+    "min_pixels": 128 * 28 * 28,
+    "max_pixels": 768 * 28 * 28,
+}
 
 
 class Processed(NamedTuple):
@@ -75,15 +79,15 @@ class Reference:
     @cached_property
     def video_processor(self) -> Outcome:
         """Outcome of reading the video processor."""
+        return attempt(self._read_video_processor)
+
+    def _read_video_processor(self) -> Any:
         from transformers import Qwen2VLVideoProcessor
 
-        return attempt(
-            Qwen2VLVideoProcessor.from_pretrained,
-            self.directory,
-            cap_pixels_per_frame=True,
-            **_VIDEO_LIMITS,
-            **_LOCAL,
-        )
+        processor = Qwen2VLVideoProcessor.from_pretrained(self.directory, **_LOCAL)
+        if processor.cap_pixels_per_frame:  # states limits of videos
+            return processor
+        return Qwen2VLVideoProcessor.from_pretrained(self.directory, **_VIDEO_LIMITS, **_LOCAL)
 
     @cached_property
     def processor(self) -> Outcome:

@@ -115,7 +115,7 @@ def chat_template_row(ours: Ours, reference: Reference) -> Row:
     elif ours.transform.error or reference.processor.error:
         row.skipped = "unreadable: see vocabulary and image settings"
     else:
-        mine = ours.transform.value.prompts.chat_template or CHAT_TEMPLATE
+        mine = ours.transform.value.chat_template
         theirs = reference.processor.value.chat_template or ""
         row.add(
             compare_sequences(

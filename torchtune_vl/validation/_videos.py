@@ -39,7 +39,7 @@ def video_rows(
     )
     if reference.no_torchvision:
         grids.skipped = pixels.skipped = reference.no_torchvision
-    elif ours.image_settings.error or reference.video_processor.error:
+    elif ours.video_transform.error or reference.video_processor.error:
         grids.skipped = pixels.skipped = "unreadable: see image settings"
     else:
         # Load codecs before the time is taken

@@ -1,21 +1,27 @@
 """Settings from the files of a checkpoint directory."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torchtune_vl.models._json import JsonObject, read_json_object
 from torchtune_vl.models.qwen2_5_vl._chat_template import CHAT_TEMPLATE
-from torchtune_vl.models.qwen2_5_vl._patches import PATCH_SIZE, TEMPORAL_PATCH_SIZE
+from torchtune_vl.models.qwen2_5_vl._patches import PATCH_SIZE, SQUARE, TEMPORAL_PATCH_SIZE
 from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE
 from torchtune_vl.models.qwen2_5_vl._tokenizer import Qwen2_5_VLTokenizer
 
 _CHANNELS = 3
-# What our image transform always does; the values that a file may state
-_FIXED_IMAGE_SETTINGS = {
+# Before a chat template, lets it number media
+NUMBERS_MEDIA = "{% set add_vision_id = true %}"
+SIZES_OF_PATCHES = {
     "patch_size": PATCH_SIZE,
     "temporal_patch_size": TEMPORAL_PATCH_SIZE,
     "merge_size": MERGE_SIZE,
+}
+# What our transforms always do; the values that a file may state
+_FIXED_SETTINGS = {
+    **SIZES_OF_PATCHES,
     "do_resize": True,
     "do_rescale": True,
     "rescale_factor": 1 / 255,
@@ -25,34 +31,29 @@ _FIXED_IMAGE_SETTINGS = {
 }
 
 
+def settings(directory: Path) -> dict[str, Any]:
+    """Settings of a checkpoint directory, by the names of the transform's builder."""
+    return {
+        **image_settings(directory),
+        **video_settings(directory),
+        "chat_template_file": chat_template_file(directory),
+        "tokens_per_second": tokens_per_second(directory),
+    }
+
+
 def image_settings(directory: Path) -> dict[str, Any]:
     """Settings of images from the files of a checkpoint directory.
 
     transformers 5 writes them into ``processor_config.json``, and sizes as ``size``.
     """
-    config = _read_if_there(directory / "preprocessor_config.json")
-    if config is None:
-        processor = _read_if_there(directory / "processor_config.json")
-        if processor is not None and "image_processor" in processor:
-            config = processor.part("image_processor")
+    config = _processor(directory, "image_processor", "preprocessor_config.json")
     if config is None:
         raise ValueError(
             f"{directory} has no preprocessor_config.json, which holds the limits of image sizes: "
             "copy it from the published checkpoint"
         )
-    for name, value in _FIXED_IMAGE_SETTINGS.items():
-        if config.content.get(name, value) != value:
-            raise config.error(name, f"{value!r}: nothing else is supported")
-    settings: dict[str, Any] = {}
-    size = config.part("size")
-    for name, name_in_size in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        if name in config:
-            settings[name] = config.whole(name)
-        elif name_in_size in size:
-            settings[name] = size.whole(name_in_size)
-    if settings.get("min_pixels", 0) > settings.get("max_pixels", math.inf):
-        limits = f"{settings['min_pixels']} and {settings['max_pixels']}"
-        raise ValueError(f"{config.file}: min_pixels and max_pixels are {limits}: no image fits")
+    _check_fixed(config, _FIXED_SETTINGS)
+    settings = _limits(config)
     for name, least in (("image_mean", 0), ("image_std", 1e-6)):  # of values from 0 to 1
         if name in config:
             channels = config.each(name)
@@ -62,19 +63,48 @@ def image_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def chat_template(directory: Path) -> str | None:
-    """The template of a checkpoint, or None if it is the published one or there is none."""
-    jinja = directory / "chat_template.jinja"
-    template: str | None = None
-    if jinja.exists():
-        template = read_text(jinja)
+def video_settings(directory: Path) -> dict[str, Any]:
+    """Settings of videos, by the names of the transform's builder, as our exports state them.
+
+    Files without ``cap_pixels_per_frame`` hold the limits of images, as the processors of the
+    published checkpoints do: nothing is taken from them.
+    """
+    config = _processor(directory, "video_processor", "video_preprocessor_config.json")
+    if config is None or not config.content.get("cap_pixels_per_frame"):
+        return {}
+    images = image_settings(directory)
+    normalization = {k: v for k, v in images.items() if k in ("image_mean", "image_std")}
+    _check_fixed(config, {**_FIXED_SETTINGS, **normalization})
+    settings = {f"video_{name}": value for name, value in _limits(config).items()}
+    for name, least in (("min_frames", 0), ("max_frames", 1)):
+        if name in config:
+            settings[name] = config.whole(name, least)
+    if "fps" in config:
+        settings["fps"] = config.number("fps", 1e-6, 1e6)
+    if "max_video_tokens" in config:
+        # Nine tenths of a context of so many tokens, as transformers has it
+        settings["video_total_pixels"] = config.whole("max_video_tokens") * SQUARE**2 * 9 // 10
+    return settings
+
+
+def chat_template_file(directory: Path) -> Path | None:
+    """The file that transformers' processor takes its chat template from."""
+    files = (directory / "chat_template.json", directory / "chat_template.jinja")
+    return next((path for path in files if path.exists()), None)
+
+
+def read_chat_template(path: str | Path) -> tuple[str | None, bool]:
+    """A template, None if it is the published one, and whether it numbers media by itself."""
+    if Path(path).suffix == ".json":
+        config = read_json_object(Path(path))
+        if "chat_template" not in config.content:
+            return None, False
+        template = config.text("chat_template")
     else:
-        config = _read_if_there(directory / "chat_template.json")
-        if config is not None and "chat_template" in config.content:
-            template = config.text("chat_template")
-    if template is None or template.strip() == CHAT_TEMPLATE:
-        return None
-    return template
+        template = read_text(path)
+    numbers_media = template.startswith(NUMBERS_MEDIA)
+    template = template.removeprefix(NUMBERS_MEDIA)
+    return (None if template.strip() == CHAT_TEMPLATE else template), numbers_media
 
 
 def tokens_per_second(directory: Path) -> int:
@@ -117,6 +147,35 @@ def read_text(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as text: {error}") from error
+
+
+def _processor(directory: Path, part: str, name: str) -> JsonObject | None:
+    """The settings of a processor, from where transformers looks first."""
+    all_parts = _read_if_there(directory / "processor_config.json")
+    if all_parts is not None and part in all_parts:
+        return all_parts.part(part)
+    return _read_if_there(directory / name)
+
+
+def _check_fixed(config: JsonObject, fixed: Mapping[str, Any]) -> None:
+    for name, value in fixed.items():
+        if config.content.get(name, value) != value:
+            raise config.error(name, f"{value!r}: nothing else is supported")
+
+
+def _limits(config: JsonObject) -> dict[str, Any]:
+    """Of the areas of images or frames, by the names of old releases or of new ones."""
+    limits = {}
+    size = config.part("size")
+    for name, name_in_size in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if name in config:
+            limits[name] = config.whole(name)
+        elif name_in_size in size:
+            limits[name] = size.whole(name_in_size)
+    if limits.get("min_pixels", 0) > limits.get("max_pixels", math.inf):
+        shown = f"{limits['min_pixels']} and {limits['max_pixels']}"
+        raise ValueError(f"{config.file}: min_pixels and max_pixels are {shown}: nothing fits")
+    return limits
 
 
 def _read_if_there(path: Path) -> JsonObject | None:

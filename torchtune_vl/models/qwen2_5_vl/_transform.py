@@ -1,9 +1,11 @@
 """Messages to one sample: token ids, loss mask, positions and the encoder's input."""
 
+import difflib
+import inspect
 import logging
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -14,7 +16,11 @@ from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from torchtune_vl.media import RemoteLimits
+from torchtune_vl.media._images import Alpha, Backend
+from torchtune_vl.models.qwen2_5_vl import _image_transform as images
 from torchtune_vl.models.qwen2_5_vl import _pretrained as pretrained
+from torchtune_vl.models.qwen2_5_vl import _video_transform as videos
+from torchtune_vl.models.qwen2_5_vl._chat_template import CHAT_TEMPLATE
 from torchtune_vl.models.qwen2_5_vl._conversation import (
     Medium,
     Objects,
@@ -23,9 +29,10 @@ from torchtune_vl.models.qwen2_5_vl._conversation import (
     read_tools,
 )
 from torchtune_vl.models.qwen2_5_vl._grounding import to_json, to_resized
-from torchtune_vl.models.qwen2_5_vl._image_transform import Qwen2_5_VLImageTransform
-from torchtune_vl.models.qwen2_5_vl._patches import PATCH_SIZE
+from torchtune_vl.models.qwen2_5_vl._image_transform import PatchDtype, Qwen2_5_VLImageTransform
+from torchtune_vl.models.qwen2_5_vl._patches import CLIP_MEAN, CLIP_STD, PATCH_SIZE
 from torchtune_vl.models.qwen2_5_vl._positions import mrope_positions, vision_index
+from torchtune_vl.models.qwen2_5_vl._processor_files import processor_files
 from torchtune_vl.models.qwen2_5_vl._prompt import Prompt, PromptBuilder, Special
 from torchtune_vl.models.qwen2_5_vl._rendering import (
     EncodedMedium,
@@ -124,51 +131,58 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         self._said_truncated = False
 
     @classmethod
-    def from_pretrained(
-        cls,
-        checkpoint_dir: str | Path,
-        *,
-        image_settings: Mapping[str, Any] | None = None,
-        video_settings: Mapping[str, Any] | None = None,
-        **settings: Any,
-    ) -> "Qwen2_5_VLTransform":
+    def from_pretrained(cls, checkpoint_dir: str | Path, **settings: Any) -> "Qwen2_5_VLTransform":
         """Read vocabulary, chat template and settings from a checkpoint directory.
 
         Args:
             checkpoint_dir: directory with ``tokenizer.json`` (or ``vocab.json`` and
                 ``merges.txt``) and ``preprocessor_config.json``.
-            image_settings: arguments of :class:`Qwen2_5_VLImageTransform` that go before the
-                directory's.
-            video_settings: arguments of :class:`Qwen2_5_VLVideoTransform`. The directory's limits
-                are those of images.
-            **settings: other arguments of this class, before the directory's.
+            **settings: those of :func:`qwen2_5_vl_transform`, which go before the directory's.
+                None counts as absent.
 
         Returns:
             The transform.
 
         Raises:
-            ValueError: if a file is missing, or asks for what the transform does not do.
+            ValueError: if a file is missing, asks for what the transform does not do, or a setting
+                is unknown.
         """
         directory = Path(checkpoint_dir)
+        _check_names(settings)
         vocabulary = directory / "tokenizer.json"
         merges = None
         if not vocabulary.exists():
             vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
-        from_images = pretrained.image_settings(directory)
-        normalization = {k: v for k, v in from_images.items() if k in ("image_mean", "image_std")}
-        transform = cls(
-            vocabulary,
-            merges,
-            image_transform=Qwen2_5_VLImageTransform(**{**from_images, **(image_settings or {})}),
-            video_transform=Qwen2_5_VLVideoTransform(**{**normalization, **(video_settings or {})}),
-            **{
-                "chat_template": pretrained.chat_template(directory),
-                "tokens_per_second": pretrained.tokens_per_second(directory),
-                **settings,
-            },
+        given = {name: value for name, value in settings.items() if value is not None}
+        transform = qwen2_5_vl_transform(
+            vocabulary, merges, **{**pretrained.settings(directory), **given}
         )
         pretrained.check_token_ids(vocabulary, transform.tokenizer)
         return transform
+
+    @property
+    def chat_template(self) -> str:
+        """Jinja source of the chat template for conversations without tools."""
+        template = self.prompts.chat_template or CHAT_TEMPLATE
+        return pretrained.NUMBERS_MEDIA * self.prompts.add_vision_id + template
+
+    def processor_files(self) -> dict[str, str]:
+        """Write the settings down as transformers and servers read them.
+
+        With these files in a checkpoint's directory, transformers' ``AutoProcessor`` gives what
+        this transform gives: ids, grids and pixels of the same images and frames (with
+        ``do_sample_frames`` as many frames of a file, chosen by another rule), and
+        :meth:`from_pretrained` a transform of the same settings. ``max_seq_len``, ``truncation``,
+        ``alpha`` and ``backend`` of images have no place in them.
+
+        Returns:
+            Text by name of file.
+        """
+        files = processor_files(self.image_transform, self.video_transform, self.chat_template)
+        if self.prompts.chat_template is not None:
+            # With tools too, for which the published one is not used
+            files["chat_template.jinja"] = self.chat_template
+        return files
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Encode text as :meth:`Qwen2_5_VLTokenizer.encode` does."""
@@ -557,16 +571,21 @@ def qwen2_5_vl_transform(
     parse_special: Special = "content",
     add_vision_id: bool = False,
     chat_template_file: str | Path | None = None,
-    min_pixels: int = 3136,
-    max_pixels: int = 12845056,
-    image_backend: Literal["torchvision", "pil"] = "torchvision",
-    alpha: Literal["reference", "white"] = "reference",
-    fps: float = 2.0,
-    max_frames: int = 768,
-    video_max_pixels: int = 768 * 28 * 28,
-    video_total_pixels: int = 90316800,
-    patch_dtype: Literal["float32", "uint8"] = "float32",
+    min_pixels: int = images.MIN_PIXELS,
+    max_pixels: int = images.MAX_PIXELS,
+    image_backend: Backend = "torchvision",
+    alpha: Alpha = "reference",
+    fps: float = videos.FPS,
+    min_frames: int = videos.MIN_FRAMES,
+    max_frames: int = videos.MAX_FRAMES,
+    video_min_pixels: int = videos.MIN_PIXELS,
+    video_max_pixels: int = videos.MAX_PIXELS,
+    video_total_pixels: float = videos.TOTAL_PIXELS,
+    patch_dtype: PatchDtype = "float32",
     allow_remote: bool = False,
+    image_mean: Sequence[float] = CLIP_MEAN,
+    image_std: Sequence[float] = CLIP_STD,
+    tokens_per_second: int = 2,
 ) -> Qwen2_5_VLTransform:
     """Build the transform from values that a YAML config can hold.
 
@@ -578,19 +597,24 @@ def qwen2_5_vl_transform(
         train_on: which answers carry loss, "all" or the "last".
         parse_special: "content" or "all" special tokens in messages are tokens.
         add_vision_id: whether to number media in the text.
-        chat_template_file: Jinja file of another chat template.
+        chat_template_file: Jinja file, or ``chat_template.json``, of another chat template.
         min_pixels: images with fewer pixels are enlarged.
         max_pixels: images with more pixels are reduced.
         image_backend: ``"torchvision"`` or ``"pil"``, the image processor of transformers that
             pixels are equal to.
         alpha: "reference" or "white", what becomes of transparency.
         fps: frames of a video per second.
+        min_frames: fewest frames of a video.
         max_frames: most frames of a video.
+        video_min_pixels: fewest pixels of a frame.
         video_max_pixels: most pixels of a frame.
         video_total_pixels: most pixels of a video, over all frames, halved as two share a token.
-        patch_dtype: ``"float32"``, or ``"uint8"`` for patches of an eighth of the bytes, which
-            the model normalizes on its device.
+        patch_dtype: ``"float32"``, or ``"uint8"`` for patches of a fraction of the bytes (images
+            an eighth, videos a quarter), which the model normalizes on its device.
         allow_remote: whether https addresses of media are fetched.
+        image_mean: mean of each RGB channel, for values in [0, 1].
+        image_std: standard deviation of each RGB channel, likewise.
+        tokens_per_second: temporal positions per second of video.
 
     Returns:
         The transform.
@@ -598,7 +622,16 @@ def qwen2_5_vl_transform(
     Raises:
         ValueError: if a file is not a Qwen2.5 vocabulary, or a setting makes no sense.
     """
-    remote = RemoteLimits() if allow_remote else None
+    chat_template = None
+    if chat_template_file is not None:
+        chat_template, numbers_media = pretrained.read_chat_template(chat_template_file)
+        add_vision_id |= numbers_media
+    of_both: dict[str, Any] = {
+        "image_mean": image_mean,
+        "image_std": image_std,
+        "patch_dtype": patch_dtype,
+        "remote": RemoteLimits() if allow_remote else None,
+    }
     return Qwen2_5_VLTransform(
         path,
         merges_file,
@@ -607,23 +640,32 @@ def qwen2_5_vl_transform(
         train_on=train_on,
         parse_special=parse_special,
         add_vision_id=add_vision_id,
-        chat_template=None
-        if chat_template_file is None
-        else pretrained.read_text(chat_template_file),
+        chat_template=chat_template,
+        tokens_per_second=tokens_per_second,
         image_transform=Qwen2_5_VLImageTransform(
-            backend=image_backend,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
+            backend=image_backend,
             alpha=alpha,
-            patch_dtype=patch_dtype,
-            remote=remote,
+            **of_both,
         ),
         video_transform=Qwen2_5_VLVideoTransform(
             fps=fps,
+            min_frames=min_frames,
             max_frames=max_frames,
+            min_pixels=video_min_pixels,
             max_pixels=video_max_pixels,
             total_pixels=video_total_pixels,
-            patch_dtype=patch_dtype,
-            remote=remote,
+            **of_both,
         ),
     )
+
+
+def _check_names(settings: Iterable[str]) -> None:
+    parameters = inspect.signature(qwen2_5_vl_transform).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            found = f"the nearest is {near[0]!r}" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"the transform has no setting {name!r}: {found}")
