@@ -45,7 +45,7 @@ from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from torchtune_vl.data import Row, TrainingRows
-from torchtune_vl.datasets import measure_all
+from torchtune_vl.datasets import SamplesError, measure_all
 from torchtune_vl.modules import Documents
 from torchtune_vl.modules.adapters import DoRA, is_adapter
 from torchtune_vl.recipes._main import run_recipe
@@ -340,10 +340,18 @@ class FinetuneRecipe:
         """The size of each sample; each process measures its share."""
         processes = dist.get_world_size()
         share = range(dist.get_rank(), len(dataset), processes)
-        own = measure_all(dataset, share, self.cfg.num_workers, show_progress=self.is_main)
+        own: np.ndarray | SamplesError
+        try:
+            own = measure_all(dataset, share, self.cfg.num_workers, show_progress=self.is_main)
+        except SamplesError as error:
+            own = error
         shares: list[Any] = [None] * processes
         dist.all_gather_object(shares, own, group=self.save_group)
-        sizes = np.empty((len(dataset), own.shape[1]), own.dtype)
+        errors = [share for share in shares if isinstance(share, SamplesError)]
+        if errors:
+            first = [sample for error in errors for sample in error.first]
+            raise SamplesError(first, sum(error.bad for error in errors), len(dataset))
+        sizes = np.empty((len(dataset), shares[0].shape[1]), shares[0].dtype)
         for rank, sizes_of_rank in enumerate(shares):
             sizes[rank::processes] = sizes_of_rank
         self._on_main(lambda: self._keep(key, data_fingerprint(self.cfg[key], sizes)))
