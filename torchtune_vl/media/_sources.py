@@ -39,6 +39,8 @@ URL_CHARACTERS = "%/?:@!$&'()*+,;=[]"  # beside letters and digits; all others a
 
 # IPv6 addresses that stand for the IPv4 address in their last 32 bits (RFC 6052, RFC 4291)
 _EMBEDDED_IPV4 = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "::ffff:0:0/96")]
+# Older ones of IPv4 addresses (RFC 4291), and those of a network's own translators (RFC 8215)
+_NOT_PUBLIC = [ipaddress.ip_network(network) for network in ("::/96", "64:ff9b:1::/48")]
 
 
 @dataclass(frozen=True)
@@ -147,14 +149,29 @@ def _scheme(text: str) -> str:
     return found.group().lower() if found else ""
 
 
+def path_of_file_url(url: str) -> str:
+    """Finds the path of a ``file://`` URL.
+
+    Args:
+        url (str): the URL.
+
+    Returns:
+        str: what is behind ``file://`` as it stands, as qwen-vl-utils takes it, if there is such a
+        file, and with its escapes resolved, which pathlib's ``as_uri()`` writes, if there is not.
+    """
+    path = url[len("file://") :]
+    with contextlib.suppress(ValueError):  # no file can have such a name
+        if os.path.exists(path):
+            return path
+    return unquote(path)
+
+
 def _read_text(text: str, remote: RemoteLimits | None) -> bytes:
     scheme = _scheme(text)
     if not scheme:
         return _read_file(text)
     if scheme == "file":
-        path = text[len("file://") :]
-        # qwen-vl-utils takes the path as it stands, pathlib's as_uri() escapes it
-        return _read_file(path if os.path.exists(path) else unquote(path))
+        return _read_file(path_of_file_url(text))
     if scheme == "data":
         return _read_data_url(text)
     if scheme != "https":
@@ -343,7 +360,8 @@ def _is_public(address: str) -> bool:
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     # is_global holds for multicast, and before Python 3.13 for the tunnels of 6to4
     tunnel = isinstance(ip, ipaddress.IPv6Address) and ip.sixtofour
-    return ip.is_global and not ip.is_multicast and not tunnel
+    is_local = any(ip in network for network in _NOT_PUBLIC)
+    return ip.is_global and not (ip.is_multicast or tunnel or is_local)
 
 
 def _seconds_until(deadline: float) -> float:
