@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from jinja2 import UndefinedError
 from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -19,7 +20,9 @@ from torchtune.datasets.multimodal import multimodal_chat_dataset
 from quickstart.digits import write_digits
 from tests import hostile
 from torchtune_vl.data import PackedRows, TrainingRows, padded_collate_vision_supervised
-from torchtune_vl.datasets import measure_all, vision_chat_dataset
+from torchtune_vl.datasets import VisionChatDataset, measure_all, vision_chat_dataset
+from torchtune_vl.datasets._chat import _RowReader
+from torchtune_vl.datasets._media_directory import MediaDirectory
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -50,10 +53,11 @@ def build(transform: Qwen2_5_VLTransform, media: Path):
 
     def build(rows: list[dict[str, Any]], suffix: str = "jsonl", **settings: Any) -> Any:
         path = media / f"data.{suffix}"
-        lines = map(json.dumps, rows)
-        path.write_text("\n".join(lines) if suffix == "jsonl" else json.dumps(rows))
+        text = "\n".join(map(json.dumps, rows)) if suffix == "jsonl" else json.dumps(rows)
+        if not path.exists() or path.read_text() != text:  # which ends the use of others
+            path.write_text(text)
         settings = {"cache_dir": str(media / "cache"), "data_files": str(path), **settings}
-        return vision_chat_dataset(transform, source="json", **settings)
+        return vision_chat_dataset(transform, **{"source": "json", **settings})
 
     return build
 
@@ -199,6 +203,226 @@ def test_videos(build, transform: Qwen2_5_VLTransform, media: Path) -> None:
     assert grids(build([chat([frames])])[0])[0][0] == 1
 
 
+ANSWERS = [
+    '"quoted"',
+    '{"total": 42.8}',
+    "007",
+    "true",
+    "null",
+    "NaN",
+    "[1, 2]",
+    " \u2028 ",
+    "1e999",
+]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_answers_that_look_like_json(
+    build, transform: Qwen2_5_VLTransform, suffix: str, streaming: bool
+) -> None:
+    """In a column that holds lists and texts ``datasets`` parses them, or makes all JSON text."""
+    question = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
+    rows = [
+        {"messages": [{"role": "user", "content": content}, {**ASSISTANT, "content": answer}]}
+        for answer in ANSWERS
+        for content in (question, "What?", '[{"type": "text", "text": "What?"}]')
+    ]
+    data = build(rows, suffix, streaming=streaming)
+    samples = (
+        [data.transform(s) for s in data] if streaming else [data[i] for i in range(len(data))]
+    )
+    expected = [
+        turns(content if isinstance(content, str) else "<I>What?", answer)
+        for answer in ANSWERS
+        for content in (question, "What?", '[{"type": "text", "text": "What?"}]')
+    ]
+    assert [text_of(transform, sample) for sample in samples] == expected
+    assert [grids(sample) for sample in samples] == [[A], [], []] * len(ANSWERS)
+
+
+def test_numbers_of_tool_calls(build, transform: Qwen2_5_VLTransform) -> None:
+    arguments = {"a": 1e-9, "b": 2**63 + 1, "c": 0.1, "d": 1, "e": 1.0, "f": "1"}
+    call = {"function": {"name": "f", "arguments": arguments}}
+    row = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+    }
+    text = text_of(transform, build([{**row, "tools": TOOLS}])[0])
+    assert f'"arguments": {json.dumps(arguments)}' in text
+
+
+def test_columns_that_appear_late(build, transform: Qwen2_5_VLTransform) -> None:
+    """Behind the 10 MB from which ``datasets`` infers what columns there are."""
+    filler = [sharegpt("x" * 1_000_000)] * 11
+    dataset = build([*filler, sharegpt("<image>What?", image="a.png", score=[1]), chat("What?")])
+    assert text_of(transform, dataset[11]) == turns("<I>What?")
+    assert text_of(transform, dataset[12]) == turns("What?")
+
+
+def test_splits(build, media: Path) -> None:
+    rows = [sharegpt("a", id=number) for number in range(250)]
+    for split in ("train", "train[:6]", "train[:1%]", "train[-3:]", "train[10%:50%]+train[:2]"):
+        path = media / "data.jsonl"
+        ours = build(rows, split=split)
+        theirs = datasets.load_dataset(
+            "json", data_files=str(path), split=split, cache_dir=str(media / "cache")
+        )
+        assert [ours._rows[i]["id"] for i in range(len(ours))] == theirs["id"]
+        stream = build(rows, split=split, streaming=True)
+        assert [sample["id"] for sample in stream] == theirs["id"]
+    named = {"train": str(path), "test": str(path)}
+    assert len(build(rows, data_files=named, split="test[:5]+train[:4]")) == 9
+    for wrong in ("validation", "train[:"):
+        with pytest.raises(ValueError, match=r"split|Unrecognized"):
+            build(rows, split=wrong)
+
+
+def test_files_by_pattern_list_and_directory(build, media: Path) -> None:
+    for number in range(3):
+        content = [sharegpt("<image>", image="a.png", id=number)]
+        text = json.dumps(content if number == 1 else content[0], indent=1)
+        (media / f"part_{number}.json").write_text(text)
+    files = [str(media / f"part_{number}.json") for number in range(3)]
+    for named in (str(media / "part_*.json"), OmegaConf.create(files), {"train": files}):
+        dataset = build([], data_files=named)
+        assert [dataset._rows[i]["id"] for i in range(3)] == [0, 1, 2]
+        assert grids(dataset[2]) == [A]
+    (media / "x").mkdir()
+    for name in ("part_0.json", "a.png"):
+        (media / "x" / name).write_bytes((media / name).read_bytes())
+    assert grids(build([], source=str(media / "x"), data_files=None)[0]) == [A]
+    for wrong in (str(media / "none.json"), str(media / "sub")):
+        with pytest.raises(ValueError, match="'json' cannot be loaded: Unable to find"):
+            build([], data_files=wrong)
+    with pytest.raises(ValueError, match="unknown_setting"):
+        build([sharegpt("a")], unknown_setting=3)
+
+
+def test_saved_directories(transform: Qwen2_5_VLTransform, media: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}, ASSISTANT], "id": i} for i in range(9)]
+    table = datasets.Dataset.from_list(rows)
+    table.save_to_disk(media / "one")
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(media / "dict")
+    for name, split, ids in (("one", "train[2:5]", [2, 3, 4]), ("dict", "test[:2]", [0, 1])):
+        dataset = vision_chat_dataset(transform, source=str(media / name), split=split)
+        assert [dataset._rows[i]["id"] for i in range(len(dataset))] == ids
+        stream = vision_chat_dataset(
+            transform, source=str(media / name), split=split, streaming=True
+        )
+        assert [sample["id"] for sample in stream] == ids
+        assert text_of(transform, dataset[0]) == turns("a")
+
+
+def test_errors_name_file_and_line(build, media: Path) -> None:
+    path = media / "raw.jsonl"
+    good = json.dumps(sharegpt("a")).encode()
+    for line, message in (
+        (good[:50], r"raw.jsonl, line 3, column \d+: this is no JSON \("),
+        (good.replace(b'"a"', b'"\xfcber"'), r"line 3, column 48: the byte 0xfc is no UTF-8"),
+        (b'{"a": 1, "a": 2}', "line 3, column 1: an object has the key 'a' twice"),
+        (b"[" * 100_000, "line 3, column 1: this is nested too deeply"),
+        (b"7", r"it is 7, expected an object \(.*raw.jsonl, line 3\)$"),
+        (b"null", r"it is None, expected an object \(.*raw.jsonl, line 3\)$"),
+        (b'{"messages": 7}', r"\(.*raw.jsonl, line 3\)$"),
+        (b'{"conversations": [7]}', r"7 is no turn .* \(.*raw.jsonl, line 3\)$"),
+        (json.dumps(sharegpt("<image>", image="none.png")).encode(), r"line 3\)$"),
+        (json.dumps(sharegpt("a", tools="[" * 100_000)).encode(), r"tools: no JSON .*line 3\)$"),
+    ):
+        path.write_bytes(b"\n".join([good, b"", line, good]))
+        dataset = build([], data_files=str(path))
+        assert len(dataset) == 3
+        for read in (dataset.__getitem__, dataset.measure):
+            with pytest.raises(ValueError, match=f"^sample 1: .*{message}") as raised:
+                read(1)
+            assert len(str(raised.value)) < 2000
+        with pytest.raises(ValueError, match=r"1 of 3 samples .*\nsample 1: "):
+            measure_all(dataset, range(3), show_progress=False)
+        stream = build([], data_files=str(path), streaming=True)
+        with pytest.raises(ValueError, match=r"^sample 1: "):
+            [stream.measure(sample) for sample in stream]
+
+
+OUTSIDE = "outside of media_dir .*: correct it, or set media_dir"
+
+
+def test_media_dir_confines(build, transform: Qwen2_5_VLTransform, media: Path) -> None:
+    root = media / "sub"
+    (root / "link.png").symlink_to(media / "a.png")
+    (root / "own.png").symlink_to(root / "b.png")
+    (root / "up").symlink_to(media)
+    (media / "linked").symlink_to(root)
+    (media / "sub2").mkdir()
+    (media / "sub2" / "b.png").write_bytes((media / "a.png").read_bytes())
+    outside = ["../a.png", "x/../../a.png", "link.png", "up/a.png", str(media / "a.png")]
+    outside += [(media / "a.png").as_uri(), f"FILE://{media}/a.png", "../sub2/b.png"]
+    for directory in (root, media / "linked"):
+        for path in outside:
+            for row in (
+                sharegpt("<image>", image=path),
+                sharegpt("<video>", video=[path]),
+                chat([{"type": "image", "image": path}]),
+                chat([{"type": "image_url", "image_url": {"url": path}}]),
+                chat([{"type": "image", "content": path}]),
+                chat([{"type": "image", "path": {"bytes": path}}]),
+            ):
+                dataset = build([row], media_dir=str(directory))
+                for read in (dataset.__getitem__, dataset.measure):
+                    with pytest.raises(ValueError, match=f"^sample 0: .*the path .*{OUTSIDE}"):
+                        read(0)
+        for path in ("b.png", "own.png", "./b.png", str(root / "b.png"), "up/sub/b.png"):
+            row = sharegpt("<image>", image=path)
+            assert grids(build([row], media_dir=str(directory))[0]) == [B]
+    for path in outside:  # none of which is there, from another directory
+        if path.startswith(("/", "file:")):
+            assert grids(build([sharegpt("<image>", image=path)])[0]) == [A]
+
+
+def test_a_row_with_megabytes(build, transform: Qwen2_5_VLTransform) -> None:
+    huge = "x" * 3_000_000
+    rows = [
+        sharegpt(huge, image="a.png"),
+        {"conversations": [{"from": huge, "value": "a"}]},
+        {"conversations": [{"from": "function_call", "value": huge}]},
+        {"conversations": [huge]},
+        {huge: 1},
+        sharegpt("<image>", image=huge, id=huge),
+        chat([{"type": "image", "image": "a.png", huge: 1}]),
+        chat([{"type": "boxes", "boxes": [huge]}]),
+    ]
+    dataset = build(rows)
+    with pytest.raises(ValueError, match="8 of 8 samples") as raised:
+        measure_all(dataset, range(8), show_progress=False)
+    assert len(str(raised.value)) < 15_000
+    for index in range(8):
+        with pytest.raises(ValueError, match=r"data.jsonl, line") as raised:
+            dataset[index]
+        error: BaseException | None = raised.value
+        while error is not None:
+            assert len(str(error)) < 2000
+            error = error.__cause__
+
+
+def test_settings_that_are_too_large(build, media: Path) -> None:
+    (media / "v.mp4").write_bytes(hostile.encode_video("mp4", "libx264", 20))
+    image = {"type": "image", "image": "a.png"}
+    video = {"type": "video", "video": "v.mp4"}
+    rows = [
+        chat([{**image, "min_pixels": 10**12}]),
+        chat([{**image, "min_pixels": 10**12, "max_pixels": 10**13}]),
+        chat([{**video, "min_pixels": 10**12}]),
+        chat([{**video, "min_pixels": 10**12, "max_pixels": 10**12, "total_pixels": 10**15}]),
+        chat([{**video, "nframes": 10**12}]),
+    ]
+    dataset = build(rows)
+    for index in range(len(rows)):
+        for read in (dataset.measure, dataset.__getitem__):
+            with pytest.raises(ValueError, match=r"min_pixels is|lower min_pixels|nframes"):
+                read(index)
+    huge = {"resized_height": 10**9, "resized_width": 10**9}
+    assert build([chat([{**image, **huge}])]).measure(0)[0] < 20_000
+    assert grids(build([chat([{**video, "fps": 1e12, "max_frames": 10**12}])])[0])[0][0] == 10
+
+
 def test_tools_stay_as_they_are(build, transform: Qwen2_5_VLTransform) -> None:
     """A table that gives every row the keys of all would add parameters to functions."""
     rows = [chat("a", tools=[tool]) for tool in TOOLS]
@@ -258,196 +482,6 @@ def test_errors_name_the_sample(build, row: dict[str, Any], message: str) -> Non
         for read in (dataset.__getitem__, dataset.measure):
             with pytest.raises(ValueError, match=f"^sample {name}: .*{message}"):
                 read(3)
-
-
-def test_nulls_of_a_table(build, transform: Qwen2_5_VLTransform, media: Path) -> None:
-    """A table gives every dict the keys of all; none of them may become text."""
-    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-    other = {"type": "function", "function": {"name": "g", "arguments": {"b": "x"}}}
-    boxes = [{"bbox_2d": [0, 0, 42, 28], "label": "cat"}, {"point_2d": [84, 56]}]
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": "Go"},
-                {"role": "assistant", "content": "", "tool_calls": [call, other]},
-                {"role": "tool", "content": "1", "name": "f"},
-                {**ASSISTANT, "weight": 1},
-            ],
-            "tools": [{"name": "f", "x": {"a": 1}}, {"name": "g", "x": {"b": "c"}}],
-        },
-        {"messages": [{"role": "user", "content": "a"}, ASSISTANT], "tools": None},
-    ]
-    grounded = [
-        chat([{"type": "image", "image": "a.png"}, {"type": "text", "text": "Where?"}]),
-        chat([{"type": "text", "text": "Not here"}]),
-    ]
-    for row in grounded:
-        row["messages"][1] = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
-    grounded[0]["messages"][1]["content"] = [{"type": "boxes", "boxes": boxes}]
-    for name, table in (("tools", rows), ("boxes", grounded)):
-        path = media / f"{name}.parquet"
-        datasets.Dataset.from_list(table).to_parquet(path)
-        common = {"source": "parquet", "data_files": str(path), "cache_dir": str(media / "cache")}
-        ours = vision_chat_dataset(transform, **common)
-        stream = vision_chat_dataset(transform, streaming=True, **common)
-        expected = build(table)
-        assert "null" in json.dumps(datasets.Dataset.from_parquet(str(path))[0])
-        for number, sample in enumerate(stream):
-            text = text_of(transform, expected[number])
-            assert "null" not in text
-            assert text_of(transform, ours[number]) == text_of(transform, stream.transform(sample))
-            assert text_of(transform, ours[number]) == text
-    assert '{"bbox_2d": [0, 0, 42, 28], "label": "cat"},\n\t{"point_2d": [84, 56]}\n' in text_of(
-        transform, ours[0]
-    )
-
-
-def test_json_text_in_a_table(transform: Qwen2_5_VLTransform, tmp_path: Path) -> None:
-    """The way to keep what a table cannot: there a null is one."""
-    call = {"name": "f", "arguments": json.dumps({"a": None, "b": [1, "x", 1e-7]})}
-    messages = [
-        {"role": "user", "content": "Go"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
-    tools = [{**TOOLS[0], "default": None}]
-    rows = [
-        {"messages": messages, "tools": list(map(json.dumps, tools))},
-        {"messages": json.dumps(messages), "tools": json.dumps(tools)},
-        {
-            "conversations": json.dumps(
-                [
-                    {"from": "human", "value": "Go"},
-                    {"from": "function_call", "value": json.dumps([call])},
-                ]
-            ),
-            "tools": json.dumps(tools),
-        },
-    ]
-    texts = []
-    for number, row in enumerate(rows):
-        path = tmp_path / f"{number}.parquet"
-        datasets.Dataset.from_list([row]).to_parquet(path)
-        dataset = vision_chat_dataset(
-            transform, source="parquet", data_files=str(path), cache_dir=str(tmp_path / "cache")
-        )
-        texts.append(text_of(transform, dataset[0]))
-    assert f"<tools>\n{json.dumps(tools[0])}\n</tools>" in texts[0]
-    assert '"arguments": {"a": null, "b": [1, "x", 1e-07]}}' in texts[0]
-    assert texts[1:] == texts[:1] * 2
-
-
-def grounded(question: str, answer: str, **columns: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, "images": ["a.png"], **columns}
-
-
-# a.png is seen as it is, 84 x 56, and sub/b.png, 56 x 112, as well; c.png of 200 x 100 as 196 x 112
-OBJECTS: dict[str, tuple[dict[str, Any], str]] = {
-    "names and boxes": (
-        grounded(
-            "<image>Find <ref-object>.",
-            "<ref-object><bbox> and <bbox>.",
-            objects={
-                "ref": ["a cat", "Cats: "],
-                "bbox": [[10.4, 0, 20.6, 56], [0, 1, 84, 2]],
-                "bbox_type": "real",
-            },
-        ),
-        turns("<I>Find a cat.", "Cats: [10, 0, 21, 56] and [0, 1, 84, 2]."),
-    ),
-    "a point, resized": (
-        grounded(
-            "<image>Open it.",
-            "click(start_box='<bbox>')",
-            images=["c.png"],
-            objects={"ref": [], "bbox": [[100, 25]]},
-        ),
-        turns("<I>Open it.", "click(start_box='[98, 28]')"),
-    ),
-    "parts": (
-        grounded(
-            "<image>Where?",
-            '[\n\t{"bbox_2d": <bbox>, "label": "<ref-object>"}\n]',
-            images=["c.png"],
-            objects={"ref": ["x"], "bbox": [[0, 0.25, 0.5, 1]], "bbox_type": "norm1"},
-        ),
-        turns("<I>Where?", '[\n\t{"bbox_2d": [0, 28, 98, 112], "label": "x"}\n]'),
-    ),
-    "several images, a box before them": (
-        grounded(
-            "What is at <bbox>?<image><image>",
-            "<bbox>",
-            images=["a.png", "c.png"],
-            objects={"bbox": [[100, 50], [1, 2]], "image_id": [1, 0]},
-        ),
-        turns("What is at [98, 56]?<I><I>", "[1, 2]"),
-    ),
-    "as JSON text": (
-        grounded("<image>Where?", "<bbox>", objects=json.dumps({"bbox": [[1, 2]]})),
-        turns("<I>Where?", "[1, 2]"),
-    ),
-    "ShareGPT": (
-        {
-            "conversations": [
-                {"from": "human", "value": "<image>Where is <ref-object>?"},
-                {"from": "gpt", "value": "<bbox>, not <image>"},
-            ],
-            "image": "a.png",
-            "objects": {"ref": ["it"], "bbox": [[3, 4]]},
-        },
-        turns("<I>Where is it?", "[3, 4], not <image>"),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", OBJECTS)
-def test_objects_of_ms_swift(build, transform: Qwen2_5_VLTransform, media: Path, name: str) -> None:
-    Image.fromarray(hostile.noise(100, 200, 3)).save(media / "c.png")
-    row, text = OBJECTS[name]
-    dataset = build([row])
-    assert text_of(transform, dataset[0]) == text
-    assert dataset.measure(0)[0] == len(dataset[0]["tokens"])
-
-
-@pytest.mark.parametrize(
-    ("objects", "message"),
-    [
-        (None, "message 0: its text has the place <ref-object>, but objects has only 0"),
-        ({"ref": ["a"]}, "message 1: its text has the place <bbox>, but objects has only 0"),
-        ({"ref": ["a"], "bbox": [[1, 2]] * 2}, "has 2 for <bbox>, but the messages have 1 places"),
-        ({"ref": ["a", "b"], "bbox": [[1, 2]]}, "has 2 for <ref-object>, but .* 1 places"),
-        ({"ref": ["a"], "bbox": [[1, 2]], "bbox_type": "norm1000"}, "known are real and norm1"),
-        ({"ref": ["a"], "bbox": [[1, 2]], "image_id": [0, 1]}, "has 1 bbox and 2 image_id"),
-        ({"ref": ["a"], "bbox": [[1, 2]], "image_id": [1]}, "of image 1 .* has 1 images"),
-        ({"ref": ["a"], "bbox": [[1, 2]], "polygon": [[1, 2]]}, r"objects has \['polygon'\]"),
-        ({"ref": ["a"], "bbox": [[1, 2, 3]]}, "bbox_2d is .1, 2, 3., expected 4 numbers"),
-        ({"ref": ["a"], "bbox": [[1, 2, 99, 4]]}, "outside of the image"),
-        ({"ref": ["a"], "bbox": 3}, "the bbox of objects is no list"),
-        ({"ref": [3], "bbox": [[1, 2]]}, "the ref of objects has what is no text"),
-        ("{", "objects: no JSON"),
-    ],
-)
-def test_objects_that_do_not_fit(build, objects: Any, message: str) -> None:
-    dataset = build([grounded("<image>Find <ref-object>.", "<bbox>", objects=objects)])
-    for read in (dataset.__getitem__, dataset.measure):
-        with pytest.raises(ValueError, match=f"^sample 0: .*{message}"):
-            read(0)
-
-
-@pytest.mark.parametrize("key", ["weight", "loss", "loss_mask"])
-def test_answers_without_loss(build, transform: Qwen2_5_VLTransform, key: str) -> None:
-    def learned(row: dict[str, Any]) -> str:
-        return transform.decode([label for label in build([row])[0]["labels"] if label != -100])
-
-    for no, yes in ((0, 1), (False, True), (0.0, None)):
-        conversations = [*sharegpt("a")["conversations"], *sharegpt("c")["conversations"]]
-        conversations[1] = {"from": "gpt", "value": "first", key: no}
-        conversations[3] = {"from": "gpt", "value": "second", key: yes}
-        assert learned({"conversations": conversations}) == "second<|im_end|>"
-        messages = [*chat("a")["messages"], *chat("c")["messages"]]
-        messages[1] = {**ASSISTANT, "content": "first", key: no}
-        messages[3] = {**ASSISTANT, "content": "second", key: yes}
-        assert learned({"messages": messages}) == "second<|im_end|>"
 
 
 UNSUPERVISED = {
@@ -511,7 +545,7 @@ def test_paths_that_are_not_relative(build, media: Path) -> None:
     encoded = hostile.encode(Image.open(media / "a.png"), "PNG")
     url = "data:image/png;base64," + base64.b64encode(encoded).decode()
     for source in (str(media / "a.png"), (media / "a.png").as_uri(), url, url.split(",")[1]):
-        assert grids(build([sharegpt("<image>", image=source)], media_dir="/none")[0]) == [A]
+        assert grids(build([sharegpt("<image>", image=source)])[0]) == [A]
 
 
 def test_files_of_several_directories(build, media: Path) -> None:
@@ -617,6 +651,34 @@ def test_all_that_cannot_be_measured_are_told(build, capsys: pytest.CaptureFixtu
     assert all("its <image> is the place" in line for line in lines[:20])
     assert lines[20:] == ["and 10 more"]
     assert "120/120" in capsys.readouterr().err
+
+
+KINDS = [TypeError, KeyError, RecursionError, UndefinedError, MemoryError, OSError, ValueError]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_errors_of_every_kind_are_told(build, num_workers: int) -> None:
+    class Raising:
+        """A transform that measures every other sample."""
+
+        def measure(self, sample: dict[str, Any]) -> tuple[int, int, int]:
+            if sample["id"] % 2:
+                return 1, 2, 3
+            kind = KINDS[sample["id"] // 2]
+            raise kind((f"sample {sample['id']}: " if kind is ValueError else "") + "x" * 5_000_000)
+
+    rows = build([sharegpt("a")] * 2 * len(KINDS))._rows
+    for read in (lambda row, number: {"id": number}, _RowReader(MediaDirectory("", False), {})):
+        dataset = VisionChatDataset(Raising(), rows, read)
+        count = 2 * len(KINDS)
+        with pytest.raises(ValueError, match="7 of 14 samples") as raised:
+            measure_all(dataset, range(count), num_workers, show_progress=False)
+        _, *lines = str(raised.value).split("\n")
+        for number, (kind, line) in enumerate(zip(KINDS, lines, strict=True)):
+            name = "" if issubclass(kind, ValueError) else f"{kind.__name__}: "
+            assert line.startswith(f"sample {2 * number}: {name}")
+            assert len(line) < 2000
+            assert line.endswith(f"data.jsonl, line {2 * number + 1})")
 
 
 def test_a_stream_in_data_workers(build) -> None:

@@ -1,10 +1,10 @@
 """Rows of a table, in the formats that people have, to conversations with media."""
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import count
 from typing import Any, Protocol
 
 import datasets
@@ -13,6 +13,10 @@ from torch.utils.data import Dataset
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from torchtune_vl.datasets._formats import GroundedObjects, read_message, read_turn
+from torchtune_vl.datasets._json_rows import JsonRows
+from torchtune_vl.datasets._media_directory import MediaDirectory
+from torchtune_vl.datasets._tables import Stream, load_rows
+from torchtune_vl.media._errors import reraise, shortened
 from torchtune_vl.media._json import from_json_text
 
 COLUMNS = (
@@ -27,10 +31,8 @@ COLUMNS = (
     "tools",
     "objects",
 )
+_END = object()
 _SOURCE_KEYS = ("image", "image_url", "video", "video_url", "url", "path")
-_URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-# Of a file's name, on every common system: what is longer is base64
-_MAX_NAME_LENGTH = 255
 
 
 class Transform(Protocol):
@@ -66,33 +68,36 @@ def vision_chat_dataset(
 
     Args:
         tokenizer: the model's transform, as recipes pass it.
-        source: what ``datasets.load_dataset`` takes: "json" (also for JSON Lines), "parquet", or
-            the name of a dataset on the hub.
-        data_files: files of the source.
+        source: what ``datasets.load_dataset`` takes: "json" (also for JSON Lines), "parquet", a
+            directory of files, or the name of a dataset on the hub; or a directory that
+            ``save_to_disk`` wrote. JSON is read by :class:`JsonRows`, all else by ``datasets``.
+        data_files: files of the source: one or a list, patterns too, perhaps by split.
         split: split of the source, also a part such as ``"train[:1%]"``.
-        media_dir: directory of media whose path is relative; that of the data files by default.
+        media_dir: directory of media whose path is relative, and outside of which nothing is read.
+            By default that of the data files, and paths may lead anywhere.
         column_map: names of columns that differ, by the names above.
-        streaming: whether to read rows as they are needed, and not to make a table of them first.
+        streaming: whether to give a stream of rows, in their order, instead of a table.
         **load_dataset_kwargs: further arguments of ``datasets.load_dataset``.
 
     Returns:
         A map-style dataset, or with ``streaming`` a stream of rows.
 
     Raises:
-        ValueError: if ``column_map`` names a column that is not known or not there, or the data
-            files lie in several directories and ``media_dir`` is not given.
+        ValueError: if source, files or split are not there or cannot be read; ``column_map`` names
+            a column that is not known or not there; or the data files lie in several directories
+            and ``media_dir`` is not given.
     """
-    rows = datasets.load_dataset(
-        source, data_files=data_files, split=split, streaming=streaming, **load_dataset_kwargs
+    rows, files = load_rows(
+        source, data_files, split=split, streaming=streaming, **load_dataset_kwargs
     )
     column_map = dict(column_map or {})
-    _check_columns(column_map, rows.column_names)
-    if rows.features is not None:
-        # Media as files hold them, whose EXIF orientation is then honoured; cast() would copy them
-        rows.info.features = datasets.Features(_encoded(dict(rows.features)))
-    directory = _directory_of(data_files) if media_dir is None else media_dir
-    reader = _RowReader(directory, column_map)
-    read = partial(_read_from_table, reader, rows.features)
+    _check_columns(column_map, rows)
+    media = MediaDirectory(
+        _directory_of(files) if media_dir is None else media_dir, is_confining=media_dir is not None
+    )
+    read: Any = _RowReader(media, column_map)
+    if not isinstance(rows, JsonRows):
+        read = partial(_read_from_table, read, rows.features)
     if streaming:
         return StreamedVisionChat(tokenizer, rows, read)
     return VisionChatDataset(tokenizer, rows, read)
@@ -134,7 +139,7 @@ class VisionChatDataset(Dataset):
             ValueError: if the row or its media cannot be read, or no token of an answer carries
                 loss; it names the sample.
         """
-        return _supervised(self._transform, self._read(self._rows[index], index))
+        return self._apply(partial(_supervised, self._transform), index)
 
     def measure(self, index: int) -> tuple[int, int, int]:
         """Measure a sample without decoding its media.
@@ -149,7 +154,13 @@ class VisionChatDataset(Dataset):
             ValueError: if the row or its media cannot be read, or no token of an answer carries
                 loss; it names the sample.
         """
-        return self._transform.measure(self._read(self._rows[index], index))
+        return self._apply(self._transform.measure, index)
+
+    def _apply(self, function: Callable[[dict[str, Any]], Any], index: int) -> Any:
+        with _named(index):
+            row = self._rows[index]
+        with _placed(self._rows, index, index):
+            return function(self._read(row, index))
 
 
 class StreamedVisionChat:
@@ -168,7 +179,7 @@ class StreamedVisionChat:
     def __init__(
         self,
         transform: Transform,
-        rows: datasets.IterableDataset,
+        rows: JsonRows | Stream,
         read: Callable[[Mapping[str, Any], int], dict[str, Any]],
         start: int = 0,
     ) -> None:
@@ -178,10 +189,16 @@ class StreamedVisionChat:
         self._start = start
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # Iterated over by itself, it would share its rows out among data workers
-        rows = ({k: v[0] for k, v in batch.items()} for batch in self._rows.iter(batch_size=1))
-        for number, row in enumerate(rows, self._start):
-            yield self._read(row, number)
+        rows = iter(self._rows)
+        for index in count():
+            number = self._start + index
+            with _named(number):
+                row: Any = next(rows, _END)
+            if row is _END:
+                return
+            with _placed(self._rows, index, number):
+                sample = self._read(row, number)
+            yield sample
 
     def skip(self, count: int) -> "StreamedVisionChat":
         """Leave out rows at the beginning.
@@ -208,21 +225,23 @@ class _RowReader:
     """Makes samples of rows.
 
     Args:
-        directory: of media with relative paths.
+        media: where they are.
         column_map: names of columns that differ from ours.
     """
 
-    def __init__(self, directory: str, column_map: Mapping[str, str]) -> None:
-        self._directory = directory
+    def __init__(self, media: MediaDirectory, column_map: Mapping[str, str]) -> None:
+        self._media = media
         self._names = {column: column_map.get(column, column) for column in COLUMNS}
 
-    def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
+    def __call__(self, row: Any, number: int) -> dict[str, Any]:
+        if isinstance(row, list):
+            row = {"messages": row}
+        if not isinstance(row, Mapping):
+            raise ValueError(f"sample {number}: it is {shortened(repr(row))}, expected an object")
         values = {column: row.get(name) for column, name in self._names.items()}
         name = number if values["id"] is None else values["id"]
-        try:
+        with _named(name):
             return {"id": name, **self._sample(values, row)}
-        except ValueError as error:
-            raise ValueError(f"sample {name!r}: {error}") from error
 
     def _sample(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         images = [*_as_list(values["image"]), *_as_list(values["images"])]
@@ -240,8 +259,8 @@ class _RowReader:
         objects.check_all_used()
         return {
             "messages": messages,
-            "images": [self._source(image) for image in images],
-            "videos": [self._source(video) for video in videos],
+            "images": [self._media.source(image) for image in images],
+            "videos": [self._media.source(video) for video in videos],
             "tools": values["tools"] or None,
         }
 
@@ -270,23 +289,9 @@ class _RowReader:
             return item
         is_medium = item.get("type") in ("image", "image_url", "video", "video_url")
         keys = (*_SOURCE_KEYS, "content") if is_medium else _SOURCE_KEYS
-        return {key: self._source(value) if key in keys else value for key, value in item.items()}
-
-    def _source(self, source: Any) -> Any:
-        """A medium, or a list of frames, with its path resolved."""
-        if isinstance(source, list):
-            return [self._source(frame) for frame in source]
-        if isinstance(source, Mapping) and source.get("bytes") is not None:
-            return source["bytes"]  # of datasets' features Image and Video, as is "path"
-        if isinstance(source, Mapping) and source.get("path") is not None:
-            return self._source(source["path"])
-        if isinstance(source, Mapping) and source.get("url") is not None:
-            return self._source(source["url"])
-        if not isinstance(source, str) or _URL.match(source):
-            return source
-        if max(map(len, source.split("/"))) > _MAX_NAME_LENGTH:
-            return source
-        return os.path.join(self._directory, source)
+        return {
+            key: self._media.source(value) if key in keys else value for key, value in item.items()
+        }
 
 
 def _read_from_table(
@@ -333,18 +338,50 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _check_columns(column_map: Mapping[str, str], columns: Sequence[str] | None) -> None:
-    for column, name in column_map.items():
+@contextmanager
+def _named(name: Any) -> Iterator[None]:
+    """Names the sample in errors, which whatever a row holds may cause."""
+    try:
+        yield
+    except Exception as error:
+        reraise(error, f"sample {name!r}: ")
+
+
+@contextmanager
+def _placed(rows: Any, index: int, number: int) -> Iterator[None]:
+    """Adds file and line of a row to errors, and its number to those that name no sample."""
+    try:
+        yield
+    except Exception as error:
+        before = "" if isinstance(error, ValueError) else f"sample {number}: "
+        behind = f" ({rows.place(index)})" if isinstance(rows, JsonRows) else ""
+        reraise(error, before, behind)
+
+
+def _check_columns(column_map: Mapping[str, str], rows: Any) -> None:
+    for column in column_map:
         if column not in COLUMNS:
             raise ValueError(f"column_map has {column!r}; known are {', '.join(COLUMNS)}")
-        if columns is not None and name not in columns:
-            raise ValueError(f"column_map names {name!r}, but the columns are {columns}")
+    names = set(column_map.values())
+    columns = _keys(rows, names) if isinstance(rows, JsonRows) else rows.column_names
+    for name in names if columns is not None else ():
+        if name not in columns:
+            raise ValueError(f"column_map names {name!r}, but the columns are {sorted(columns)}")
 
 
-def _directory_of(data_files: Any) -> str:
-    groups = data_files.values() if isinstance(data_files, Mapping) else [data_files or []]
-    # Lists of a config are no list
-    files = [file for group in groups for file in ([group] if isinstance(group, str) else group)]
+def _keys(rows: JsonRows, wanted: set[str]) -> set[str]:
+    """The keys of rows, of as many as it takes to find the wanted ones."""
+    keys: set[str] = set()
+    for index in range(len(rows)):
+        if wanted <= keys:
+            break
+        with suppress(ValueError):  # is told when the row is measured or made
+            row = rows[index]
+            keys.update(row if isinstance(row, Mapping) else ())
+    return keys
+
+
+def _directory_of(files: Sequence[str]) -> str:
     directories = {os.path.dirname(file) for file in files}
     if len(directories) > 1:
         raise ValueError(
@@ -352,13 +389,3 @@ def _directory_of(data_files: Any) -> str:
             "the one that paths of media are relative to"
         )
     return directories.pop() if directories else ""
-
-
-def _encoded(feature: Any) -> Any:
-    if isinstance(feature, datasets.Image | datasets.Video):
-        return replace(feature, decode=False)
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return replace(feature, feature=_encoded(feature.feature))
-    if isinstance(feature, dict):
-        return {name: _encoded(value) for name, value in feature.items()}
-    return feature

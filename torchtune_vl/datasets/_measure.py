@@ -7,6 +7,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from torchtune_vl.media._errors import shortened
+
 # Sending a batch from a worker costs as much as measuring some samples
 _BATCH_SIZE = 128
 _NUM_SHOWN = 20
@@ -19,34 +21,6 @@ class Measurable(Protocol):
 
     def measure(self, index: int) -> tuple[int, int, int]:
         """Tokens, patches and supervised tokens of a sample, or a ValueError that names it."""
-
-
-class SamplesError(ValueError):
-    """Samples that cannot be measured.
-
-    Args:
-        first: index and reason of some of them, of which the first 20 are told.
-        bad: how many there are.
-        of: how many samples were measured.
-    """
-
-    def __init__(self, first: Sequence[tuple[int, str]], bad: int, of: int) -> None:
-        super().__init__(first, bad, of)
-        self.first = sorted(first)[:_NUM_SHOWN]
-        self.bad = bad
-        self.of = of
-
-    def __str__(self) -> str:
-        """Tell how many they are, and each reason in a line."""
-        more = self.bad - len(self.first)
-        return "\n".join(
-            [
-                f"{self.bad} of {self.of} samples cannot be read: correct them or remove them from "
-                "the data",
-                *(reason for _, reason in self.first),
-                *([f"and {more} more"] if more else []),
-            ]
-        )
 
 
 def measure_all(
@@ -68,9 +42,8 @@ def measure_all(
         int32 [len(indices), 3], tokens, patches and supervised tokens of each sample.
 
     Raises:
-        SamplesError: if samples cannot be measured: it lists the first 20 with the reason and says
-            how many there are.
-        ValueError: if the dataset cannot measure them.
+        ValueError: if samples cannot be measured: it lists the first 20 with the reason and says
+            how many there are. If the dataset cannot measure them.
     """
     if not hasattr(dataset, "measure"):
         raise ValueError(
@@ -85,18 +58,21 @@ def measure_all(
     )
     # With more processes than samples some measure none
     sizes = [np.empty((0, 3), np.int32)]
-    problems: list[tuple[int, str]] = []
-    measured = 0
+    problems: list[str] = []
     with tqdm(
         total=len(indices), desc="measuring", unit=" samples", disable=not show_progress
     ) as bar:
         for batch_sizes, batch_problems in loader:
             sizes.append(batch_sizes)
-            problems += [(indices[measured + place], reason) for place, reason in batch_problems]
-            measured += len(batch_sizes)
+            problems += batch_problems
             bar.update(len(batch_sizes))
     if problems:
-        raise SamplesError(problems, len(problems), len(indices))
+        shown = "\n".join(problems[:_NUM_SHOWN])
+        more = len(problems) - _NUM_SHOWN
+        raise ValueError(
+            f"{len(problems)} of {len(indices)} samples cannot be read: correct them or remove "
+            f"them from the data\n{shown}" + (f"\nand {more} more" if more > 0 else "")
+        )
     return np.concatenate(sizes)
 
 
@@ -113,10 +89,12 @@ class _Measurements(Dataset):
         try:
             return self.dataset.measure(index)
         except ValueError as error:
-            return str(error)
+            return shortened(str(error))
+        except Exception as error:  # one bad sample must not hide the others
+            return shortened(f"sample {index}: {type(error).__name__}: {error}")
 
 
-def _as_arrays(batch: Sequence[Any]) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    problems = [(place, entry) for place, entry in enumerate(batch) if isinstance(entry, str)]
+def _as_arrays(batch: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
+    problems = [entry for entry in batch if isinstance(entry, str)]
     sizes = [(0, 0, 0) if isinstance(entry, str) else entry for entry in batch]
     return np.array(sizes, np.int32), problems

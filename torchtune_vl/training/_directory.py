@@ -6,7 +6,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,32 +164,15 @@ def check_manifest(directory: Path) -> None:
     Raises:
         ValueError: if files are missing, or of another size or checksum; it names all of them.
     """
-    problems = damages(directory)
+    with ThreadPoolExecutor() as pool:
+        files = _manifest(directory).part("files")
+        damages = pool.map(lambda name: _damage(directory / name, files.part(name)), files.content)
+        problems = [damage for damage in damages if damage]
     if problems:
         raise ValueError(
             "\n".join(problems) + "\ncopy these files again, or take another checkpoint; if you "
             f"changed them yourself, remove them from {directory / MANIFEST}"
         )
-
-
-def damages(directory: Path, required: Iterable[str] = ()) -> list[str]:
-    """Compare the files of a directory with its ``checksums.json``, if it has one.
-
-    Args:
-        directory: the directory.
-        required: names of files that ``checksums.json`` must have.
-
-    Returns:
-        What is wrong, a sentence for each file.
-
-    Raises:
-        ValueError: if ``checksums.json`` itself is damaged.
-    """
-    files = _manifest(directory).part("files")
-    unknown = [f"{directory / MANIFEST} has no {name}" for name in required if name not in files]
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _damage(directory / name, files.part(name)), files.content)
-        return unknown + [damage for damage in found if damage]
 
 
 def belongs(recipe_state: Path, directory: Path) -> bool:
@@ -220,33 +203,22 @@ def _manifest(directory: Path) -> JsonObject:
 
 
 def _damage(path: Path, expected: JsonObject) -> str | None:
-    expected_size, expected_sum = expected.whole("size", 0), expected.text("xxh3_128")
+    expected_size, checksum = expected.whole("size", 0), expected.text("xxh3_128")
     if not path.is_file():
         return f"{path} is missing"
     size = path.stat().st_size
     if size != expected_size:
         return f"{path} has a size of {size} bytes, expected {expected_size}"
-    if checksum(path) != expected_sum:
+    if _checksum(path) != checksum:
         return f"{path} has another checksum than when it was written"
     return None
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "xxh3_128": checksum(path)}
+    return {"size": path.stat().st_size, "xxh3_128": _checksum(path)}
 
 
-def checksum(path: Path) -> str:
-    """Compute the checksum of a file's content.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        XXH3 of 128 bits, in hexadecimal digits.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
+def _checksum(path: Path) -> str:
     # XXH3, which comes with torchtune's datasets, reads 10 GB/s here: five times as fast as CRC-32
     # and ten times as SHA-256, which would take longer than loading itself. It finds damage, and
     # is no protection against forgery, which a list in the same directory could not be anyway.

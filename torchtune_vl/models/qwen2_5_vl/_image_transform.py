@@ -40,6 +40,10 @@ MAX_PIXELS = 12845056
 
 MAX_ASPECT_RATIO = 200
 
+# After resizing, of all steps of a medium together: 342,392 tokens, more than any context holds,
+# and larger than images that Pillow opens
+_LARGEST_AREA = 2**28
+
 # The limits that a sample may have, and their least values
 LEAST = {"min_pixels": 1, "max_pixels": 1, "resized_height": SQUARE, "resized_width": SQUARE}
 
@@ -204,7 +208,9 @@ class Qwen2_5_VLImageTransform:
         min_pixels = limits.get("min_pixels", self.min_pixels)
         max_pixels = limits.get("max_pixels", self.max_pixels)
         _check_limits(min_pixels, max_pixels)
-        return smart_resize(*original_size, SQUARE, min_pixels, max_pixels)
+        resized = smart_resize(*original_size, SQUARE, min_pixels, max_pixels)
+        check_area(1, *resized)
+        return resized
 
 
 def _described(
@@ -229,6 +235,25 @@ def _check_limits(min_pixels: int, max_pixels: int) -> None:
         raise ValueError(
             f"min_pixels is {min_pixels} and max_pixels {max_pixels}: "
             "make them 1 <= min_pixels <= max_pixels"
+        )
+
+
+def check_area(steps: int, height: int, width: int) -> None:
+    """Refuses media that are to be made so large that their tokens could not even be counted.
+
+    Args:
+        steps (int): along time.
+        height (int): height of a step after resizing, in pixels.
+        width (int): width of a step after resizing, in pixels.
+
+    Raises:
+        ValueError: if they have more than 2**28 pixels together.
+    """
+    area = steps * height * width
+    if area > _LARGEST_AREA:
+        raise ValueError(
+            f"resized to {steps} x {height} x {width} pixels it would have {area // SQUARE**2:,} "
+            "tokens: lower min_pixels"
         )
 
 

@@ -28,6 +28,7 @@ from torchtune_vl.models.qwen2_5_vl._image_transform import (
     SQUARE,
     PatchDtype,
     Size,
+    check_area,
     resize,
     smart_resize,
 )
@@ -353,6 +354,7 @@ class Qwen2_5_VLVideoTransform:
         """Finds everything but the pixels."""
         steps = math.ceil(len(frames.indices) / TEMPORAL_PATCH_SIZE)
         height, width = self._target_size(size, steps * TEMPORAL_PATCH_SIZE, settings)
+        check_area(steps, height, width)
         grid_thw = (steps, height // PATCH_SIZE, width // PATCH_SIZE)
         return {
             "video_grid_thw": torch.tensor([grid_thw]),

@@ -1,0 +1,253 @@
+"""Rows of JSON files: what the file says, by index, in little memory."""
+
+import bz2
+import gzip
+import json
+import lzma
+import math
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from torchtune_vl.datasets._json_rows import JsonRows
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_infinity=False, allow_nan=False)
+    | st.text()
+    | st.sampled_from(
+        ['"', "\\", '\\"', "],", "}{", "[\n", "\u2028", "\x85", "\ud83d", "007", "\t\r"]
+    )
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+OBJECTS = st.dictionaries(st.text(), VALUES, max_size=5)
+WRITERS: dict[str, Callable[..., str]] = {
+    "array": lambda rows, **how: json.dumps(rows, **how),
+    "pretty array": lambda rows, **how: json.dumps(rows, indent=2, **how),
+    "lines": lambda rows, **how: "\n".join(json.dumps(row, **how) for row in rows),
+    "CRLF": lambda rows, **how: "".join(json.dumps(row, **how) + "\r\n" for row in rows),
+    "blank lines": lambda rows, **how: (
+        "\n \n" + "\n\n\t\n".join(json.dumps(r, **how) for r in rows)
+    ),
+    "pretty array, CRLF": lambda rows, **how: json.dumps(rows, indent=1, **how).replace(
+        "\n", "\r\n"
+    ),
+    "line breaks at brackets": lambda rows, **how: (
+        "[\n" + "\n,\n".join(json.dumps(r, **how) for r in rows) + "\n]\n\n"
+    ),
+}
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return path
+
+
+def rows_of(path: Path, **settings: Any) -> list[Any]:
+    return list(JsonRows([str(path)], **settings))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the last bit and in the order of keys."""
+    return json.dumps(a) == json.dumps(b)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "BOM"])
+@settings(max_examples=25, deadline=None, suppress_health_check=[*HealthCheck])
+@given(rows=st.lists(OBJECTS, min_size=1, max_size=6), is_ascii=st.booleans())
+def test_rows_come_back_exactly(
+    tmp_path: Path, writer: str, mark: bytes, rows: list[Any], is_ascii: bool
+) -> None:
+    text = WRITERS[writer](rows, ensure_ascii=is_ascii)
+    try:
+        content = mark + text.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, which only an escape can hold
+        content = mark + WRITERS[writer](rows).encode("utf-8")
+    read = JsonRows([str(write(tmp_path / "x.json", content))])
+    assert len(read) == len(rows)
+    assert same(list(read), rows)
+    assert same([read[i] for i in reversed(range(len(rows)))], rows[::-1])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])
+@given(rows=st.lists(OBJECTS, min_size=1, max_size=5), data=st.data())
+def test_damage_never_passes_for_other_rows(
+    tmp_path: Path, rows: list[Any], data: st.DataObject
+) -> None:
+    """Of a file with one byte less either the same rows come as of the whole, or an error."""
+    writer = data.draw(st.sampled_from(sorted(WRITERS)))
+    content = WRITERS[writer](rows).encode()
+    place = data.draw(st.integers(0, len(content) - 1))
+    path = write(tmp_path / "x.json", content[:place] + content[place + 1 :])
+    try:
+        read = JsonRows([str(path)])
+    except ValueError:
+        return
+    good = 0
+    for row in range(len(read)):
+        try:
+            value = read[row]
+        except ValueError:
+            continue
+        good += any(same(value, other) for other in rows)
+    # A byte within a string or number changes one row, one between rows joins two
+    assert good >= len(rows) - 2 or writer not in ("lines", "CRLF", "blank lines")
+
+
+def test_numbers_are_exact(tmp_path: Path) -> None:
+    numbers = ["9007199254740993", "123456789012345678901234567890", "-0.0", "1e-320", "1.0", "1"]
+    path = write(tmp_path / "x.jsonl", "\n".join(f'{{"n": {n}}}' for n in numbers))
+    read = [row["n"] for row in rows_of(path)]
+    expected = [json.loads(n) for n in numbers]
+    assert list(map(repr, read)) == list(map(repr, expected))
+    (row,) = rows_of(write(path, '{"unused": NaN}'))  # as Python and pandas write it
+    assert math.isnan(row["unused"])
+
+
+ERRORS = {
+    "cut line": (b'{"a": 1}\n{"a": {"b": "x\n{"a": 3}', 1, r"line 2, column 13: this is no JSON"),
+    "cut line, CRLF": (b'{"a": 1}\r\n{"a": \r\n{"a": 3}', 1, r"line 2, column 6: this is no JSON"),
+    "behind letters": ('{"a": 1}\n{"äöü": x}'.encode(), 1, r"line 2, column 9: this is no JSON"),
+    "two in a line": (b'{"a": 1} {"b": 2}\n{"c": 3}', 0, r"line 1, column 10: .*Extra data"),
+    "Latin-1": ('{"a": 1}\n{"a": "ü"}'.encode("latin-1"), 1, r"line 2, column 8: the byte 0xfc"),
+    "comma at the end": (b'[{"a": 1},\n {"b": 2},\n]', 2, r"line 3, column 1: .*Expecting value"),
+    "no comma": (b'[{"a": 1}\n,{"b": 2} {"c": 3}]', 1, r"line 2, column 11: .*Extra data"),
+    "in an array": (b'[\n  {"a": 1},\n  {"b": 2x}]', 1, r"line 3, column 10: .*Expecting ','"),
+    "key twice": (b'{"a": 1}\n{"b": {"image": 1, "image": 2}}', 1, r"line 2.* key 'image' twice"),
+    "too large": (b'{"a": 1e999}', 0, r"line 1.*1e999 is too large"),
+    "too deep": (b"[" * 100_000 + b"]" * 100_000 + b"\n{}", 0, r"line 1.*nested too deeply"),
+    "too many digits": (b'{"a": ' + b"1" * 10_000 + b"}", 0, r"line 1.*digits"),
+    "a table": (b"id,text\n1,x", 0, r"line 1, column 1: this is no JSON"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_of_a_row(tmp_path: Path, name: str) -> None:
+    content, bad, message = ERRORS[name]
+    path = write(tmp_path / "x.json", content)
+    rows = JsonRows([str(path)])
+    for index in range(len(rows)):
+        if index == bad:
+            with pytest.raises(ValueError, match=f"^{path}, {message}"):
+                rows[index]
+        elif name != "a table":
+            assert isinstance(rows[index], dict)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n\n", "has no rows"),
+        (b"[]", "has no rows"),
+        (b'[{"a": 1},\n{"a": 2', r"line 2, column 8: this is no JSON"),
+        (b'[{"a": 1},\n{"a": "x}]', r"line 2, column 7: this is no JSON"),
+        (b'[{"a": 1},\n{"a": 2},', "ends within its array"),
+        (b'[{"a": 1}}', "ends within its array"),
+        (b'[\n{"a": 1}]\n{"b": 2}', r"line 3, column 1: the array has ended"),
+        ('[{"a": 1}]'.encode("utf-16"), "UTF-16"),
+        (b"PK\x03\x04rest", "compressed as zip"),
+        (gzip.compress(b'{"a": 1}')[:-9], "cannot be unpacked"),
+    ],
+)
+def test_errors_of_a_file(tmp_path: Path, content: bytes, message: str) -> None:
+    path = write(tmp_path / "x.json", content)
+    with pytest.raises(ValueError, match=rf"^{path}.*{message}"):
+        JsonRows([str(path)], cache_dir=str(tmp_path / "cache"))
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("pipe", "is no file"), ("", "is no file"), ("x", "No such file")):
+        with pytest.raises(ValueError, match=message):
+            JsonRows([str(tmp_path / name)])
+
+
+def test_files_of_every_shape_together(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / "a.json", '[{"a": 1}, {"a": [1]}]'),
+        write(tmp_path / "b.jsonl", '{"b": "1"}\n[2]\n'),
+        write(tmp_path / "c.json", '{\n "a": {"x": 1}\n}\n'),
+        write(tmp_path / "d.jsonl", "[1]\n[2, 3]\n"),
+    ]
+    rows = JsonRows(list(map(str, files)))
+    expected = [{"a": 1}, {"a": [1]}, {"b": "1"}, [2], {"a": {"x": 1}}, [1], [2, 3]]
+    assert list(rows) == expected
+    assert rows.place(3) == f"{files[1]}, line 2"
+    assert list(rows.skip(2).skip(1)) == expected[3:]
+    assert list(rows.select([6, 0, 6])) == [expected[6], expected[0], expected[6]]
+    both = rows.skip(5) + rows.select(range(2))
+    assert list(both) == [*expected[5:], *expected[:2]]
+    assert both.place(3) == f"{files[0]}, line 1"
+    with pytest.raises(IndexError):
+        rows[7]
+
+
+def test_rows_under_a_key(tmp_path: Path) -> None:
+    nested = (
+        '{"info": {"data": [0], "x": "]"},\n "d\\u0061ta" :\n [{"a": 1},\n {"a": "}"}], "n": 2}'
+    )
+    path = write(tmp_path / "x.json", nested)
+    assert rows_of(path, field="data") == [{"a": 1}, {"a": "}"}]
+    assert JsonRows([str(path)], "data").place(1) == f"{path}, line 4"
+    for field in ("n", "info", "none"):
+        with pytest.raises(ValueError, match=rf"no object that has a list of rows under '{field}'"):
+            rows_of(path, field=field)
+    for content in (
+        '{"data": [{}], "data": []}',
+        '[{"data": [{}]}]',
+        '{"data": [{}]}\n{"data": []}',
+    ):
+        with pytest.raises(ValueError, match=r"no object that has a list of rows"):
+            rows_of(write(path, content), field="data")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_files(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    path, cache = tmp_path / "x.jsonl", str(tmp_path / "cache")
+    for content in (b'{"a": 1}\n{"a": 2}', b'{"a": 3}\n{"a": 2}'):
+        write(path, compress(content))
+        assert rows_of(path, cache_dir=cache) == [*map(json.loads, content.splitlines())]
+    with pytest.raises(ValueError, match=f"^{path}, line 1"):
+        rows_of(write(path, compress(b'{"a": 1')), cache_dir=cache)
+
+
+def test_a_file_that_changes(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", '{"a": 1}\n{"a": 2}')
+    rows = JsonRows([str(path)])
+    assert rows[0] == {"a": 1}
+    path.write_text('{"a": 1}\n{"b": 22}')
+    with pytest.raises(ValueError, match=f"^{path} has changed"):
+        rows[1]
+    path.unlink()
+    with pytest.raises(ValueError, match=f"^{path} cannot be read"):
+        rows[1]
+
+
+def test_data_workers_share_places_alone(tmp_path: Path) -> None:
+    expected = [{"number": number, "text": "x" * 1000} for number in range(3000)]
+    rows = JsonRows([str(write(tmp_path / "x.json", json.dumps(expected)))])
+    pickled = pickle.dumps(rows)  # as spawned workers get it
+    assert len(pickled) < 25 * len(expected)
+    assert list(pickle.loads(pickled)) == expected
+    loader: Any = DataLoader(
+        rows,  # type: ignore[arg-type]
+        batch_size=500,
+        num_workers=2,
+        collate_fn=list,
+    )
+    assert [row for batch in loader for row in batch] == expected
