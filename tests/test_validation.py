@@ -15,7 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from quickstart.checkpoint import write_tiny_checkpoint
-from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLImageTransform, Qwen2_5_VLTokenizer
+from torchtune_vl.models.qwen2_5_vl import (
+    Qwen2_5_VLImageTransform,
+    Qwen2_5_VLTokenizer,
+    Qwen2_5_VLTransform,
+)
 from torchtune_vl.validation import (
     Inputs,
     Report,
@@ -363,6 +367,34 @@ def test_larger_limit_is_a_choice(altered: Callable[..., Path]) -> None:
     row = image_settings_row(Ours(directory), Reference(directory))
     assert row.status == "pass"
     assert row.note == "Used here: max_pixels is 1,003,520, published 12,845,056"
+
+
+def test_settings_of_an_export_hold_for_both_sides(
+    altered: Callable[..., Path], builtin: Inputs
+) -> None:
+    directory = altered("config.json", "{", "{")
+    transform = Qwen2_5_VLTransform.from_pretrained(
+        directory,
+        max_pixels=50_000,
+        fps=0.5,
+        video_min_pixels=3136,
+        video_max_pixels=12_000,
+        add_vision_id=True,
+    )
+    for name, text in transform.processor_files().items():
+        (directory / name).write_text(text)
+    ours, reference = Ours(directory), Reference(directory)
+    chat = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
+    rows = [
+        image_settings_row(ours, reference),
+        chat_template_row(ours, reference),
+        *image_rows(ours, reference, builtin.images, all_of),
+        *video_rows(ours, reference, builtin.videos, all_of),
+        *(chat.ids, chat.pixels, chat.positions),
+    ]
+    assert {row.status for row in rows} == {"pass"}
+    (path,) = builtin.videos.values()
+    assert ours.video(path).grid_thw.tolist() == [[2, 6, 8]]
 
 
 def test_max_pixels_holds_for_both_sides(checkpoint: Path, tmp_path: Path) -> None:
