@@ -361,6 +361,22 @@ def test_a_config_of_another_model(saved: Path, tmp_path: Path) -> None:
         load(saved)
 
 
+@pytest.mark.parametrize("name", ["../base.safetensors", "/x.safetensors", "a/../../b", "..", ""])
+def test_names_that_lead_out_of_their_directory(tmp_path: Path, name: str) -> None:
+    (tmp_path / "base.safetensors").touch()
+    directory = tmp_path / "copy"
+    directory.mkdir()
+    (directory / INDEX).write_text(json.dumps({"weight_map": {"a": "a/b", "x": name}}))
+    with pytest.raises(ValueError, match=rf"{INDEX}: weight_map.x is '.*', expected a file inside"):
+        weight_files(directory)
+    (directory / INDEX).write_text(json.dumps({"weight_map": {"a": "a/b", "x": "..a.safetensors"}}))
+    assert weight_files(directory) == [directory / "..a.safetensors", directory / "a" / "b"]
+    entry = {"size": 0, "xxh3_128": "99aa06d3014798d86001c324468d497f"}
+    (directory / MANIFEST).write_text(json.dumps({"files": {name: entry}}))
+    with pytest.raises(ValueError, match=rf"{MANIFEST}: files\..* expected a file inside"):
+        check_manifest(directory)
+
+
 def test_checksums_of_another_directory_are_not_taken_over(saved: Path, tmp_path: Path) -> None:
     """A run that starts from a checkpoint of ours, without its dtype and shards."""
     save(saved, tmp_path / "next", value=3.0)

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -162,10 +162,14 @@ def check_manifest(directory: Path) -> None:
         directory: as :func:`write_manifest` left it, or as published, without that file.
 
     Raises:
-        ValueError: if files are missing, or of another size or checksum; it names all of them.
+        ValueError: if files are missing, or of another size or checksum; it names all of them. If
+            the list has files of other directories.
     """
+    files = _manifest(directory).part("files")
+    for name in files.content:
+        if not is_inside(name):
+            raise files.error(name, f"a file inside of {directory}: remove the entry")
     with ThreadPoolExecutor() as pool:
-        files = _manifest(directory).part("files")
         damages = pool.map(lambda name: _damage(directory / name, files.part(name)), files.content)
         problems = [damage for damage in damages if damage]
     if problems:
@@ -173,6 +177,20 @@ def check_manifest(directory: Path) -> None:
             "\n".join(problems) + "\ncopy these files again, or take another checkpoint; if you "
             f"changed them yourself, remove them from {directory / MANIFEST}"
         )
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name that a file lists is that of something in the file's own directory.
+
+    Args:
+        name: a relative path, perhaps. Where symbolic links lead is not looked at: downloads from
+            the hub consist of them.
+
+    Returns:
+        Whether it is relative, not empty and nowhere leads up.
+    """
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def belongs(recipe_state: Path, directory: Path) -> bool:

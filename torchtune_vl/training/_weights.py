@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from torchtune_vl.models._json import read_json_object
-from torchtune_vl.training._directory import new_file, write_json
+from torchtune_vl.training._directory import is_inside, new_file, write_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -40,8 +40,10 @@ def weight_files(directory: Path) -> list[Path]:
     if index.is_file():
         weight_map = read_json_object(index).part("weight_map")
         names = {tensor: weight_map.text(tensor) for tensor in weight_map.content}
-        for tensor in (tensor for tensor, name in names.items() if not name):
-            raise weight_map.error(tensor, "the name of a file")
+        for tensor in (tensor for tensor, name in names.items() if not is_inside(name)):
+            raise weight_map.error(
+                tensor, "a file inside of the directory: download the index again"
+            )
         if not names:
             raise ValueError(f"{index}: weight_map is empty: download the index again")
         return [directory / name for name in sorted(set(names.values()))]
