@@ -21,7 +21,7 @@ from quickstart.digits import write_digits
 from tests import hostile
 from torchtune_vl.data import PackedRows, TrainingRows, padded_collate_vision_supervised
 from torchtune_vl.datasets import VisionChatDataset, measure_all, vision_chat_dataset
-from torchtune_vl.datasets._chat import _RowReader
+from torchtune_vl.datasets._chat import RowReader
 from torchtune_vl.datasets._media_directory import MediaDirectory
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 
@@ -668,7 +668,7 @@ def test_errors_of_every_kind_are_told(build, num_workers: int) -> None:
             raise kind((f"sample {sample['id']}: " if kind is ValueError else "") + "x" * 5_000_000)
 
     rows = build([sharegpt("a")] * 2 * len(KINDS))._rows
-    for read in (lambda row, number: {"id": number}, _RowReader(MediaDirectory("", False), {})):
+    for read in (lambda row, number: {"id": number}, RowReader(MediaDirectory("", False), {})):
         dataset = VisionChatDataset(Raising(), rows, read)
         count = 2 * len(KINDS)
         with pytest.raises(ValueError, match="7 of 14 samples") as raised:

@@ -628,6 +628,39 @@ def test_lines_of_json(tmp_path: Path) -> None:
         read_conversations(path)
 
 
+def test_conversations_are_read_as_training_does(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": '"007" is <image>, {"a": 1.0}'}
+    boxes = {"type": "boxes", "boxes": [{"bbox_2d": [1, 2, 3, 4]}]}
+    rows = [
+        {"messages": [{"role": "user", "content": "<image>?"}, answer], "images": ["a.png"]},
+        {
+            "conversations": [
+                {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+                {"from": "observation", "value": "1"},
+            ]
+        },
+        {"messages": [{"role": "user", "content": [boxes]}]},
+        {"messages": [{"role": "user", "content": "<bbox>"}], "objects": {"bbox": [[1, 2, 3, 4]]}},
+        {"conversations": [{"from": "me", "value": "a"}]},
+    ]
+    path = tmp_path / "chat.jsonl"
+    lines = "\r\n\r\n".join(json.dumps(row) for row in rows)
+    path.write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    tagged, called, *others = read_conversations(path)
+    image = {"type": "image", "image": str(tmp_path / "a.png")}
+    assert tagged.messages[0]["content"] == [image, {"type": "text", "text": "?"}]
+    assert tagged.messages[1] == answer
+    assert called.messages[0]["tool_calls"] == [{"name": "f", "arguments": {}}]
+    assert called.messages[1] == {"role": "tool", "content": "1"}
+    for conversation, problem in zip(
+        others, ("no items of", "no items of", "from 'me'"), strict=True
+    ):
+        assert problem in conversation.problem
+    path.write_text(f"{json.dumps(rows[0])}\n\n{json.dumps(rows[0])[:-3]}")
+    with pytest.raises(ValueError, match=r"cannot be read as conversations: .*chat.jsonl, line 3"):
+        read_conversations(path)
+
+
 def test_tools_are_joined_texts(tmp_path: Path) -> None:
     call = {"function": {"name": "f", "arguments": {"x": 1}}}
     messages = [

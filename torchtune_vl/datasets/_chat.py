@@ -95,7 +95,7 @@ def vision_chat_dataset(
     media = MediaDirectory(
         _directory_of(files) if media_dir is None else media_dir, is_confining=media_dir is not None
     )
-    read: Any = _RowReader(media, column_map)
+    read: Any = RowReader(media, column_map)
     if not isinstance(rows, JsonRows):
         read = partial(_read_from_table, read, rows.features)
     if streaming:
@@ -221,7 +221,7 @@ class StreamedVisionChat:
         return _supervised(self._transform, sample)
 
 
-class _RowReader:
+class RowReader:
     """Makes samples of rows.
 
     Args:

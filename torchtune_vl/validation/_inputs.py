@@ -1,20 +1,21 @@
 """What is compared: files and conversations of the user."""
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
+
+from torchtune_vl.datasets._chat import RowReader
+from torchtune_vl.datasets._json_rows import JsonRows
+from torchtune_vl.datasets._media_directory import MediaDirectory
+from torchtune_vl.media._errors import shortened
+from torchtune_vl.media._sources import path_of_file_url
 
 _IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
-_TAG = re.compile("(<image>|<video>)")
 # Where the chat formats of transformers and OpenAI keep a medium
-_SOURCES = ("url", "path", "base64")
+_SOURCES = ("url", "path", "base64", "content")
 
 
 @dataclass
@@ -94,14 +95,12 @@ def _find(paths: Iterable[Path], suffixes: set[str], kind: str) -> dict[str, str
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Read a file of conversations.
+    """Read a file of conversations, as training does.
 
     Args:
-        path: a JSON list or JSON lines. Each entry is a list of messages in the format of
-            transformers or OpenAI, a dict with such ``messages``, or a dict with ShareGPT's
-            ``conversations``; ``image``, ``images``, ``video`` or ``videos`` beside them fill the
-            tags ``<image>`` and ``<video>`` and items that name no medium. Paths are relative to
-            the file.
+        path: JSON or JSON Lines; its rows are those that
+            :func:`~torchtune_vl.datasets.vision_chat_dataset` reads, or lists of messages. A list
+            of messages alone is one conversation. Paths are relative to the file.
 
     Returns:
         The conversations; those that transformers has no answer for carry a ``problem``.
@@ -110,64 +109,43 @@ def read_conversations(path: Path) -> list[Conversation]:
         ValueError: if the file cannot be read.
     """
     try:
-        entries = _entries(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        rows = list(JsonRows([str(path)]))
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as conversations: {error}") from error
+    if isinstance(rows[0], dict) and "role" in rows[0]:
+        rows = [rows]
+    read = RowReader(MediaDirectory(str(path.parent), is_confining=False), {})
     conversations = []
-    for number, entry in enumerate(entries):
+    for number, row in enumerate(rows):
         name = f"{path.name} #{number}"
         try:
-            conversations.append(_conversation(name, entry, path.parent))
+            conversations.append(_conversation(name, read(row, number)))
         except ValueError as error:
-            conversations.append(Conversation(name, problem=str(error)))
+            problem = str(error).removeprefix(f"sample {number}: ")
+            conversations.append(Conversation(name, problem=problem))
         except (AttributeError, KeyError, TypeError) as error:
             problem = f"it has no known layout ({error!r})"
             conversations.append(Conversation(name, problem=problem))
     return conversations
 
 
-def _entries(text: str) -> list[Any]:
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    if isinstance(content, dict):
-        return [content]
-    if not isinstance(content, list) or not content:
-        raise ValueError("it holds no list of conversations")
-    # A list of messages is one conversation
-    return [content] if isinstance(content[0], dict) and "role" in content[0] else content
-
-
-def _conversation(name: str, entry: Any, folder: Path) -> Conversation:
-    if isinstance(entry, list):
-        entry = {"messages": entry}
-    media = _Media(entry, folder)
-    if "messages" in entry:
-        messages = [_message(message, media) for message in entry["messages"]]
-    else:
-        messages = [_turn(turn, media) for turn in entry["conversations"]]
+def _conversation(name: str, sample: dict[str, Any]) -> Conversation:
+    media = _Media(sample)
+    messages = [_message(message, media) for message in sample["messages"]]
     media.check_all_used()
     if not messages:
         raise ValueError("it has no messages")
-    return _with_tools(name, messages, entry.get("tools"))
+    return _with_tools(name, messages, sample["tools"])
 
 
 def _message(message: dict[str, Any], media: "_Media") -> dict[str, Any]:
-    content = message["content"]
-    if isinstance(content, str):
-        content = media.split(content)
-    elif content is not None:
+    content = message["content"] if not message.get("tool_calls") else message.get("content")
+    if isinstance(content, list):
         content = [media.item(item) for item in content]
     known = {"role": message["role"], "content": content or ""}
     if message.get("tool_calls"):
         known["tool_calls"] = message["tool_calls"]
     return known
-
-
-def _turn(turn: dict[str, Any], media: "_Media") -> dict[str, Any]:
-    role = _SHAREGPT_ROLES.get(turn["from"], turn["from"])
-    return {"role": role, "content": media.split(turn["value"])}
 
 
 def _with_tools(name: str, messages: list[dict[str, Any]], tools: Any) -> Conversation:
@@ -185,34 +163,21 @@ def _with_tools(name: str, messages: list[dict[str, Any]], tools: Any) -> Conver
 
 
 class _Media:
-    """The images and videos beside the messages of an entry, taken one after another."""
+    """The images and videos beside the messages of a sample, taken one after another."""
 
-    def __init__(self, entry: dict[str, Any], folder: Path) -> None:
-        self.folder = folder
-        self.given: dict[str, Iterator[Any]] = {}
-        for kind in ("image", "video"):
-            named = entry.get(f"{kind}s", entry.get(kind))
-            if named is not None:
-                self.given[kind] = iter(named if isinstance(named, list) else [named])
-
-    def split(self, text: str) -> str | list[dict[str, Any]]:
-        """Put media in the places of their tags, if there are media beside the messages."""
-        pieces = _TAG.split(text)
-        if len(pieces) == 1 or not self.given:
-            return text
-        return [
-            self.next(piece[1:-1]) if _TAG.fullmatch(piece) else {"type": "text", "text": piece}
-            for piece in pieces
-            if piece
-        ]
+    def __init__(self, sample: dict[str, Any]) -> None:
+        self.given = {kind: iter(sample[f"{kind}s"]) for kind in ("image", "video")}
 
     def item(self, item: dict[str, Any]) -> dict[str, Any]:
         """Read an item of a message's content."""
+        item = {key: value for key, value in item.items() if value is not None}
         kind = item["type"].removesuffix("_url")
-        if kind == "text":
-            return {"type": "text", "text": item["text"]}
+        if kind == "text" and item.keys() <= {"type", "text", "content"}:
+            return {"type": "text", "text": item.get("text", item.get("content"))}
         if kind not in ("image", "video"):
-            raise ValueError(f"transformers has no items of type {item['type']!r}")
+            raise ValueError(
+                f"transformers has no items of type {item['type']!r} with {sorted(item)}"
+            )
         places = {kind, f"{kind}_url", *_SOURCES} & item.keys()
         settings = item.keys() - places - {"type"}
         if settings:
@@ -223,32 +188,27 @@ class _Media:
         if not places:
             return self.next(kind)
         place = places.pop()
-        source = item[place]["url"] if isinstance(item[place], dict) else item[place]
-        if place == "base64":
-            source = f"data:{kind}/*;base64,{source}"
-        return {"type": kind, kind: self.locate(source)}
+        source = f"data:{kind}/*;base64,{item[place]}" if place == "base64" else item[place]
+        return {"type": kind, kind: _located(source)}
 
     def next(self, kind: str) -> dict[str, Any]:
-        source = next(self.given.get(kind, iter(())), None)
+        source = next(self.given[kind], None)
         if source is None:
             raise ValueError(f"it has more places for {kind}s than {kind}s")
-        return {"type": kind, kind: self.locate(source)}
-
-    def locate(self, source: Any) -> str:
-        if not isinstance(source, str):
-            raise ValueError(f"{source!r} is no path")
-        if source.startswith("data:"):
-            return source
-        if source.startswith(("http://", "https://")):
-            raise ValueError(f"{source} is remote: nothing is downloaded here")
-        if source.startswith("file:"):
-            return url2pathname(urlparse(source).path)
-        return str(self.folder / source)
+        return {"type": kind, kind: _located(source)}
 
     def check_all_used(self) -> None:
         for kind, rest in self.given.items():
             if next(rest, None) is not None:
                 raise ValueError(f"it has more {kind}s than places for them")
+
+
+def _located(source: Any) -> str:
+    if not isinstance(source, str):
+        raise ValueError(f"{shortened(repr(source))} is no path")
+    if source.startswith(("http://", "https://")):
+        raise ValueError(f"{source} is remote: nothing is downloaded here")
+    return path_of_file_url(source) if source.startswith("file:") else source
 
 
 def _as_items(content: str | Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
