@@ -484,6 +484,196 @@ def test_errors_name_the_sample(build, row: dict[str, Any], message: str) -> Non
                 read(3)
 
 
+def test_nulls_of_a_table(build, transform: Qwen2_5_VLTransform, media: Path) -> None:
+    """A table gives every dict the keys of all; none of them may become text."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    other = {"type": "function", "function": {"name": "g", "arguments": {"b": "x"}}}
+    boxes = [{"bbox_2d": [0, 0, 42, 28], "label": "cat"}, {"point_2d": [84, 56]}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Go"},
+                {"role": "assistant", "content": "", "tool_calls": [call, other]},
+                {"role": "tool", "content": "1", "name": "f"},
+                {**ASSISTANT, "weight": 1},
+            ],
+            "tools": [{"name": "f", "x": {"a": 1}}, {"name": "g", "x": {"b": "c"}}],
+        },
+        {"messages": [{"role": "user", "content": "a"}, ASSISTANT], "tools": None},
+    ]
+    grounded = [
+        chat([{"type": "image", "image": "a.png"}, {"type": "text", "text": "Where?"}]),
+        chat([{"type": "text", "text": "Not here"}]),
+    ]
+    for row in grounded:
+        row["messages"][1] = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
+    grounded[0]["messages"][1]["content"] = [{"type": "boxes", "boxes": boxes}]
+    for name, table in (("tools", rows), ("boxes", grounded)):
+        path = media / f"{name}.parquet"
+        datasets.Dataset.from_list(table).to_parquet(path)
+        common = {"source": "parquet", "data_files": str(path), "cache_dir": str(media / "cache")}
+        ours = vision_chat_dataset(transform, **common)
+        stream = vision_chat_dataset(transform, streaming=True, **common)
+        expected = build(table)
+        assert "null" in json.dumps(datasets.Dataset.from_parquet(str(path))[0])
+        for number, sample in enumerate(stream):
+            text = text_of(transform, expected[number])
+            assert "null" not in text
+            assert text_of(transform, ours[number]) == text_of(transform, stream.transform(sample))
+            assert text_of(transform, ours[number]) == text
+    assert '{"bbox_2d": [0, 0, 42, 28], "label": "cat"},\n\t{"point_2d": [84, 56]}\n' in text_of(
+        transform, ours[0]
+    )
+
+
+def test_json_text_in_a_table(transform: Qwen2_5_VLTransform, tmp_path: Path) -> None:
+    """The way to keep what a table cannot: there a null is one."""
+    call = {"name": "f", "arguments": json.dumps({"a": None, "b": [1, "x", 1e-7]})}
+    messages = [
+        {"role": "user", "content": "Go"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    tools = [{**TOOLS[0], "default": None}]
+    rows = [
+        {"messages": messages, "tools": list(map(json.dumps, tools))},
+        {"messages": json.dumps(messages), "tools": json.dumps(tools)},
+        {
+            "conversations": json.dumps(
+                [
+                    {"from": "human", "value": "Go"},
+                    {"from": "function_call", "value": json.dumps([call])},
+                ]
+            ),
+            "tools": json.dumps(tools),
+        },
+    ]
+    texts = []
+    for number, row in enumerate(rows):
+        path = tmp_path / f"{number}.parquet"
+        datasets.Dataset.from_list([row]).to_parquet(path)
+        dataset = vision_chat_dataset(
+            transform, source="parquet", data_files=str(path), cache_dir=str(tmp_path / "cache")
+        )
+        texts.append(text_of(transform, dataset[0]))
+    assert f"<tools>\n{json.dumps(tools[0])}\n</tools>" in texts[0]
+    assert '"arguments": {"a": null, "b": [1, "x", 1e-07]}}' in texts[0]
+    assert texts[1:] == texts[:1] * 2
+
+
+def grounded(question: str, answer: str, **columns: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "images": ["a.png"], **columns}
+
+
+# a.png is seen as it is, 84 x 56, and sub/b.png, 56 x 112, as well; c.png of 200 x 100 as 196 x 112
+OBJECTS: dict[str, tuple[dict[str, Any], str]] = {
+    "names and boxes": (
+        grounded(
+            "<image>Find <ref-object>.",
+            "<ref-object><bbox> and <bbox>.",
+            objects={
+                "ref": ["a cat", "Cats: "],
+                "bbox": [[10.4, 0, 20.6, 56], [0, 1, 84, 2]],
+                "bbox_type": "real",
+            },
+        ),
+        turns("<I>Find a cat.", "Cats: [10, 0, 21, 56] and [0, 1, 84, 2]."),
+    ),
+    "a point, resized": (
+        grounded(
+            "<image>Open it.",
+            "click(start_box='<bbox>')",
+            images=["c.png"],
+            objects={"ref": [], "bbox": [[100, 25]]},
+        ),
+        turns("<I>Open it.", "click(start_box='[98, 28]')"),
+    ),
+    "parts": (
+        grounded(
+            "<image>Where?",
+            '[\n\t{"bbox_2d": <bbox>, "label": "<ref-object>"}\n]',
+            images=["c.png"],
+            objects={"ref": ["x"], "bbox": [[0, 0.25, 0.5, 1]], "bbox_type": "norm1"},
+        ),
+        turns("<I>Where?", '[\n\t{"bbox_2d": [0, 28, 98, 112], "label": "x"}\n]'),
+    ),
+    "several images, a box before them": (
+        grounded(
+            "What is at <bbox>?<image><image>",
+            "<bbox>",
+            images=["a.png", "c.png"],
+            objects={"bbox": [[100, 50], [1, 2]], "image_id": [1, 0]},
+        ),
+        turns("What is at [98, 56]?<I><I>", "[1, 2]"),
+    ),
+    "as JSON text": (
+        grounded("<image>Where?", "<bbox>", objects=json.dumps({"bbox": [[1, 2]]})),
+        turns("<I>Where?", "[1, 2]"),
+    ),
+    "ShareGPT": (
+        {
+            "conversations": [
+                {"from": "human", "value": "<image>Where is <ref-object>?"},
+                {"from": "gpt", "value": "<bbox>, not <image>"},
+            ],
+            "image": "a.png",
+            "objects": {"ref": ["it"], "bbox": [[3, 4]]},
+        },
+        turns("<I>Where is it?", "[3, 4], not <image>"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_objects_of_ms_swift(build, transform: Qwen2_5_VLTransform, media: Path, name: str) -> None:
+    Image.fromarray(hostile.noise(100, 200, 3)).save(media / "c.png")
+    row, text = OBJECTS[name]
+    dataset = build([row])
+    assert text_of(transform, dataset[0]) == text
+    assert dataset.measure(0)[0] == len(dataset[0]["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        (None, "message 0: its text has the place <ref-object>, but objects has only 0"),
+        ({"ref": ["a"]}, "message 1: its text has the place <bbox>, but objects has only 0"),
+        ({"ref": ["a"], "bbox": [[1, 2]] * 2}, "has 2 for <bbox>, but the messages have 1 places"),
+        ({"ref": ["a", "b"], "bbox": [[1, 2]]}, "has 2 for <ref-object>, but .* 1 places"),
+        ({"ref": ["a"], "bbox": [[1, 2]], "bbox_type": "norm1000"}, "known are real and norm1"),
+        ({"ref": ["a"], "bbox": [[1, 2]], "image_id": [0, 1]}, "has 1 bbox and 2 image_id"),
+        ({"ref": ["a"], "bbox": [[1, 2]], "image_id": [1]}, "of image 1 .* has 1 images"),
+        ({"ref": ["a"], "bbox": [[1, 2]], "polygon": [[1, 2]]}, r"objects has \['polygon'\]"),
+        ({"ref": ["a"], "bbox": [[1, 2, 3]]}, "bbox_2d is .1, 2, 3., expected 4 numbers"),
+        ({"ref": ["a"], "bbox": [[1, 2, 99, 4]]}, "outside of the image"),
+        ({"ref": ["a"], "bbox": 3}, "the bbox of objects is no list"),
+        ({"ref": [3], "bbox": [[1, 2]]}, "the ref of objects has what is no text"),
+        ("{", "objects: no JSON"),
+    ],
+)
+def test_objects_that_do_not_fit(build, objects: Any, message: str) -> None:
+    dataset = build([grounded("<image>Find <ref-object>.", "<bbox>", objects=objects)])
+    for read in (dataset.__getitem__, dataset.measure):
+        with pytest.raises(ValueError, match=f"^sample 0: .*{message}"):
+            read(0)
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "loss_mask"])
+def test_answers_without_loss(build, transform: Qwen2_5_VLTransform, key: str) -> None:
+    def learned(row: dict[str, Any]) -> str:
+        return transform.decode([label for label in build([row])[0]["labels"] if label != -100])
+
+    for no, yes in ((0, 1), (False, True), (0.0, None)):
+        conversations = [*sharegpt("a")["conversations"], *sharegpt("c")["conversations"]]
+        conversations[1] = {"from": "gpt", "value": "first", key: no}
+        conversations[3] = {"from": "gpt", "value": "second", key: yes}
+        assert learned({"conversations": conversations}) == "second<|im_end|>"
+        messages = [*chat("a")["messages"], *chat("c")["messages"]]
+        messages[1] = {**ASSISTANT, "content": "first", key: no}
+        messages[3] = {**ASSISTANT, "content": "second", key: yes}
+        assert learned({"messages": messages}) == "second<|im_end|>"
+
+
 UNSUPERVISED = {
     "no answer": {"messages": [{"role": "user", "content": "a"}]},
     "an empty answer": chat("a")

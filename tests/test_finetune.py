@@ -1,5 +1,6 @@
 """Our recipe on one process and on two, stopped and gone on with."""
 
+import json
 import random
 import re
 import signal
@@ -123,9 +124,8 @@ def test_a_run_and_what_it_leaves(root: Path, tmp_path: Path) -> None:
     }
     assert validated.keys() == {step for step in losses if step % 4 == 0 or step == len(losses)}
     best = min(validated, key=validated.__getitem__)
-    newest = max(step for step in losses if step % 3 == 0 or step == best)
     kept = {int(path.name.removeprefix("step_")) for path in (output / "steps").iterdir()}
-    assert kept == {best, newest}
+    assert kept == {best, len(losses)}
 
     samples = read_samples(output)
     assert sorted(s for step in samples.values() for s in step) == sorted([*range(COUNT)] * 2)
@@ -187,6 +187,34 @@ def test_gradients_are_clipped(root: Path, tmp_path: Path) -> None:
     base = load_file(root / "base" / "model.safetensors")
     moved = sum((w - base[n]).double().square().sum() for n, w in weights(tmp_path / "run").items())
     assert 1e-4 < moved**0.5 <= 1.01e-3 * steps
+
+
+def test_samples_that_teach_nothing_are_listed_before_the_first_step(
+    root: Path, tmp_path: Path
+) -> None:
+    """Those of all processes, in their order."""
+    question = {"role": "user", "content": "a"}
+    answers = ["Yes", "", "Yes", None, "", "Yes", "Yes"]
+    lines = [
+        json.dumps(
+            {
+                "messages": [
+                    question,
+                    *([{"role": "assistant", "content": a}] if a is not None else []),
+                ]
+            }
+        )
+        for a in answers
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    settings = {"dataset.data_files": str(tmp_path / "train.jsonl"), "num_workers": 1}
+    process = start(write_config(root, tmp_path / "run", settings), 2)
+    messages, _ = process.communicate()
+    assert process.returncode == 2, messages[-3000:]
+    told = messages[messages.index("tune-vl run: ") :]
+    assert "tune-vl run: 3 of 7 samples cannot be read: correct them or remove them" in told
+    assert re.findall(r"^sample (\d): no token of an answer", told, re.M) == ["1", "3", "4"]
+    assert not list((tmp_path / "run").glob("steps/step_*"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(root: Path, tmp_path: Path) -> None:

@@ -60,6 +60,32 @@ def test_points_and_other_keys():
 
 
 @pytest.mark.parametrize(
+    "other",
+    [
+        {"keypoints": [[1, 2], [3, 4]]},
+        {"polygon": (1.5, 2, 3, 4)},
+        {"segmentation": {"counts": [1, 2]}},
+        {"parts": [{"bbox_2d": [1, 2, 3, 4]}]},
+        {"anything": [1, 2]},
+        {"x": 3},
+        {"box_width": 3.0},
+        {"center": {"x": 1, "y": 2}},
+    ],
+)
+@pytest.mark.parametrize("shape", [{"bbox_2d": [1, 2, 3, 4]}, {"point_2d": [1, 2]}])
+def test_other_coordinates_beside_are_not_left_as_they_are(shape, other):
+    message = f"the numbers of '{next(iter(other))}' would stay those of the original"
+    with pytest.raises(ValueError, match=message):
+        to_resized({**shape, **other}, "pixels", (100, 100), (112, 112))
+
+
+def test_what_is_no_coordinate_stays():
+    others = {"label": "x", "id": 7, "score": 0.25, "tags": ["left", "top"], "position": "left"}
+    entry = to_resized({"bbox_2d": [0, 0, 50, 50], **others}, "pixels", (100, 100), (112, 112))
+    assert entry == {"bbox_2d": [0, 0, 56, 56], **others}
+
+
+@pytest.mark.parametrize(
     ("entry", "unit", "message"),
     [
         ({"bbox_2d": [1, 2, 3]}, "pixels", "expected 4 numbers"),

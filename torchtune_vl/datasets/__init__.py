@@ -5,6 +5,12 @@ from torchtune_vl.datasets._chat import (
     VisionChatDataset,
     vision_chat_dataset,
 )
-from torchtune_vl.datasets._measure import measure_all
+from torchtune_vl.datasets._measure import SamplesError, measure_all
 
-__all__ = ["StreamedVisionChat", "VisionChatDataset", "measure_all", "vision_chat_dataset"]
+__all__ = [
+    "SamplesError",
+    "StreamedVisionChat",
+    "VisionChatDataset",
+    "measure_all",
+    "vision_chat_dataset",
+]

@@ -23,6 +23,34 @@ class Measurable(Protocol):
         """Tokens, patches and supervised tokens of a sample, or a ValueError that names it."""
 
 
+class SamplesError(ValueError):
+    """Samples that cannot be measured.
+
+    Args:
+        first: index and reason of some of them, of which the first 20 are told.
+        bad: how many there are.
+        of: how many samples were measured.
+    """
+
+    def __init__(self, first: Sequence[tuple[int, str]], bad: int, of: int) -> None:
+        super().__init__(first, bad, of)
+        self.first = sorted(first)[:_NUM_SHOWN]
+        self.bad = bad
+        self.of = of
+
+    def __str__(self) -> str:
+        """Tell how many they are, and each reason in a line."""
+        more = self.bad - len(self.first)
+        return "\n".join(
+            [
+                f"{self.bad} of {self.of} samples cannot be read: correct them or remove them from "
+                "the data",
+                *(reason for _, reason in self.first),
+                *([f"and {more} more"] if more else []),
+            ]
+        )
+
+
 def measure_all(
     dataset: Measurable,
     indices: Sequence[int],
@@ -42,8 +70,9 @@ def measure_all(
         int32 [len(indices), 3], tokens, patches and supervised tokens of each sample.
 
     Raises:
-        ValueError: if samples cannot be measured: it lists the first 20 with the reason and says
-            how many there are. If the dataset cannot measure them.
+        SamplesError: if samples cannot be measured: it lists the first 20 with the reason and says
+            how many there are.
+        ValueError: if the dataset cannot measure them.
     """
     if not hasattr(dataset, "measure"):
         raise ValueError(
@@ -58,21 +87,18 @@ def measure_all(
     )
     # With more processes than samples some measure none
     sizes = [np.empty((0, 3), np.int32)]
-    problems: list[str] = []
+    problems: list[tuple[int, str]] = []
+    measured = 0
     with tqdm(
         total=len(indices), desc="measuring", unit=" samples", disable=not show_progress
     ) as bar:
         for batch_sizes, batch_problems in loader:
             sizes.append(batch_sizes)
-            problems += batch_problems
+            problems += [(indices[measured + place], reason) for place, reason in batch_problems]
+            measured += len(batch_sizes)
             bar.update(len(batch_sizes))
     if problems:
-        shown = "\n".join(problems[:_NUM_SHOWN])
-        more = len(problems) - _NUM_SHOWN
-        raise ValueError(
-            f"{len(problems)} of {len(indices)} samples cannot be read: correct them or remove "
-            f"them from the data\n{shown}" + (f"\nand {more} more" if more > 0 else "")
-        )
+        raise SamplesError(problems, len(problems), len(indices))
     return np.concatenate(sizes)
 
 
@@ -94,7 +120,7 @@ class _Measurements(Dataset):
             return shortened(f"sample {index}: {type(error).__name__}: {error}")
 
 
-def _as_arrays(batch: Sequence[Any]) -> tuple[np.ndarray, list[str]]:
-    problems = [entry for entry in batch if isinstance(entry, str)]
+def _as_arrays(batch: Sequence[Any]) -> tuple[np.ndarray, list[tuple[int, str]]]:
+    problems = [(place, entry) for place, entry in enumerate(batch) if isinstance(entry, str)]
     sizes = [(0, 0, 0) if isinstance(entry, str) else entry for entry in batch]
     return np.array(sizes, np.int32), problems

@@ -124,6 +124,9 @@ class Config:
     ] = None
     keep_last: Annotated[_Count, "how many steps to keep, beside the best"]
     eval_every_n_steps: Annotated[_Count | None, "validation; null: at the end alone"] = None
+    export: Annotated[
+        Literal["last", "best"], "which step: the last, or that of the lowest validation loss"
+    ] = "last"
     resume: Annotated[bool, "go on from the newest step, if there is one"]
     log_every_n_steps: Annotated[_Count, "a line of the log, and then only waiting for the device"]
     metric_logger: Annotated[Component, "torchtune's: disk, TensorBoard, W&B, ..."]

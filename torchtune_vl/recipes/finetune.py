@@ -15,12 +15,12 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,13 +30,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils._pytree import tree_map_only
@@ -50,23 +45,39 @@ from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from torchtune_vl.data import Row, TrainingRows
-from torchtune_vl.datasets import measure_all
+from torchtune_vl.datasets import SamplesError, measure_all
 from torchtune_vl.modules import Documents
 from torchtune_vl.modules.adapters import DoRA, is_adapter
 from torchtune_vl.recipes._main import run_recipe
 from torchtune_vl.training._adapters import Adapter, merge_adapter
+from torchtune_vl.training._directory import epochs
+from torchtune_vl.training._fingerprint import (
+    data_fingerprint,
+    model_fingerprint,
+    refuse_changes,
+    settings,
+)
 from torchtune_vl.training._flops import FlopCounter, peak_flops
+from torchtune_vl.training._optimizer_state import (
+    fit,
+    initialize,
+    optimizer_state,
+    set_plain_values,
+)
 from torchtune_vl.training._parallel import (
     clip_grad_norm,
+    gather,
     initial_adapters,
     load_weights_into,
     named_as_saved,
     shard,
 )
 from torchtune_vl.training._plot import plot_losses
-from torchtune_vl.training._steps import Steps
+from torchtune_vl.training._steps import SavedStep, Steps, drop_steps_after, lock
 
 log = get_logger("INFO")
+
+T = TypeVar("T")
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -124,16 +135,15 @@ class FinetuneRecipe:
         self.is_main = dist.get_rank() == 0
         self.output_dir = Path(cfg.output_dir)
         self.saved = Steps(self.output_dir / "steps", cfg.keep_last)
-        if self.is_main:
-            self.saved.tidy()
-        if self.saved.newest() and not cfg.resume:
-            raise ValueError(
-                f"{self.output_dir} has steps of an earlier run: go on with resume=True, or name "
-                "another output_dir"
-            )
+        if cfg.export == "best" and cfg.dataset_val is None:
+            raise ValueError("export: best is that of the lowest validation loss: set dataset_val")
         self.stop_signal = 0
         self.last_asked = 0  # the step after which it was last seen to
-        self.pending_save: Future[Any] | None = None
+        self.pending_save: Future[None] | None = None
+        self.saving = ThreadPoolExecutor(1)
+        self.fingerprint: dict[str, Any] = {}
+        self.begun = self._on_main(self._find_begun)
+        self._on_main(lambda: self._keep("settings", settings(cfg)))
 
     def _init_process_group(self) -> None:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
@@ -143,6 +153,42 @@ class FinetuneRecipe:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         # Saving goes on beside the steps, and so must not take part in their collectives
         self.save_group = dist.new_group(backend="gloo")
+
+    def _on_main(self, decide: Callable[[], T]) -> T:
+        """Let the first process decide, so that all go on, or end, together."""
+        outcome: list[Any] = [None]
+        if self.is_main:
+            try:
+                outcome = [decide()]
+            except (ValueError, OSError) as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, group=self.save_group)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return cast("T", outcome[0])
+
+    def _find_begun(self) -> SavedStep | None:
+        """The step to go on from, if there is one, and no other run beside this."""
+        self.lock = lock(self.output_dir)
+        self.saved.tidy()
+        newest, exported = self.saved.newest(), epochs(self.output_dir)
+        if newest and not self.cfg.resume:
+            raise ValueError(
+                f"{self.output_dir} has steps of an earlier run: go on with resume=True, or name "
+                "another output_dir"
+            )
+        if exported and not newest:
+            raise ValueError(
+                f"{exported[0]} is of an earlier run, which has no steps to go on from: name "
+                "another output_dir"
+            )
+        return self.saved.newest_whole()
+
+    def _keep(self, kind: str, values: dict[str, Any]) -> None:
+        """Note what a run begins with, and refuse to go on with anything else."""
+        self.fingerprint[kind] = values
+        if self.begun:
+            refuse_changes(kind, self.begun.progress["fingerprint"][kind], values)
 
     def setup(self) -> None:
         """Make model, data, optimizer and schedule, and take up where an earlier run stopped."""
@@ -158,19 +204,19 @@ class FinetuneRecipe:
             self.model, cfg.activation_offloading
         )
 
-        newest = self.saved.newest()
-        progress = self.saved.progress(newest) if newest else {}
-        self.position: dict[str, Any] = progress.get("position", {})
+        self.position: dict[str, Any] = self.begun.progress["position"] if self.begun else {}
         self.rows = self._make_rows(tokenizer)
         self.validation_rows = self._make_validation_rows(tokenizer)
         self.max_steps = cfg.max_steps or sum(self.rows.steps_per_epoch())
+        if self.begun:
+            self._check_end(self.begun.progress)
         self.scheduler = self._make_scheduler()
         self.step = 0
         self.losses: list[float] = []
         self.validation_losses: list[tuple[int, float]] = []
         self.best: dict[str, Any] = {"loss": math.inf, "step": None}
-        if newest:
-            self._resume(newest, progress)
+        if self.begun:
+            self._resume(self.begun)
 
         self.sample_log = self._open_sample_log()
         if self.is_main:
@@ -178,6 +224,23 @@ class FinetuneRecipe:
             self.logger.log_config(cfg)
         for number in _STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
+
+    def _check_end(self, progress: dict[str, Any]) -> None:
+        step, before = progress["step"], progress["max_steps"]
+        if step > self.max_steps:
+            raise ValueError(
+                f"the run in {self.output_dir} is at step {step} already, and is to end after step "
+                f"{self.max_steps}: raise max_steps or epochs"
+            )
+        if step == self.max_steps:
+            log.info("The run ended with step %d: raise max_steps or epochs to train on", step)
+        elif before != self.max_steps:
+            log.info(
+                "The run was to end after step %d, and is to end after step %d now; learning rates "
+                "are from here on those of a run of that length",
+                before,
+                self.max_steps,
+            )
 
     def _make_model(self) -> nn.Module:
         """Build on the meta device, divide over devices, and only then load each one's part."""
@@ -199,6 +262,9 @@ class FinetuneRecipe:
         if self.data_ranks > 1 or self.compute_dtype != self.dtype or offload:
             shard(model, layers, self.mesh["data"], self.compute_dtype, offload)
         weights = self.checkpointer.load_checkpoint()[training.MODEL_KEY]
+        self._on_main(
+            lambda: self._keep("model", model_fingerprint(weights, Path(cfg.checkpoint_dir)))
+        )
         weights = {**weights, **initial_adapters(model, weights, cfg.seed)}
         load_weights_into(model, weights, torch.device("cpu") if offload else self.device)
         return model.train()
@@ -241,6 +307,7 @@ class FinetuneRecipe:
         is_stream = not hasattr(dataset, "__getitem__")
         if is_stream and not cfg.max_steps:
             raise ValueError("a streaming dataset has no known end: set max_steps")
+        sizes = None if is_stream else self._measure(dataset, "dataset")
         return TrainingRows(
             dataset,
             config.instantiate(cfg.rows),
@@ -251,7 +318,7 @@ class FinetuneRecipe:
             shuffle=cfg.shuffle,
             epochs=None if cfg.max_steps else cfg.epochs,
             position=self.position or None,
-            sizes=None if is_stream else self._measure(dataset),
+            sizes=sizes,
         )
 
     def _make_validation_rows(self, tokenizer: Any) -> TrainingRows | None:
@@ -266,19 +333,28 @@ class FinetuneRecipe:
             world_size=self.data_ranks,
             shuffle=False,
             epochs=1,
-            sizes=self._measure(dataset),
+            sizes=self._measure(dataset, "dataset_val"),
         )
 
-    def _measure(self, dataset: Any) -> np.ndarray:
+    def _measure(self, dataset: Any, key: str) -> np.ndarray:
         """The size of each sample; each process measures its share."""
         processes = dist.get_world_size()
         share = range(dist.get_rank(), len(dataset), processes)
-        own = measure_all(dataset, share, self.cfg.num_workers, show_progress=self.is_main)
+        own: np.ndarray | SamplesError
+        try:
+            own = measure_all(dataset, share, self.cfg.num_workers, show_progress=self.is_main)
+        except SamplesError as error:
+            own = error
         shares: list[Any] = [None] * processes
         dist.all_gather_object(shares, own, group=self.save_group)
-        sizes = np.empty((len(dataset), own.shape[1]), own.dtype)
+        errors = [share for share in shares if isinstance(share, SamplesError)]
+        if errors:
+            first = [sample for error in errors for sample in error.first]
+            raise SamplesError(first, sum(error.bad for error in errors), len(dataset))
+        sizes = np.empty((len(dataset), shares[0].shape[1]), shares[0].dtype)
         for rank, sizes_of_rank in enumerate(shares):
             sizes[rank::processes] = sizes_of_rank
+        self._on_main(lambda: self._keep(key, data_fingerprint(self.cfg[key], sizes)))
         return sizes
 
     def _open_sample_log(self) -> TextIO:
@@ -286,12 +362,11 @@ class FinetuneRecipe:
         directory = self.output_dir / "samples"
         if self.is_main:
             directory.mkdir(parents=True, exist_ok=True)
-            for path in directory.iterdir():  # steps after the one that was saved come again
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                path.write_text("".join(x for x in lines if json.loads(x)["step"] <= self.step))
+            for path in directory.glob("process_*.jsonl"):  # steps after the saved come again
+                drop_steps_after(self.step, path)
         dist.barrier(group=self.save_group)
         own = directory / f"process_{dist.get_rank()}.jsonl"
-        return own.open("a", buffering=1, encoding="utf-8")  # a crash leaves whole lines
+        return own.open("a", buffering=1, encoding="utf-8")  # whole lines, if we are killed
 
     def _load(self, rows: TrainingRows) -> Iterator[Row]:
         return iter(
@@ -308,6 +383,21 @@ class FinetuneRecipe:
 
     def train(self) -> None:
         """Train until the last step, or until a signal asks to stop, and save."""
+        try:
+            self._take_steps()
+        except BaseException:
+            if self.pending_save and (error := self.pending_save.exception()):
+                log.error("%s", error)
+            raise
+        self._wait_for_save()
+        if self.step < self.max_steps:
+            self._agree_on_signal()
+            return
+        self._export()
+        if self.is_main:
+            self._show()
+
+    def _take_steps(self) -> None:
         cfg = self.cfg
         loader = self._load(self.rows)
         since = Logged()
@@ -320,7 +410,7 @@ class FinetuneRecipe:
                 if self.pending_save and self.pending_save.done():
                     self._wait_for_save()
                 is_last = self.step == self.max_steps
-                saves = self._is_turn(cfg.save_every_n_steps, self.step)
+                saves = is_last or self._is_turn(cfg.save_every_n_steps, self.step)
                 evaluates = self._is_turn(cfg.eval_every_n_steps, self.step)
                 if self._logs(self.step):
                     asked_to_stop = self._log(since)
@@ -328,15 +418,9 @@ class FinetuneRecipe:
                         saves |= self._evaluate(self.validation_rows)
                     if saves or asked_to_stop:
                         self._save()
-                    if asked_to_stop and not is_last:
-                        self._wait_for_save()
-                        self._agree_on_signal()
+                    if asked_to_stop:
                         return
                     since = Logged()
-        self._wait_for_save()
-        self._export()
-        if self.is_main:
-            self._show()
 
     def _is_turn(self, every: int | None, step: int) -> bool:
         return every is not None and step % every == 0
@@ -478,10 +562,9 @@ class FinetuneRecipe:
 
     def _state(self) -> dict[str, Any]:
         """What is saved and loaded by all processes together, by name and not by rank."""
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
         return {
             "model": {name: parameter.detach() for name, parameter in self.trained.items()},
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=options),
+            "optimizer": optimizer_state(self.optimizer, self.trained),
         }
 
     def _random_state(self) -> dict[str, torch.Tensor]:
@@ -499,46 +582,56 @@ class FinetuneRecipe:
         progress = {
             "step": self.step,
             "position": self.position,
-            "scheduler": self.scheduler.state_dict(),
+            "max_steps": self.max_steps,
             "losses": self.losses,
             "validation_losses": self.validation_losses,
             "best": self.best,
             "processes": dist.get_world_size(),
+            "fingerprint": self.fingerprint,
         }
-        if self.is_main:
-            self.saved.begin(self.step, progress)
-        dist.barrier(group=self.save_group)
-        self.pending_save = cast(
-            "Future[Any]",
-            dcp.async_save(
-                state,
-                checkpoint_id=self.saved.partial(self.step),
-                process_group=self.save_group,
-            ),
+        self._on_main(lambda: self.saved.begin(self.step, progress))
+        written = dcp.async_save(
+            state, checkpoint_id=self.saved.partial(self.step), process_group=self.save_group
         )
-        self.pending_step = self.step
+        self.pending_save = self.saving.submit(self._finish_save, self.step, written)
+
+    def _finish_save(self, step: int, written: Any) -> None:
+        try:
+            written.result()
+            if self.is_main:
+                self.saved.finish(step)
+        except (dcp.CheckpointException, OSError) as error:
+            failures = getattr(error, "failures", {0: (error, None)})
+            reason = next(iter(failures.values()))[0]
+            if self.is_main:
+                self.saved.discard(step)
+            raise OSError(
+                f"{self.saved.path(step)} cannot be written ({reason}): make room and go on with "
+                "resume=True; earlier steps are as they were"
+            ) from error
 
     def _wait_for_save(self) -> None:
         if self.pending_save is not None:
-            self.pending_save.result()
-            if self.is_main:
-                self.saved.finish(self.pending_step, self.best["step"])
-            self.pending_save = None
+            pending, self.pending_save = self.pending_save, None
+            pending.result()
 
-    def _resume(self, directory: Path, progress: dict[str, Any]) -> None:
+    def _resume(self, begun: SavedStep) -> None:
+        directory, progress = begun
+        initialize(self.optimizer)
+        saved = FileSystemReader(directory).read_metadata().state_dict_metadata
+        prefix = "optimizer."
+        names = {name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
+        fit(self.optimizer, self.trained, names)
         state = self._state()
         same_processes = progress["processes"] == dist.get_world_size()
         if same_processes:
             state["random"] = self._random_state()
         dcp.load(state, checkpoint_id=directory)
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        set_optimizer_state_dict(
-            self.model, self.optimizer, optim_state_dict=state["optimizer"], options=options
-        )
-        self.scheduler.load_state_dict(progress["scheduler"])
-        self.step, self.position = progress["step"], progress["position"]
-        self.losses, self.best = progress["losses"], progress["best"]
-        self.validation_losses = progress["validation_losses"]
+        set_plain_values(self.optimizer, self.trained, state["optimizer"])
+        self.step, self.losses = progress["step"], progress["losses"]
+        self.validation_losses, self.best = progress["validation_losses"], progress["best"]
+        for _ in range(self.step):  # towards the end that the run has now
+            self.scheduler.step()
         if same_processes:
             rank = dist.get_rank()
             torch.set_rng_state(state["random"][f"cpu_{rank}"])
@@ -548,10 +641,9 @@ class FinetuneRecipe:
 
     def _export(self) -> None:
         """Write what was trained in the published layout, adapters apart and merged."""
-        trained = {
-            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu()
-            for name, p in self.trained.items()
-        }
+        if self.cfg.export == "best":
+            self._load_best()
+        trained = gather(self.trained)
         if not self.is_main:
             return
         weights = self.checkpointer.load_checkpoint()[training.MODEL_KEY]
@@ -569,6 +661,15 @@ class FinetuneRecipe:
         self.checkpointer.save_checkpoint(
             state, epoch=self._epoch(), processor_files=self.processor_files
         )
+
+    def _load_best(self) -> None:
+        number = self.best["step"]
+        if number == self.step:
+            return
+        best = self._on_main(lambda: self.saved.read(number))
+        dcp.load({"model": self._state()["model"]}, checkpoint_id=best.directory)
+        self.position = best.progress["position"]
+        log.info("Exporting step %d, which has the lowest validation loss", number)
 
     def _epoch(self) -> int:
         """The epoch of the last step; the position is that of the next."""
@@ -607,6 +708,7 @@ class FinetuneRecipe:
 
     def cleanup(self) -> None:
         """Close what is open."""
+        self.saving.shutdown()
         self.sample_log.close()
         if self.is_main:
             self.logger.close()

@@ -6,7 +6,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -165,18 +165,35 @@ def check_manifest(directory: Path) -> None:
         ValueError: if files are missing, or of another size or checksum; it names all of them. If
             the list has files of other directories.
     """
-    files = _manifest(directory).part("files")
-    for name in files.content:
-        if not is_inside(name):
-            raise files.error(name, f"a file inside of {directory}: remove the entry")
-    with ThreadPoolExecutor() as pool:
-        damages = pool.map(lambda name: _damage(directory / name, files.part(name)), files.content)
-        problems = [damage for damage in damages if damage]
+    problems = damages(directory)
     if problems:
         raise ValueError(
             "\n".join(problems) + "\ncopy these files again, or take another checkpoint; if you "
             f"changed them yourself, remove them from {directory / MANIFEST}"
         )
+
+
+def damages(directory: Path, required: Iterable[str] = ()) -> list[str]:
+    """Compare the files of a directory with its ``checksums.json``, if it has one.
+
+    Args:
+        directory: the directory.
+        required: names of files that ``checksums.json`` must have.
+
+    Returns:
+        What is wrong, a sentence for each file.
+
+    Raises:
+        ValueError: if ``checksums.json`` itself is damaged, or has files of other directories.
+    """
+    files = _manifest(directory).part("files")
+    for name in files.content:
+        if not is_inside(name):
+            raise files.error(name, f"a file inside of {directory}: remove the entry")
+    unknown = [f"{directory / MANIFEST} has no {name}" for name in required if name not in files]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _damage(directory / name, files.part(name)), files.content)
+        return unknown + [damage for damage in found if damage]
 
 
 def is_inside(name: str) -> bool:
@@ -221,22 +238,33 @@ def _manifest(directory: Path) -> JsonObject:
 
 
 def _damage(path: Path, expected: JsonObject) -> str | None:
-    expected_size, checksum = expected.whole("size", 0), expected.text("xxh3_128")
+    expected_size, expected_sum = expected.whole("size", 0), expected.text("xxh3_128")
     if not path.is_file():
         return f"{path} is missing"
     size = path.stat().st_size
     if size != expected_size:
         return f"{path} has a size of {size} bytes, expected {expected_size}"
-    if _checksum(path) != checksum:
+    if checksum(path) != expected_sum:
         return f"{path} has another checksum than when it was written"
     return None
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "xxh3_128": _checksum(path)}
+    return {"size": path.stat().st_size, "xxh3_128": checksum(path)}
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """Compute the checksum of a file's content.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        XXH3 of 128 bits, in hexadecimal digits.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
     # XXH3, which comes with torchtune's datasets, reads 10 GB/s here: five times as fast as CRC-32
     # and ten times as SHA-256, which would take longer than loading itself. It finds damage, and
     # is no protection against forgery, which a list in the same directory could not be anyway.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -122,6 +123,23 @@ def initial_adapters(
                 base = to_nf4(base, *blocks).get_original_weight()
             adapters[f"{name}.magnitude"] = torch.linalg.norm(base.float(), dim=1)
     return {name: tensor for name, tensor in adapters.items() if name not in weights}
+
+
+def gather(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Collect parameters on the first process, one after the other.
+
+    Args:
+        parameters: by name; sharded or not, the same on all processes.
+
+    Returns:
+        Whole tensors on the CPU by name; on other processes none.
+    """
+    whole: dict[str, torch.Tensor] = {}
+    for name, p in parameters.items():
+        tensor = p.full_tensor() if isinstance(p, DTensor) else p
+        if dist.get_rank() == 0:
+            whole[name] = tensor.detach().cpu()
+    return whole
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:

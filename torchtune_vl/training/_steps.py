@@ -1,21 +1,49 @@
 """Directories of the steps that a run can go on from."""
 
+import fcntl
 import json
+import logging
+import math
+import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
-from torchtune_vl.training._directory import flush, write_json
+from torchtune_vl.training._directory import (
+    damages,
+    flush,
+    new_file,
+    write_json,
+    write_manifest,
+)
 
 _PROGRESS = "progress.json"
+_NAME = re.compile(r"step_(0|[1-9][0-9]*)")
+_PARTIAL = re.compile(_NAME.pattern + r"\.partial")
+
+log = logging.getLogger(__name__)
+
+
+class SavedStep(NamedTuple):
+    """A step that is whole.
+
+    Args:
+        directory: of the step.
+        progress: what :meth:`Steps.begin` was given.
+    """
+
+    directory: Path
+    progress: dict[str, Any]
 
 
 class Steps:
-    """``step_N`` in a directory, each complete or not there.
+    """``step_N`` in a directory, each complete, with checksums, or not there.
+
+    Other names in the directory are not looked at.
 
     Args:
         directory: holds them; made when the first is saved.
-        keep_last: how many of the newest to keep, beside the best.
+        keep_last: how many of the newest to keep, beside the best that they know of.
     """
 
     def __init__(self, directory: Path, keep_last: int) -> None:
@@ -24,64 +52,207 @@ class Steps:
 
     def tidy(self) -> None:
         """Remove what a crash left: directories that were being written or removed."""
-        for left in self.directory.glob("step_*.*"):
-            shutil.rmtree(left)
+        for left in self.directory.glob("step_*.partial"):
+            if _PARTIAL.fullmatch(left.name):
+                _remove(left)
 
     def newest(self) -> Path | None:
         """Return the directory of the last step that was saved, or None."""
         return max(self._complete(), key=_number, default=None)
 
-    def progress(self, step_dir: Path) -> dict[str, Any]:
-        """Read what :meth:`begin` was given.
-
-        Args:
-            step_dir: a complete directory.
-
-        Returns:
-            The values.
-        """
-        return dict(json.loads((step_dir / _PROGRESS).read_text(encoding="utf-8")))
+    def path(self, step: int) -> Path:
+        """Return the directory of a step that was saved."""
+        return self.directory / f"step_{step}"
 
     def partial(self, step: int) -> Path:
         """Return the directory that a step is written to, before it gets its name."""
         return self.directory / f"step_{step}.partial"
+
+    def read(self, step: int) -> SavedStep:
+        """Compare a step with its checksums.
+
+        Args:
+            step: its number.
+
+        Returns:
+            The step.
+
+        Raises:
+            ValueError: if it is not as it was written; it says what is wrong.
+        """
+        directory = self.path(step)
+        problems = damages(directory, required=(_PROGRESS, ".metadata"))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return SavedStep(directory, self._progress(directory))
+
+    def newest_whole(self) -> SavedStep | None:
+        """Find the newest step that is as it was written.
+
+        Newer ones, which are damaged, are renamed to ``step_N.damaged``, since this number comes
+        again.
+
+        Returns:
+            The step, or None if none was saved.
+
+        Raises:
+            ValueError: if all of them are damaged.
+        """
+        reasons: dict[Path, str] = {}
+        for directory in sorted(self._complete(), key=_number, reverse=True):
+            try:
+                step = self.read(_number(directory))
+            except (ValueError, OSError) as error:
+                reasons[directory] = str(error)
+                continue
+            for damaged, reason in reasons.items():
+                aside = damaged.with_suffix(".damaged")
+                _remove(aside)
+                damaged.rename(aside)
+                log.warning(
+                    "%s is damaged (%s): it is %s now, and the run goes on from %s",
+                    damaged,
+                    reason,
+                    aside.name,
+                    directory.name,
+                )
+            return step
+        if reasons:
+            raise ValueError(
+                f"no step in {self.directory} can be gone on from ("
+                + "; ".join(reasons.values())
+                + "): restore one, or name another output_dir"
+            )
+        return None
 
     def begin(self, step: int, progress: dict[str, Any]) -> None:
         """Make the directory that a step is written to.
 
         Args:
             step: its number.
-            progress: values that JSON can hold, which are written first.
+            progress: values that JSON can hold, which are written first;
+                ``progress["best"]["step"]`` is the number of a step to keep as long as this one,
+                or None.
 
         Raises:
             OSError: if it cannot be written.
         """
         partial = self.partial(step)
+        _remove(partial)
         partial.mkdir(parents=True)
         write_json(partial / _PROGRESS, progress)
 
-    def finish(self, step: int, best: int | None) -> None:
-        """Give a step that is on the disk its name, and remove those that are not kept.
+    def finish(self, step: int) -> None:
+        """Give a step that is on the disk its checksums and its name, and remove older ones.
 
         Args:
             step: its number.
-            best: number of the step to keep in any case.
 
         Raises:
-            OSError: if it cannot be renamed.
+            OSError: if it cannot be written or renamed. That an older one cannot be removed is a
+                warning.
         """
         partial = self.partial(step)
+        write_manifest(partial)
         flush(partial)
-        target = partial.with_suffix("")
-        partial.rename(target)
+        partial.rename(self.path(step))
         flush(self.directory)
-        for old in sorted(self._complete(), key=_number)[: -self.keep_last]:
-            if _number(old) != best:
-                # Half of a directory must not look like a whole one
-                shutil.rmtree(old.rename(old.with_suffix(".old")))
+        complete = sorted(self._complete(), key=_number)
+        kept = {_number(path) for path in complete[-self.keep_last :]}
+        kept.update(*(self._best(self.path(number)) for number in kept))
+        for old in complete:
+            if _number(old) not in kept:
+                _remove(old)
+
+    def discard(self, step: int) -> None:
+        """Remove what was written of a step that cannot be saved.
+
+        Args:
+            step: its number.
+        """
+        _remove(self.partial(step))
 
     def _complete(self) -> list[Path]:
-        return [path for path in self.directory.glob("step_*") if path.suffix == ""]
+        return [
+            path
+            for path in self.directory.glob("step_*")
+            if _NAME.fullmatch(path.name) and path.is_dir()
+        ]
+
+    def _progress(self, directory: Path) -> dict[str, Any]:
+        return dict(json.loads((directory / _PROGRESS).read_text(encoding="utf-8")))
+
+    def _best(self, directory: Path) -> set[int]:
+        try:
+            return {self._progress(directory)["best"]["step"]}
+        except (OSError, ValueError, LookupError, TypeError):  # damaged: found when resuming
+            return set()
+
+
+def lock(directory: Path) -> TextIO:
+    """Keep other processes from writing to a directory for as long as this one lives.
+
+    Args:
+        directory: the directory; made if it is not there.
+
+    Returns:
+        An open file, which holds the lock until it is closed.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = (directory / ".lock").open("a", encoding="utf-8")
+    try:
+        # Unlike flock's, it is not shared with data workers, which may outlive the process
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(
+            f"another run writes to {directory}: wait until it has ended, or name another "
+            "output_dir"
+        ) from None
+    except OSError as error:  # of some file systems of clusters
+        log.warning(
+            "%s cannot be locked (%s): see that no other run writes there", directory, error
+        )
+    return file
+
+
+def drop_steps_after(step: int, path: Path) -> None:
+    """Drop the lines of later steps, which come again, and torn ones.
+
+    Args:
+        step: the last to keep.
+        path: JSON Lines with a ``step`` each.
+
+    Raises:
+        OSError: if the file cannot be written; it is as before then.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    with new_file(path) as partial:
+        kept = "".join(line for line in lines if _step_of(line) <= step)
+        partial.write_text(kept, encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError):
+        return math.inf
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory, if it is there; that it cannot be removed is no reason to end a run."""
+    if not directory.exists():
+        return
+    try:
+        if _NAME.fullmatch(directory.name):
+            # Half of a directory must not look like a whole one
+            directory = directory.rename(directory.with_suffix(".partial"))
+        shutil.rmtree(directory)
+    except OSError as error:
+        log.warning("%s cannot be removed (%s): remove it yourself", directory, error)
 
 
 def _number(path: Path) -> int:

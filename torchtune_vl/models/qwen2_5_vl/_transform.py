@@ -241,8 +241,9 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
 
         Args:
             sample: ``messages``, a list of torchtune's :class:`~torchtune.data.Message` or of
-                dicts in the chat format of transformers: ``role``, ``content``, and perhaps
-                ``tool_calls`` and ``weight`` (0: no loss). Content is a str or a list of items:
+                dicts in the chat format of transformers: ``role``, one of the template's,
+                ``content``, and perhaps ``tool_calls`` and ``weight``, ``loss`` or ``loss_mask``
+                (0: no loss). Content is a str or a list of items:
 
                 - ``{"type": "text", "text": str}``, with ``fields`` perhaps, a dict of boxes and
                   points whose coordinates replace ``{name}`` in the text;
@@ -251,7 +252,7 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
                 - ``{"type": "video", "video": source}``, with settings of
                   :class:`Qwen2_5_VLVideoTransform`;
                 - ``{"type": "boxes", "boxes": [{"bbox_2d": [x1, y1, x2, y2], "label": str}, ...]}``
-                  of the image before it, or of ``image``, its number from 0; in ``unit``
+                  of the last image before it, or of ``image``, its number from 0; in ``unit``
                   ``"pixels"`` (default), ``"0..1"`` or ``"0..1000"`` of the upright original. They
                   are written as JSON in pixels of the resized image.
 

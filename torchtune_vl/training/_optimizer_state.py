@@ -1,0 +1,105 @@
+"""The state of any optimizer as tensors that a distributed checkpoint can hold, by name."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Any]:
+    """List what an optimizer keeps of its parameters, but for their learning rates.
+
+    Args:
+        optimizer: the optimizer.
+        parameters: its parameters by name.
+
+    Returns:
+        From ``{parameter}.{key}`` to tensors or plain values, those of the optimizer itself.
+        Tensors of low-bit optimizers are taken to pieces, ``{parameter}.{key}.{piece}.{place}``,
+        whose layout depends on how many processes there are.
+    """
+    return {
+        name: tensor
+        for parameter, p in parameters.items()
+        for key, value in optimizer.state.get(p, {}).items()
+        for name, tensor in _pieces(f"{parameter}.{key}", value)
+    }
+
+
+def _pieces(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    local = value.to_local() if isinstance(value, DTensor) else value
+    if not hasattr(local, "__tensor_flatten__"):
+        yield name, value
+        return
+    # Blocks of low-bit values go on over the end of a row: each process keeps its own
+    place = f"{dist.get_rank()}_of_{dist.get_world_size()}"
+    for piece in local.__tensor_flatten__()[0]:
+        yield f"{name}.{piece}.{place}", getattr(local, piece)
+
+
+@torch.no_grad()
+def initialize(optimizer: torch.optim.Optimizer) -> None:
+    """Make an optimizer's state, as it is after a step that changes nothing.
+
+    Args:
+        optimizer: has taken no step.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = torch.zeros_like(rate) if isinstance(rate, torch.Tensor) else 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def fit(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    saved: set[str],
+) -> None:
+    """Drop the state of parameters that have none in a checkpoint, since they had no gradient yet.
+
+    Args:
+        optimizer: has a state of all parameters, see :func:`initialize`.
+        parameters: its parameters by name.
+        saved: the names of :func:`optimizer_state` that the checkpoint has.
+
+    Raises:
+        ValueError: if the checkpoint has low-bit values of another number of processes.
+    """
+    for name, p in parameters.items():
+        missing = optimizer_state(optimizer, {name: p}).keys() - saved
+        if not missing:
+            continue
+        if any(key.startswith(f"{name}.") for key in saved):
+            raise ValueError(
+                f"the optimizer's state was saved by another number of processes ({min(missing)} "
+                "is not in it): a low-bit optimizer goes on with as many as before"
+            )
+        del optimizer.state[p]
+
+
+def set_plain_values(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    loaded: Mapping[str, Any],
+) -> None:
+    """Give an optimizer the values of its state that are no tensors, which loading fills in place.
+
+    Args:
+        optimizer: has a state.
+        parameters: its parameters by name.
+        loaded: what :func:`optimizer_state` returned, and loading filled.
+    """
+    for name, p in parameters.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            if not isinstance(value, torch.Tensor):
+                optimizer.state[p][key] = loaded[f"{name}.{key}"]
