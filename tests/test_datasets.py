@@ -145,7 +145,7 @@ FORMATS: dict[str, tuple[dict[str, Any], str, list[list[int]]]] = {
         [],
     ),
     "tags in items": (
-        chat([{"type": "text", "text": "a<image>b"}, {"text": "c"}], image="sub/b.png"),
+        chat([{"type": None, "text": "a<image>b"}, {"text": "c"}], image="sub/b.png"),
         turns("a<I>bc"),
         [B],
     ),
@@ -558,6 +558,21 @@ def test_json_text_in_a_table(transform: Qwen2_5_VLTransform, tmp_path: Path) ->
     assert f"<tools>\n{json.dumps(tools[0])}\n</tools>" in texts[0]
     assert '"arguments": {"a": null, "b": [1, "x", 1e-07]}}' in texts[0]
     assert texts[1:] == texts[:1] * 2
+
+
+def test_nulls_of_json_are_values_of_the_model(build, transform: Qwen2_5_VLTransform) -> None:
+    """In arguments and schemas alone; elsewhere they say that there is nothing."""
+    call = {"id": None, "function": {"name": "f", "arguments": {"a": None, "b": [None]}}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Go", "image": None, "fps": None}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "weight": None, "loss": None},
+    ]
+    tools = [{"name": "f", "default": None}]
+    row = {"messages": messages, "conversations": None, "images": None, "tools": tools}
+    text = text_of(transform, build([row])[0])
+    assert '{"name": "f", "arguments": {"a": null, "b": [null]}}' in text
+    assert '<tools>\n{"name": "f", "default": null}\n</tools>' in text
+    assert text.count("null") == 3
 
 
 def grounded(question: str, answer: str, **columns: Any) -> dict[str, Any]:

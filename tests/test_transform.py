@@ -150,6 +150,8 @@ def test_images_of_the_sample_fill_the_places(transform: Qwen2_5_VLTransform) ->
             [user(image(), {"type": "boxes", "boxes": [], "polygons": [[1, 2]]})],
             r"item 1: an item of boxes has no key \['polygons'\]",
         ),
+        ([{"role": "user", "content": "a", "images": ["a.png"]}], "its key 'images' names"),
+        ([user({**text("a"), "image": "a.png"})], "item 0: its key 'image' names a medium"),
         ([user(image() | {"max_pixel": 3})], r"no setting \['max_pixel'\].*max_pixels"),
         ([user({"type": "image", "image": IMAGE, "path": "a.png"})], "more than one image"),
         ([user({"type": "image"})], "place of image 0.*'images'"),
@@ -200,6 +202,9 @@ def test_roles_that_the_template_does_not_know(
         vocabulary / "tokenizer.json", chat_template=template.replace("ANSWERING", repr(role))
     )
     assert unmasked(naming, naming({"messages": messages})) == "b"
+    without = [messages[0], {**messages[1], "weight": 0}]
+    with pytest.raises(ValueError, match=f"role '{role}' are to carry no loss"):
+        naming({"messages": without})
     assert naming.measure({"messages": messages})[2] == 1
 
 
@@ -413,8 +418,8 @@ def test_boxes_are_written_in_resized_pixels(transform: Qwen2_5_VLTransform) -> 
     first = {"type": "image", "image": photograph}
     second = {"type": "image", "image": photograph, "max_pixels": 125000}  # 476 x 224
     boxes = [
-        {"bbox_2d": [0, 0, 500, 250], "label": "cat"},
-        {"point_2d": [1000, 500], "label": "dog"},
+        {"bbox_2d": [0, 0, 500, 250], "point_2d": None, "label": "cat"},
+        {"bbox_2d": None, "point_2d": [1000, 500], "label": "dog", "part": None},
     ]
     content = [
         {"type": "boxes", "boxes": boxes, "image": 0},

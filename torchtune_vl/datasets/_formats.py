@@ -149,7 +149,7 @@ def _parts(
     item: Any, is_answer: bool, media: Collection[str], objects: GroundedObjects
 ) -> list[Any]:
     """An item, or what a text with tags becomes."""
-    if not isinstance(item, Mapping) or item.get("type", "text") != "text":
+    if not isinstance(item, Mapping) or item.get("type") not in ("text", None):
         return [item]
     text = item.get("text") if item.get("text") is not None else item.get("content")
     if not isinstance(text, str) or not _TAG.search(text):

@@ -16,6 +16,7 @@ ROLES = ("system", "user", "assistant", "tool")
 # Keys of a message by which it carries loss, or not
 _LOSS_KEYS = ("weight", "loss", "loss_mask")
 _ABOUT_LOSS = re.compile("loss|mask|weight|train", re.IGNORECASE)
+_ABOUT_MEDIA = re.compile("(image|video|audio)(s|_url|_urls)?")
 
 # Where transformers' chat format, OpenAI's and torchtune's keep a medium, after "image" or "video"
 _SOURCE_KEYS = ("content", "url", "path", "base64")
@@ -144,6 +145,7 @@ class _Reader:
         given = {key: value for key, value in message.items() if value is not None}
         role = self._role(given.get("role"))
         content = given.pop("content", None)
+        _refuse_media(given)
         _refuse_geometry(given)
         masked = _is_masked(given)
         calls = _tool_calls(given.get("tool_calls"))
@@ -243,6 +245,7 @@ class _Reader:
         _refuse_geometry(item)
         _refuse_loss_keys(item)
         if "fields" not in item:
+            _refuse_media(item)
             return text
         if not isinstance(item["fields"], Mapping):
             raise ValueError("its fields are no dict of a name and a box or point each")
@@ -371,6 +374,16 @@ def _refuse_loss_keys(values: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"its key {key!r} is not understood; a message carries loss or not by "
                 f"{', '.join(_LOSS_KEYS)} of 1 or 0"
+            )
+
+
+def _refuse_media(values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        is_empty = isinstance(value, str | list) and not value
+        if _ABOUT_MEDIA.fullmatch(str(key)) and not is_empty:
+            raise ValueError(
+                f"its key {key!r} names a medium without a place: make an item of it, such as "
+                "{'type': 'image', 'image': ...} in a message's content"
             )
 
 

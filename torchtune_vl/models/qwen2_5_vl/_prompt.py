@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from torchtune_vl.models.qwen2_5_vl._conversation import Kind
+from torchtune_vl.models.qwen2_5_vl._conversation import ROLES, Kind
 from torchtune_vl.models.qwen2_5_vl._rendering import (
     Block,
     EncodedMedium,
@@ -172,6 +172,13 @@ class PromptBuilder:
             raise ValueError(
                 "the chat template marks no answer: put {% generation %} and {% endgeneration %} "
                 "around what the loss is to be taken of"
+            )
+        others = {turn.role for turn in turns if turn.masked and turn.role not in ROLES}
+        if rendered.spans and others:
+            raise ValueError(
+                f"messages of the role {min(others)!r} are to carry no loss (their weight, or "
+                "train_on), which works for those of the role assistant alone: rename it in data "
+                "and chat template"
             )
         spans = _trained_spans(rendered.spans, answers)
         return self._tokenize_rendered(rendered.text, spans, turns, hidden)
