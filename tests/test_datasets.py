@@ -242,12 +242,13 @@ def test_answers_that_look_like_json(
 
 
 def test_numbers_of_tool_calls(build, transform: Qwen2_5_VLTransform) -> None:
-    arguments = {"a": 1e-9, "b": 2**63 + 1, "c": 0.1, "d": 1, "e": 1.0, "f": "1"}
+    arguments = {"a": 1e-9, "b": 2**63 + 1, "c": 0.12345678901234567, "d": 1, "e": 1.0, "f": "1"}
     call = {"function": {"name": "f", "arguments": arguments}}
     row = {
         "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
     }
-    text = text_of(transform, build([{**row, "tools": TOOLS}])[0])
+    mixed = chat([{"type": "text", "text": "a"}])
+    text = text_of(transform, build([{**row, "tools": TOOLS}, mixed])[0])
     assert f'"arguments": {json.dumps(arguments)}' in text
 
 
@@ -355,23 +356,29 @@ def test_media_dir_confines(build, transform: Qwen2_5_VLTransform, media: Path) 
     (media / "sub2" / "b.png").write_bytes((media / "a.png").read_bytes())
     outside = ["../a.png", "x/../../a.png", "link.png", "up/a.png", str(media / "a.png")]
     outside += [(media / "a.png").as_uri(), f"FILE://{media}/a.png", "../sub2/b.png"]
+    led_out = [
+        row
+        for path in outside
+        for row in (
+            sharegpt("<image>", image=path),
+            sharegpt("<video>", video=[path]),
+            chat([{"type": "image", "image": path}]),
+            chat([{"type": "image_url", "image_url": {"url": path}}]),
+            chat([{"type": "image", "content": path}]),
+            chat([{"type": "image", "path": {"bytes": path}}]),
+        )
+    ]
+    inside = ["b.png", "own.png", "./b.png", str(root / "b.png"), "up/sub/b.png"]
     for directory in (root, media / "linked"):
-        for path in outside:
-            for row in (
-                sharegpt("<image>", image=path),
-                sharegpt("<video>", video=[path]),
-                chat([{"type": "image", "image": path}]),
-                chat([{"type": "image_url", "image_url": {"url": path}}]),
-                chat([{"type": "image", "content": path}]),
-                chat([{"type": "image", "path": {"bytes": path}}]),
-            ):
-                dataset = build([row], media_dir=str(directory))
-                for read in (dataset.__getitem__, dataset.measure):
-                    with pytest.raises(ValueError, match=f"^sample 0: .*the path .*{OUTSIDE}"):
-                        read(0)
-        for path in ("b.png", "own.png", "./b.png", str(root / "b.png"), "up/sub/b.png"):
-            row = sharegpt("<image>", image=path)
-            assert grids(build([row], media_dir=str(directory))[0]) == [B]
+        dataset = build(
+            led_out + [sharegpt("<image>", image=path) for path in inside], media_dir=str(directory)
+        )
+        for index in range(len(led_out)):
+            for read in (dataset.__getitem__, dataset.measure):
+                with pytest.raises(ValueError, match=f"^sample {index}: .*the path .*{OUTSIDE}"):
+                    read(index)
+        for index in range(len(led_out), len(dataset)):
+            assert grids(dataset[index]) == [B]
     for path in outside:  # none of which is there, from another directory
         if path.startswith(("/", "file:")):
             assert grids(build([sharegpt("<image>", image=path)])[0]) == [A]
