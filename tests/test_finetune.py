@@ -102,10 +102,11 @@ def test_a_run_and_what_it_leaves(root: Path, tmp_path: Path) -> None:
         "optimizer.lr": 1e-2,
         "learning_rates.merger": 1e-3,
         "clip_grad_norm": 1.0,
+        "num_workers": 2,  # who have to be gone at the end
     }
     config = write_config(root, tmp_path / "run", settings)
     process = start(config)
-    messages, _ = process.communicate()
+    messages, _ = process.communicate(timeout=120)
     assert process.returncode == 0, messages[-3000:]
     output = tmp_path / "run"
     losses = read_losses(output)
@@ -231,6 +232,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(root: Path, tmp_path: Path) -> 
     ).groups()
     assert sorted(read_samples(tmp_path / "run")[int(step)]) == [*map(int, samples.split(", "))]
     assert not [*(tmp_path / "run").glob("epoch_*")]
+
+
+def test_two_processes_validate_and_save_as_one(root: Path, tmp_path: Path) -> None:
+    settings = {
+        "dataset_val": VALIDATION,
+        "eval_every_n_steps": 2,
+        "max_steps": 3,
+        "optimizer.fused": True,
+    }
+    metrics = []
+    for tensor, processes in ((1, 1), (1, 2), (2, 2)):
+        output = tmp_path / f"{tensor}_{processes}"
+        config = write_config(root, output, {**settings, "parallel.tensor": tensor})
+        run(config, processes)
+        metrics.append([read_metric(output, name) for name in ("loss", "validation_loss")])
+        assert (output / "steps" / "step_3").is_dir()  # the best so far
+    for training, validation in metrics[1:]:
+        assert same(metrics[0][0], training)
+        assert same(metrics[0][1], validation)
+        assert validation.keys() == {2, 3}
 
 
 @pytest.mark.slow

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
+from torchtune_vl.data._loading import loading
 from torchtune_vl.media._errors import shortened
 
 # Sending a batch from a worker costs as much as measuring some samples
@@ -79,20 +80,15 @@ def measure_all(
             f"a {type(dataset).__name__} does not know the sizes of its samples: use "
             "torchtune_vl.datasets.vision_chat_dataset"
         )
-    loader = DataLoader(
-        Subset(_Measurements(dataset), indices),
-        batch_size=_BATCH_SIZE,
-        num_workers=num_workers,
-        collate_fn=_as_arrays,
-    )
+    measurements = Subset(_Measurements(dataset), indices)
+    loader = loading(measurements, num_workers, batch_size=_BATCH_SIZE, collate_fn=_as_arrays)
     # With more processes than samples some measure none
     sizes = [np.empty((0, 3), np.int32)]
     problems: list[tuple[int, str]] = []
     measured = 0
-    with tqdm(
-        total=len(indices), desc="measuring", unit=" samples", disable=not show_progress
-    ) as bar:
-        for batch_sizes, batch_problems in loader:
+    bar = tqdm(total=len(indices), desc="measuring", unit=" samples", disable=not show_progress)
+    with loader as batches, bar:
+        for batch_sizes, batch_problems in batches:
             sizes.append(batch_sizes)
             problems += [(indices[measured + place], reason) for place, reason in batch_problems]
             measured += len(batch_sizes)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,12 +32,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 from torchtune import config, training
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.model_fusion import get_fusion_params
@@ -45,6 +47,7 @@ from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from torchtune_vl.data import Row, TrainingRows
+from torchtune_vl.data._loading import loading
 from torchtune_vl.datasets import SamplesError, measure_all
 from torchtune_vl.modules import Documents
 from torchtune_vl.modules.adapters import DoRA, is_adapter
@@ -65,6 +68,7 @@ from torchtune_vl.training._optimizer_state import (
     set_plain_values,
 )
 from torchtune_vl.training._parallel import (
+    average_copies,
     clip_grad_norm,
     gather,
     initial_adapters,
@@ -194,6 +198,8 @@ class FinetuneRecipe:
         """Make model, data, optimizer and schedule, and take up where an earlier run stopped."""
         cfg = self.cfg
         training.set_seed(cfg.seed)
+        # The same on devices that share layers, or their copies of the others would drift apart
+        torch.manual_seed(cfg.seed + self.data_rank)
         tokenizer = config.instantiate(cfg.tokenizer)
         self.processor_files = tokenizer.processor_files()
         self.checkpointer = config.instantiate(cfg.checkpointer)
@@ -276,11 +282,13 @@ class FinetuneRecipe:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters by part, each with its learning rate."""
         merger = get_fusion_params(self.model)
-        groups: dict[str, list[nn.Parameter]] = {"encoder": [], "merger": [], "decoder": []}
+        groups: dict[tuple[str, DeviceMesh | None], list[nn.Parameter]] = {}
         for name, parameter in self.trained.items():
             is_encoder = name.startswith("encoders.")
             part = "merger" if name in merger else "encoder" if is_encoder else "decoder"
-            groups[part].append(parameter)
+            # Fused steps do not mix parameters that are divided over other devices
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault((part, mesh), []).append(parameter)
         rates = self.cfg.learning_rates
         return [
             {
@@ -288,8 +296,7 @@ class FinetuneRecipe:
                 "lr": self.cfg.optimizer.lr if rates[part] is None else rates[part],
                 "part": part,
             }
-            for part, parameters in groups.items()
-            if parameters
+            for (part, _), parameters in groups.items()
         ]
 
     def _make_scheduler(self) -> LRScheduler:
@@ -368,18 +375,9 @@ class FinetuneRecipe:
         own = directory / f"process_{dist.get_rank()}.jsonl"
         return own.open("a", buffering=1, encoding="utf-8")  # whole lines, if we are killed
 
-    def _load(self, rows: TrainingRows) -> Iterator[Row]:
-        return iter(
-            DataLoader(
-                rows,
-                batch_size=None,
-                num_workers=self.cfg.num_workers,
-                pin_memory=self.device.type == "cuda",
-                worker_init_fn=_leave_signals_to_the_trainer,
-                # Or else it draws from the random numbers of the steps, once more after resuming
-                generator=torch.Generator(),
-            )
-        )
+    def _load(self, rows: TrainingRows) -> AbstractContextManager[Iterator[Row]]:
+        pins = self.device.type == "cuda"
+        return loading(rows, self.cfg.num_workers, batch_size=None, pin_memory=pins)
 
     def train(self) -> None:
         """Train until the last step, or until a signal asks to stop, and save."""
@@ -399,11 +397,11 @@ class FinetuneRecipe:
 
     def _take_steps(self) -> None:
         cfg = self.cfg
-        loader = self._load(self.rows)
         since = Logged()
-        with tqdm(
+        self.bar = tqdm(
             total=self.max_steps, initial=self.step, unit="step", disable=not self.is_main
-        ) as self.bar:
+        )
+        with self._load(self.rows) as loader, self.bar:
             while self.step < self.max_steps:
                 self._train_step(loader, since)
                 self.bar.update()
@@ -452,6 +450,8 @@ class FinetuneRecipe:
                 (loss * self.data_ranks).backward()  # FSDP averages gradients over ranks
                 mean_loss += loss.detach()
                 self._note(row, since)
+        if self.cfg.parallel.tensor > 1:
+            average_copies(self.trained.values(), self.mesh["tensor"])
         self.grad_norm = clip_grad_norm(self.trained.values(), self.cfg.clip_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -544,12 +544,15 @@ class FinetuneRecipe:
         """Compute the loss of the validation set, and tell whether it is the lowest so far."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for row in self._load(rows):
-            losses = self.model(**self._to_device(row.batch))
-            total[0] += losses.sum()
-            total[1] += len(losses)
+        with self._load(rows) as loader:
+            for row in loader:
+                losses = self.model(**self._to_device(row.batch))
+                total[0] += losses.sum()
+                total[1] += len(losses)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # a backward would have
         self.model.train()
-        dist.all_reduce(total, group=self.mesh["data"].get_group())
+        dist.all_reduce(total)  # of all processes, which have to come to the same conclusion
         loss = (total[0] / total[1]).item()
         if self.is_main:
             self.logger.log_dict({"validation_loss": loss}, step=self.step)
@@ -739,12 +742,6 @@ def _check_devices(cfg: DictConfig) -> None:
             f"{processes // tensor} devices cannot share the {cfg.rows_per_step} rows of a step "
             f"equally: set rows_per_step to a multiple of {processes // tensor}"
         )
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Clusters and terminals signal all processes: data workers go on until the trainer ends."""
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def recipe_main(cfg: DictConfig) -> int:

@@ -142,6 +142,29 @@ def gather(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return whole
 
 
+def average_copies(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Average the gradients of what each device of a group has a copy of.
+
+    All compute the same, but not to the last bit where a device's backward is not deterministic,
+    and the copies would drift apart.
+
+    Args:
+        parameters: have gradients, or not.
+        mesh: the devices that share layers, with one dimension, which has a name.
+    """
+    (name,) = mesh.mesh_dim_names or ()
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):
+            names = gradient.device_mesh.mesh_dim_names or ()
+            if name in names and gradient.placements[names.index(name)].is_shard():
+                continue
+            gradient = gradient.to_local()
+        if gradient is not None:
+            dist.all_reduce(gradient, group=mesh.get_group())
+            gradient /= mesh.size()
+
+
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale gradients down to a norm that they exceed, over parameters sharded in several ways.
 

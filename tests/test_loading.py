@@ -1,0 +1,112 @@
+"""Data workers end with the process that started them, in every way it can end."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+from torchtune_vl.data._loading import loading
+
+
+def runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Endless(IterableDataset):
+    """More than the pipe to the trainer holds, so that workers wait for it to read."""
+
+    def __iter__(self):
+        while True:
+            yield torch.zeros(100_000).numpy()
+
+
+def pids() -> list[int]:
+    return [process.pid for process in multiprocessing.active_children()]
+
+
+def test_workers_end_with_the_block_though_something_holds_the_iterator() -> None:
+    with loading(Endless(), 2, batch_size=None) as rows:
+        [next(rows) for _ in range(2)]  # both have begun
+        for pid in pids():
+            os.kill(pid, signal.SIGTERM)  # as clusters do
+        workers = [psutil.Process(pid) for pid in pids()]
+        assert len(workers) == 2
+        [next(rows) for _ in range(20)]
+    assert not any(worker.is_running() for worker in workers)
+    assert rows is not None
+
+
+def test_workers_that_do_not_listen_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    with loading(Endless(), 1, batch_size=None) as rows:
+        next(rows)
+        (pid,) = pids()
+        os.kill(pid, signal.SIGSTOP)
+    assert not psutil.pid_exists(pid)
+
+
+def fail() -> None:
+    with loading(Endless(), 2, batch_size=None) as rows:
+        next(rows)
+        raise RuntimeError("ours")
+
+
+def test_an_error_in_the_block_ends_workers_and_is_raised() -> None:
+    with pytest.raises(RuntimeError, match="ours"):
+        fail()
+    assert not pids()
+
+
+def kill_one() -> None:
+    with loading(Endless(), 2, batch_size=None) as rows:
+        next(rows)
+        os.kill(pids()[0], signal.SIGKILL)
+        while True:
+            next(rows)
+
+
+def test_a_killed_worker_ends_the_block_with_a_message() -> None:
+    with pytest.raises(ChildProcessError, match=r"data worker \d+ was killed by SIGKILL: if mem"):
+        kill_one()
+    assert not pids()
+
+
+TRAINER = """
+import multiprocessing, sys, time
+from tests.test_loading import Endless
+from torchtune_vl.data._loading import loading
+with loading(Endless(), 2, batch_size=None) as rows:
+    next(rows)
+    time.sleep(0.5)  # now they wait for somebody to read
+    print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+    if sys.argv[1] == "fails":
+        raise ValueError("no")
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["fails", "SIGTERM", "SIGKILL"])
+def test_workers_are_gone_soon_after_the_trainer(how: str) -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, how], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert trainer.stdout is not None
+    workers = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
+    assert len(workers) == 2
+    if how.startswith("SIG"):
+        trainer.send_signal(signal.Signals[how])
+    trainer.wait(timeout=20)
+    deadline = time.monotonic() + 5
+    while any(runs(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

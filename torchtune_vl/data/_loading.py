@@ -1,0 +1,79 @@
+"""Data workers that end with the process that started them."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from threading import Thread
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+
+@contextmanager
+def loading(dataset: Any, num_workers: int, **options: Any) -> Iterator[Iterator[Any]]:
+    """Load a dataset, and end the data workers at the end of the ``with`` block, however it ends.
+
+    The workers ignore SIGTERM and SIGINT, which clusters and terminals send to all processes: they
+    go on until their trainer ends, and are gone as soon as it is, even if it was killed.
+
+    Args:
+        dataset: what :class:`~torch.utils.data.DataLoader` takes.
+        num_workers: processes to load in, beside this one; 0: in this one.
+        **options: further arguments of the loader.
+
+    Yields:
+        The iterator over what the loader makes.
+
+    Raises:
+        ChildProcessError: if a worker was killed or crashed, from anywhere in the block.
+    """
+    rows = iter(
+        DataLoader(
+            dataset,
+            num_workers=num_workers,
+            worker_init_fn=_begin,
+            # Or else it draws from the random numbers of the steps, once more after resuming
+            generator=torch.Generator(),
+            **options,
+        )
+    )
+    workers = rows._workers if isinstance(rows, _MultiProcessingDataLoaderIter) else []
+    try:
+        yield rows
+    except (RuntimeError, OSError, EOFError) as error:  # of torch's handler of SIGCHLD, or its pipe
+        with suppress(RuntimeError):  # of the handler, while we wait for it to end
+            wait([worker.sentinel for worker in workers], timeout=0.2)
+        statuses = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
+        if not statuses:
+            raise
+        pid, status = next(iter(statuses.items()))
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else "crashed"
+        raise ChildProcessError(
+            f"data worker {pid} {how}: if memory ran out, lower num_workers, or give a container "
+            "more shared memory (docker run --shm-size)"
+        ) from error
+    finally:
+        # Not left to garbage collection: a traceback, or a library, may keep the iterator alive
+        if isinstance(rows, _MultiProcessingDataLoaderIter):
+            rows._shutdown_workers()
+        for worker in workers:
+            worker.kill()  # those that did not listen
+            worker.join()
+
+
+def _begin(worker: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    trainer = parent_process()
+    assert trainer is not None
+    wait([trainer.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)  # its main thread may wait for somebody to read
