@@ -382,6 +382,7 @@ def test_settings_of_an_export_hold_for_both_sides(
         add_vision_id=True,
     )
     for name, text in transform.processor_files().items():
+        (directory / name).unlink(missing_ok=True)  # a link to the file that all tests share
         (directory / name).write_text(text)
     ours, reference = Ours(directory), Reference(directory)
     chat = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
