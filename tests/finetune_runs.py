@@ -1,6 +1,8 @@
 """Runs of our recipe on a tiny checkpoint and a mixed dataset, as users start them."""
 
+import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,6 +18,7 @@ from PIL import Image
 
 from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
 from tests.videos import Clip, write_clip
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
 from torchtune_vl.recipes import config_path
 
 # The embedding of the real vocabulary makes most of the work: narrow, it is a few seconds less
@@ -179,3 +182,23 @@ def read_samples(output: Path) -> dict[int, list[int]]:
 def constant_rate(optimizer: Any, num_training_steps: int) -> Any:
     """A schedule that changes nothing."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def model_that_breaks(checkpoint_dir: str, gradient_of: int = 0, validation: bool = False) -> Any:
+    """Our model, with one gradient or the losses of a validation that are not finite.
+
+    Args:
+        checkpoint_dir: has its config.
+        gradient_of: number of the forward whose gradients are NaN, from 1; 0 for none.
+        validation: whether losses are NaN in evaluation.
+    """
+    model = qwen2_5_vl_from_config(checkpoint_dir)
+    forwards = itertools.count(1)
+
+    def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if module.training and next(forwards) == gradient_of:
+            output.register_hook(lambda gradient: gradient * math.nan)
+        return output if module.training or not validation else output * math.nan
+
+    model.decoder.norm.register_forward_hook(hook)
+    return model

@@ -254,6 +254,58 @@ def test_two_processes_validate_and_save_as_one(root: Path, tmp_path: Path) -> N
         assert validation.keys() == {2, 3}
 
 
+BROKEN = {
+    "_component_": "tests.finetune_runs.model_that_breaks",
+    "checkpoint_dir": "${checkpoint_dir}",
+}
+NOT_FINITE: dict[str, tuple[dict[str, Any], str, list[int]]] = {
+    "gradients": (
+        # Of the second row of the third step
+        {"model": {**BROKEN, "gradient_of": 6}},
+        r"norm of the gradients of step 3 is nan; its samples have the indices \[(.*?)\]",
+        [1, 2],
+    ),
+    "weights": (
+        {
+            "optimizer": {"_component_": "torch.optim.SGD", "lr": 1e38, "weight_decay": 1e3},
+            "lr_scheduler": {"_component_": "tests.finetune_runs.constant_rate"},
+        },
+        "after step 1, .* is not finite",
+        [],
+    ),
+    "validation": (
+        {
+            "model": {**BROKEN, "validation": True},
+            "dataset_val": VALIDATION,
+            "eval_every_n_steps": 2,
+        },
+        r"validation loss after step 2 is nan; .* have the indices \[0, 1, 2, 3, 4, 5\]",
+        [1],
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message", "steps"), NOT_FINITE.values(), ids=NOT_FINITE)
+def test_what_is_not_finite_is_not_learned_or_saved(
+    root: Path, tmp_path: Path, settings: dict[str, Any], message: str, steps: list[int]
+) -> None:
+    output = tmp_path / "run"
+    settings = {"save_every_n_steps": 1, "log_every_n_steps": 10, "max_steps": 4, **settings}
+    process = start(write_config(root, output, settings))
+    messages, _ = process.communicate()
+    assert process.returncode == 2
+    found = re.search(message, messages)
+    assert found, messages[-2000:]
+    if found.groups():
+        assert sorted(read_samples(output)[3]) == [*map(int, found[1].split(", "))]
+    assert sorted(path.name for path in (output / "steps").glob("step_*")) == [
+        f"step_{step}" for step in steps
+    ]
+    if steps:
+        assert f"the last save is in {output}/steps/step_{steps[-1]}" in messages
+    assert not [*output.glob("epoch_*")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", MODES.values(), ids=MODES)
 def test_several_processes_are_as_one(

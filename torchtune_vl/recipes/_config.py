@@ -128,7 +128,7 @@ class Config:
         Literal["last", "best"], "which step: the last, or that of the lowest validation loss"
     ] = "last"
     resume: Annotated[bool, "go on from the newest step, if there is one"]
-    log_every_n_steps: Annotated[_Count, "a line of the log, and then only waiting for the device"]
+    log_every_n_steps: Annotated[_Count, "a line of the log"]
     metric_logger: Annotated[Component, "torchtune's: disk, TensorBoard, W&B, ..."]
 
 

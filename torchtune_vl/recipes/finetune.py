@@ -74,6 +74,7 @@ from torchtune_vl.training._parallel import (
     initial_adapters,
     load_weights_into,
     named_as_saved,
+    non_finite,
     shard,
 )
 from torchtune_vl.training._plot import plot_losses
@@ -91,16 +92,14 @@ class Logged:
     """What happened since the last line of the log, on this rank, and was not waited for yet.
 
     Args:
-        losses: of each step, this rank's share of the mean, on the device.
-        samples: of each row, the indices of its samples.
+        losses: of each step, over all ranks.
         counts: how many targets, tokens, tokens that would have had room, images and videos, and
             floating-point operations.
         waited: seconds in which there was no row.
         start: when it began.
     """
 
-    losses: list[torch.Tensor] = field(default_factory=list)
-    samples: list[list[int]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     counts: np.ndarray = field(default_factory=lambda: np.zeros(5))
     waited: float = 0.0
     start: float = field(default_factory=time.perf_counter)
@@ -452,11 +451,16 @@ class FinetuneRecipe:
                 self._note(row, since)
         if self.cfg.parallel.tensor > 1:
             average_copies(self.trained.values(), self.mesh["tensor"])
-        self.grad_norm = clip_grad_norm(self.trained.values(), self.cfg.clip_grad_norm or math.inf)
+        dist.all_reduce(mean_loss)
+        mean_loss /= self.mesh["tensor"].size()  # which have the same rows
+        norm = clip_grad_norm(self.trained.values(), self.cfg.clip_grad_norm or math.inf)
+        # The one wait for the device in a step: no optimizer can take a step back
+        loss, self.grad_norm = torch.stack([mean_loss, norm.to(mean_loss)]).tolist()
+        self._refuse_non_finite(loss, rows)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
-        since.losses.append(mean_loss)
+        since.losses.append(loss)
         self.position = rows[-1].position
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -477,31 +481,25 @@ class FinetuneRecipe:
             len(media["grid_thw"]) if media else 0,
             self.flops.step(tokens, media, targets),
         )
-        since.samples.append(row.samples)
         self.sample_log.write(json.dumps({"step": self.step, "samples": row.samples}) + "\n")
 
     def _log(self, since: Logged) -> bool:
-        """Wait for the device, and log the steps since the last line.
+        """Log the steps since the last line.
 
         Returns:
             Whether any process was asked to stop.
-
-        Raises:
-            RuntimeError: if a loss was not finite; it names the samples.
         """
         steps = len(since.losses)
         self.last_asked = self.step
-        totals = torch.tensor([*since.counts, float(self.stop_signal)])
-        totals = torch.cat([torch.stack(since.losses).double(), totals.to(self.device).double()])
+        totals = torch.tensor([*since.counts, float(self.stop_signal)]).double().to(self.device)
         dist.all_reduce(totals)
         totals /= self.mesh["tensor"].size()  # which have the same rows
-        *losses, targets, tokens, room, media, flops, stops = totals.tolist()
+        targets, tokens, room, media, flops, stops = totals.tolist()
         seconds = time.perf_counter() - since.start
-        self._refuse_non_finite(losses, since)
-        self.losses += losses
+        self.losses += since.losses
         metrics = {
-            "loss": sum(losses) / steps,
-            "grad_norm": self.grad_norm.item(),
+            "loss": sum(since.losses) / steps,
+            "grad_norm": self.grad_norm,
             **{f"lr_{group['part']}": group["lr"] for group in self.optimizer.param_groups},
             "tokens_per_second": tokens / seconds,
             "supervised_tokens_per_second": targets / seconds,
@@ -517,21 +515,40 @@ class FinetuneRecipe:
             self.bar.set_postfix(loss=f"{metrics['loss']:.4g}", fill=f"{metrics['row_fill']:.0%}")
         return stops > 0
 
-    def _refuse_non_finite(self, losses: list[float], since: Logged) -> None:
-        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if not bad:
+    def _refuse_non_finite(self, loss: float, rows: list[Row]) -> None:
+        """Raise an error, on all processes, before a step would spoil the weights."""
+        if math.isfinite(loss) and math.isfinite(self.grad_norm):
             return
-        first = self.step - len(losses) + 1 + bad[0]
-        rows = len(since.samples) // len(losses)
-        own = [i for row in since.samples[bad[0] * rows :][:rows] for i in row]
+        self._refuse_non_finite_weights(self.step - 1)
+        samples = self._samples_of_all([row.samples for row in rows])
+        name, value = "loss", loss
+        if math.isfinite(loss):
+            name, value = "norm of the gradients", self.grad_norm
+        raise ValueError(
+            f"the {name} of step {self.step} is {value}; its samples have the indices "
+            f"{samples}. The step was not taken: lower the learning rate, or look at these "
+            f"samples; the last save is in {self._last_save()}"
+        )
+
+    def _refuse_non_finite_weights(self, step: int) -> None:
+        names = non_finite(self.trained, self.device)
+        if names:
+            what = f"after step {step}" if step else "before the first step"
+            raise ValueError(
+                f"{what}, {names[0]} is not finite, as {len(names)} of {len(self.trained)} trained "
+                "weights: lower the learning rate, or start from another checkpoint; the last "
+                f"save is in {self._last_save()}"
+            )
+
+    def _samples_of_all(self, rows: list[list[int]]) -> list[int]:
+        own = [sample for row in rows for sample in row]
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, own)
-        samples = sorted({sample for part in everyone for sample in part})
-        raise RuntimeError(
-            f"the loss of step {first} is {losses[bad[0]]}; its samples have the indices "
-            f"{samples}. Lower the learning rate, or look at these samples; the last save is in "
-            f"{self.saved.newest() or 'no directory yet'}"
-        )
+        return sorted({sample for part in everyone for sample in part})
+
+    def _last_save(self) -> Path | str:
+        self._wait_for_save()
+        return self.saved.newest() or "no directory yet"
 
     def _peak_memory(self) -> int:
         """The most bytes used so far: of the device, or of the process on a CPU."""
@@ -543,17 +560,28 @@ class FinetuneRecipe:
     def _evaluate(self, rows: TrainingRows) -> bool:
         """Compute the loss of the validation set, and tell whether it is the lowest so far."""
         self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums: list[torch.Tensor] = []
+        samples: list[list[int]] = []
+        count = 0
         with self._load(rows) as loader:
             for row in loader:
                 losses = self.model(**self._to_device(row.batch))
-                total[0] += losses.sum()
-                total[1] += len(losses)
+                sums.append(losses.double().sum())
+                samples.append(row.samples)
+                count += len(losses)
+        total = torch.stack([torch.stack(sums).sum(), torch.full_like(sums[0], count)])
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # a backward would have
         self.model.train()
         dist.all_reduce(total)  # of all processes, which have to come to the same conclusion
         loss = (total[0] / total[1]).item()
+        if not math.isfinite(loss):
+            bad = [own for own, x in zip(samples, sums, strict=True) if not x.isfinite()]
+            raise ValueError(
+                f"the validation loss after step {self.step} is {loss}; the samples of dataset_val "
+                f"whose rows did it have the indices {self._samples_of_all(bad)}: look at them; "
+                f"the last save is in {self._last_save()}"
+            )
         if self.is_main:
             self.logger.log_dict({"validation_loss": loss}, step=self.step)
             log.info("Validation loss %.4g after step %d", loss, self.step)
@@ -579,6 +607,7 @@ class FinetuneRecipe:
     def _save(self) -> None:
         """Begin to save all that it takes to go on; the next steps run meanwhile."""
         self._wait_for_save()
+        self._refuse_non_finite_weights(self.step)
         state = {**self._state(), "random": self._random_state()}
         if self.device.type == "cpu":  # would change under the hands of the thread that writes
             state = tree_map_only(torch.Tensor, torch.clone, state)

@@ -142,6 +142,22 @@ def gather(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     return whole
 
 
+def non_finite(parameters: Mapping[str, nn.Parameter], device: torch.device) -> list[str]:
+    """Find parameters that have an infinite or missing number on any process.
+
+    Args:
+        parameters: by name; sharded or not, the same on all processes.
+        device: where the processes exchange what they found.
+
+    Returns:
+        The names.
+    """
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters.values()]
+    bad = torch.stack([(~p.detach().isfinite()).any().to(device, torch.int32) for p in local])
+    dist.all_reduce(bad)
+    return [name for name, is_bad in zip(parameters, bad.tolist(), strict=True) if is_bad]
+
+
 def average_copies(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
     """Average the gradients of what each device of a group has a copy of.
 
