@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,23 @@ ANSWERS = ("Noise.", "Ein Bild, 3 Farben.", "这是噪声。\nSecond line.", "Ye
 MEDIA = (("image",), (), ("image", "image", "image"), ("video",), (), ("image", "video"))
 
 
-def write_inputs(root: Path, vocabulary: Path, count: int) -> None:
+def write_inputs(
+    root: Path, vocabulary: Path, count: int, media: Sequence[Sequence[str]] = MEDIA
+) -> None:
     """Write a tiny checkpoint, and conversations with text, images and videos.
 
     Args:
         root: where ``base`` and ``train.jsonl`` are written.
         vocabulary: directory with the tokenizer's files.
         count: how many conversations.
+        media: what each shows, over and over.
     """
     write_tiny_checkpoint(root / "base", vocabulary, config=NARROW)
     rng = np.random.default_rng(0)
     lines = []
     for number in range(count):
         content: list[dict[str, Any]] = []
-        for place, kind in enumerate(MEDIA[number % len(MEDIA)]):
+        for place, kind in enumerate(media[number % len(media)]):
             height, width = (int(side) for side in rng.integers(30, 200, 2))
             name = f"{number}_{place}.{'png' if kind == 'image' else 'mp4'}"
             if kind == "image":
