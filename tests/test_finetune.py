@@ -254,6 +254,24 @@ def test_two_processes_validate_and_save_as_one(root: Path, tmp_path: Path) -> N
         assert validation.keys() == {2, 3}
 
 
+def test_weights_that_round_are_a_warning(root: Path, tmp_path: Path) -> None:
+    config = write_config(root, tmp_path / "run", {"max_steps": 1, "dtype": "bf16"})
+    process = start(config)
+    messages, _ = process.communicate()
+    assert process.returncode == 0
+    assert "below half a unit in the last place" in messages
+
+    again = start(config, 1, "dtype=fp32", "compute_dtype=bf16", f"output_dir={tmp_path / 'other'}")
+    messages, _ = again.communicate()
+    assert again.returncode == 0
+    assert "last place" not in messages
+
+    refused = start(config, 1, "activation_offloading=True")
+    messages, _ = refused.communicate()
+    assert refused.returncode == 2
+    assert "activation_offloading is for a GPU" in messages
+
+
 BROKEN = {
     "_component_": "tests.finetune_runs.model_that_breaks",
     "checkpoint_dir": "${checkpoint_dir}",

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -205,8 +205,10 @@ class FinetuneRecipe:
         self.model = self._make_model()
         self.trained = {n: p for n, p in named_as_saved(self.model) if p.requires_grad}
         self.optimizer = config.instantiate(cfg.optimizer, self._parameter_groups())
-        self.offloading = training.get_act_offloading_ctx_manager(
-            self.model, cfg.activation_offloading
+        self._warn_of_rounding()
+        # Not by torchtune's function, which refuses models with a decoder and an encoder
+        self.offloading = (
+            training.OffloadActivations() if cfg.activation_offloading else nullcontext()
         )
 
         self.position: dict[str, Any] = self.begun.progress["position"] if self.begun else {}
@@ -229,6 +231,16 @@ class FinetuneRecipe:
             self.logger.log_config(cfg)
         for number in _STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
+
+    def _warn_of_rounding(self) -> None:
+        is_half = any(p.dtype == torch.bfloat16 for p in self.trained.values())
+        if self.is_main and is_half and not getattr(self.optimizer, "bf16_stochastic_round", False):
+            log.warning(
+                "What is trained is in bf16, and the optimizer rounds: a weight stays as it is "
+                "where its update is below half a unit in the last place, 1/512 of the weight. Set "
+                "dtype=fp32 compute_dtype=bf16, or an optimizer that rounds at random, such as "
+                "torchao.optim.AdamW8bit with bf16_stochastic_round=True"
+            )
 
     def _check_end(self, progress: dict[str, Any]) -> None:
         step, before = progress["step"], progress["max_steps"]
@@ -750,6 +762,8 @@ class FinetuneRecipe:
 def _check_devices(cfg: DictConfig) -> None:
     """Refuse devices that are not there, and numbers that do not divide, before anything waits."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.device == "cpu" and cfg.activation_offloading:
+        raise ValueError("activation_offloading is for a GPU's memory: leave it at False on a cpu")
     if cfg.device == "cuda":
         devices, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if devices == 0:
