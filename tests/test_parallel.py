@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from quickstart.checkpoint import write_tiny_checkpoint
@@ -14,7 +17,12 @@ from torchtune_vl.models.qwen2_5_vl import (
     lora_qwen2_5_vl_from_config,
     qwen2_5_vl_from_config,
 )
-from torchtune_vl.training._parallel import clip_grad_norm, initial_adapters, load_weights_into
+from torchtune_vl.training._parallel import (
+    average_copies,
+    clip_grad_norm,
+    initial_adapters,
+    load_weights_into,
+)
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 10.0, 1e6, math.inf])
@@ -30,6 +38,31 @@ def test_gradients_are_clipped_as_by_torch(max_norm: float) -> None:
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None:
             torch.testing.assert_close(p.grad, q.grad)
+
+
+def average_on(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+    own = torch.full((2, 3), float(rank))
+    parts = [
+        nn.Parameter(torch.zeros(2, 3)),
+        *(
+            nn.Parameter(DTensor.from_local(torch.zeros(2, 3), mesh, [placement], run_check=False))
+            for placement in (Replicate(), Shard(0))
+        ),
+    ]
+    parts[0].grad = own.clone()
+    for part in parts[1:]:
+        part.grad = DTensor.from_local(own.clone(), mesh, part.placements, run_check=False)
+    average_copies(parts, mesh)
+    found = [parts[0].grad, *(part.grad.to_local() for part in parts[1:])]
+    for gradient, value in zip(found, (0.5, 0.5, float(rank)), strict=True):
+        assert torch.equal(gradient, torch.full((2, 3), value))
+    dist.destroy_process_group()
+
+
+def test_gradients_of_copies_are_averaged_and_those_of_parts_are_not(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(average_on, (str(tmp_path / "store"),), nprocs=2)
 
 
 @pytest.fixture(scope="module")
