@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.reference import reference_config, reference_model
+from tests.test_checkpoint_metadata import WRONG
 from torchtune_vl.cli import main
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_tune_to_peft
 from torchtune_vl.training._adapters import Adapter, load_adapter, save_adapter
 
 LAYER = "decoder.layers.0.attn.q_proj"
@@ -111,6 +114,83 @@ def test_what_cannot_be_done(
     (adapter / "checksums.json").unlink()  # as in a directory that peft wrote
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_rslora": True}))
-    assert "{'use_rslora': True} is not supported" in refused(
+    assert "adapter_config.json: use_rslora is True" in refused(
         "merge", base, adapter, tmp_path / "new"
     )
+
+
+DAMAGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "rank": ({"r": 8}, {}, "r is 8, but .* matrices of \\(4, 256\\) and \\(256, 4\\)"),
+    "negative rank": ({"r": -4}, {}, "r is -4, expected a whole number from 1"),
+    "rank as text": ({"r": "4"}, {}, "r is '4', expected a whole number"),
+    "no alpha": ({"lora_alpha": None}, {}, "lora_alpha is None, expected a number"),
+    "alpha that is NaN": ({"lora_alpha": float("nan")}, {}, "lora_alpha is nan"),
+    "infinite alpha": ({"lora_alpha": float("inf")}, {}, "lora_alpha is inf"),
+    "negative alpha": ({"lora_alpha": -6}, {}, "lora_alpha is -6, expected a number from"),
+    "no magnitudes": ({"use_dora": True}, {}, "use_dora is True, but .* has no magnitude of"),
+    "magnitudes": ({}, {"magnitude": torch.ones(256)}, "use_dora is False, but .* a magnitude of"),
+    "magnitudes of another size": (
+        {"use_dora": True},
+        {"magnitude": torch.ones(255)},
+        "magnitude of .* has another size",
+    ),
+    "A alone": ({}, {"lora_b.weight": None}, "without .*lora_b"),
+    "B alone": ({}, {"lora_a.weight": None}, "without .*lora_a"),
+    "matrices of two ranks": ({}, {"lora_a.weight": torch.ones(3, 256)}, "r is 4, but"),
+    "NaN": ({}, {"lora_b.weight": torch.full((256, 4), torch.nan)}, "lora_B.weight is not finite"),
+    "list": ({"modules_to_save": "x"}, {}, "modules_to_save is 'x', expected a list"),
+    "base": ({"base_model_name_or_path": 3}, {}, "base_model_name_or_path is 3, expected a str"),
+    "another kind": ({"peft_type": "LOHA"}, {}, "peft_type is 'LOHA', expected 'LORA'"),
+    "no kind": ({"peft_type": None}, {}, "peft_type is None, expected 'LORA'"),
+    "a key of another release": ({"new_kind": "x"}, {}, "new_kind is 'x', expected plain LoRA"),
+    "a key that is off": ({"new_kind": False, "r": 5}, {}, "r is 5"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_adapters_that_contradict_themselves(adapter: Path, damage: str) -> None:
+    changes, tensors, message = DAMAGES[damage]
+    (adapter / "checksums.json").unlink()
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    stored = load_file(adapter / "adapter_model.safetensors")
+    for name, tensor in qwen2_5_vl_tune_to_peft(
+        {f"{LAYER}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    ).items():
+        stored[name] = tensor
+    save_file(
+        {name: tensor for name, tensor in stored.items() if tensor is not None},
+        adapter / "adapter_model.safetensors",
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        load_adapter(adapter)
+    assert str(adapter) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_an_adapter_of_another_kind(adapter: Path) -> None:
+    """Every value of its config by each of a list of others: a sentence, or the same adapter."""
+    (adapter / "checksums.json").unlink()
+    path = adapter / "adapter_config.json"
+    content = json.loads(path.read_text())
+    expected = load_adapter(adapter)._replace(base="")
+    for key in content:
+        for value in WRONG:
+            if (key, value) in [("base_model_name_or_path", "x"), ("lora_alpha", 1.5)]:
+                continue
+            path.write_text(json.dumps({**content, key: value}))
+            message, result = _attempt(adapter)
+            if result is None:
+                assert str(path) in message, (key, value)
+                assert key in message, (key, value)
+                assert len(message.splitlines()) == 1, (key, value)
+            else:
+                assert result[1:] == expected[1:], (key, value)
+                assert result.tensors.keys() == expected.tensors.keys()
+
+
+def _attempt(directory: Path) -> tuple[str, Adapter | None]:
+    try:
+        return "", load_adapter(directory)._replace(base="")
+    except ValueError as error:
+        return str(error), None

@@ -1,5 +1,7 @@
 """Adapters beside peft's on transformers' model: files, logits, gradients, a training run."""
 
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,21 @@ from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_tune_to_peft,
 )
 from torchtune_vl.modules.adapters import is_adapter
-from torchtune_vl.training import Qwen2_5_VLCheckpointer
+from torchtune_vl.training import Qwen2_5_VLCheckpointer, merge
 from torchtune_vl.training._adapters import (
+    _HARMLESS,
     Adapter,
     load_adapter,
     merge_adapter,
     save_adapter,
 )
+from torchtune_vl.training._parallel import named_as_saved
 
 # peft refuses the torchao that torchtune needs, though no weight here is torchao's
 peft.tuners.lora.torchao.is_torchao_available = lambda: False
 
 RANK, ALPHA = 4, 10
+UNTIED = "grouped_untied"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
 LOGITS = 2e-5  # float32, products in another order
 PARTS: dict[str, dict[str, Any]] = {
@@ -197,6 +202,172 @@ def test_an_adapter_of_peft_loads_in_ours(base: Path, tmp_path: Path, use_dora: 
     largest = difference(our_logits(model, samples), expected, inputs)
     record("adapters: logits of peft's in ours, float32, absolute", 1, largest)
     assert largest <= LOGITS
+
+
+# What peft can make that our merge computes rightly: settings, and the shape of the base
+RIGHT: dict[str, tuple[dict[str, Any], str]] = {
+    "random start": ({"init_lora_weights": False}, UNTIED),
+    "gaussian start": ({"init_lora_weights": "gaussian"}, UNTIED),
+    "EVA": ({"init_lora_weights": "eva"}, UNTIED),
+    "orthogonal start": ({"init_lora_weights": "orthogonal"}, UNTIED),
+    "output layer": ({"target_modules": ["q_proj", "lm_head"]}, UNTIED),
+    "DoRA of the output layer": (
+        {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+        UNTIED,
+    ),
+    "embedding": ({"modules_to_save": ["embed_tokens"]}, UNTIED),
+    "whole merger": ({"modules_to_save": ["merger"]}, UNTIED),
+    "tied embedding": (
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        "head_dim_128",
+    ),
+    "all linear layers": ({"target_modules": "all-linear"}, "head_dim_128"),
+}
+# ... and what it must refuse, with a part of the message
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "PiSSA": ({"init_lora_weights": "pissa"}, UNTIED, "init_lora_weights is 'pissa'.*merge_and"),
+    "OLoRA": ({"init_lora_weights": "olora"}, UNTIED, "init_lora_weights is 'olora'"),
+    "MiCA": ({"init_lora_weights": "mica"}, UNTIED, "init_lora_weights is 'mica'"),
+    "rsLoRA": ({"use_rslora": True}, UNTIED, "use_rslora is True"),
+    "ranks": ({"rank_pattern": {"layers.1.self_attn.q_proj": 2}}, UNTIED, "rank_pattern is {"),
+    "alphas": ({"alpha_pattern": {"layers.1.self_attn.q_proj": 2}}, UNTIED, "alpha_pattern is {"),
+    "biases": ({"bias": "lora_only"}, UNTIED, "bias is 'lora_only'"),
+    "biases of B": ({"lora_bias": True}, UNTIED, "lora_bias is True"),
+    "tokens": ({"trainable_token_indices": [1, 2]}, UNTIED, "trainable_token_indices is"),
+    "aLoRA": (
+        {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
+        UNTIED,
+        "alora_invocation_tokens is .*no weights compute the same",
+    ),
+    "convolution": (
+        {"target_modules": ["q_proj", "patch_embed.proj"]},
+        UNTIED,
+        "patch_embed.proj is of a convolution.*merge_and_unload",
+    ),
+    "adapter of the embedding": (
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        UNTIED,
+        "embed_tokens.lora_embedding_A.*merge_and_unload",
+    ),
+    "embedding that is no longer tied": (
+        {"modules_to_save": ["embed_tokens"]},
+        "head_dim_128",
+        "token embedding and the output layer, which are one.*merge_and_unload",
+    ),
+    "output layer that is tied": (
+        {"target_modules": ["q_proj", "lm_head"]},
+        "head_dim_128",
+        "adapts lm_head, which is the token embedding",
+    ),
+}
+
+
+def trained_by_peft(base: Path, directory: Path, settings: dict[str, Any]) -> nn.Module:
+    """An adapter of peft on transformers' model whose parameters have all moved, and its files."""
+    torch.manual_seed(3)
+    defaults = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj"]}
+    theirs = get_peft_model(reference(base), LoraConfig(**{**defaults, **settings})).eval()
+    for name, parameter in theirs.named_parameters():
+        if "modules_to_save" in name or "magnitude" in name:
+            parameter.mul_(1.1)
+        elif parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    theirs.save_pretrained(directory)
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    bases = {}
+    for shape in (UNTIED, "head_dim_128"):
+        bases[shape] = tmp_path_factory.mktemp(shape)
+        reference_model(reference_config(shape)).save_pretrained(bases[shape])
+    return bases
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+@torch.no_grad()
+def test_adapters_of_peft_are_merged(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    settings, shape = RIGHT[kind]
+    base = bases[shape]
+    theirs = trained_by_peft(base, tmp_path / "peft", settings)
+    merge(base, tmp_path / "peft", tmp_path / "merged")
+    samples = batch()
+    inputs = reference_inputs(samples)
+    expected = theirs(**inputs).logits
+    assert difference(reference(base)(**inputs).logits, expected, inputs) > 0.05
+    merged = reference(tmp_path / "merged").eval()
+    largest = difference(merged(**inputs).logits, expected, inputs)
+    record("adapters: logits of merged weights, float32, absolute", 1, largest)
+    assert largest <= LOGITS
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@torch.no_grad()
+def test_adapters_of_peft_that_are_more_are_refused(
+    bases: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    settings, shape, message = REFUSED[kind]
+    trained_by_peft(bases[shape], tmp_path / "peft", settings)
+    with pytest.raises(ValueError, match=message) as error:
+        merge(bases[shape], tmp_path / "peft", tmp_path / "merged")
+    assert str(tmp_path / "peft") in str(error.value)
+    assert not (tmp_path / "merged").exists()
+    checkpointer = Qwen2_5_VLCheckpointer(
+        bases[shape], tmp_path / "output", adapter_dir=tmp_path / "peft"
+    )
+    with pytest.raises(ValueError, match=message):
+        checkpointer.load_checkpoint()
+
+
+def test_every_setting_of_peft_is_known(base: Path, tmp_path: Path) -> None:
+    """Of each field of the installed peft's config: its default is taken, a strange value not."""
+    with torch.no_grad():
+        trained_by_peft(base, tmp_path, {})
+    path = tmp_path / "adapter_config.json"
+    content = json.loads(path.read_text())
+    assert content.keys() >= {field.name for field in fields(LoraConfig)} - {"runtime_config"}
+    load_adapter(tmp_path)
+    for key in content.keys() - _HARMLESS:
+        path.write_text(json.dumps({**content, key: "strange"}))
+        with pytest.raises(ValueError, match=f"{key} is 'strange', expected plain LoRA"):
+            load_adapter(tmp_path)
+
+
+def test_weights_of_another_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    """peft writes the output layer beside its adapter: it tells what the adapter was trained on."""
+    with torch.no_grad():
+        settings = {"target_modules": ["q_proj", "lm_head"]}
+        trained_by_peft(bases[UNTIED], tmp_path / "peft", settings)
+    other = reference_model(reference_config(UNTIED), seed=1)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"output.weight is not as in checkpoint_dir: name the b"):
+        merge(tmp_path / "other", tmp_path / "peft", tmp_path / "merged")
+    # Loaded in another dtype it is the same base
+    reference(bases[UNTIED]).bfloat16().save_pretrained(tmp_path / "half")
+    merge(tmp_path / "half", tmp_path / "peft", tmp_path / "merged")
+
+
+@torch.no_grad()
+def test_peft_loads_our_tied_embedding(bases: dict[str, Path], tmp_path: Path) -> None:
+    """A decoder in full on a base whose output layer is its embedding: both move in peft too."""
+    base = bases["head_dim_128"]
+    settings = {
+        "lora_attn_modules": ["qkv"],
+        "decoder_trainable": "full",
+        "encoder_trainable": "lora",
+    }
+    model = our_model(base, False, settings)
+    trained = {name: p.detach() for name, p in named_as_saved(model) if p.requires_grad}
+    save_adapter(Adapter(trained, RANK, ALPHA, str(base)), tmp_path)
+    theirs = PeftModel.from_pretrained(reference(base), tmp_path).eval()
+    samples = batch()
+    inputs = reference_inputs(samples)
+    ours = our_logits(model, samples)
+    assert difference(ours, theirs(**inputs).logits, inputs) <= LOGITS
+    state = Qwen2_5_VLCheckpointer(base, tmp_path / "out", adapter_dir=tmp_path).load_checkpoint()
+    model.load_state_dict(state["model"])
+    assert difference(our_logits(model, samples), ours, inputs) == 0
 
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

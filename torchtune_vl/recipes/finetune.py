@@ -52,7 +52,7 @@ from torchtune_vl.datasets import SamplesError, measure_all
 from torchtune_vl.modules import Documents
 from torchtune_vl.modules.adapters import DoRA, is_adapter
 from torchtune_vl.recipes._main import run_recipe
-from torchtune_vl.training._adapters import Adapter, merge_adapter
+from torchtune_vl.training._adapters import Adapter, check_continues, merge_adapter
 from torchtune_vl.training._directory import epochs
 from torchtune_vl.training._fingerprint import (
     data_fingerprint,
@@ -278,7 +278,13 @@ class FinetuneRecipe:
         offload = cfg.parallel.cpu_offload
         if self.data_ranks > 1 or self.compute_dtype != self.dtype or offload:
             shard(model, layers, self.mesh["data"], self.compute_dtype, offload)
-        weights = self.checkpointer.load_checkpoint()[training.MODEL_KEY]
+        state = self.checkpointer.load_checkpoint()
+        weights = state[training.MODEL_KEY]
+        if training.ADAPTER_CONFIG in state:
+            going_on = state[training.ADAPTER_CONFIG]
+            names = [*state[training.ADAPTER_KEY], *going_on["modules_to_save"]]
+            trained = [name for name, p in named_as_saved(model) if p.requires_grad]
+            check_continues(model, trained, going_on, names)
         self._on_main(
             lambda: self._keep("model", model_fingerprint(weights, Path(cfg.checkpoint_dir)))
         )
@@ -690,17 +696,22 @@ class FinetuneRecipe:
         trained = gather(self.trained)
         if not self.is_main:
             return
-        weights = self.checkpointer.load_checkpoint()[training.MODEL_KEY]
-        weights |= {name: tensor for name, tensor in trained.items() if not is_adapter(name)}
+        weights = self.checkpointer.load_checkpoint()[training.MODEL_KEY] | trained
+        weights = {name: tensor for name, tensor in weights.items() if not is_adapter(name)}
         state = {training.MODEL_KEY: weights}
         adapters = {name: tensor for name, tensor in trained.items() if is_adapter(name)}
         if adapters:
             layer = next(m for m in self.model.modules() if isinstance(m, LoRALinear | DoRA))
+            in_full = sorted(trained.keys() - adapters.keys())
             adapter = Adapter(adapters, layer.rank, layer.alpha, str(self.cfg.checkpoint_dir))
             state = {
                 training.MODEL_KEY: merge_adapter(weights, adapter),
                 training.ADAPTER_KEY: adapters,
-                training.ADAPTER_CONFIG: {"r": layer.rank, "lora_alpha": layer.alpha},
+                training.ADAPTER_CONFIG: {
+                    "r": layer.rank,
+                    "lora_alpha": layer.alpha,
+                    "modules_to_save": in_full,
+                },
             }
         self.checkpointer.save_checkpoint(
             state, epoch=self._epoch(), processor_files=self.processor_files

@@ -21,6 +21,7 @@ from torchtune_vl.modules.adapters import is_adapter
 from torchtune_vl.training._adapters import (
     CONFIG,
     Adapter,
+    fit_adapter,
     load_adapter,
     save_adapter,
 )
@@ -129,8 +130,9 @@ class Qwen2_5_VLCheckpointer:
 
         Returns:
             ``model``, from our names to tensors as stored, on the CPU and mapped from the files,
-            those of an adapter among them and, apart, in ``adapter``; to resume also the keys that
-            the recipe had saved.
+            those of an adapter among them and, apart, in ``adapter``, with its ``r``,
+            ``lora_alpha`` and the names of parameters in full, ``modules_to_save``, in
+            ``adapter_config``; to resume also the keys that the recipe had saved.
 
         Raises:
             ValueError: if files are missing or damaged, or tensors are unknown, missing or of
@@ -139,7 +141,7 @@ class Qwen2_5_VLCheckpointer:
         weights = load_weights(self._weights_dir, self._files)
         state: dict[str, Any] = {training.MODEL_KEY: weights}
         if self._adapter_dir:
-            adapter = load_adapter(self._adapter_dir)
+            adapter = fit_adapter(load_adapter(self._adapter_dir), weights, self._adapter_dir)
             log.warning(
                 "The adapter of %s goes on: it has rank %s and alpha %s, which must be lora_rank "
                 "and lora_alpha of the model",
@@ -151,6 +153,12 @@ class Qwen2_5_VLCheckpointer:
             weights.update(adapter.tensors)
             adapters = {name: t for name, t in adapter.tensors.items() if is_adapter(name)}
             state[training.ADAPTER_KEY] = adapters
+            in_full = sorted(adapter.tensors.keys() - adapters.keys())
+            state[training.ADAPTER_CONFIG] = {
+                "r": adapter.rank,
+                "lora_alpha": adapter.alpha,
+                "modules_to_save": in_full,
+            }
         if self._resume:
             state.update(load_tree(self._recipe_checkpoint))
         return state
@@ -166,7 +174,11 @@ class Qwen2_5_VLCheckpointer:
         """Write ``epoch_{epoch}``, complete or not at all.
 
         Args:
-            state_dict: ``model``, from our names to tensors, and the state of the recipe.
+            state_dict: ``model``, from our names to tensors, and the state of the recipe. With
+                adapters these apart in ``adapter``, and ``adapter_config`` as
+                :meth:`load_checkpoint` returns it. Without its ``modules_to_save``, which
+                torchtune's recipes do not give, parts whose biases or normalisations are not
+                those to start from count as trained in full.
             epoch: number of the epoch.
             intermediate_checkpoint: whether to write the state of the recipe too, to resume from.
             adapter_only: whether to leave out the weights, and write adapters alone. What else is
@@ -208,7 +220,9 @@ class Qwen2_5_VLCheckpointer:
         """The adapters of a recipe's state, and the parts that it trained in full beside them."""
         config = state_dict[training.ADAPTER_CONFIG]
         weights = state_dict.get(training.MODEL_KEY, {})
-        in_full = _trained_in_full(weights, self._stored_weights())
+        in_full = config.get("modules_to_save")
+        if in_full is None:  # torchtune's recipes do not tell
+            in_full = _trained_in_full(weights, self._stored_weights())
         tensors = {**state_dict[training.ADAPTER_KEY], **{name: weights[name] for name in in_full}}
         base = str(self._checkpoint_dir.resolve())
         return Adapter(tensors, config["r"], config["lora_alpha"], base)

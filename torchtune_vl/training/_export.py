@@ -8,6 +8,7 @@ import torch
 
 from torchtune_vl.training._adapters import (
     CONFIG,
+    fit_adapter,
     load_adapter,
     merge_adapter,
     save_adapter,
@@ -37,8 +38,9 @@ def merge(
         ValueError: if a directory is damaged or they do not fit each other.
         OSError: if a file cannot be written, or the output exists.
     """
-    weights = merge_adapter(load_weights(base, weight_files(base)), load_adapter(adapter_dir))
-    _write_checkpoint(weights, base, output, dtype, max_shard_size)
+    weights = load_weights(base, weight_files(base))
+    adapter = fit_adapter(load_adapter(adapter_dir), weights, adapter_dir)
+    _write_checkpoint(merge_adapter(weights, adapter), base, output, dtype, max_shard_size)
 
 
 def export(

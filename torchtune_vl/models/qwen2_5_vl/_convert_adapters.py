@@ -77,7 +77,9 @@ def _peft_name(name: str) -> str | None:
 
 
 def _tune_name(name: str) -> str | None:
-    layer, suffix = _split(published_name(name.removeprefix(_PREFIX)), _OURS_FROM_PEFT)
+    # peft writes the weight of an adapted output layer too, by the name that it has in memory
+    in_base = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    layer, suffix = _split(published_name(in_base), _OURS_FROM_PEFT)
     ours = tune_from_hub(f"{layer}.weight" if suffix else layer)
     if ours is None or not suffix:
         return ours

@@ -1,0 +1,88 @@
+"""Runs that go on with an adapter, by the real command."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.finetune_runs import run, start, write_config, write_inputs
+from torchtune_vl.training._adapters import load_adapter
+
+MODEL: dict[str, Any] = {
+    "model.lora_attn_modules": ["q_proj", "v_proj", "qkv"],
+    "model.apply_lora_to_mlp": False,
+    "model.lora_rank": 4,
+    "model.lora_alpha": 6,
+    "model.encoder_trainable": "lora",
+    "max_steps": 2,
+}
+STILL: dict[str, Any] = {
+    "optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.0, "weight_decay": 0.0},
+    "max_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("adapter_runs")
+    write_inputs(root, vocabulary, count=8)
+    return root
+
+
+def config(root: Path, name: str, settings: dict[str, Any]) -> Path:
+    model = {
+        "model._component_": "torchtune_vl.models.qwen2_5_vl.lora_qwen2_5_vl_from_config",
+        "model.checkpoint_dir": str(root / "base"),
+    }
+    return write_config(root, root / name, {**model, **MODEL, **settings}, "qwen2_5_vl/3B_lora")
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(directory.glob("*model.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model.use_dora": True, "model.fusion_trainable": "full"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(
+            {"model.quantize_base": True, "dtype": "bf16", "num_workers": 1},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["DoRA, merger in full", "LoRA", "QLoRA"],
+)
+def test_going_on_and_what_does_not_fit(root: Path, tmp_path: Path, settings: Any) -> None:
+    """Without a learning rate a run exports what it was given, and it says what it cannot do."""
+    first = tmp_path.name + "_first"
+    run(config(root, first, settings))
+    saved = root / first / "epoch_0"
+    adapter = {"checkpointer.adapter_dir": str(saved / "adapter")}
+    before, base = load_adapter(saved / "adapter"), tensors(root / "base")
+    merged = tensors(saved)
+    assert any(not torch.equal(merged[name], base[name].to(merged[name].dtype)) for name in base)
+
+    second = tmp_path.name + "_second"
+    run(config(root, second, {**settings, **adapter, **STILL}))
+    again = root / second / "epoch_0"
+    after = load_adapter(again / "adapter")
+    assert (after.rank, after.alpha, after.base) == (before.rank, before.alpha, before.base)
+    for ours, theirs in ((after.tensors, before.tensors), (tensors(again), merged)):
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, theirs[name]), name
+
+    third = tmp_path.name + "_third"
+    others = {**MODEL, **settings, "model.lora_alpha": 12, "model.fusion_trainable": "frozen"}
+    others["model.lora_attn_modules"] = ["q_proj", "k_proj", "qkv"]
+    process = start(config(root, third, {**others, **adapter}))
+    messages, _ = process.communicate()
+    assert process.returncode not in (0, None)
+    assert "lora_rank 4 and lora_alpha 12, it has 4 and 6" in messages
+    assert "the adapter alone has decoder.layers.0.attn.v_proj.lora_a.weight" in messages
+    assert "the model alone trains decoder.layers.0.attn.k_proj.lora_a.weight" in messages
+    assert not list((root / third).glob("epoch_*"))
+    assert "Step 1" not in messages
