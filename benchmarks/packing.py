@@ -99,7 +99,7 @@ def plan(planner: PackedRows, given: list[Size]) -> Plan:
         Measured(given), planner, rows_per_step=1, epochs=1, sizes=np.array(given, np.int32)
     )
     start = time.process_time()
-    (count,) = rows.steps_per_epoch()
+    count = rows.last_step()
     seconds = time.process_time() - start
     tokens, patches, _ = (sum(values) / count for values in zip(*given, strict=True))
     return Plan(tokens / planner.max_tokens, patches / planner.max_patches, len(given) / seconds)

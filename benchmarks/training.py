@@ -311,7 +311,9 @@ class Ours:
     def rows(self, planner: Planner, samples: Sequence[int]) -> list[Row]:
         """Make the rows of these samples."""
         chosen = Chosen(self.recipe.rows.dataset, samples)
-        return list(TrainingRows(chosen, planner, rows_per_step=1, shuffle=False, epochs=1))
+        rows = list(TrainingRows(chosen, planner, rows_per_step=1, shuffle=False, epochs=1))
+        # They will be one step
+        return [row._replace(step_has_media=rows[-1].position["had_media"]) for row in rows]
 
     def step(self, rows: list[Row]) -> torch.Tensor:
         """Take an optimizer step, and return the loss."""
@@ -394,12 +396,13 @@ class Theirs:
 
 def print_gpu(root: Path, name: str, dimensions: dict[str, Any]) -> None:
     """Print the comparison on a GPU for one model."""
-    write_checkpoint(root, dimensions, torch.bfloat16, "cuda")
+    # Or else this process would hold memory of the GPU while the others measure
+    apart(write_checkpoint, root, dimensions, torch.bfloat16, "cuda")
     write_data(root, GPU_MIX)
     ours: dict[str, Any] = apart(ours_on_gpu, root)
     theirs: dict[str, Any] = apart(theirs_on_gpu, root, ours["samples"])
     print(
-        f"\n{name}, {torch.cuda.get_device_name()}, bfloat16, rows of {GPU_MAX_TOKENS} tokens; "
+        f"\n{name}, {ours['device']}, bfloat16, rows of {GPU_MAX_TOKENS} tokens; "
         f"transformers with {theirs['attention']}, batches of {GPU_BATCH_SIZE}; both compute "
         "activations anew\n"
     )
@@ -444,6 +447,7 @@ def ours_on_gpu(root: Path) -> dict[str, Any]:
         "tokens": tokens / seconds,
         "waiting": since.waited / seconds,
         "memory": torch.cuda.max_memory_allocated(),
+        "device": torch.cuda.get_device_name(),
         "waits": count_waits(lambda: train(GPU_PROFILED_STEPS)),
         "samples": since.samples,
     }

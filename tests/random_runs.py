@@ -11,6 +11,7 @@ run's own last state. Settings that cannot work have to be refused in one senten
 """
 
 import argparse
+import contextlib
 import json
 import random
 import re
@@ -261,10 +262,8 @@ def _is_trainer(member: psutil.Process) -> bool:
 
 
 def _signal(member: psutil.Process, number: int) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         member.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _last_step(output: Path) -> int:

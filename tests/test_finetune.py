@@ -324,6 +324,24 @@ def test_what_is_not_finite_is_not_learned_or_saved(
     assert not [*output.glob("epoch_*")]
 
 
+def test_parts_that_no_step_can_train_are_refused(vocabulary: Path, tmp_path: Path) -> None:
+    write_inputs(tmp_path, vocabulary, 6, ((),))
+    for config, expected in (
+        ({}, "encoder and merger cannot be trained: none of the 3 steps has an image or a video"),
+        ({"model.encoder_trainable": False}, "merger cannot be trained"),
+    ):
+        path = write_config(
+            tmp_path,
+            tmp_path / "run",
+            {**config, "rows": {"_component_": "torchtune_vl.data.PaddedRows", "batch_size": 1}},
+        )
+        process = start(path)
+        messages, _ = process.communicate()
+        assert process.returncode == 2
+        assert expected in messages
+        assert "Traceback" not in messages
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", MODES.values(), ids=MODES)
 def test_several_processes_are_as_one(

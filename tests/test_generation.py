@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tests.reference import (
     IMAGE_PAD,
@@ -17,6 +19,7 @@ from torchtune_vl.data import packed_collate_vision, padded_collate_vision
 from torchtune_vl.data._collate import padded_collate_vision_targets
 from torchtune_vl.generation import generate
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
+from torchtune_vl.models.qwen2_5_vl._fusion import _blank_unit
 from torchtune_vl.models.qwen2_5_vl._positions import mrope_positions
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 
@@ -51,6 +54,42 @@ def test_prompts_that_leave_no_room(model: torch.nn.Module) -> None:
     with pytest.raises(ValueError, match="max_seq_len of 30"):
         generate(model, prompts(), max_new_tokens=20, stop_tokens=[])
     assert not model.caches_are_setup()
+
+
+def prompts_of_text() -> dict[str, Any]:
+    sample = Conversation([]).sample(torch.Generator().manual_seed(0))
+    del sample["labels"]
+    return padded_collate_vision([sample], pad_direction="left")
+
+
+def test_training_after_generation(model: torch.nn.Module) -> None:
+    # So that the encoder runs without media, as it does beside other processes
+    for module in (model.decoder, model.tok_embeddings):
+        module.requires_grad_(False)
+    _blank_unit.cache_clear()
+    model.train()
+    with torch.inference_mode():
+        model(**prompts_of_text())
+    model(**prompts_of_text()).sum().backward()
+    assert all(not p.grad.any() for p in model.encoders.parameters())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_tokens_are_decoded_without_the_encoder(model: torch.nn.Module, sharded: bool) -> None:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        runs = []
+        model.encoders["vision"].register_forward_hook(lambda *_: runs.append(1))
+        if sharded:
+            for layer in model.encoders["vision"].layers:
+                fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        (answer,) = generate(model, prompts_of_text(), max_new_tokens=6, stop_tokens=[])
+        assert len(answer) == 6
+        assert len(runs) == sharded  # other processes could have media in their prompts
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 MIXES = [

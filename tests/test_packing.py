@@ -1,27 +1,22 @@
 """Planners: which samples make a row."""
 
+import json
 import random
 from itertools import chain
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.packing import sizes
 from torchtune_vl.data import PackedRows, PaddedRows, Planner, Size
+from torchtune_vl.data._packing import planner_of, settings_of
 
 
 def rows_of(planner: Planner, given: list[Size]) -> list[list[int]]:
     """All rows, as lists of places in the given sizes."""
-    left, waiting = list(range(len(given))), list[int]()
-    rows: list[list[int]] = []
-    while left or waiting:
-        missing = planner.lookahead - len(waiting)
-        waiting, left = waiting + left[:missing], left[missing:]
-        taken = planner.take([given[place] for place in waiting])
-        rows.append([waiting[index] for index in taken])
-        waiting = [place for place in waiting if place not in rows[-1]]
-    return rows
+    return [row.tolist() for row in planner.plan(np.array(given))]
 
 
 SIZES = st.lists(
@@ -53,12 +48,12 @@ def test_the_largest_that_fits_comes_next() -> None:
         Size(10, 0, 1),
         Size(30, 1, 1),
     ]
-    assert PackedRows(100).take(waiting) == [0, 3]
-    assert PackedRows(130).take(waiting) == [0, 3, 2]
-    assert PackedRows(135).take(waiting) == [0, 3, 2, 4]
-    assert PackedRows(95, max_patches=5).take(waiting) == [0, 3]
-    assert PackedRows(94, max_patches=8).take(waiting) == [0, 2, 4]
-    assert PackedRows(94, max_patches=9).take(waiting) == [0, 1]
+    assert rows_of(PackedRows(100), waiting)[0] == [0, 3]
+    assert rows_of(PackedRows(130), waiting)[0] == [0, 3, 2]
+    assert rows_of(PackedRows(135), waiting)[0] == [0, 3, 2, 4]
+    assert rows_of(PackedRows(95, max_patches=5), waiting)[0] == [0, 3]
+    assert rows_of(PackedRows(94, max_patches=8), waiting)[0] == [0, 2, 4]
+    assert rows_of(PackedRows(94, max_patches=9), waiting)[0] == [0, 1]
 
 
 def test_rows_are_full() -> None:
@@ -90,3 +85,17 @@ def test_work() -> None:
     assert PackedRows(100).work(row) == 10 + 30 + 16 / 8
     assert PaddedRows(2).work(row) == 2 * 30 + 16 / 8
     assert PackedRows(100).work([]) == PaddedRows(2).work([]) == 0
+
+
+@pytest.mark.parametrize("planner", [PackedRows(100, 200, 9), PackedRows(100), PaddedRows(3)])
+def test_a_planner_can_be_made_of_its_description(planner: Planner) -> None:
+    made = planner_of(json.loads(json.dumps(settings_of(planner))))
+    assert type(made) is type(planner)
+    assert vars(made) == vars(planner)
+
+
+def test_the_plan_of_a_planner_that_is_not_ours_cannot_be_made_again() -> None:
+    class Mine(PaddedRows): ...
+
+    with pytest.raises(ValueError, match=r"those of a Mine, .*the same settings of rows"):
+        planner_of(settings_of(Mine(3)))

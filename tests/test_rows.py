@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from benchmarks.packing import sizes as mixed_sizes
 from torchtune_vl.data import PackedRows, PaddedRows, Planner, Row, Size, TrainingRows
 
 
@@ -116,16 +117,16 @@ def test_each_sample_once_per_epoch_and_ranks_balanced(
             world_size=3,
             epochs=2,
         )
-        first, second = rows.steps_per_epoch()
+        first = TrainingRows(Samples(SIZES), planner, rows_per_step=3 * rows_per_rank, epochs=1)
         counts.append(Counter(row.position["step"] for row in rows))
         for row in rows:
-            epoch = int(row.position["step"] > first)
+            epoch = int(row.position["step"] > first.last_step())
             work[epoch, rank] += planner.work(row.sizes)
             seen.update((epoch, number) for number in row.samples)
             assert row.sizes == [SIZES[number] for number in row.samples]
     assert seen == Counter((epoch, number) for epoch in range(2) for number in range(200))
     assert counts[0] == counts[1] == counts[2]
-    assert counts[0] == Counter(dict.fromkeys(range(1, first + second + 1), rows_per_rank))
+    assert counts[0] == Counter(dict.fromkeys(range(1, rows.last_step() + 1), rows_per_rank))
     for epoch in range(2):
         loads = [work[epoch, rank] for rank in range(3)]
         assert max(loads) / min(loads) <= 1.1
@@ -240,13 +241,13 @@ def test_resumed_runs_go_on_as_if_undisturbed(
     assert all(len(rows) == 4 for _, rows, _ in whole)
 
 
-@PLANNERS
+@pytest.mark.parametrize("planner", [PackedRows(64, 120), PaddedRows(3)], ids=["packed", "padded"])
 @pytest.mark.parametrize("stream", [Stream, SkippingStream])
 def test_a_stream_gives_what_a_dataset_unshuffled_gives(planner: Planner, stream: Any) -> None:
     common: dict[str, Any] = {"rows_per_step": 2, "shuffle": False, "epochs": 2}
     expected = TrainingRows(Samples(SIZES), planner, **common)
     rows = TrainingRows(stream(SIZES), planner, **common)
-    assert rows.steps_per_epoch() == expected.steps_per_epoch()
+    assert rows.last_step() == expected.last_step()
     for ours, theirs in zip(rows, expected, strict=True):
         assert ours[1:3] == theirs[1:3]
         assert torch.equal(ours.batch["tokens"], theirs.batch["tokens"])
@@ -257,18 +258,107 @@ def test_a_stream_skips_to_the_oldest_sample_not_used() -> None:
     common: dict[str, Any] = {"rows_per_step": 2, "shuffle": False, "epochs": 1}
     position = list(TrainingRows(stream, PACKED, **common))[40].position
     next(iter(TrainingRows(stream, PACKED, position=position, **common)))
-    assert stream.skipped == position["waiting"][0]
+    assert stream.skipped == min(chain(position["waiting"], *position["rows"]))
     assert stream.skipped > 0
 
 
-def test_a_position_may_go_on_with_other_budgets() -> None:
-    common: dict[str, Any] = {"rows_per_step": 2, "epochs": 1}
-    whole = steps_of(Samples(SIZES), PACKED, **common)
-    done, position = whole[:10], whole[9][2]
-    for planner in (PackedRows(200, lookahead=4), PackedRows(60, 200, lookahead=64), PaddedRows(2)):
-        rest = steps_of(Samples(SIZES), planner, position=position, **common)
-        seen = Counter(number for _, rows, _ in done + rest for row in rows for number in row)
-        assert seen == Counter(range(200))
+def correlations(dataset: Any, given: np.ndarray, planner: Planner, **settings: Any) -> np.ndarray:
+    """Of a sample's step in an epoch with its tokens and its patches."""
+    rows = TrainingRows(dataset, planner, rows_per_step=2, epochs=1, **settings)
+    steps = np.empty(len(given))
+    for step in rows._steps():
+        for row in step.rows:
+            steps[[sample.number for sample in row]] = step.position["step"]
+    return np.array([np.corrcoef(steps, column)[0, 1] for column in given.T[:2]])
+
+
+@pytest.mark.parametrize(("count", "repeats"), [(300, 40), (1000, 10), (10_000, 2)])
+@pytest.mark.parametrize("patches_per_token", [4.0, 3.0])
+def test_sizes_do_not_tell_the_place_in_an_epoch(
+    count: int, repeats: int, patches_per_token: float
+) -> None:
+    given = np.array(mixed_sizes(count), np.int32)
+    planner = PackedRows(16_384, int(patches_per_token * 16_384))
+    found = [
+        correlations(Planned(given), given, planner, seed=seed, sizes=given)
+        for seed in range(repeats)
+    ]
+    assert np.abs(found).max() < 0.1
+    assert np.abs(np.mean(found, axis=0)).max() < 0.03
+
+
+@pytest.mark.parametrize("kind", ["dataset", "stream"])
+@pytest.mark.parametrize(("count", "repeats"), [(300, 20), (1500, 10), (10_000, 2)])
+def test_without_shuffling_neither(count: int, repeats: int, kind: str) -> None:
+    found = []
+    for seed in range(repeats):
+        given = mixed_sizes(count, seed)
+        dataset: Any = Stream(given) if kind == "stream" else Samples(given)
+        found.append(correlations(dataset, np.array(given), PackedRows(16_384), shuffle=False))
+    assert np.abs(np.mean(found, axis=0)).max() < 0.1
+
+
+class Planned(Samples):
+    """Of which only the sizes count."""
+
+    def __init__(self, sizes: np.ndarray) -> None:
+        self.sizes = sizes
+
+
+BUDGETS = st.one_of(
+    st.builds(PackedRows, st.integers(60, 180), st.integers(120, 300), st.integers(1, 12)),
+    st.builds(PaddedRows, st.integers(1, 4)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 60),
+    st.lists(st.tuples(BUDGETS, st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=4),
+    st.sampled_from(["shuffled", "in order", "stream"]),
+)
+def test_a_run_goes_on_with_other_settings(
+    count: int, parts: list[tuple[Planner, int, int]], kind: str
+) -> None:
+    sizes = random_sizes(count)
+    dataset: Any = Stream(sizes) if kind == "stream" else Samples(sizes)
+    seen: list[int] = []
+    position: dict[str, Any] | None = None
+    step = 0
+    for planner, rows_per_step, steps in parts:
+        if position and position["epoch"]:
+            break
+        rows = TrainingRows(
+            dataset,
+            planner,
+            rows_per_step=rows_per_step,
+            shuffle=kind == "shuffled",
+            epochs=1,
+            position=position,
+        )
+        last = rows.last_step()
+        taken = list(islice(rows, steps * rows_per_step))
+        for row in taken:
+            seen += row.samples
+            assert sum(size.tokens for size in row.sizes) <= getattr(planner, "max_tokens", 10**9)
+        assert max(len(row.samples) for row in taken) <= getattr(planner, "batch_size", 10**9)
+        position = json.loads(json.dumps(taken[-1].position))
+        step = min(step + steps, last)
+        assert position["step"] == step
+        assert (position["epoch"] == 1) == (step == last)
+    if position and not position["epoch"]:
+        rest = list(
+            TrainingRows(
+                dataset,
+                PACKED,
+                rows_per_step=2,
+                shuffle=kind == "shuffled",
+                epochs=1,
+                position=position,
+            )
+        )
+        seen += [number for row in rest for number in row.samples]
+    assert sorted(seen) == list(range(count))
 
 
 def test_the_last_step_divides_rows_and_then_adds_empty_ones() -> None:
@@ -288,7 +378,7 @@ def test_without_epochs_there_is_no_end() -> None:
     rows = TrainingRows(Samples(SIZES[:5]), PACKED, rows_per_step=1)
     assert list(islice(rows, 50))[-1].position["epoch"] > 10
     with pytest.raises(ValueError, match="epochs is None"):
-        rows.steps_per_epoch()
+        rows.last_step()
 
 
 def test_settings_that_make_no_sense() -> None:
@@ -296,16 +386,46 @@ def test_settings_that_make_no_sense() -> None:
         TrainingRows(Samples(SIZES), PACKED, rows_per_step=6, world_size=4)
     with pytest.raises(ValueError, match="set shuffle to False"):
         TrainingRows(Stream(SIZES), PACKED, rows_per_step=6)
-    for dataset in (Samples([]), Stream([])):
-        with pytest.raises(ValueError, match="ends before sample 0"):
-            next(iter(TrainingRows(dataset, PACKED, rows_per_step=6, shuffle=False)))
+    for dataset, shuffle in ((Samples([]), True), (Samples([]), False), (Stream([]), False)):
+        with pytest.raises(ValueError, match="the dataset has no samples"):
+            next(iter(TrainingRows(dataset, PACKED, rows_per_step=6, shuffle=shuffle)))
+    settings: dict[str, Any] = {"rows_per_step": 1, "shuffle": False}
+    position = next(iter(TrainingRows(Stream(SIZES), PACKED, **settings))).position
+    with pytest.raises(ValueError, match="the dataset ends before sample 3"):
+        next(iter(TrainingRows(Stream(SIZES[:3]), PACKED, position=position, **settings)))
+
+
+def test_a_position_behind_the_last_epoch_is_refused() -> None:
+    rows = list(TrainingRows(Samples(SIZES), PACKED, rows_per_step=2, epochs=2))
+    position = rows[-3].position
+    with pytest.raises(ValueError, match="in epoch 2, but was told to end after 1: set epochs"):
+        TrainingRows(Samples(SIZES), PACKED, rows_per_step=2, epochs=1, position=position)
+    end = TrainingRows(
+        Samples(SIZES), PACKED, rows_per_step=2, epochs=2, position=rows[-1].position
+    )
+    assert end.last_step() == rows[-1].position["step"]
+    assert list(end) == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_all_ranks_know_which_steps_have_media(stream: bool) -> None:
+    sizes = [Size(30, 8 if number in (3, 4, 17) else 0, 15) for number in range(20)]
+    settings: dict[str, Any] = {"rows_per_step": 2, "world_size": 2, "shuffle": False, "epochs": 1}
+    dataset = Stream(sizes) if stream else Samples(sizes)
+    for rank in range(2):
+        rows = TrainingRows(dataset, PaddedRows(1), rank=rank, **settings)
+        assert [row.step_has_media for row in rows] == [step in (1, 2, 8) for step in range(10)]
+        assert [row.position["had_media"] for row in rows] == [step >= 1 for step in range(10)]
+        assert rows.has_media(2)
+        assert not rows.has_media(1)
+    position = list(rows)[2].position
+    assert TrainingRows(dataset, PaddedRows(1), position=position, **settings).has_media(0)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"seed": 1}, "seed 0, this one has 1"),
-        ({"rows_per_step": 4}, "rows_per_step 2, this one has 4"),
         ({"shuffle": False}, "shuffle True, this one has False"),
         ({"dataset": Samples(SIZES[:-1])}, "samples 200, this one has 199"),
     ],

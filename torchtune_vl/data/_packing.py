@@ -4,9 +4,11 @@ A row is what one forward takes. Best fit from a look-ahead buffer packs nearly 
 the whole dataset would: see `benchmarks/packing.py`.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
+
+import numba
+import numpy as np
 
 from torchtune_vl.data._batch import Batch
 from torchtune_vl.data._collate import packed_collate_vision, padded_collate_vision_targets
@@ -34,19 +36,26 @@ class Size(NamedTuple):
 class Planner(Protocol):
     """Decides which samples make a row, and how they become its batch.
 
+    Its attributes are the arguments that it was made with: they say which plan it makes.
+
     Args:
-        lookahead: how many samples it wants to choose from.
         collate: from the samples of a row, perhaps none, to arguments of the model.
     """
 
-    lookahead: int
     collate: Callable[[Sequence[Mapping[str, Any]]], Batch]
+
+    @property
+    def lookahead(self) -> int:
+        """How many samples it wants to choose from."""
 
     def check(self, size: Size) -> None:
         """Raise a ValueError if a sample of this size fits no row."""
 
-    def take(self, waiting: Sequence[Size]) -> list[int]:
-        """Choose the next row: places among the samples waiting, the oldest of which is first."""
+    def plan(self, sizes: np.ndarray) -> list[np.ndarray]:
+        """Divide samples into rows, from their sizes, int [n, 3], in order of arrival.
+
+        Returns the numbers of the samples of each row, from 0 to n - 1.
+        """
 
     def work(self, row: Sequence[Size]) -> float:
         """Return the cost of a row, in tokens."""
@@ -70,10 +79,10 @@ class PackedRows:
     collate = staticmethod(packed_collate_vision)
 
     def __init__(
-        self, max_tokens: int, max_patches: int | None = None, lookahead: int = 256
+        self, max_tokens: int, max_patches: int | None = None, lookahead: int = 1024
     ) -> None:
         self.max_tokens = max_tokens
-        self.max_patches = math.inf if max_patches is None else max_patches
+        self.max_patches = max_patches
         self.lookahead = lookahead
 
     def check(self, size: Size) -> None:
@@ -90,33 +99,26 @@ class PackedRows:
                 f"it has {size.tokens} tokens, more than a row's max_tokens of {self.max_tokens}: "
                 "raise max_tokens, or set max_seq_len of the transform"
             )
-        if size.patches > self.max_patches:
+        if self.max_patches is not None and size.patches > self.max_patches:
             raise ValueError(
                 f"it has {size.patches} patches, more than a row's max_patches of "
                 f"{self.max_patches}: raise max_patches, or set max_pixels of the transform"
             )
 
-    def take(self, waiting: Sequence[Size]) -> list[int]:
-        """Choose the samples of the next row.
+    def plan(self, sizes: np.ndarray) -> list[np.ndarray]:
+        """Divide samples into rows.
 
         Args:
-            waiting: sizes of samples that each fit a row, in order of arrival, at least one.
+            sizes: int [n, 3], the :class:`Size` of samples that each fit a row, in order of
+                arrival.
 
         Returns:
-            Places in ``waiting``: 0, and the others from large to small.
+            The numbers of the samples of each row: the oldest, and the others from large to small.
         """
-        tokens = self.max_tokens - waiting[0].tokens
-        patches = self.max_patches - waiting[0].patches
-        lengths = [size.tokens for size in waiting]
-        taken = [0]
-        # One pass suffices: what does not fit now does not fit later
-        for place in sorted(range(1, len(waiting)), key=lengths.__getitem__, reverse=True):
-            size = waiting[place]
-            if size.tokens <= tokens and size.patches <= patches:
-                taken.append(place)
-                tokens -= size.tokens
-                patches -= size.patches
-        return taken
+        limit = np.iinfo(np.int64).max if self.max_patches is None else self.max_patches
+        tokens, patches = (np.ascontiguousarray(sizes[:, i], np.int64) for i in range(2))
+        order, ends = _best_fit(tokens, patches, self.max_tokens, limit, self.lookahead)
+        return np.split(order, ends[:-1])
 
     def work(self, row: Sequence[Size]) -> float:
         """Estimate the cost of a row, the quadratic part of attention left out.
@@ -140,21 +142,26 @@ class PaddedRows:
     collate = staticmethod(padded_collate_vision_targets)
 
     def __init__(self, batch_size: int) -> None:
-        self.lookahead = batch_size
+        self.batch_size = batch_size
+
+    @property
+    def lookahead(self) -> int:
+        """As many samples as a row has: there is nothing to choose."""
+        return self.batch_size
 
     def check(self, size: Size) -> None:
         """Accept a sample of any size."""
 
-    def take(self, waiting: Sequence[Size]) -> list[int]:
-        """Choose the samples of the next row.
+    def plan(self, sizes: np.ndarray) -> list[np.ndarray]:
+        """Divide samples into rows.
 
         Args:
-            waiting: sizes of samples in order of arrival.
+            sizes: int [n, 3], the :class:`Size` of samples in order of arrival.
 
         Returns:
-            The first ``batch_size`` places in ``waiting``.
+            The numbers of ``batch_size`` samples after the other.
         """
-        return list(range(len(waiting)))[: self.lookahead]
+        return np.split(np.arange(len(sizes)), range(self.batch_size, len(sizes), self.batch_size))
 
     def work(self, row: Sequence[Size]) -> float:
         """Estimate the cost of a row, padding included.
@@ -167,3 +174,83 @@ class PaddedRows:
         """
         longest = max((size.tokens for size in row), default=0)
         return len(row) * longest + PATCH_WORK * sum(size.patches for size in row)
+
+
+def settings_of(planner: Planner) -> dict[str, Any]:
+    """Describe a planner by values that JSON can hold, so that its plan can be made again.
+
+    Args:
+        planner: the planner.
+
+    Returns:
+        Its class and arguments.
+    """
+    return {"planner": type(planner).__name__, **vars(planner)}
+
+
+def planner_of(settings: Mapping[str, Any]) -> Planner:
+    """Make a planner from its description.
+
+    Args:
+        settings: what :func:`settings_of` returned.
+
+    Returns:
+        The planner.
+
+    Raises:
+        ValueError: if it is none of ours.
+    """
+    arguments = dict(settings)
+    name = arguments.pop("planner")
+    planners: dict[str, Any] = {"PackedRows": PackedRows, "PaddedRows": PaddedRows}
+    if name not in planners:
+        raise ValueError(
+            f"the rows of the run so far were those of a {name}, whose plan cannot be made again: "
+            "go on with the same settings of rows"
+        )
+    planner: Planner = planners[name](**arguments)
+    return planner
+
+
+@numba.njit(nogil=True, cache=True)
+def _best_fit(tokens, patches, max_tokens, max_patches, lookahead):  # type: ignore[no-untyped-def]
+    """Rows one behind the other, and where each ends."""
+    count = len(tokens)
+    order, ends = np.empty(count, np.int32), np.empty(count, np.int32)
+    is_left = np.ones(count, np.bool_)
+    # From small to large; of equals the oldest comes last, and so is taken first
+    waiting = np.empty(lookahead, np.int32)
+    arrived = oldest = done = rows = held = 0
+    while done < count:
+        while held < lookahead and arrived < count:
+            place = held
+            while place > 0 and tokens[waiting[place - 1]] >= tokens[arrived]:
+                waiting[place] = waiting[place - 1]
+                place -= 1
+            waiting[place] = arrived
+            arrived += 1
+            held += 1
+        while not is_left[oldest]:
+            oldest += 1
+        order[done] = oldest
+        is_left[oldest] = False
+        done += 1
+        room, patch_room = max_tokens - tokens[oldest], max_patches - patches[oldest]
+        # One pass suffices: what does not fit now does not fit later
+        for place in range(held - 1, -1, -1):
+            sample = waiting[place]
+            if is_left[sample] and tokens[sample] <= room and patches[sample] <= patch_room:
+                order[done] = sample
+                is_left[sample] = False
+                done += 1
+                room -= tokens[sample]
+                patch_room -= patches[sample]
+        kept = 0
+        for place in range(held):
+            if is_left[waiting[place]]:
+                waiting[kept] = waiting[place]
+                kept += 1
+        held = kept
+        ends[rows] = done
+        rows += 1
+    return order, ends[:rows]

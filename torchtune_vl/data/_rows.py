@@ -5,11 +5,10 @@ So nothing is exchanged, no sample is seen twice, and the position in the data i
 """
 
 import heapq
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, count, islice, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from torchtune_vl.data._batch import Batch
-from torchtune_vl.data._packing import Planner, Size
+from torchtune_vl.data._packing import Planner, Size, planner_of, settings_of
+
+# Of so many random orders of an epoch's rows the most even is taken
+_ORDERS = 64
 
 
 class Row(NamedTuple):
@@ -28,30 +30,33 @@ class Row(NamedTuple):
         samples: the index in the dataset of each sample, its number in a stream.
         sizes: the size of each.
         position: where the data go on after the step that this row belongs to: values that JSON
-            can hold, the same on all ranks.
+            can hold, the same on all ranks. ``step`` counts the steps so far, ``epoch`` is that of
+            the next, ``has_begun`` tells whether other steps of this epoch are done, and
+            ``had_media`` whether any step so far had images or videos.
+        step_has_media: whether any row of the step, on any rank, has images or videos.
     """
 
     batch: Batch
     samples: list[int]
     sizes: list[Size]
     position: dict[str, Any]
+    step_has_media: bool
 
 
 class _Sample(NamedTuple):
-    place: int  # in the order of the epoch
     number: int  # in the dataset
     size: Size
     make: Callable[[], Mapping[str, Any]]
 
 
-# Places in the order of an epoch: the next to arrive, and those that did and wait for a row
-_NOTHING_USED: dict[str, Any] = {"next": 0, "waiting": []}
-
-
 class _Step(NamedTuple):
-    epoch: int
     rows: list[list[_Sample]]
+    has_media: bool
     position: dict[str, Any]
+
+
+# The rows of a step, and where it leaves the data
+_Planned = tuple[Iterable[list[_Sample]], dict[str, Any]]
 
 
 class TrainingRows(IterableDataset[Row]):
@@ -61,6 +66,10 @@ class TrainingRows(IterableDataset[Row]):
     equal as it can be, heaviest first. An epoch has each sample exactly once; rows that its last
     step lacks come from dividing others, and are empty where that does not suffice. The number of
     data workers changes nothing.
+
+    Rows come in a random order, large and small samples evenly over the epoch. Not shuffled, and
+    from a stream, an epoch is planned in pieces of ``planner.lookahead`` samples, and only the rows
+    of a piece come in a random order.
 
     Args:
         dataset: has ``__len__``, ``__getitem__`` and ``measure``, both of an index; or, if it is a
@@ -76,15 +85,16 @@ class TrainingRows(IterableDataset[Row]):
         shuffle: whether each epoch has an order of its own, instead of the dataset's.
         epochs: how often to go through the dataset; None for no end.
         position: from the last row that was trained on, to go on behind its step, with any number
-            of ranks.
+            of ranks. With another planner or ``rows_per_step``, the samples that are left of its
+            epoch are planned anew.
         sizes: int [samples, 3], the :class:`Size` of each sample of a dataset with indices. None
             measures them when they are planned.
 
     Raises:
         ValueError: if ranks cannot share a step equally, a size exceeds a row or has no supervised
-            token, a stream is to be shuffled, or the position is that of a run with other settings.
-            From iterating, if a sample cannot be measured or made, exceeds a row or has no
-            supervised token, or there is none.
+            token, a stream is to be shuffled, or the position is that of a run on other data or
+            behind the last epoch. From iterating, if a sample cannot be measured or made, exceeds a
+            row or has no supervised token, or there is none.
         RuntimeError: from iterating, if a sample does not have the size that was measured.
     """
 
@@ -121,20 +131,31 @@ class TrainingRows(IterableDataset[Row]):
             raise ValueError(
                 "a stream has an order of its own: set shuffle to False, and shuffle its source"
             )
-        self._settings = {
-            "rows_per_step": rows_per_step,
+        self._identity = {
             "seed": seed,
             "shuffle": shuffle,
             "samples": None if self.is_stream else len(dataset),
         }
-        self._start = {"step": 0, "epoch": 0, **_NOTHING_USED, **self._settings}
-        self._position = position or self._start
-        for name, value in self._settings.items():
+        self._settings = {"rows_per_step": rows_per_step, "rows": settings_of(planner)}
+        self._position: Mapping[str, Any] = position or {
+            "step": 0,
+            "epoch": 0,
+            "has_begun": False,
+            "had_media": False,
+            **self._identity,
+        }
+        for name, value in self._identity.items():
             if self._position[name] != value:
                 raise ValueError(
                     f"the position belongs to a run with {name} {self._position[name]}, this one "
                     f"has {value}: samples would be repeated or left out. Restore it, or start anew"
                 )
+        begun = self._position["epoch"] + self._position["has_begun"]
+        if epochs is not None and begun > epochs:
+            raise ValueError(
+                f"the run is in epoch {begun}, but was told to end after {epochs}: set epochs to "
+                f"{begun} or more"
+            )
         for number, size in enumerate([] if sizes is None else sizes.tolist()):
             with _naming(number):
                 self._check(Size(*size))
@@ -143,82 +164,172 @@ class TrainingRows(IterableDataset[Row]):
         """Iterate over the rows of this rank, in a data worker over those that it makes."""
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        own = (
-            (row, step.position) for step in self._plan(self._position) for row in self._hand(step)
-        )
-        for row, position in islice(own, first, None, stride):
+        own = ((row, step) for step in self._steps() for row in self._hand(step))
+        for row, step in islice(own, first, None, stride):
             yield Row(
                 self.planner.collate([_made(sample) for sample in row]),
                 [sample.number for sample in row],
                 [sample.size for sample in row],
-                position,
+                step.position,
+                step.has_media,
             )
 
-    def steps_per_epoch(self) -> list[int]:
-        """Count the steps of each epoch, whose orders differ, by planning them from the first.
+    def last_step(self) -> int:
+        """Count the steps to the end of the last epoch, by planning all that are left.
 
         Returns:
-            The number of steps of each epoch.
+            The number of the last step, those before the position counted.
 
         Raises:
             ValueError: if the number of epochs is not known; otherwise as iterating does.
         """
         if self.epochs is None:
             raise ValueError("epochs is None: the steps have no end to count to")
-        steps = Counter(step.epoch for step in self._plan(self._start))
-        return [steps[epoch] for epoch in range(self.epochs)]
+        return int(self._position["step"]) + sum(1 for _ in self._planned())
 
-    def _plan(self, position: Mapping[str, Any]) -> Iterator[_Step]:
-        step, first = position["step"], position["epoch"]
-        places, next_place = position["waiting"], position["next"]
-        for epoch in count(first) if self.epochs is None else range(first, self.epochs):
-            arriving = self._arriving(epoch, places, next_place)
-            queue = _Queue(self.planner, arriving, len(places), next_place)
-            if not queue.waiting:
-                raise ValueError(f"the dataset ends before sample {next_place}")
-            while rows := list(islice(queue, self.rows_per_step)):
-                step += 1
-                yield _Step(
-                    epoch,
-                    self._completed(rows),
-                    {"step": step, **queue.position(epoch), **self._settings},
-                )
-            places, next_place = [], 0
+    def has_media(self, last_step: int) -> bool:
+        """Return whether any step up to this one, those before the position too, has media.
 
-    def _arriving(self, epoch: int, places: Sequence[int], next_place: int) -> Iterator[_Sample]:
-        """Samples at these places in the order of an epoch, and all from the next place on."""
-        if self.is_stream:
-            first = min(places, default=next_place)
-            for place, raw in enumerate(self._stream_from(first), first):
-                if place >= next_place or place in places:
-                    yield self._sample(place, place, raw)
-            return
-        order = np.arange(len(self.dataset))
-        if self.shuffle:
-            np.random.default_rng((self.seed, epoch)).shuffle(order)
-        for place in chain(places, range(next_place, len(order))):
-            index = int(order[place])
-            yield self._sample(place, index, index)
+        Args:
+            last_step: the number of the step.
+        """
+        if self._position["had_media"]:
+            return True
+        steps = takewhile(lambda step: step.position["step"] <= last_step, self._steps())
+        return any(step.has_media for step in steps)
 
-    def _stream_from(self, first: int) -> Iterable[Any]:
+    def _steps(self) -> Iterator[_Step]:
+        had_media = self._position["had_media"]
+        for step, (planned, there) in enumerate(self._planned(), self._position["step"] + 1):
+            rows = list(planned)
+            has_media = any(sample.size.patches for row in rows for sample in row)
+            had_media |= has_media
+            position = {"step": step, "had_media": had_media, **there, **self._identity}
+            yield _Step(self._completed(rows), has_media, position)
+
+    def _planned(self) -> Iterator[_Planned]:
+        first = self._position["epoch"]
+        epochs = count(first) if self.epochs is None else range(first, self.epochs)
+        plan = self._shuffled_plan if self.shuffle else self._plan_in_order
+        left_at: Mapping[str, Any] = self._position
+        for epoch in epochs:
+            yield from plan(epoch, left_at)
+            left_at = {}
+
+    def _shuffled_plan(self, epoch: int, position: Mapping[str, Any]) -> Iterator[_Planned]:
+        """The steps that are left of an epoch, which is planned as a whole."""
+        # Pairs of settings and how many steps were taken with them: as often as they changed
+        plans = list(position.get("plans", []))
+        if not plans or plans[-1][0] != self._settings:
+            plans.append([self._settings, 0])
+        *before, (_, done) = plans
+        rows = self._shuffled_rows(epoch, plans)
+        for first in range(0, len(rows), self.rows_per_step):
+            done += 1
+            is_last = first + self.rows_per_step >= len(rows)
+            there = {"epoch": epoch, "has_begun": True, "plans": [*before, [self._settings, done]]}
+            yield (
+                (
+                    [self._sample(index, index) for index in row.tolist()]
+                    for row in rows[first : first + self.rows_per_step]
+                ),
+                {"epoch": epoch + 1, "has_begun": False} if is_last else there,
+            )
+
+    def _shuffled_rows(self, epoch: int, plans: Sequence[Sequence[Any]]) -> list[np.ndarray]:
+        """The rows of an epoch, as indices, that are left after these steps of these plans."""
+        if self.sizes is None:
+            self.sizes = np.array([self._measured(i, i) for i in range(len(self.dataset))])
+        if not len(self.sizes):
+            raise ValueError("the dataset has no samples")
+        left = np.random.default_rng((self.seed, epoch)).permutation(len(self.sizes))
+        rows: list[np.ndarray] = []
+        for number, (settings, done) in enumerate(plans, 1):
+            # All but those of the first steps of the plan before, in the order of the epoch
+            left = left[np.isin(left, np.concatenate(rows))] if rows else left
+            planner = self.planner if settings == self._settings else planner_of(settings["rows"])
+            random = np.random.default_rng((self.seed, epoch, number))
+            sizes = self.sizes[left]
+            planned = _evenly(planner.plan(sizes), sizes, random)
+            rows = [left[row] for row in planned[done * settings["rows_per_step"] :]]
+        return rows
+
+    def _plan_in_order(self, epoch: int, position: Mapping[str, Any]) -> Iterator[_Planned]:
+        """The steps that are left of an epoch, which is planned piece by piece."""
+        rows = [list(row) for row in position.get("rows", [])]
+        waiting, next_place = list(position.get("waiting", [])), position.get("next", 0)
+        if position.get("settings") != self._settings:
+            rows, waiting = [], sorted(chain(waiting, *rows))
+        known = {*chain(waiting, *rows)}
+        arriving = self._arriving(known, next_place)
+        samples = dict(islice(arriving, len(known)))
+        if missing := known - samples.keys():
+            raise ValueError(f"the dataset ends before sample {min(missing)}")
+        has_ended = False
+        while True:
+            while len(rows) < self.rows_per_step and not has_ended:
+                new = dict(islice(arriving, self.planner.lookahead))
+                has_ended = len(new) < self.planner.lookahead
+                samples |= new
+                waiting = [*waiting, *new]
+                sizes = np.array([samples[place].size for place in waiting]).reshape(-1, 3)
+                planned = self.planner.plan(sizes) if waiting else []
+                # The last row may not be full: its samples wait for others
+                last = [] if has_ended else planned.pop().tolist()
+                random = np.random.default_rng((self.seed, epoch, next_place))
+                planned = _evenly(planned, sizes, random)
+                rows = [*rows, *([waiting[i] for i in row] for row in planned)]
+                waiting = sorted(waiting[i] for i in last)
+                next_place += len(new)
+            if not samples:
+                raise ValueError("the dataset has no samples")
+            step, rows = rows[: self.rows_per_step], rows[self.rows_per_step :]
+            is_last = not rows and not waiting
+            there = {
+                "epoch": epoch,
+                "has_begun": True,
+                "settings": self._settings,
+                "rows": rows,
+                "waiting": waiting,
+                "next": next_place,
+            }
+            yield (
+                [[samples.pop(place) for place in row] for row in step],
+                {"epoch": epoch + 1, "has_begun": False} if is_last else there,
+            )
+            if is_last:
+                return
+
+    def _arriving(self, places: Set[int], next_place: int) -> Iterator[tuple[int, _Sample]]:
+        """The samples at these places in the dataset, and all from the next place on."""
+        first = min(places, default=next_place)
+        for place, raw in enumerate(self._raw_from(first), first):
+            if place >= next_place or place in places:
+                yield place, self._sample(place, raw)
+
+    def _raw_from(self, first: int) -> Iterable[Any]:
+        if not self.is_stream:
+            return range(first, len(self.dataset))
         if hasattr(self.dataset, "skip"):
             return self.dataset.skip(first)
         return islice(self.dataset, first, None)
 
-    def _sample(self, place: int, number: int, raw: Any) -> _Sample:
-        with _naming(number):
-            size = Size(*self._measured(raw))
-            self._check(size)
+    def _sample(self, number: int, raw: Any) -> _Sample:
         make = self.dataset.transform if self.is_stream else self.dataset.__getitem__
-        return _Sample(place, number, size, partial(make, raw))
+        return _Sample(number, self._measured(number, raw), partial(make, raw))
+
+    def _measured(self, number: int, raw: Any) -> Size:
+        if self.sizes is not None:
+            return Size(*self.sizes[number].tolist())
+        with _naming(number):
+            size = Size(*self.dataset.measure(raw))
+            self._check(size)
+        return size
 
     def _check(self, size: Size) -> None:
         if size.targets == 0:
             raise ValueError("it has no supervised token: remove it from the data")
         self.planner.check(size)
-
-    def _measured(self, raw: Any) -> Iterable[int]:
-        return self.dataset.measure(raw) if self.sizes is None else self.sizes[raw].tolist()
 
     def _completed(self, rows: list[list[_Sample]]) -> list[list[_Sample]]:
         """The rows of an epoch's last step, made as many as those of the others."""
@@ -247,46 +358,22 @@ class TrainingRows(IterableDataset[Row]):
         return self.planner.work([sample.size for sample in row])
 
 
-class _Queue:
-    """Samples of an epoch that wait for a row, and an iterator over the rows they make.
+def _evenly(
+    rows: list[np.ndarray], sizes: np.ndarray, random: np.random.Generator
+) -> list[np.ndarray]:
+    """Rows in a random order in which small samples are neither early nor late.
 
-    Whenever it stands still it holds as many as the planner wants to choose from.
+    Packing leaves the smallest samples to few rows, which in some orders are all early or late.
     """
-
-    def __init__(
-        self, planner: Planner, arriving: Iterator[_Sample], first: int, next_place: int
-    ) -> None:
-        self.planner = planner
-        self.arriving = arriving
-        self.waiting = list(islice(arriving, first))
-        self.next_place = next_place
-        self._fill()
-
-    def __iter__(self) -> "_Queue":
-        return self
-
-    def __next__(self) -> list[_Sample]:
-        if not self.waiting:
-            raise StopIteration
-        taken = self.planner.take([sample.size for sample in self.waiting])
-        row = [self.waiting[index] for index in taken]
-        gone = set(taken)
-        self.waiting = [x for index, x in enumerate(self.waiting) if index not in gone]
-        self._fill()
-        return row
-
-    def _fill(self) -> None:
-        missing = max(0, self.planner.lookahead - len(self.waiting))
-        arrived = list(islice(self.arriving, missing))
-        self.waiting += arrived
-        self.next_place += len(arrived)
-
-    def position(self, epoch: int) -> dict[str, Any]:
-        """Where an epoch goes on: places of samples that wait, and the next one to arrive."""
-        if not self.waiting:
-            return {"epoch": epoch + 1, **_NOTHING_USED}
-        places = [sample.place for sample in self.waiting]
-        return {"epoch": epoch, "next": self.next_place, "waiting": places}
+    if len(rows) < 2:
+        return rows
+    standardized = (sizes - sizes.mean(axis=0)) / sizes.std(axis=0).clip(1)
+    starts = np.cumsum([0, *map(len, rows[:-1])])
+    excess = np.add.reduceat(standardized[np.concatenate(rows)], starts)
+    orders = [random.permutation(len(rows)) for _ in range(_ORDERS)]
+    middle = (len(rows) - 1) / 2
+    places = min(orders, key=lambda places: float(np.abs((places - middle) @ excess).max()))
+    return [rows[i] for i in places.argsort()]
 
 
 def _made(sample: _Sample) -> Mapping[str, Any]:

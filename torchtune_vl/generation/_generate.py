@@ -9,7 +9,7 @@ from torchtune.modules.common_utils import local_kv_cache
 from torchtune.modules.model_fusion import EarlyFusionModel
 
 
-@torch.inference_mode()
+@torch.no_grad()  # FSDP cannot gather parameters in inference mode
 def generate(
     model: EarlyFusionModel,
     batch: dict[str, Any],

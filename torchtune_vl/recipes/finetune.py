@@ -204,7 +204,13 @@ class FinetuneRecipe:
         self.checkpointer = config.instantiate(cfg.checkpointer)
         self.model = self._make_model()
         self.trained = {n: p for n, p in named_as_saved(self.model) if p.requires_grad}
+        if not self.trained:
+            raise ValueError(
+                "nothing is trained: set one of model.decoder_trainable, model.encoder_trainable "
+                "and model.fusion_trainable"
+            )
         self.optimizer = config.instantiate(cfg.optimizer, self._parameter_groups())
+        self.seeing = [p for n, p in self.trained.items() if n.startswith("encoders.")]
         self._warn_of_rounding()
         # Not by torchtune's function, which refuses models with a decoder and an encoder
         self.offloading = (
@@ -214,9 +220,10 @@ class FinetuneRecipe:
         self.position: dict[str, Any] = self.begun.progress["position"] if self.begun else {}
         self.rows = self._make_rows(tokenizer)
         self.validation_rows = self._make_validation_rows(tokenizer)
-        self.max_steps = cfg.max_steps or sum(self.rows.steps_per_epoch())
+        self.max_steps = cfg.max_steps or self.rows.last_step()
         if self.begun:
             self._check_end(self.begun.progress)
+        self._refuse_untrainable_parts()
         self.scheduler = self._make_scheduler()
         self.step = 0
         self.losses: list[float] = []
@@ -324,6 +331,19 @@ class FinetuneRecipe:
         )
         return scheduler
 
+    def _refuse_untrainable_parts(self) -> None:
+        """Refuse to train what will have no gradient in any step."""
+        if self.seeing and not self.rows.is_stream and not self.rows.has_media(self.max_steps):
+            raise ValueError(
+                f"{self._seeing_parts()} cannot be trained: none of the {self.max_steps} steps has "
+                "an image or a video. Freeze them by model.encoder_trainable and "
+                "model.fusion_trainable, or correct the dataset"
+            )
+
+    def _seeing_parts(self) -> str:
+        parts = (group["part"] for group in self.optimizer.param_groups)
+        return " and ".join(sorted({part for part in parts if part != "decoder"}))
+
     def _make_rows(self, tokenizer: Any) -> TrainingRows:
         """The data; the sizes of all samples are measured first, which finds broken ones."""
         cfg = self.cfg
@@ -408,6 +428,8 @@ class FinetuneRecipe:
         if self.step < self.max_steps:
             self._agree_on_signal()
             return
+        if self.is_main and self.seeing and not self.position["had_media"]:
+            log.warning("%s did not change: no step had an image or a video", self._seeing_parts())
         self._export()
         if self.is_main:
             self._show()
@@ -467,6 +489,9 @@ class FinetuneRecipe:
                 (loss * self.data_ranks).backward()  # FSDP averages gradients over ranks
                 mean_loss += loss.detach()
                 self._note(row, since)
+        if not rows[0].step_has_media:  # gradients of zero: momentum and decay would act on them
+            for p in self.seeing:
+                p.grad = None
         if self.cfg.parallel.tensor > 1:
             average_copies(self.trained.values(), self.mesh["tensor"])
         dist.all_reduce(mean_loss)
@@ -728,7 +753,7 @@ class FinetuneRecipe:
 
     def _epoch(self) -> int:
         """The epoch of the last step; the position is that of the next."""
-        return self.position["epoch"] - (self.position["next"] == 0)
+        return self.position["epoch"] - (not self.position["has_begun"])
 
     def _show(self) -> None:
         """Draw the losses, and sum the run up."""

@@ -19,7 +19,6 @@ FIXED = (
     "model",
     "dataset",
     "dataset_val",
-    "rows_per_step",
     "seed",
     "shuffle",
     "optimizer",

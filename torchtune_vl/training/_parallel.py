@@ -200,6 +200,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
             groups.setdefault(layout, []).append(p.grad)
     norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    if not whole:
+        return torch.zeros(())
     total = torch.linalg.vector_norm(torch.stack(whole))
     if math.isinf(max_norm):
         return total

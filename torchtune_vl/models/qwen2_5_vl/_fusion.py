@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from torchtune.modules.model_fusion import EarlyFusionModel
 from torchtune.utils import batch_to_device
@@ -181,9 +182,10 @@ class VisionFusionModel(EarlyFusionModel):
     ) -> torch.Tensor | list[torch.Tensor]:
         """Compute logits, or losses, of text with media.
 
-        In training, and wherever processes work together, the encoder runs without media too: where
-        it is sharded, all of them wait for each other in it, and its gradients are zero then, not
-        missing.
+        Without media the encoder has no part in it, and its gradients are missing. Where other
+        processes, which may have media, would wait for this one in it, it takes a blank image, and
+        its gradients are zero: a step in which no process has media has to drop them, or else
+        momentum and weight decay act on it.
 
         Args:
             tokens: ids with placeholders expanded, int64 [b, s].
@@ -211,7 +213,7 @@ class VisionFusionModel(EarlyFusionModel):
                     f"{sorted(self.encoders.keys())}"
                 )
             h = self._fuse(tokens, h, self.encoders["vision"](**encoder_input["vision"]))
-        elif self.training or torch.distributed.is_initialized():
+        elif self._is_awaited(tokens):
             h = h + 0 * self.encoders["vision"](**_blank_unit(tokens.device)).sum().to(h.dtype)
         return self.decoder(
             h,
@@ -220,6 +222,16 @@ class VisionFusionModel(EarlyFusionModel):
             output_positions=output_positions,
             targets=targets,
         )
+
+    def _is_awaited(self, tokens: torch.Tensor) -> bool:
+        """Whether the encoder has to run without media."""
+        if self.training:
+            # A backward needs something that is trained
+            alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2
+            return not (alone and any(p.requires_grad for p in self.decoder.parameters()))
+        is_decoded = tokens.shape[1] == 1  # and no process has media then
+        encoder = self.encoders["vision"]
+        return not is_decoded and any(isinstance(m, FSDPModule) for m in encoder.modules())
 
     def _fuse(self, tokens: torch.Tensor, h: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
         is_placeholder = torch.zeros_like(tokens, dtype=torch.bool)
@@ -236,6 +248,7 @@ class VisionFusionModel(EarlyFusionModel):
 
 
 @lru_cache
+@torch.inference_mode(False)  # kept, it serves training after generation
 def _blank_unit(device: torch.device) -> dict[str, Any]:
     """The smallest image that the encoder takes, all zeros."""
     grid_thw = torch.tensor([[1, MERGE_SIZE, MERGE_SIZE]])
