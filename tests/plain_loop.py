@@ -195,6 +195,7 @@ def _step(model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> float:
         loss = nn.functional.cross_entropy(
             logits[0, :-1], torch.tensor(sample["labels"][1:]), ignore_index=-100, reduction="sum"
         )
-        (loss / targets).backward()
+        if loss.requires_grad:  # text alone does not, where the decoder is frozen
+            (loss / targets).backward()
         total += loss.item() / targets
     return total

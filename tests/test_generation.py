@@ -88,6 +88,8 @@ def test_tokens_are_decoded_without_the_encoder(model: torch.nn.Module, sharded:
         (answer,) = generate(model, prompts_of_text(), max_new_tokens=6, stop_tokens=[])
         assert len(answer) == 6
         assert len(runs) == sharded  # other processes could have media in their prompts
+        model(**packed_collate_vision([]))
+        assert len(runs) == 2 * sharded  # and in their rows, where this one's is empty
     finally:
         torch.distributed.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """Data workers end with the process that started them, in every way it can end."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -44,6 +45,33 @@ def test_workers_end_with_the_block_though_something_holds_the_iterator() -> Non
         [next(rows) for _ in range(20)]
     assert not any(worker.is_running() for worker in workers)
     assert rows is not None
+
+
+class Garbage:
+    """A cycle that may only be collected where it was made, as process groups are."""
+
+    def __init__(self) -> None:
+        self.cycle, self.pid = self, os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.pid:
+            os._exit(3)
+
+
+def test_workers_collect_no_garbage_of_the_trainer() -> None:
+    gc.disable()
+    try:
+        Garbage()
+        with loading(Collecting(), 1, batch_size=None) as rows:
+            assert [*rows] == [0]
+    finally:
+        gc.enable()
+
+
+class Collecting(IterableDataset):
+    def __iter__(self):
+        gc.collect()
+        yield 0
 
 
 def test_workers_that_do_not_listen_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:

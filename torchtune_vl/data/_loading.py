@@ -1,5 +1,6 @@
 """Data workers that end with the process that started them."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -32,16 +33,21 @@ def loading(dataset: Any, num_workers: int, **options: Any) -> Iterator[Iterator
     Raises:
         ChildProcessError: if a worker was killed or crashed, from anywhere in the block.
     """
-    rows = iter(
-        DataLoader(
-            dataset,
-            num_workers=num_workers,
-            worker_init_fn=_begin,
-            # Or else it draws from the random numbers of the steps, once more after resuming
-            generator=torch.Generator(),
-            **options,
-        )
+    loader = DataLoader(
+        dataset,
+        num_workers=num_workers,
+        worker_init_fn=_begin,
+        # Or else it draws from the random numbers of the steps, once more after resuming
+        generator=torch.Generator(),
+        **options,
     )
+    # What is garbage here is never collected by a worker: a process group would wait there for
+    # threads that a fork does not copy
+    gc.freeze()
+    try:
+        rows = iter(loader)
+    finally:
+        gc.unfreeze()
     workers = rows._workers if isinstance(rows, _MultiProcessingDataLoaderIter) else []
     try:
         yield rows

@@ -229,7 +229,8 @@ class VisionFusionModel(EarlyFusionModel):
             # A backward needs something that is trained
             alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2
             return not (alone and any(p.requires_grad for p in self.decoder.parameters()))
-        is_decoded = tokens.shape[1] == 1  # and no process has media then
+        # And no process has media then. An empty row has one token, too, and no cache
+        is_decoded = tokens.shape[1] == 1 and self.caches_are_setup()
         encoder = self.encoders["vision"]
         return not is_decoded and any(isinstance(m, FSDPModule) for m in encoder.modules())
 
