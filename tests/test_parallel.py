@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
@@ -20,6 +21,7 @@ from torchtune_vl.models.qwen2_5_vl import (
 from torchtune_vl.training._parallel import (
     average_copies,
     clip_grad_norm,
+    gather,
     initial_adapters,
     load_weights_into,
 )
@@ -102,3 +104,23 @@ def test_new_adapters_change_nothing(base: Path, use_dora: bool, quantize_base: 
     assert again.keys() == adapters.keys()
     assert not any(torch.equal(again[n], a) for n, a in adapters.items() if ".lora_a." in n)
     assert not initial_adapters(model, {**weights, **adapters}, seed=2)
+
+
+def gather_in_a_group(rank: int, directory: Path) -> None:
+    store = dist.FileStore(str(directory / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (2,)))
+    gathered = gather(dict(model.named_parameters()))
+    if rank == 0:
+        assert gathered.keys() == whole.keys()
+        assert all(torch.equal(gathered[name], tensor) for name, tensor in whole.items())
+    else:
+        assert gathered == {}
+    dist.destroy_process_group()
+
+
+def test_the_first_process_alone_gathers(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(gather_in_a_group, (tmp_path,), nprocs=2)
