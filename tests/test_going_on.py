@@ -256,8 +256,8 @@ def test_a_save_in_flight_outlives_an_error(
     monkeypatch.setattr(failing, "_log", fail)
     with pytest.raises(RuntimeError, match="an error"):
         failing.train()
-    failing.cleanup()
     assert [path.name for path in (tmp_path / "run" / "steps").iterdir()] == ["step_1"]
+    failing.cleanup()
 
 
 def test_a_disk_that_is_full(copy: Path) -> None:
