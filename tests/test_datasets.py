@@ -24,6 +24,7 @@ from torchtune_vl.datasets import VisionChatDataset, measure_all, vision_chat_da
 from torchtune_vl.datasets._chat import RowReader
 from torchtune_vl.datasets._media_directory import MediaDirectory
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
+from torchtune_vl.recipes._main import sentence_of
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 PROMPT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -297,6 +298,30 @@ def test_files_by_pattern_list_and_directory(build, media: Path) -> None:
             build([], data_files=wrong)
     with pytest.raises(ValueError, match="unknown_setting"):
         build([sharegpt("a")], unknown_setting=3)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_that_cannot_be_loaded(
+    transform: Qwen2_5_VLTransform, tmp_path: Path, streaming: bool
+) -> None:
+    good, damaged = str(tmp_path / "good.parquet"), tmp_path / "damaged.parquet"
+    datasets.Dataset.from_list([{"id": 1}]).to_parquet(good)
+    damaged.write_bytes(b"PAR1 and no more")
+    (tmp_path / "train.json").write_text('[{"id": 1}]')
+    for source, files, split, reason in (
+        ("parquet", str(damaged), "train", "'parquet' cannot be loaded: Parquet magic"),
+        ("parquet", str(tmp_path / "train.json"), "train", "'parquet' cannot be loaded: Parquet"),
+        ("parquet", good, "test", "'parquet' cannot be loaded: .* split"),
+        ("parquet", [], "train", "data_files names no file"),
+        ("json", {"train": []}, "train", "data_files names no file"),
+        ("json", str(tmp_path / "train.json"), "train[:1%", r"split 'train\[:1%' cannot be read"),
+        ("json", str(tmp_path / "train.json"), "train[1:]", r"split 'train\[1:\]' has no rows"),
+    ):
+        with pytest.raises(ValueError, match=reason) as told:
+            vision_chat_dataset(
+                transform, source=source, data_files=files, split=split, streaming=streaming
+            )
+        assert sentence_of(told.value) == str(told.value)
 
 
 def test_saved_directories(transform: Qwen2_5_VLTransform, media: Path) -> None:

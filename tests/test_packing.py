@@ -3,6 +3,7 @@
 import json
 import random
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,15 @@ def test_a_sample_too_large_for_a_row_is_refused() -> None:
     with pytest.raises(ValueError, match=r"201 patches.*max_patches of 200: raise.*max_pixels"):
         planner.check(Size(1, 201, 1))
     PackedRows(100).check(Size(1, 10**9, 1))
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5, True])
+def test_rows_count_by_whole_numbers_from_one(number: Any) -> None:
+    rows: list[Any] = [PackedRows, PackedRows, PackedRows, PaddedRows]
+    names = ["max_tokens", "max_patches", "lookahead", "batch_size"]
+    for kind, name in zip(rows, names, strict=True):
+        with pytest.raises(ValueError, match=rf"^{name} of rows must be .* 1, not {number}"):
+            kind(**{"max_tokens": 9} | {name: number} if kind is PackedRows else {name: number})
 
 
 def test_padded_rows_take_samples_in_order() -> None:

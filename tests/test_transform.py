@@ -232,6 +232,8 @@ def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"no preprocessor_config\.json"):
         Qwen2_5_VLTransform.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"none is not a directory: checkpoint_dir names one"):
+        Qwen2_5_VLTransform.from_pretrained(tmp_path / "none")
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": renamed}))
     assert Qwen2_5_VLTransform.from_pretrained(tmp_path).image_transform.max_pixels == 200000
 

@@ -74,6 +74,9 @@ class PackedRows:
             with it.
         lookahead: how many samples to choose from: several times as many as a row holds, or else
             rows are not full.
+
+    Raises:
+        ValueError: if a number is not at least 1.
     """
 
     collate = staticmethod(packed_collate_vision)
@@ -81,6 +84,7 @@ class PackedRows:
     def __init__(
         self, max_tokens: int, max_patches: int | None = None, lookahead: int = 1024
     ) -> None:
+        _check_counts(max_tokens=max_tokens, max_patches=max_patches, lookahead=lookahead)
         self.max_tokens = max_tokens
         self.max_patches = max_patches
         self.lookahead = lookahead
@@ -137,11 +141,15 @@ class PaddedRows:
 
     Args:
         batch_size: samples of a row.
+
+    Raises:
+        ValueError: if it is not at least 1.
     """
 
     collate = staticmethod(padded_collate_vision_targets)
 
     def __init__(self, batch_size: int) -> None:
+        _check_counts(batch_size=batch_size)
         self.batch_size = batch_size
 
     @property
@@ -174,6 +182,12 @@ class PaddedRows:
         """
         longest = max((size.tokens for size in row), default=0)
         return len(row) * longest + PATCH_WORK * sum(size.patches for size in row)
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and (type(count) is not int or count < 1):
+            raise ValueError(f"{name} of rows must be a whole number of at least 1, not {count!r}")
 
 
 def settings_of(planner: Planner) -> dict[str, Any]:

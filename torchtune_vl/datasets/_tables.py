@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 from datasets.config import HF_DATASETS_CACHE
+from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.json.json import Json
 
 from torchtune_vl.datasets._json_rows import JsonRows
@@ -57,26 +58,35 @@ def load_rows(
         that they are in, as far as the config names files or directories.
 
     Raises:
-        ValueError: if there is no such source, file, split or setting, or a JSON file cannot be
-            read.
+        ValueError: if there is no such source, file, split or setting, or a file cannot be read.
     """
     names = ("state.json", "dataset_dict.json")
     if any(os.path.isfile(os.path.join(source, name)) for name in names):
         return _saved_rows(source, split, streaming), [os.path.join(source, "")]
     data_files = _plain(data_files)
+    if data_files is not None and not all(_groups(data_files)):
+        raise ValueError("data_files names no file: name one, a list or a pattern")
     of_builder = {name: value for name, value in settings.items() if name not in _OF_TABLES}
     try:
         builder = datasets.load_dataset_builder(source, data_files=data_files, **of_builder)
-        if isinstance(builder, Json):
-            return _json_rows(builder, split, settings.get("cache_dir") or HF_DATASETS_CACHE)
-        rows = datasets.load_dataset(
-            source, data_files=data_files, split=split, streaming=streaming, **settings
-        )
-    except (FileNotFoundError, TypeError) as error:  # TypeError: of a setting that is not known
-        raise ValueError(f"the source {source!r} cannot be loaded: {error}") from error
-    groups = data_files.values() if isinstance(data_files, Mapping) else [data_files or []]
-    files = [file for group in groups for file in ([group] if isinstance(group, str) else group)]
+        if not isinstance(builder, Json):
+            rows = datasets.load_dataset(
+                source, data_files=data_files, split=split, streaming=streaming, **settings
+            )
+    # ValueError: of a split, or files of another format; TypeError: of a setting that is not known
+    except (FileNotFoundError, TypeError, ValueError, DatasetGenerationError) as error:
+        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        raise ValueError(f"the source {source!r} cannot be loaded: {reason}") from error
+    if isinstance(builder, Json):
+        return _json_rows(builder, split, settings.get("cache_dir") or HF_DATASETS_CACHE)
+    files = [file for group in _groups(data_files or []) for file in group]
     return _undecoded(rows, streaming), files
+
+
+def _groups(data_files: Any) -> list[list[str]]:
+    """The files of each split."""
+    groups = data_files.values() if isinstance(data_files, Mapping) else [data_files]
+    return [[group] if isinstance(group, str) else group for group in groups]
 
 
 def _plain(value: Any) -> Any:
@@ -122,7 +132,12 @@ def _saved_rows(source: str, split: str, streaming: bool) -> Stream | datasets.D
 def _parts(split: str, tables: Mapping[str, Any]) -> list[Any]:
     """The parts of tables that make a split, which are named as in ``datasets``."""
     lengths = {name: len(table) for name, table in tables.items()}
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except ValueError as error:
+        raise ValueError(f"the split {split!r} cannot be read: {error}") from error
+    if not any(part.to > part.from_ for part in parts):
+        raise ValueError(f"the split {split!r} has no rows: there are {lengths}")
     return [tables[p.splitname].select(range(p.from_, p.to)) for p in parts]
 
 

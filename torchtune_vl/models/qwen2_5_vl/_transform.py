@@ -149,6 +149,11 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
                 is unknown.
         """
         directory = Path(checkpoint_dir)
+        if not directory.is_dir():
+            raise ValueError(
+                f"{directory} is not a directory: checkpoint_dir names one that has the files of a "
+                "published checkpoint"
+            )
         _check_names(settings)
         vocabulary = directory / "tokenizer.json"
         merges = None
