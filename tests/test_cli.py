@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from quickstart.checkpoint import write_tiny_checkpoint
 from torchtune_vl.cli import main
+from torchtune_vl.recipes import config_path
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,45 @@ def test_wrong_usage(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["merge", "nowhere", "nowhere", "out"], "tune-vl merge: nowhere "),
+        (["export", "run", "out"], "tune-vl export: run has neither"),
+        (["estimate", "--config", "nothing"], "tune-vl estimate: no config and no file"),
+        (["estimate", "--config", "x", "--devices", "0"], "invalid number of devices"),
+        (["validate-config", "nothing"], "tune-vl validate-config: "),
+        (["validate-config", "wrong.yaml"], "seeds is no key of this recipe; the nearest is seed"),
+        (["run", "finetune", "--config", "run"], "/run: Is a directory"),
+        (["run", "--nproc_per_node", "0", "finetune", "--config", "wrong.yaml", "~seeds"],
+         "--nproc_per_node is '0'"),
+        (["validate", "adapter"], "adapter is an adapter: merge it into its base first"),
+        (["validate", "run"], "run is the folder of a run: its checkpoint is run/epoch_0"),
+        (["validate", "begun"], "begun is the folder of a run that has no finished checkpoint"),
+        (["validate", "a\x1b[2J"], "a\\x1b[2J is no directory"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_sentence(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = config_path("quickstart/digits.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text(f"{config}\nseeds: 1\n")
+    for path in ("adapter/adapter_config.json", "run/epoch_0/config.json", "begun/steps/step_1/x"):
+        Path(path).parent.mkdir(parents=True)
+        Path(path).touch()
+    assert status(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    if "usage:" not in error:
+        assert error.count("\n") == 1
 
 
 def test_passes_and_writes_reports(

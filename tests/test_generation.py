@@ -37,6 +37,13 @@ def prompts() -> dict:
     return padded_collate_vision(samples, pad_direction="left")
 
 
+def test_prompts_padded_on_the_right_are_refused(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = padded_collate_vision([Conversation([]).sample(generator)])
+    with pytest.raises(ValueError, match='pad_direction="left"'):
+        generate(model, batch, max_new_tokens=1, stop_tokens=[])
+
+
 def test_top_1_is_greedy_and_temperature_varies(model: torch.nn.Module) -> None:
     greedy = generate(model, prompts(), max_new_tokens=6, stop_tokens=[])
     top_1 = generate(model, prompts(), max_new_tokens=6, stop_tokens=[], temperature=1.0, top_k=1)

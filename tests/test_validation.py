@@ -5,13 +5,14 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from quickstart.checkpoint import write_tiny_checkpoint
@@ -22,6 +23,7 @@ from torchtune_vl.models.qwen2_5_vl import (
 )
 from torchtune_vl.validation import (
     Inputs,
+    Picture,
     Report,
     Row,
     _chat,
@@ -29,6 +31,7 @@ from torchtune_vl.validation import (
     _reference,
     find_images,
     find_videos,
+    print_report,
     read_conversations,
     to_html,
     to_markdown,
@@ -674,3 +677,19 @@ def test_tools_are_joined_texts(tmp_path: Path) -> None:
     assert conversation.messages[0]["content"] == "ab"
     assert conversation.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert conversation.tools == [{"name": "f"}]
+
+
+def test_no_control_character_reaches_an_output() -> None:
+    """Nor a byte of a name that is not UTF-8, which cannot be written."""
+    name = "caf\udce9\x1b[2J\u202e.png"
+    case = Case(name, 1, 1, 1.0, 1.0, failed=True, detail=f"said {name}")
+    case.pictures = [Picture(name, b"")]
+    row = Row("pixels", "about", "values", note=name, cases=[case])
+    report = Report(name, name, {"torch": "2"}, [row])
+    stream = StringIO()
+    print_report(report, Console(file=stream, width=200))
+    for text in (stream.getvalue(), to_markdown(report), to_html(report)):
+        text.encode()
+        assert {c for c in text if not c.isprintable()} <= {"\n"}
+        plain = text.replace("\\\\", "\\").replace("\\[", "[")
+        assert "caf\\udce9\\x1b[2J\\u202e.png" in plain

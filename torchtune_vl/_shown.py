@@ -13,4 +13,6 @@ def shown(text: str) -> str:
     Returns:
         The text, which can be encoded. Its lines stay.
     """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

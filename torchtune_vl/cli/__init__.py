@@ -1,9 +1,11 @@
 """The ``tune-vl`` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
+from torchtune_vl._shown import shown
 from torchtune_vl.cli import _torchtune, estimate, export, merge, validate
 
 # Each has `add_parser`, which sets the function to run; what takes long to import it imports there
@@ -19,9 +21,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="tune-vl", description="Fine-tune Qwen2.5-VL with torchtune, and check that it is it."
     )
-    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(
+        title="commands", required=True, metavar="COMMAND", dest="command"
+    )
     _torchtune.add_parsers(subparsers)
     for subcommand in _SUBCOMMANDS:
         subcommand.add_parser(subparsers)
     options = parser.parse_args(arguments)
-    sys.exit(options.run(options))
+    sys.exit(_run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run a command; what its user can mend ends it with one sentence and status 2."""
+    try:
+        status: int = options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError) as error:
+        from torchtune_vl.recipes._main import sentence_of
+
+        # What a recipe calls can be anything, what other commands call has arguments of users
+        sentence = sentence_of(error) or ("" if options.command == "run" else shown(str(error)))
+        if not sentence or os.environ.get("TORCHTUNE_VL_TRACEBACK") == "1":
+            raise
+        print(f"tune-vl {options.command}: {sentence}", file=sys.stderr)
+        return 2
+    return status

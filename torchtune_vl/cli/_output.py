@@ -1,9 +1,10 @@
 """What commands that write a checkpoint or an adapter have in common."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from torchtune_vl._shown import shown
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,24 +27,23 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_output(command: str, options: argparse.Namespace, write: Callable[..., None]) -> int:
-    """Write, and tell where, or why not.
+def write_output(options: argparse.Namespace, write: Callable[..., None]) -> int:
+    """Write, and tell where.
 
     Args:
-        command: name of the subcommand.
         options: of the command line, those of :func:`add_output_arguments` among them.
         write: takes the output's directory, the dtype or None, and the most bytes of a file.
 
     Returns:
-        The exit status, 2 if it cannot be done.
+        The exit status.
+
+    Raises:
+        OSError: if it cannot be written.
+        ValueError: if it cannot be done.
     """
     import torch
 
     dtype = options.dtype and getattr(torch, options.dtype)
-    try:
-        write(options.output, dtype, options.max_shard_size)
-    except (OSError, ValueError) as error:
-        print(f"tune-vl {command}: {error}", file=sys.stderr)
-        return 2
-    print(f"Written to {options.output}")
+    write(options.output, dtype, options.max_shard_size)
+    print(f"Written to {shown(str(options.output))}")
     return 0

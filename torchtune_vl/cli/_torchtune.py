@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from torchtune_vl._shown import shown
-
 
 class _Command(NamedTuple):
     of_torchtune: str
@@ -86,11 +84,9 @@ def add_parsers(subparsers: Any) -> None:
 
 def _run(name: str, options: argparse.Namespace) -> int:
     if name == "run":
-        try:
-            _check_config(options.arguments)
-        except (OSError, ValueError) as error:
-            print(f"tune-vl run: {shown(str(error))}", file=sys.stderr)
-            return 2
+        _check_config(options.arguments)
+    if name == "validate-config" and len(options.arguments) == 1:
+        _check_components(options.arguments[0])
     # torchao tells of C++ extensions that it does not load
     logging.getLogger("torchao").setLevel(logging.ERROR)
     from torchtune._cli.cat import Cat
@@ -113,6 +109,7 @@ def _run(name: str, options: argparse.Namespace) -> int:
     parsed = parser.parse_args([command.of_torchtune, *options.arguments])
     if command.of_torchtune == "run":
         _check_files(subparsers.choices["run"], parsed)
+        _check_processes(subparsers.choices["run"], parsed.nproc_per_node)
         return _run_recipe(partial(parsed.func, parsed))
     parsed.func(parsed)
     return 0
@@ -129,6 +126,16 @@ def _check_config(arguments: Sequence[str]) -> None:
         from torchtune_vl.recipes._read_config import read_config
 
         read_config(arguments[len(before) :])
+
+
+def _check_components(path: str) -> None:
+    """Check a config of our recipe by its description, and not only what its components take."""
+    from omegaconf import OmegaConf
+
+    from torchtune_vl.recipes._read_config import check_components, read_config
+
+    if Path(path).is_file() and {"rows", "rows_per_step"} <= {*OmegaConf.load(path)}:
+        check_components(read_config(["--config", path]))
 
 
 def _run_recipe(run: Callable[[], None]) -> int:
@@ -169,6 +176,12 @@ def _check_files(parser: argparse.ArgumentParser, options: argparse.Namespace) -
     configs = {known.name for recipe in recipes for known in recipe.configs}
     if config not in configs and not Path(config).is_file():
         parser.error(f"no config and no file is called {config!r}: see `tune-vl ls`")
+
+
+def _check_processes(parser: argparse.ArgumentParser, number: str) -> None:
+    """Refuse numbers that torchrun answers with a traceback; it knows some words, too."""
+    if not (number.isdigit() and int(number) > 0) and number not in ("auto", "cpu", "gpu", "xpu"):
+        parser.error(f"--nproc_per_node is {number!r}: give the number of processes")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import sys
 from typing import Any
 
 _DESCRIPTION = """\
@@ -35,12 +34,25 @@ def add_parser(subparsers: Any) -> None:
         "--config", required=True, metavar="CONFIG", help="name, see `tune-vl ls`, or file"
     )
     parser.add_argument(
-        "--devices", type=int, default=1, metavar="N", help="GPUs, over all nodes (default: 1)"
+        "--devices",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="GPUs, over all nodes (default: 1)",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="in place of what the config says"
     )
     parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+_positive.__name__ = "number of devices"  # as argparse says it
 
 
 def run(options: argparse.Namespace) -> int:
@@ -50,20 +62,19 @@ def run(options: argparse.Namespace) -> int:
         options: of the command line.
 
     Returns:
-        The exit status, 2 if it cannot be done.
+        The exit status.
+
+    Raises:
+        ValueError: if it cannot be done.
     """
     logging.getLogger("torchao").setLevel(logging.ERROR)
     from torchtune_vl.recipes._read_config import check_components, read_config
 
-    try:
-        config = read_config(["--config", options.config, *options.overrides])
-        check_components(config)
-        from torchtune_vl.training._memory import estimate_memory
+    config = read_config(["--config", options.config, *options.overrides])
+    check_components(config)
+    from torchtune_vl.training._memory import estimate_memory
 
-        memory = estimate_memory(config, options.devices)
-    except (OSError, ValueError) as error:
-        print(f"tune-vl estimate: {error}", file=sys.stderr)
-        return 2
+    memory = estimate_memory(config, options.devices)
     print(f"GB on each of {options.devices} devices, computed, not measured")
     for purpose, size in {**memory, "all": sum(memory.values())}.items():
         print(f"{purpose:<16}{size / _GB:8.1f}")

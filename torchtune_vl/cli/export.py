@@ -43,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
         options: of the command line.
 
     Returns:
-        The exit status, 2 if it cannot be done.
+        The exit status.
     """
     from torchtune_vl.training import export
 
-    return write_output("export", options, partial(export, options.source))
+    return write_output(options, partial(export, options.source))

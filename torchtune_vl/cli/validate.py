@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchtune_vl._shown import shown
+
 if TYPE_CHECKING:
     from torchtune_vl.validation import Inputs, Report
 
@@ -95,29 +97,50 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write a page with pictures of what differs"
     )
-    parser.set_defaults(run=lambda options: _run(parser, options))
+    parser.set_defaults(run=_run)
 
 
-def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("transformers") is None:
-        parser.error("transformers is what it compares with: pip install 'torchtune-vl[validate]'")
+        raise ValueError(
+            "transformers is what it compares with: pip install 'torchtune-vl[validate]'"
+        )
     for directory in (options.checkpoint_dir, options.reference):
-        if directory is not None and not directory.is_dir():
-            parser.error(f"{directory} is no directory")
+        if directory is not None:
+            _check_directory(directory)
     for path in (options.markdown, options.html):
         if path is not None and not path.parent.is_dir():
-            parser.error(f"{path.parent}, where {path.name} is to be written, is no directory")
+            raise ValueError(f"{path.parent}, where {path.name} is to be written, is no directory")
     with warnings.catch_warnings():
+        print("Importing transformers", file=sys.stderr)
         _hush()
         if importlib.util.find_spec(_NEWEST_NEEDED) is None:
-            parser.error("this transformers is too old: pip install --upgrade transformers")
-        try:
-            inputs = _read_inputs(options)
-        except ValueError as error:
-            parser.error(str(error))
-        report = _validate(options, inputs)
+            raise ValueError("this transformers is too old: pip install --upgrade transformers")
+        report = _validate(options, _read_inputs(options))
     _write(report, options)
     return 0 if report.passed else 1
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuse what is no checkpoint, and say what it is."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory")
+    if (directory / "config.json").exists():
+        return
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(
+            f"{directory} is an adapter: merge it into its base first, "
+            f"`tune-vl merge BASE {directory} MERGED`"
+        )
+    epochs = [path for path in directory.glob("epoch_*") if (path / "config.json").exists()]
+    if epochs:
+        newest = max(epochs, key=lambda path: path.stat().st_mtime)
+        raise ValueError(f"{directory} is the folder of a run: its checkpoint is {newest}")
+    if (directory / "steps").is_dir():
+        raise ValueError(
+            f"{directory} is the folder of a run that has no finished checkpoint yet: resume=True "
+            "goes on with it"
+        )
 
 
 def _hush() -> None:
@@ -154,10 +177,11 @@ def _validate(options: argparse.Namespace, inputs: "Inputs") -> "Report":
 
     console = Console(stderr=True)
 
-    def shown(sequence: Any, description: str) -> Any:
-        return track(
-            sequence, description, console=console, transient=True, disable=not console.is_terminal
-        )
+    def show(sequence: Any, description: str) -> Any:
+        if console.is_terminal:
+            return track(sequence, description, console=console, transient=True)
+        print(f"Comparing {description}: {len(sequence)}", file=sys.stderr)  # for a log
+        return sequence
 
     return validate(
         options.checkpoint_dir,
@@ -167,7 +191,7 @@ def _validate(options: argparse.Namespace, inputs: "Inputs") -> "Report":
         weights=options.weights,
         logits=options.logits,
         dtype=getattr(torch, options.dtype),
-        track=shown,
+        track=show,
     )
 
 
@@ -182,4 +206,4 @@ def _write(report: "Report", options: argparse.Namespace) -> None:
     for path, render in ((options.markdown, to_markdown), (options.html, to_html)):
         if path is not None:
             path.write_text(render(report), encoding="utf-8")
-            print(f"Written to {path}")
+            print(f"Written to {shown(str(path))}")

@@ -34,8 +34,14 @@ def generate(
         For each prompt the new ids, up to and with the first stop token.
 
     Raises:
-        ValueError: if prompts and answers do not fit into the model's ``max_seq_len``.
+        ValueError: if prompts are not padded on the left, or prompts and answers do not fit into
+            the model's ``max_seq_len``.
     """
+    if not isinstance(batch.get("mask"), torch.Tensor):
+        raise ValueError(
+            "the batch has no mask of prompts that are padded on the left: collate it with "
+            'padded_collate_vision(..., pad_direction="left")'
+        )
     tokens, prompt_mask = batch["tokens"], batch["mask"]
     batch_size, prompt_length = tokens.shape
     length = prompt_length + max_new_tokens

@@ -3,9 +3,12 @@
 from base64 import b64encode
 from collections import Counter
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
+from torchtune_vl._shown import shown
 from torchtune_vl.validation._report import COLUMNS, Report, Row, cells
 
 # Cases of a row that the page lists; the worst come first
@@ -23,7 +26,11 @@ def to_html(report: Report) -> str:
         The page, with pictures inside and without scripts.
     """
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
     )
     environment.filters["data_url"] = _data_url
     environment.filters["visible"] = _visible
@@ -46,6 +53,11 @@ def _data_url(png: bytes) -> str:
     return f"data:image/png;base64,{b64encode(png).decode()}"
 
 
+def _finalize(value: Any) -> Any:
+    """Show text of names and data; what macros made of it is done."""
+    return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _visible(text: str) -> str:
-    """Make white space and control characters visible."""
-    return "".join("␣" if c == " " else c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Make white space visible."""
+    return shown(text).replace(" ", "␣").replace("\n", "\\n")

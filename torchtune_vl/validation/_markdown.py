@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from torchtune_vl._shown import shown
 from torchtune_vl.validation._report import COLUMNS, Report, Row, cells
 
 _CASES = 20
@@ -20,8 +21,8 @@ def to_markdown(report: Report) -> str:
     lines = [
         f"# Parity report: {report.verdict}",
         "",
-        f"- Ours reads: `{report.checkpoint}`",
-        f"- transformers reads: `{report.reference}`",
+        f"- Ours reads: {_escape(report.checkpoint)}",
+        f"- transformers reads: {_escape(report.reference)}",
         f"- {facts}",
         "",
         *_table(COLUMNS, [cells(row) for row in report.rows]),
@@ -57,6 +58,7 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _escape(text: str) -> str:
+    text = shown(text)
     for character in "\\|<>*_`[]":
         text = text.replace(character, f"\\{character}")
     return " ".join(text.split())

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from torchtune_vl._shown import shown
 from torchtune_vl.validation._report import COLUMNS, Report, cells
 
 _COLOURS = {"pass": "green", "fail": "bold red", "not compared": "yellow"}
@@ -23,7 +24,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_table(report))
     for row in report.rows:
         if row.note:
-            console.print(f"\n[bold]{row.name}[/]: {escape(row.note)}.", highlight=False)
+            console.print(f"\n[bold]{row.name}[/]: {_text(row.note)}.", highlight=False)
     for row in report.rows:
         failing = {case.name: case.summary for case in row.failed}
         _print_cases(f"[bold red]{row.name}[/]: {len(failing):,} fail", failing, console)
@@ -45,10 +46,14 @@ def _table(report: Report) -> Table:
         right = column in _RIGHT
         table.add_column(column, justify="right" if right else "left", no_wrap=right)
     for row in report.rows:
-        texts = list(map(escape, cells(row)))
+        texts = list(map(_text, cells(row)))
         texts[4] = f"[{_COLOURS[row.status]}]{texts[4]}[/]"
         table.add_row(*texts)
     return table
+
+
+def _text(text: str) -> str:
+    return escape(shown(text))
 
 
 def _print_cases(title: str, cases: Mapping[str, str], console: Console) -> None:
@@ -56,6 +61,6 @@ def _print_cases(title: str, cases: Mapping[str, str], console: Console) -> None
         return
     console.print(f"\n{title}", highlight=False)
     for name, summary in [*cases.items()][:_CASES]:
-        console.print(f"  {escape(name)}: {escape(summary)}", highlight=False)
+        console.print(f"  {_text(name)}: {_text(summary)}", highlight=False)
     if len(cases) > _CASES:
         console.print(f"  and {len(cases) - _CASES:,} more", highlight=False)

@@ -27,14 +27,20 @@ def import_torchvision() -> str:
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None:
-        return "torchvision is not installed"
+        return f"torchvision is not installed: {_advice()}"
     try:
         _import(Path((spec.submodule_search_locations or [""])[0]))
     except Exception as error:  # whatever a foreign binary's import may raise
         _forget()
         sys.modules["torchvision"] = None  # type: ignore[assignment]
-        return f"torchvision does not import ({error})"
+        return f"torchvision does not import ({error}): {_advice()}"
     return ""
+
+
+def _advice() -> str:
+    """How to install it; pip alone would replace a CPU build of torch by one for CUDA."""
+    minor = int(torch.__version__.split(".")[1])
+    return f"pip install --no-deps 'torchvision==0.{minor + 15}.*' is for this torch"
 
 
 def _import(folder: Path) -> None:
