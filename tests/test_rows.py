@@ -483,10 +483,10 @@ class Unsupervised(Samples):
         (Unmeasurable, ValueError, "sample 0 of the dataset: it has no messages"),
         (
             Changed,
-            RuntimeError,
+            ValueError,
             r"sample 0 of the dataset has 9 tokens, 4 patches and 8 supervised.*had 9 tokens, 8",
         ),
-        (Unsupervised, RuntimeError, "8 patches and 0 supervised.*8 patches and 8 supervised"),
+        (Unsupervised, ValueError, "8 patches and 0 supervised.*8 patches and 8 supervised"),
     ],
 )
 def test_errors_name_the_sample(

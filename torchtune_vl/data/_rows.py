@@ -93,9 +93,9 @@ class TrainingRows(IterableDataset[Row]):
     Raises:
         ValueError: if ranks cannot share a step equally, a size exceeds a row or has no supervised
             token, a stream is to be shuffled, or the position is that of a run on other data or
-            behind the last epoch. From iterating, if a sample cannot be measured or made, exceeds a
-            row or has no supervised token, or there is none.
-        RuntimeError: from iterating, if a sample does not have the size that was measured.
+            behind the last epoch. From iterating, if a sample cannot be measured or made, does not
+            have the size that was measured, exceeds a row or has no supervised token, or there is
+            none.
     """
 
     def __init__(
@@ -387,7 +387,7 @@ def _made(sample: _Sample) -> Mapping[str, Any]:
             f"{s.tokens} tokens, {s.patches} patches and {s.targets} supervised tokens"
             for s in (size, sample.size)
         )
-        raise RuntimeError(
+        raise ValueError(
             f"sample {sample.number} of the dataset has {now}, but had {before} when it was "
             "measured: it has changed since; measure the dataset anew"
         )
