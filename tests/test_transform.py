@@ -296,6 +296,29 @@ def test_settings_that_are_unknown(vocabulary: Path, tmp_path: Path) -> None:
             Qwen2_5_VLTransform.from_pretrained(tmp_path, **{name: 1})
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_pixels": 1e6},
+        {"max_pixels": "abc"},
+        {"min_pixels": True},
+        {"video_max_pixels": 1e6},
+        {"max_seq_len": "abc"},
+        {"max_seq_len": 0},
+        {"tokens_per_second": 2.0},
+        {"allow_remote": 5},
+        {"add_vision_id": "maybe"},
+    ],
+    ids=str,
+)
+def test_settings_of_a_wrong_kind(vocabulary: Path, settings: dict[str, Any]) -> None:
+    """A float among them would be exported, and refused where the export is read."""
+    ((name, value),) = settings.items()
+    message = f"{name.removeprefix('video_')} is {value!r}: make it (an integer|True)"
+    with pytest.raises(ValueError, match=message):
+        qwen2_5_vl_transform(vocabulary / "tokenizer.json", **settings)
+
+
 @pytest.mark.parametrize("name", ["truncation", "train_on", "parse_special"])
 def test_unknown_settings(vocabulary: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"unknown {name} 'some'"):

@@ -102,6 +102,7 @@ class Qwen2_5_VLImageTransform:
         ):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: use one of {known}")
+        _check_integers({"min_pixels": min_pixels, "max_pixels": max_pixels})
         _check_limits(min_pixels, max_pixels)
         if patch_dtype == "uint8" and (*image_mean, *image_std) != (*CLIP_MEAN, *CLIP_STD):
             raise ValueError(
@@ -195,11 +196,7 @@ class Qwen2_5_VLImageTransform:
     def _target_size(self, original_size: Size, sample: Mapping[str, Any]) -> Size:
         """Size of the resized image: that of ``qwen_vl_utils.fetch_image``."""
         limits = {name: sample[name] for name in LEAST if sample.get(name) is not None}
-        for name, value in limits.items():
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < LEAST[name]:
-                raise ValueError(
-                    f"{name} is {value!r}: make it an integer of at least {LEAST[name]}"
-                )
+        _check_integers(limits)
         if "resized_height" in limits and "resized_width" in limits:
             _check_sides(*original_size)
             return smart_resize(limits["resized_height"], limits["resized_width"])
@@ -228,6 +225,12 @@ def _described(
         "num_image_tokens": len(patches) // MERGE_SIZE**2,
         "original_size": original_size,
     }
+
+
+def _check_integers(limits: Mapping[str, Any]) -> None:
+    for name, value in limits.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < LEAST[name]:
+            raise ValueError(f"{name} is {value!r}: make it an integer of at least {LEAST[name]}")
 
 
 def _check_limits(min_pixels: int, max_pixels: int) -> None:

@@ -629,6 +629,12 @@ def qwen2_5_vl_transform(
     Raises:
         ValueError: if a file is not a Qwen2.5 vocabulary, or a setting makes no sense.
     """
+    for name, value in (("add_vision_id", add_vision_id), ("allow_remote", allow_remote)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}: make it True or False")
+    for name, number in (("max_seq_len", max_seq_len), ("tokens_per_second", tokens_per_second)):
+        if number is not None and (type(number) is not int or number < 1):
+            raise ValueError(f"{name} is {number!r}: make it an integer of at least 1")
     chat_template = None
     if chat_template_file is not None:
         chat_template, numbers_media = pretrained.read_chat_template(chat_template_file)
