@@ -14,6 +14,7 @@ from tests.reference import Conversation
 from torchtune_vl.cli import main
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.modules.summary import num_bytes
+from torchtune_vl.recipes import config_path
 from torchtune_vl.training._memory import estimate_memory
 
 MODELS = "torchtune_vl.models.qwen2_5_vl"
@@ -160,8 +161,10 @@ def test_rows_of_padded_samples_are_as_long_as_can_be(checkpoint: Path) -> None:
 
 
 def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = OmegaConf.load(config_path("qwen2_5_vl/3B_full"))
+    config.update(settings(checkpoint, rows=config.rows, checkpoint_dir=str(checkpoint)))
     path = tmp_path / "mine.yaml"
-    OmegaConf.save(settings(checkpoint), path)
+    OmegaConf.save(config, path)
     with pytest.raises(SystemExit) as stopped:
         main(["estimate", "--config", str(path), "--devices", "2", "dtype=bf16"])
     assert stopped.value.code == 0
@@ -174,7 +177,7 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ("name", "message"),
     [
         ("nowhere.yaml", "nowhere.yaml"),
-        ("other.yaml", "other.yaml has no rows"),
+        ("other.yaml", "rows is missing"),
         ("qwen2_5_vl/3B_full", "needs its config.json"),
     ],
 )
