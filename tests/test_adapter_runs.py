@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from tests.finetune_runs import run, start, write_config, write_inputs
+from tests.finetune_runs import read_losses, read_samples, run, start, write_config, write_inputs
+from tests.plain_loop import plain_run
+from torchtune_vl.datasets import vision_chat_dataset
+from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 from torchtune_vl.training._adapters import load_adapter
 
 MODEL: dict[str, Any] = {
@@ -31,12 +35,14 @@ def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(root: Path, name: str, settings: dict[str, Any]) -> Path:
+def config(
+    root: Path, name: str, settings: dict[str, Any], shipped: str = "qwen2_5_vl/3B_lora"
+) -> Path:
     model = {
         "model._component_": "torchtune_vl.models.qwen2_5_vl.lora_qwen2_5_vl_from_config",
         "model.checkpoint_dir": str(root / "base"),
     }
-    return write_config(root, root / name, {**model, **MODEL, **settings}, "qwen2_5_vl/3B_lora")
+    return write_config(root, root / name, {**model, **MODEL, **settings}, shipped)
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -86,3 +92,53 @@ def test_going_on_and_what_does_not_fit(root: Path, tmp_path: Path, settings: An
     assert "the model alone trains decoder.layers.0.attn.k_proj.lora_a.weight" in messages
     assert not list((root / third).glob("epoch_*"))
     assert "Step 1" not in messages
+
+
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [("qwen2_5_vl/3B_qlora", 1), pytest.param("qwen2_5_vl/3B_lora", 2, marks=pytest.mark.slow)],
+)
+def test_small_steps_of_adapters_on_bfloat16_weights(
+    root: Path, tmp_path: Path, name: str, processes: int
+) -> None:
+    """They are those of a loop in float32, where bfloat16 would lose most of each."""
+    shipped = {
+        "dtype": "bf16",
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-5, "fused": True},
+        "lr_scheduler": None,
+        "num_workers": 2,
+        "model.fusion_trainable": "full",
+        "model.lora_rank": 16,
+        "max_steps": 4,
+    }
+    path = config(root, tmp_path.name, shipped, name)
+    process = start(path, processes)
+    messages, _ = process.communicate()
+    assert process.returncode == 0, messages[-3000:]
+    assert "the optimizer rounds" not in messages
+
+    output = path.with_suffix("")
+    dataset = vision_chat_dataset(
+        Qwen2_5_VLTransform.from_pretrained(root / "base"),
+        source="json",
+        data_files=str(root / "train.jsonl"),
+    )
+    plain = plain_run(path, dataset, read_samples(output))
+    for step, loss in read_losses(output).items():
+        assert loss == pytest.approx(plain.losses[step], rel=5e-3)
+    step = output / "steps" / "step_4"
+    saved = dcp.FileSystemReader(step).read_metadata().state_dict_metadata
+    dtypes = {x.properties.dtype for x in saved.values() if hasattr(x, "properties")}
+    assert dtypes <= {torch.float32, torch.uint8}  # of random states
+    state = {"model": {name: torch.empty_like(tensor) for name, tensor in plain.start.items()}}
+    dcp.load(state, checkpoint_id=step, no_dist=True)
+    for part in (".lora_a.", ".lora_b.", ".merger.norm.", ".merger.mlp."):
+        names = [name for name in plain.start if part in name]
+        ours, expected = (
+            torch.cat([(end[name] - plain.start[name]).flatten() for name in names])
+            for end in (state["model"], plain.end)
+        )
+        cosine = torch.nn.functional.cosine_similarity(ours, expected, dim=0)
+        length = ours.norm() / expected.norm()
+        assert cosine > 0.95, part
+        assert length == pytest.approx(1, abs=0.02), part

@@ -106,7 +106,11 @@ class Config:
         Annotated[float, MoreThan(0)] | None, "largest norm of the gradient; null for none"
     ] = None
     device: Annotated[Literal["cuda", "cpu"], "where it computes"]
-    dtype: Annotated[Literal["fp32", "bf16", "fp64"], "of weights, gradients and optimizer"]
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp64"],
+        "of weights, gradients and optimizer; of frozen weights alone with "
+        "`model.trained_in_float32`",
+    ]
     compute_dtype: Annotated[
         Literal["fp32", "bf16", "fp64"] | None, "of the computation, if it is another"
     ] = None

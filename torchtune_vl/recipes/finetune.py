@@ -70,6 +70,7 @@ from torchtune_vl.training._optimizer_state import (
 from torchtune_vl.training._parallel import (
     average_copies,
     clip_grad_norm,
+    dtypes_of,
     gather,
     initial_adapters,
     load_weights_into,
@@ -245,7 +246,8 @@ class FinetuneRecipe:
             log.warning(
                 "What is trained is in bf16, and the optimizer rounds: a weight stays as it is "
                 "where its update is below half a unit in the last place, 1/512 of the weight. Set "
-                "dtype=fp32 compute_dtype=bf16, or an optimizer that rounds at random, such as "
+                "dtype=fp32 compute_dtype=bf16, or with adapters model.trained_in_float32=True, or "
+                "an optimizer that rounds at random, such as "
                 "torchao.optim.AdamW8bit with bf16_stochastic_round=True"
             )
 
@@ -283,7 +285,7 @@ class FinetuneRecipe:
             if self._recomputes(number):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         offload = cfg.parallel.cpu_offload
-        if self.data_ranks > 1 or self.compute_dtype != self.dtype or offload:
+        if self.data_ranks > 1 or dtypes_of(model) != {self.compute_dtype} or offload:
             shard(model, layers, self.mesh["data"], self.compute_dtype, offload)
         state = self.checkpointer.load_checkpoint()
         weights = state[training.MODEL_KEY]

@@ -20,6 +20,7 @@ from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.loss import CHUNK
 from torchtune_vl.modules.summary import num_bytes
+from torchtune_vl.training._parallel import dtypes_of
 
 # Logits of a chunk in the dtype of the model and in float32, and the float32 gradient
 _LOGIT_BYTES = 2 + 4 + 4
@@ -50,14 +51,17 @@ def estimate_memory(config: DictConfig, num_devices: int = 1) -> dict[str, int]:
     states = {
         "weights": sum(map(num_bytes, _plain(model))),
         "gradients": sum(map(num_bytes, trained)),
-        "optimizer": _optimizer_bytes(config.optimizer, dtype) * sum(p.numel() for p in trained),
+        "optimizer": sum(
+            _optimizer_bytes(config.optimizer, d) * sum(p.numel() for p in trained if p.dtype == d)
+            for d in {p.dtype for p in trained}
+        ),
     }
     on_device = 0 if config.parallel.cpu_offload else 1 / num_devices
     memory = {name: round(size * on_device) for name, size in states.items()}
     # Quantized weights are not sharded
     memory["weights"] += sum(map(num_bytes, {*model.parameters()} - {*_plain(model)}))
     is_sharded = num_devices > config.parallel.tensor or config.parallel.cpu_offload
-    if is_sharded or compute_dtype != dtype:
+    if is_sharded or dtypes_of(model) != {compute_dtype}:
         memory["gathered layers"] = _gathered_bytes(model, compute_dtype)
     tokens, patches = _row_size(config, model)
     with set_default_dtype(compute_dtype):

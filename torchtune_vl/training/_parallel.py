@@ -49,6 +49,18 @@ def shard(
         )
 
 
+def dtypes_of(model: nn.Module) -> set[torch.dtype]:
+    """List the dtypes of a model's parameters but for quantized ones.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The dtypes.
+    """
+    return {p.dtype for p in model.parameters() if not isinstance(p.data, NF4Tensor)}
+
+
 def load_weights_into(
     model: nn.Module, weights: Mapping[str, torch.Tensor], device: torch.device
 ) -> None:

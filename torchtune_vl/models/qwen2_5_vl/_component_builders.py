@@ -170,6 +170,7 @@ def lora_qwen2_5_vl(
     lora_dropout: float = 0.0,
     use_dora: bool = False,
     quantize_base: bool = False,
+    trained_in_float32: bool = False,
     decoder_trainable: Trainable = "lora",
     encoder_trainable: Trainable = "frozen",
     fusion_trainable: Trainable = "frozen",
@@ -189,6 +190,10 @@ def lora_qwen2_5_vl(
         use_dora: whether to train magnitudes of weights beside (DoRA).
         quantize_base: whether to store the weights of linear layers as NF4 (QLoRA), unless they
             are trained in full. The output layer, as in the paper, keeps its dtype.
+        trained_in_float32: whether what is trained is float32, whatever dtype the frozen weights
+            have: updates of bfloat16 are lost where they are below half a unit in the last place.
+            A layer then holds two dtypes, which our recipe computes with in one, and torchtune's
+            recipes do not.
         decoder_trainable: "frozen", "lora", or "full" for training of the decoder itself, with its
             token embedding.
         encoder_trainable: likewise for the vision encoder without its merger.
@@ -244,6 +249,10 @@ def lora_qwen2_5_vl(
         model._register_state_dict_hook(
             partial(reparametrize_as_dtype_state_dict_post_hook, dtype=dtype)
         )
+    if trained_in_float32:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     log = get_logger("INFO")
     log.info("What is trained:\n%s", trained_parts(model, _part_of))
     in_full = [part for part, trainable in parts.items() if trainable == "full"]
