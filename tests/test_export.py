@@ -12,6 +12,7 @@ from tests.reference import reference_config, reference_model
 from tests.test_checkpoint_metadata import WRONG
 from torchtune_vl.cli import main
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_tune_to_peft
+from torchtune_vl.training import merge
 from torchtune_vl.training._adapters import Adapter, load_adapter, save_adapter
 
 LAYER = "decoder.layers.0.attn.q_proj"
@@ -166,6 +167,45 @@ def test_adapters_that_contradict_themselves(adapter: Path, damage: str) -> None
         load_adapter(adapter)
     assert str(adapter) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_base_of_another_name_is_told(
+    base: Path, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Any weights of the same shapes can be merged with it."""
+    tensors = load_adapter(adapter)
+    for number, name in enumerate((str(base), f"someone/{base.name}", "")):
+        save_adapter(tensors._replace(base=name), adapter)
+        merge(base, adapter, tmp_path / f"same{number}")
+    assert not caplog.records
+    save_adapter(tensors._replace(base="Qwen/Qwen2.5-VL-7B-Instruct"), adapter)
+    merge(base, adapter, tmp_path / "other")
+    assert "was trained on Qwen/Qwen2.5-VL-7B-Instruct: see that" in caplog.text
+
+
+def test_two_names_of_one_tensor(adapter: Path) -> None:
+    """transformers' name of before release 4.52 and today's, as after two saves into one file."""
+    (adapter / "checksums.json").unlink()
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    older = {name.replace("language_model.", ""): tensor * 3 for name, tensor in tensors.items()}
+    save_file({**tensors, **older}, path)
+    with pytest.raises(ValueError, match="are two names of one tensor: remove one of both"):
+        load_adapter(adapter)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "layers_to_transform"])
+def test_which_layers_by_values_that_say_nothing(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    (adapter / "checksums.json").unlink()
+    config = adapter / "adapter_config.json"
+    content = json.loads(config.read_text())
+    for value in (3.5, True, {"q_proj": 1}, [["q_proj"]], "(", [None], -1):
+        config.write_text(json.dumps({**content, key: value}))
+        assert status("merge", base, adapter, tmp_path / "new") == 2, value
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("tune-vl")]
+        assert f"{config}: {key}" in line, value
 
 
 def test_settings_of_an_adapter_of_another_kind(adapter: Path) -> None:

@@ -9,6 +9,7 @@ import peft.tuners.lora.torchao
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchtune import training
 from torchtune.modules.peft import get_adapter_params, get_adapter_state_dict
@@ -21,6 +22,7 @@ from tests.reference import (
     reference_model,
 )
 from torchtune_vl.data import padded_collate_vision
+from torchtune_vl.models._json import read_json_object
 from torchtune_vl.models.qwen2_5_vl import (
     lora_qwen2_5_vl_from_config,
     qwen2_5_vl_from_config,
@@ -37,6 +39,7 @@ from torchtune_vl.training._adapters import (
     save_adapter,
 )
 from torchtune_vl.training._parallel import named_as_saved
+from torchtune_vl.training._peft_targets import targeted_modules
 
 # peft refuses the torchao that torchtune needs, though no weight here is torchao's
 peft.tuners.lora.torchao.is_torchao_available = lambda: False
@@ -332,6 +335,65 @@ def test_every_setting_of_peft_is_known(base: Path, tmp_path: Path) -> None:
         path.write_text(json.dumps({**content, key: "strange"}))
         with pytest.raises(ValueError, match=f"{key} is 'strange', expected plain LoRA"):
             load_adapter(tmp_path)
+
+
+# Whose layers are told by a pattern, by numbers, or by what is left out
+TARGETS: dict[str, dict[str, Any]] = {
+    "names": {"target_modules": ["q_proj", "qkv", "mlp.0"]},
+    "names of both decoder and encoder": {"target_modules": ["gate_proj", "o_proj", "lm_head"]},
+    "one name in full": {"target_modules": ["model.language_model.layers.1.self_attn.q_proj"]},
+    "pattern": {"target_modules": r"^(?!.*visual).*\.(q_proj|up_proj)"},
+    "pattern of layers": {"target_modules": r"model\.visual\.blocks\.[13]\..*qkv"},
+    "layers": {"target_modules": ["q_proj", "qkv"], "layers_to_transform": [0, 2]},
+    "layers behind a name": {
+        "target_modules": ["q_proj", "gate_proj"],
+        "layers_to_transform": 1,
+        "layers_pattern": "layers",
+    },
+    "one left out": {"target_modules": ["q_proj", "qkv"], "exclude_modules": ["blocks.0.attn.qkv"]},
+    "some left out": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*visual.*"},
+    "part in full": {"target_modules": "all-linear", "modules_to_save": ["merger"]},
+}
+
+
+@pytest.mark.parametrize("which", TARGETS)
+def test_which_layers_peft_adapts(base: Path, tmp_path: Path, which: str) -> None:
+    model = reference(base)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    theirs = get_peft_model(model, LoraConfig(r=RANK, **TARGETS[which]))
+    theirs.peft_config["default"].save_pretrained(tmp_path)
+    config = read_json_object(tmp_path / "adapter_config.json")
+    adapted = targeted_modules(config, linear)
+    assert sorted(adapted) == sorted(theirs.base_model.targeted_module_names)
+    assert 0 < len(adapted) < len(linear)
+
+
+@pytest.mark.parametrize("before_4_52", [False, True])
+def test_layers_that_the_file_lacks(base: Path, tmp_path: Path, before_4_52: bool) -> None:
+    """peft leaves them as they are in the base, and only warns."""
+    with torch.no_grad():
+        targets = r"model\.language_model\.layers\.\d\.self_attn\.[qv]_proj"
+        trained_by_peft(base, tmp_path / "peft", {"target_modules": targets})
+    path, config = (
+        tmp_path / "peft" / f"adapter_{x}" for x in ("model.safetensors", "config.json")
+    )
+    tensors = load_file(path)
+    if before_4_52:  # names of modules then, in pattern and tensors
+        tensors = {name.replace("language_model.", ""): t for name, t in tensors.items()}
+        content = json.loads(config.read_text())
+        content["target_modules"] = targets.replace(r"language_model\.", "")
+        config.write_text(json.dumps(content))
+        save_file(tensors, path)
+    merge(base, tmp_path / "peft", tmp_path / "whole")
+    save_file({n: t for n, t in tensors.items() if "1.self_attn.v_proj" not in n}, path)
+    lacking = (
+        r"it adapts model\..*layers.1.self_attn.v_proj, but .*safetensors has nothing of these"
+    )
+    with pytest.raises(ValueError, match=lacking):
+        merge(base, tmp_path / "peft", tmp_path / "merged")
+    checkpointer = Qwen2_5_VLCheckpointer(base, tmp_path / "out", adapter_dir=tmp_path / "peft")
+    with pytest.raises(ValueError, match=lacking):
+        checkpointer.load_checkpoint()
 
 
 def test_weights_of_another_base(bases: dict[str, Path], tmp_path: Path) -> None:

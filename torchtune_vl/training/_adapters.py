@@ -11,7 +11,11 @@ from torch import nn
 from torchtune.modules.peft import LoRALinear
 
 from torchtune_vl.models._json import JsonObject, read_json_object
-from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_peft_to_tune, qwen2_5_vl_tune_to_peft
+from torchtune_vl.models.qwen2_5_vl import (
+    qwen2_5_vl_peft_to_tune,
+    qwen2_5_vl_tune_to_hf,
+    qwen2_5_vl_tune_to_peft,
+)
 from torchtune_vl.models.qwen2_5_vl._convert_adapters import peft_module
 from torchtune_vl.modules.adapters import ADAPTER_SUFFIXES, DoRA, is_adapter
 from torchtune_vl.training._directory import (
@@ -20,6 +24,7 @@ from torchtune_vl.training._directory import (
     write_json,
     write_manifest,
 )
+from torchtune_vl.training._peft_targets import targeted_modules
 from torchtune_vl.training._weights import read_tensors, stored_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -48,6 +53,8 @@ _MERGE_BY_PEFT = (
 _EMBEDDING = "decoder.tok_embeddings.weight"
 _OUTPUT = "decoder.output.weight"
 _LISTED = 3  # names in an error
+# How the tensors of adapters begin that were trained with these releases of transformers
+_NAMES_BEFORE_4_52 = ("base_model.model.visual.", "base_model.model.model.layers.")
 
 
 class Adapter(NamedTuple):
@@ -180,7 +187,8 @@ def fit_adapter(adapter: Adapter, weights: Mapping[str, torch.Tensor], directory
         The adapter, without an output layer where it is the token embedding, and without copies.
 
     Raises:
-        ValueError: if it is of another model, or makes of a tied embedding two layers.
+        ValueError: if it is of another model, makes of a tied embedding two layers, or lacks layers
+            that its config names.
     """
     tensors, copies = dict(adapter.tensors), dict(adapter.copies)
     if _OUTPUT not in weights:
@@ -217,7 +225,36 @@ def fit_adapter(adapter: Adapter, weights: Mapping[str, torch.Tensor], directory
                 f"{directory}: it has weights of its base, and {name} is not as in checkpoint_dir: "
                 "name the base that it was trained on"
             )
+    _refuse_missing_layers(tensors, weights, directory)
     return adapter._replace(tensors=tensors, copies={})
+
+
+def _refuse_missing_layers(
+    tensors: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], directory: Path
+) -> None:
+    """Compare the adapted layers with those that peft would adapt by the adapter's config.
+
+    peft takes a layer without its adapter as it is in the base, with no more than a warning.
+    """
+    # A pattern is of the names that modules had when the adapter was trained
+    before_4_52 = any(
+        name.startswith(_NAMES_BEFORE_4_52) for name in stored_tensors([directory / WEIGHTS])
+    )
+    rename = qwen2_5_vl_tune_to_hf if before_4_52 else qwen2_5_vl_tune_to_peft
+    linear = {n: n for n, weight in weights.items() if weight.ndim == 2 and n != _EMBEDDING}
+    modules = {peft_module(theirs): ours for theirs, ours in rename(linear).items()}
+    missing = [
+        module
+        for module in targeted_modules(read_json_object(directory / CONFIG), modules)
+        if f"{modules[module].removesuffix('.weight')}{_A}" not in tensors
+    ]
+    if missing:
+        more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+        raise ValueError(
+            f"{directory}: by its {CONFIG} it adapts {', '.join(missing[:_LISTED])}{more}, but "
+            f"{WEIGHTS} has nothing of these: save it again, or state in target_modules what it "
+            "adapts"
+        )
 
 
 def check_continues(

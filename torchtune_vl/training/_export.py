@@ -1,5 +1,6 @@
 """Checkpoints and adapters written anew: merged, in another dtype, in files of another size."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,8 @@ from torchtune_vl.training._checkpointer import load_weights, write_weights
 from torchtune_vl.training._directory import new_directory, write_manifest
 from torchtune_vl.training._weights import weight_files
 
+log = logging.getLogger(__name__)
+
 
 def merge(
     base: Path,
@@ -26,6 +29,8 @@ def merge(
     max_shard_size: str = "5GB",
 ) -> None:
     """Write the checkpoint that a base model and its adapter make.
+
+    Weights do not tell whether an adapter was trained on them: a base of another name is logged.
 
     Args:
         base: checkpoint directory of the base model.
@@ -40,6 +45,13 @@ def merge(
     """
     weights = load_weights(base, weight_files(base))
     adapter = fit_adapter(load_adapter(adapter_dir), weights, adapter_dir)
+    if adapter.base and Path(adapter.base).name != base.resolve().name:
+        log.warning(
+            "The adapter of %s was trained on %s: see that %s has the same weights",
+            adapter_dir,
+            adapter.base,
+            base,
+        )
     _write_checkpoint(merge_adapter(weights, adapter), base, output, dtype, max_shard_size)
 
 

@@ -103,11 +103,19 @@ def _translate(name: str, templates: Mapping[str, str]) -> str | None:
 
 
 def rename(state_dict: Mapping[str, T], translate: Callable[[str], str | None]) -> dict[str, T]:
-    """Rename all keys, or raise ``ValueError`` with those that ``translate`` does not know."""
+    """Rename all keys, or raise ``ValueError`` with those that ``translate`` does not know.
+
+    Two names of one tensor, such as transformers' old one and its new one, are an error too.
+    """
     names = {name: translate(name) for name in state_dict}
     unknown = sorted(name for name, new in names.items() if new is None)
     if unknown:
         raise ValueError(
             f"{len(unknown)} names are not of Qwen2.5-VL's tensors: {', '.join(unknown)}"
         )
+    first: dict[str, str] = {}
+    for name, new in names.items():
+        other = first.setdefault(str(new), name)
+        if other != name:
+            raise ValueError(f"{other} and {name} are two names of one tensor: remove one of both")
     return {new: state_dict[name] for name, new in names.items() if new is not None}
