@@ -248,6 +248,13 @@ def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
     assert (
         Qwen2_5_VLTransform.from_pretrained(tmp_path).prompts.chat_template == "{{ messages[0] }}"
     )
+    # Of the tokenizer only what no processor has, as servers do; the published ones are ours
+    for name in ("chat_template.json", "chat_template.jinja"):
+        (tmp_path / name).unlink()
+    with_tools = Path(__file__).with_name("published_tool_template.jinja").read_text()
+    for template, taken in (("{{ messages }}", "{{ messages }}"), (with_tools, None), (None, None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert Qwen2_5_VLTransform.from_pretrained(tmp_path).prompts.chat_template == taken
 
     assert Qwen2_5_VLTransform.from_pretrained(tmp_path).tokens_per_second == 2
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"tokens_per_second": 25}}))

@@ -1,5 +1,6 @@
 """Settings from the files of a checkpoint directory."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from torchtune_vl.models.qwen2_5_vl._tokenizer import Qwen2_5_VLTokenizer
 _CHANNELS = 3
 # Before a chat template, lets it number media
 NUMBERS_MEDIA = "{% set add_vision_id = true %}"
+# Of the published tokenizer_config.json's template, which code follows too
+_SHA256_WITH_TOOLS = "55b2f4a26ac9ee719330a61a0c39d9e538b0e9322212f048326318cff4f8674a"
 SIZES_OF_PATCHES = {
     "patch_size": PATCH_SIZE,
     "temporal_patch_size": TEMPORAL_PATCH_SIZE,
@@ -88,13 +91,16 @@ def video_settings(directory: Path) -> dict[str, Any]:
 
 
 def chat_template_file(directory: Path) -> Path | None:
-    """The file that transformers' processor takes its chat template from."""
-    files = (directory / "chat_template.json", directory / "chat_template.jinja")
-    return next((path for path in files if path.exists()), None)
+    """The file that servers take the chat template from: the processor's, or the tokenizer's."""
+    for name in ("chat_template.json", "chat_template.jinja"):
+        if (directory / name).exists():
+            return directory / name
+    config = _read_if_there(directory / "tokenizer_config.json")
+    return config.file if config is not None and "chat_template" in config else None
 
 
 def read_chat_template(path: str | Path) -> tuple[str | None, bool]:
-    """A template, None if it is the published one, and whether it numbers media by itself."""
+    """A template, None if it is a published one, and whether it numbers media by itself."""
     if Path(path).suffix == ".json":
         config = read_json_object(Path(path))
         if "chat_template" not in config.content:
@@ -104,7 +110,9 @@ def read_chat_template(path: str | Path) -> tuple[str | None, bool]:
         template = read_text(path)
     numbers_media = template.startswith(NUMBERS_MEDIA)
     template = template.removeprefix(NUMBERS_MEDIA)
-    return (None if template.strip() == CHAT_TEMPLATE else template), numbers_media
+    digest = hashlib.sha256(template.strip().encode()).hexdigest()
+    is_published = template.strip() == CHAT_TEMPLATE or digest == _SHA256_WITH_TOOLS
+    return (None if is_published else template), numbers_media
 
 
 def tokens_per_second(directory: Path) -> int:

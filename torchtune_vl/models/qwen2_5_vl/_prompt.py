@@ -171,7 +171,7 @@ class PromptBuilder:
         if not inference and not rendered.spans and answers:
             raise ValueError(
                 "the chat template marks no answer: put {% generation %} and {% endgeneration %} "
-                "around what the loss is to be taken of"
+                "around what the loss is to be taken of, in a file that chat_template_file names"
             )
         others = {turn.role for turn in turns if turn.masked and turn.role not in ROLES}
         if rendered.spans and others:
