@@ -879,6 +879,39 @@ def test_all_are_measured(build, num_workers: int) -> None:
     assert none.shape == (0, 3)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_samples_that_are_cut_are_told(
+    vocabulary: Path,
+    build,
+    media: Path,
+    caplog: pytest.LogCaptureFixture,
+    num_workers: int,
+) -> None:
+    """A run on answers whose images were cut off must not look like any other."""
+    rows = [sharegpt("long " * 60), sharegpt("<image>" + "What? " * 14, image="a.png")]
+    rows = [*rows, sharegpt("short")] * 2
+    transform = Qwen2_5_VLTransform(
+        vocabulary / "tokenizer.json", max_seq_len=40, truncation="left"
+    )
+    build(rows)
+    dataset = vision_chat_dataset(transform, source="json", data_files=str(media / "data.jsonl"))
+    lost = [dataset[index].get("truncated") for index in range(len(rows))]
+    assert [bool(cut and cut["images"]) for cut in lost] == [False, True, False] * 2
+    assert [cut is not None for cut in lost] == [True, True, False] * 2
+    caplog.clear()
+    sizes = measure_all(dataset, range(1, len(rows)), num_workers, show_progress=False)
+    assert sizes.tolist() == [list(dataset.measure(index)) for index in range(1, len(rows))]
+    assert [dataset.examine(index)[1] for index in range(len(rows))] == lost
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(
+        "3 of 5 samples are longer than max_seq_len and are cut, 2 of them by images or videos: "
+        f"sample 1, for one, loses {lost[1]['tokens']} tokens, 1 images, 0 videos; raise max_seq"
+    )
+    caplog.clear()
+    measure_all(dataset, [2, 5], num_workers, show_progress=False)
+    assert not caplog.records
+
+
 def test_all_that_cannot_be_measured_are_told(build, capsys: pytest.CaptureFixture) -> None:
     rows = [sharegpt("<image>" if i % 4 == 0 else "a") for i in range(120)]
     with pytest.raises(ValueError, match="30 of 120 samples") as raised:
@@ -898,9 +931,9 @@ def test_errors_of_every_kind_are_told(build, num_workers: int) -> None:
     class Raising:
         """A transform that measures every other sample."""
 
-        def measure(self, sample: dict[str, Any]) -> tuple[int, int, int]:
+        def examine(self, sample: dict[str, Any]) -> tuple[tuple[int, int, int], None]:
             if sample["id"] % 2:
-                return 1, 2, 3
+                return (1, 2, 3), None
             kind = KINDS[sample["id"] // 2]
             raise kind((f"sample {sample['id']}: " if kind is ValueError else "") + "x" * 5_000_000)
 

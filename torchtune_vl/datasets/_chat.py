@@ -42,6 +42,10 @@ class Transform(Protocol):
 
     def measure(self, sample: Mapping[str, Any]) -> tuple[int, int, int]: ...
 
+    def examine(
+        self, sample: Mapping[str, Any]
+    ) -> tuple[tuple[int, int, int], dict[str, int] | None]: ...
+
     def check_supervised(self, tokens: Sequence[int], mask: Sequence[bool]) -> None: ...
 
 
@@ -155,6 +159,21 @@ class VisionChatDataset(Dataset):
                 loss; it names the sample.
         """
         return self._apply(self._transform.measure, index)
+
+    def examine(self, index: int) -> tuple[tuple[int, int, int], dict[str, int] | None]:
+        """Measure a sample, and tell what it loses for being too long.
+
+        Args:
+            index: its number.
+
+        Returns:
+            What :meth:`measure` returns, and how many ``tokens``, ``images`` and ``videos`` are
+            cut, None if nothing is.
+
+        Raises:
+            ValueError: as :meth:`measure` does.
+        """
+        return self._apply(self._transform.examine, index)
 
     def _apply(self, function: Callable[[dict[str, Any]], Any], index: int) -> Any:
         with _named(index):

@@ -1,5 +1,6 @@
 """The sizes of all samples, before training begins."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,9 +15,14 @@ from torchtune_vl.media._errors import shortened
 _BATCH_SIZE = 128
 _NUM_SHOWN = 20
 
+_log = logging.getLogger(__name__)
+
 
 class Measurable(Protocol):
-    """A map-style dataset whose samples can be measured."""
+    """A map-style dataset whose samples can be measured.
+
+    With ``examine``, see ``VisionChatDataset``, it tells too what samples lose.
+    """
 
     def __len__(self) -> int: ...
 
@@ -60,6 +66,8 @@ def measure_all(
 ) -> np.ndarray:
     """Measure samples, so that those which cannot be read are found before training.
 
+    How many are cut because they are too long is logged.
+
     Args:
         dataset: a map-style dataset with ``measure``, such as that of
             :func:`~torchtune_vl.datasets.vision_chat_dataset`.
@@ -85,17 +93,36 @@ def measure_all(
     # With more processes than samples some measure none
     sizes = [np.empty((0, 3), np.int32)]
     problems: list[tuple[int, str]] = []
+    cuts: list[tuple[int, dict[str, int]]] = []
     measured = 0
     bar = tqdm(total=len(indices), desc="measuring", unit=" samples", disable=not show_progress)
     with loader as batches, bar:
-        for batch_sizes, batch_problems in batches:
+        for batch_sizes, batch_problems, batch_cuts in batches:
             sizes.append(batch_sizes)
             problems += [(indices[measured + place], reason) for place, reason in batch_problems]
+            cuts += [(indices[measured + place], lost) for place, lost in batch_cuts]
             measured += len(batch_sizes)
             bar.update(len(batch_sizes))
     if problems:
         raise SamplesError(problems, len(problems), len(indices))
+    _tell_cuts(cuts, len(indices))
     return np.concatenate(sizes)
+
+
+def _tell_cuts(cuts: Sequence[tuple[int, dict[str, int]]], of: int) -> None:
+    if not cuts:
+        return
+    without = [cut for cut in cuts if cut[1]["images"] or cut[1]["videos"]]
+    index, lost = (without or cuts)[0]
+    _log.warning(
+        "%d of %d samples are longer than max_seq_len and are cut, %d of them by images or videos: "
+        "sample %d, for one, loses %s; raise max_seq_len, or make media smaller",
+        len(cuts),
+        of,
+        len(without),
+        index,
+        ", ".join(f"{count} {what}" for what, count in lost.items()),
+    )
 
 
 class _Measurements(Dataset):
@@ -107,16 +134,22 @@ class _Measurements(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[int, int, int] | str:
+    def __getitem__(self, index: int) -> tuple[tuple[int, int, int], dict[str, int] | None] | str:
         try:
-            return self.dataset.measure(index)
+            if hasattr(self.dataset, "examine"):
+                return self.dataset.examine(index)
+            return self.dataset.measure(index), None
         except ValueError as error:
             return shortened(str(error))
         except Exception as error:  # one bad sample must not hide the others
             return shortened(f"sample {index}: {type(error).__name__}: {error}")
 
 
-def _as_arrays(batch: Sequence[Any]) -> tuple[np.ndarray, list[tuple[int, str]]]:
+def _as_arrays(
+    batch: Sequence[Any],
+) -> tuple[np.ndarray, list[tuple[int, str]], list[tuple[int, dict[str, int]]]]:
+    """Sizes, and by place in the batch what is wrong and what is cut."""
     problems = [(place, entry) for place, entry in enumerate(batch) if isinstance(entry, str)]
-    sizes = [(0, 0, 0) if isinstance(entry, str) else entry for entry in batch]
-    return np.array(sizes, np.int32), problems
+    examined = [((0, 0, 0), None) if isinstance(entry, str) else entry for entry in batch]
+    cuts = [(place, lost) for place, (_, lost) in enumerate(examined) if lost]
+    return np.array([size for size, _ in examined], np.int32), problems, cuts

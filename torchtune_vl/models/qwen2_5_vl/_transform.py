@@ -301,13 +301,33 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
             ValueError: as :meth:`__call__` does, but for what only decoding shows, and unless
                 ``inference`` as :meth:`check_supervised` does.
         """
+        size, _ = self.examine(sample, inference)
+        return size
+
+    def examine(
+        self, sample: Mapping[str, Any], inference: bool = False
+    ) -> tuple[tuple[int, int, int], dict[str, int] | None]:
+        """Measure a sample, and tell what ``max_seq_len`` takes of it.
+
+        Args:
+            sample: as in :meth:`measure`.
+            inference: likewise.
+
+        Returns:
+            What :meth:`measure` returns, and ``truncated`` of :meth:`__call__`, None if nothing is
+            cut.
+
+        Raises:
+            ValueError: as :meth:`measure` does.
+        """
         transforms = _MediaTransforms(self.image_transform.measure, self.video_transform.measure)
         with _naming(sample):
-            _, prompt = self._prompts_of(sample, inference, transforms)
+            whole, prompt = self._prompts_of(sample, inference, transforms)
             if not inference:
                 self.check_supervised(prompt.tokens, prompt.mask)
         patches = sum(len(placed.medium.patches) for placed in prompt.media)
-        return len(prompt.tokens), patches, prompt.mask[1:].count(False)
+        size = len(prompt.tokens), patches, prompt.mask[1:].count(False)
+        return size, None if prompt is whole else _difference(whole, prompt)
 
     def check_supervised(self, tokens: Sequence[int], mask: Sequence[bool]) -> None:
         """Refuse a sample that training learns nothing from.
