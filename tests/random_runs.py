@@ -133,6 +133,9 @@ def draw(rng: random.Random) -> Drawn:
     name = {"full": "3B_full", "qlora": "3B_qlora"}.get(method, "3B_lora")
     drawn = Drawn(f"qwen2_5_vl/{name}", mix, settings, processes, rng.randint(1, STEPS - 1), words)
     drawn.refused = refused
+    if "model" in settings:
+        settings["model"]["trained_in_float32"] = rng.random() < 0.5
+        words.append(f"trained in float32: {settings['model']['trained_in_float32']}")
     return drawn
 
 

@@ -87,6 +87,22 @@ def test_trained_parameters(base: Path) -> None:
     assert {name for name in trained if not is_adapter(name)} == merger
 
 
+def test_adapters_of_the_merger_alone(base: Path) -> None:
+    model = lora_qwen2_5_vl_from_config(
+        base,
+        [],
+        apply_lora_to_mlp=True,
+        decoder_trainable="frozen",
+        fusion_trainable="lora",
+    )
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {
+        f"encoders.vision.merger.mlp.{layer}.lora_{x}.weight"
+        for layer in ("w1", "w2")
+        for x in "ab"
+    }
+
+
 @pytest.mark.parametrize(
     ("part", "prefixes"),
     [

@@ -285,7 +285,10 @@ def _check_adapters(names: frozenset[str], parts: Mapping[str, Trainable]) -> No
                 f"{part} is 'lora', but of its layers {', '.join(_LAYERS[part])} none is among "
                 f"{sorted(names)}: name some, or make it 'frozen' or 'full'"
             )
-    unmatched = names.difference(*(_LAYERS[part] for part in adapted))
+    layers_of_parts = frozenset[str]().union(*(_LAYERS[part] for part in adapted))
+    unmatched = names - layers_of_parts
+    if layers_of_parts & names & {*_MLP}:
+        unmatched -= {*_MLP}  # they are named together, and the merger has two of the three
     if unmatched:
         layers = "; ".join(f"{part} {', '.join(_LAYERS[part])}" for part in _LAYERS)
         raise ValueError(
