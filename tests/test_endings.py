@@ -145,6 +145,10 @@ def test_a_killed_process_is_named(root: Path, tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("parallel.tensor=2", "parallel.tensor is 2, and does not divide the 1 processes"),
+        (
+            "activation_offloading=True",
+            "activation_offloading needs activation_checkpointing: full",
+        ),
         pytest.param(
             "device=cuda",
             "device is cuda, and torch sees no GPU",

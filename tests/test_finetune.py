@@ -266,10 +266,13 @@ def test_weights_that_round_are_a_warning(root: Path, tmp_path: Path) -> None:
     assert again.returncode == 0
     assert "last place" not in messages
 
-    refused = start(config, 1, "activation_offloading=True")
-    messages, _ = refused.communicate()
-    assert refused.returncode == 2
-    assert "activation_offloading is for a GPU" in messages
+    optimizer = "optimizer._component_=torchao.optim.AdamW8bit"
+    third = f"output_dir={tmp_path / 'third'}"
+    divided = start(config, 2, optimizer, "optimizer.bf16_stochastic_round=True", third)
+    messages, _ = divided.communicate()
+    assert divided.returncode == 2
+    assert "cannot be used where bf16 weights are divided over devices" in messages
+    assert "Traceback" not in messages
 
 
 BROKEN = {

@@ -119,7 +119,9 @@ class Config:
         Literal["full", "selective", "none"],
         "`full`: every layer is computed again in backward; `selective`: every other; `none`",
     ]
-    activation_offloading: Annotated[bool, "kept activations wait in the host's memory"]
+    activation_offloading: Annotated[
+        bool, "kept activations wait in the host's memory; with `activation_checkpointing: full`"
+    ]
     parallel: Annotated[Parallel, "how devices share the model"]
     save_every_n_steps: Annotated[
         _Count | None,

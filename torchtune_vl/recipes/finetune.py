@@ -212,7 +212,7 @@ class FinetuneRecipe:
             )
         self.optimizer = config.instantiate(cfg.optimizer, self._parameter_groups())
         self.seeing = [p for n, p in self.trained.items() if n.startswith("encoders.")]
-        self._warn_of_rounding()
+        self._check_rounding()
         # Not by torchtune's function, which refuses models with a decoder and an encoder
         self.offloading = (
             training.OffloadActivations() if cfg.activation_offloading else nullcontext()
@@ -240,14 +240,20 @@ class FinetuneRecipe:
         for number in _STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
 
-    def _warn_of_rounding(self) -> None:
-        is_half = any(p.dtype == torch.bfloat16 for p in self.trained.values())
-        if self.is_main and is_half and not getattr(self.optimizer, "bf16_stochastic_round", False):
+    def _check_rounding(self) -> None:
+        halves = [p for p in self.trained.values() if p.dtype == torch.bfloat16]
+        rounds_at_random = getattr(self.optimizer, "bf16_stochastic_round", False)
+        if rounds_at_random and any(isinstance(p, DTensor) for p in halves):
+            raise ValueError(
+                "optimizer.bf16_stochastic_round cannot be used where bf16 weights are divided "
+                "over devices, or computed with in another dtype: set dtype=fp32 compute_dtype=bf16"
+            )
+        if self.is_main and halves and not rounds_at_random:
             log.warning(
                 "What is trained is in bf16, and the optimizer rounds: a weight stays as it is "
                 "where its update is below half a unit in the last place, 1/512 of the weight. Set "
                 "dtype=fp32 compute_dtype=bf16, or with adapters model.trained_in_float32=True, or "
-                "an optimizer that rounds at random, such as "
+                "on one device an optimizer that rounds at random, such as "
                 "torchao.optim.AdamW8bit with bf16_stochastic_round=True"
             )
 
@@ -800,6 +806,9 @@ class FinetuneRecipe:
 def _check_devices(cfg: DictConfig) -> None:
     """Refuse devices that are not there, and numbers that do not divide, before anything waits."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.activation_offloading and cfg.activation_checkpointing != "full":
+        # Views of gathered weights would be offloaded too, which FSDP frees after the forward
+        raise ValueError("activation_offloading needs activation_checkpointing: full")
     if cfg.device == "cpu" and cfg.activation_offloading:
         raise ValueError("activation_offloading is for a GPU's memory: leave it at False on a cpu")
     if cfg.device == "cuda":
