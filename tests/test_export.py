@@ -92,6 +92,21 @@ def test_exporting_in_another_dtype(base: Path, adapter: Path, tmp_path: Path) -
         assert torch.equal(small.tensors[name], tensor.half())
 
 
+def test_sums_are_rounded_once(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """To the dtype that is asked for, and not to that of the base before."""
+    half = tmp_path / "half"
+    assert status("export", base, half, "--dtype", "bfloat16") == 0
+    merged = tmp_path / "merged"
+    assert status("merge", half, adapter, merged, "--dtype", "float32") == 0
+    before, after = load_file(half / "model.safetensors"), load_file(merged / "model.safetensors")
+    tensors = load_adapter(adapter).tensors
+    delta = 6 / 4 * (tensors[f"{LAYER}.lora_b.weight"] @ tensors[f"{LAYER}.lora_a.weight"])
+    assert torch.equal(after[PUBLISHED], before[PUBLISHED].float() + delta)
+    others = [name for name in before if name != PUBLISHED]
+    assert all(torch.equal(after[name], before[name].float()) for name in others)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+
+
 def test_what_cannot_be_done(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +152,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "A alone": ({}, {"lora_b.weight": None}, "without .*lora_b"),
     "B alone": ({}, {"lora_a.weight": None}, "without .*lora_a"),
+    "empty": ({}, {"lora_a.weight": torch.empty(0)}, "is empty, with shapes .*gather it, and save"),
     "matrices of two ranks": ({}, {"lora_a.weight": torch.ones(3, 256)}, "r is 4, but"),
     "NaN": ({}, {"lora_b.weight": torch.full((256, 4), torch.nan)}, "lora_B.weight is not finite"),
     "list": ({"modules_to_save": "x"}, {}, "modules_to_save is 'x', expected a list"),

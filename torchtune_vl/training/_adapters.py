@@ -155,6 +155,11 @@ def _check_layers(
         if missing:
             raise ValueError(f"{path.parent / WEIGHTS} has an adapter of {layer} without {missing}")
         shapes = [tuple(parts[suffix].shape) for suffix in (_A, _B)]
+        if any(len(shape) < 2 or 0 in shape for shape in shapes):
+            raise ValueError(
+                f"{path.parent / WEIGHTS}: the adapter of {layer} is empty, with shapes {shapes}: "
+                "DeepSpeed ZeRO-3 saves so what it has not gathered; gather it, and save it again"
+            )
         if any(len(shape) != 2 for shape in shapes):
             raise ValueError(
                 f"{path.parent / WEIGHTS}: the adapter of {layer} is of a convolution, with shapes "
@@ -353,32 +358,37 @@ def save_adapter(adapter: Adapter, directory: Path) -> None:
 
 
 @torch.no_grad()
-def merge_adapter(weights: Mapping[str, torch.Tensor], adapter: Adapter) -> dict[str, torch.Tensor]:
+def merge_adapter(
+    weights: Mapping[str, torch.Tensor], adapter: Adapter, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
     """Add adapters to the weights of their layers.
 
-    Products are made in float32 and rounded once, to the dtype of the weights.
+    Products are made in float32 and rounded once.
 
     Args:
         weights: of the base model, by our names.
         adapter: the adapter, which fits them, see :func:`fit_adapter`.
+        dtype: of the result, by default that of each weight.
 
     Returns:
-        All weights, those without an adapter as they are.
+        All weights, those without an adapter as they are, but for the dtype.
     """
-    merged = dict(weights)
+    merged = {name: weight.to(dtype or weight.dtype) for name, weight in weights.items()}
     for name, tensor in adapter.tensors.items():
         if name.endswith(_A):
-            merged[_adapted(name)] = _merge(name.removesuffix(_A), weights, adapter)
+            weight = weights[_adapted(name)]
+            whole = _merge(name.removesuffix(_A), weight, adapter)
+            merged[_adapted(name)] = whole.to(dtype or weight.dtype)
         elif not is_adapter(name):
-            merged[name] = tensor.to(weights[name].dtype)
+            merged[name] = tensor.to(dtype or weights[name].dtype)
     return merged
 
 
-def _merge(layer: str, weights: Mapping[str, torch.Tensor], adapter: Adapter) -> torch.Tensor:
-    weight = weights[f"{layer}.weight"]
+def _merge(layer: str, weight: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+    """The weight of a layer with its adapter, float32."""
     a, b = adapter.tensors[layer + _A].float(), adapter.tensors[layer + _B].float()
     merged = weight.float() + adapter.alpha / adapter.rank * (b @ a)
     magnitude = adapter.tensors.get(layer + _MAGNITUDE)
     if magnitude is not None:
         merged *= (magnitude.float() / torch.linalg.norm(merged, dim=1))[:, None]
-    return merged.to(weight.dtype)
+    return merged

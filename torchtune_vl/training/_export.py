@@ -52,7 +52,8 @@ def merge(
             adapter.base,
             base,
         )
-    _write_checkpoint(merge_adapter(weights, adapter), base, output, dtype, max_shard_size)
+    merged = merge_adapter(weights, adapter, dtype)
+    _write_checkpoint(merged, base, output, dtype, max_shard_size)
 
 
 def export(
