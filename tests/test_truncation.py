@@ -151,14 +151,19 @@ def test_prompts_are_not_cut(make) -> None:
         make(9)({"messages": MESSAGES}, inference=True)
 
 
-def test_it_is_said_once(make, caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_texts_and_lost_media_are_told_once_each(
+    make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first that is cut may lose some words alone, and the next its images."""
     transform = make(60)
+    texts = [*exchange(0), *exchange(1, {"type": "text", "text": "long " * 99}), *exchange(2)]
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
+            transform({"messages": texts})
             transform({"messages": MESSAGES})
-    assert len(caplog.records) == 1
-    assert "loses" in caplog.text
-    assert "3 images" not in caplog.text
+    of_texts, of_media = (record.getMessage() for record in caplog.records)
+    assert "0 images, 0 videos. Lost texts are said once" in of_texts
+    assert "1 images, 0 videos. Lost media are said once" in of_media
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])

@@ -129,7 +129,7 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         self.pad_id = self.tokenizer.pad_id
         self.stop_tokens = self.tokenizer.stop_tokens
         self.max_seq_len = max_seq_len
-        self._said_truncated = False
+        self._told_cuts: frozenset[bool] = frozenset()
 
     @classmethod
     def from_pretrained(cls, checkpoint_dir: str | Path, **settings: Any) -> "Qwen2_5_VLTransform":
@@ -375,7 +375,7 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
             }
         if prompt is not whole:
             transformed["truncated"] = _difference(whole, prompt)
-            self._say_truncated(transformed["truncated"])
+            self._tell_cut(transformed["truncated"])
         return transformed
 
     @property
@@ -496,15 +496,18 @@ class Qwen2_5_VLTransform(ModelTokenizer, Transform):
         counts = range(max(len(starts) - 1, 0))
         return after(bisect_left(counts, True, key=lambda count: len(after(count).tokens) <= limit))
 
-    def _say_truncated(self, cut: Mapping[str, int]) -> None:
-        if not self._said_truncated:
+    def _tell_cut(self, cut: Mapping[str, int]) -> None:
+        """Tell once that samples lose text, and once that they lose media."""
+        loses_media = cut["images"] + cut["videos"] > 0
+        if loses_media not in self._told_cuts:
+            self._told_cuts |= {loses_media}
             _log.warning(
-                "A sample is longer than max_seq_len=%s and loses %s. It is said once; each "
+                "A sample is longer than max_seq_len=%s and loses %s. %s are said once; each "
                 "sample tells it as 'truncated'.",
                 self.max_seq_len,
                 ", ".join(f"{count} {what}" for what, count in cut.items()),
+                "Lost media" if loses_media else "Lost texts",
             )
-            self._said_truncated = True
 
 
 @contextmanager
