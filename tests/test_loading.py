@@ -48,10 +48,13 @@ def test_workers_end_with_the_block_though_something_holds_the_iterator() -> Non
 
 
 class Garbage:
-    """A cycle that may only be collected where it was made, as process groups are."""
+    """A cycle that may only be freed where it was made, as process groups are."""
 
     def __init__(self) -> None:
         self.cycle, self.pid = self, os.getpid()
+
+    def handle(self, number: int, frame: object) -> None:
+        """Handle a signal."""
 
     def __del__(self) -> None:
         if os.getpid() != self.pid:
@@ -66,6 +69,18 @@ def test_workers_collect_no_garbage_of_the_trainer() -> None:
             assert [*rows] == [0]
     finally:
         gc.enable()
+
+
+def test_workers_free_no_handler_of_the_trainer() -> None:
+    holder = Garbage()
+    holder.cycle = None
+    before = signal.signal(signal.SIGTERM, holder.handle)
+    del holder
+    try:
+        with loading(Collecting(), 1, batch_size=None) as rows:
+            assert [*rows] == [0]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Collecting(IterableDataset):

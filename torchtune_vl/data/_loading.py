@@ -72,9 +72,13 @@ def loading(dataset: Any, num_workers: int, **options: Any) -> Iterator[Iterator
             worker.join()
 
 
+# Kept, since what they hold of the trainer may wait here for threads, too, when it is freed
+_handlers_of_the_trainer: list[Any] = []
+
+
 def _begin(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+        _handlers_of_the_trainer.append(signal.signal(number, signal.SIG_IGN))
     Thread(target=_end_with_the_trainer, daemon=True).start()
 
 
