@@ -1,5 +1,6 @@
 """torchtune's own recipes on our components, run as users run them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def run_recipe(name: str, output: Path, settings: Mapping[str, Any]) -> list[flo
     path = output.with_suffix(".yaml")
     OmegaConf.save(config, path)
     command = [Path(sys.executable).with_name("tune"), "run", name, "--config", path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # there are as many tests as cores
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     newest = max((output / "logs").glob("log_*.txt"), key=lambda path: path.stat().st_mtime_ns)
     return [float(loss) for loss in re.findall(r"loss:(\S+)", newest.read_text())]

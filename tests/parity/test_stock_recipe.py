@@ -126,8 +126,10 @@ CHECKPOINTING = {"enable_activation_checkpointing": True}
     [
         pytest.param({}, id="supervised_loss"),
         pytest.param(STOCK_LOSS, id="stock_loss"),
-        pytest.param({"tokenizer.patch_dtype": "uint8"}, id="uint8_patches"),
-        pytest.param(CHECKPOINTING, id="activation_checkpointing"),
+        pytest.param(
+            {"tokenizer.patch_dtype": "uint8"}, id="uint8_patches", marks=pytest.mark.slow
+        ),
+        pytest.param(CHECKPOINTING, id="activation_checkpointing", marks=pytest.mark.slow),
         pytest.param({"compile": True}, id="compile", marks=pytest.mark.slow),
     ],
 )
