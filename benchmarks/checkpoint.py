@@ -23,10 +23,11 @@ from unittest import mock
 import torch
 from torch import nn
 
+from torchtune_vl.checkpoint import _checkpointer
+from torchtune_vl.files._directory import new_directory, write_manifest
+from torchtune_vl.files._safetensors import weight_files, write_shards
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tune_to_hf
-from torchtune_vl.training import Qwen2_5_VLCheckpointer, _checkpointer
-from torchtune_vl.training._directory import new_directory, write_manifest
-from torchtune_vl.training._weights import weight_files, write_shards
+from torchtune_vl.training import Qwen2_5_VLCheckpointer
 
 MEASURES = ("load memory", "load time", "save memory", "save time")
 TARGETS = {"load memory": "1.15", "load time": "2", "save memory": "1", "save time": "none"}

@@ -38,10 +38,9 @@ from torch.utils.data import DataLoader, Dataset
 from quickstart.checkpoint import CONFIG, PREPROCESSOR_CONFIG
 from quickstart.torchvision import import_torchvision
 from quickstart.vocabulary import fetch_vocabulary
+from torchtune_vl.chat import CHAT_TEMPLATE
 from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
-from torchtune_vl.models.qwen2_5_vl._chat_template import CHAT_TEMPLATE
-from torchtune_vl.models.qwen2_5_vl._patches import PATCH_SIZE
+from torchtune_vl.models.qwen2_5_vl import GEOMETRY, Qwen2_5_VLTransform
 
 import_torchvision()  # before transformers, which looks for it at import
 
@@ -189,7 +188,7 @@ def image_case(
         visions.append(sample["encoder_input"]["vision"])
         if transform.image_transform.patch_dtype == "float32":
             assert torch.equal(visions[-1]["patches"], expected["pixel_values"])
-    sizes = [(vision["grid_thw"][0, 1:] * PATCH_SIZE).tolist() for vision in visions]
+    sizes = [(vision["grid_thw"][0, 1:] * GEOMETRY.patch_size).tolist() for vision in visions]
     outputs = [(vision["patches"].shape, vision["patches"].numpy().dtype) for vision in visions]
     del visions, sample, expected
 

@@ -20,10 +20,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
 
-from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_hf_to_tune
-from torchtune_vl.models.qwen2_5_vl._component_builders import qwen2_5_vl_vision_encoder
-from torchtune_vl.models.qwen2_5_vl._positions import vision_index
-from torchtune_vl.modules import window_encoder_index
+from torchtune_vl.models.qwen2_5_vl import GEOMETRY, qwen2_5_vl, qwen2_5_vl_hf_to_tune
+from torchtune_vl.modules import encoder_index, vision_index
 
 COUNTS = (1, 4, 16)
 PATCH_SIZE = 14
@@ -98,17 +96,20 @@ def encoders(layers: int) -> tuple[nn.Module, nn.Module]:
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     reference = Qwen2_5_VisionTransformerPretrainedModel(config).eval()
-    ours = qwen2_5_vl_vision_encoder(
-        embed_dim=1280,
-        num_layers=layers,
-        num_heads=16,
-        intermediate_dim=config.intermediate_size,
-        out_dim=OUT_DIM,
-        in_channels=3,
-        patch_size=PATCH_SIZE,
-        temporal_patch_size=2,
+    model = qwen2_5_vl(
+        vocab_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        embed_dim=OUT_DIM,
+        intermediate_dim=8,
+        mrope_sections=(OUT_DIM // 2 - 2, 1, 1),
+        tie_word_embeddings=True,
+        vision_intermediate_dim=config.intermediate_size,
+        vision_num_layers=layers,
         full_attention_layers=(layers - 1,),
-    ).eval()
+    )
+    ours = model.encoders["vision"].eval()
     weights = {f"visual.{name}": tensor for name, tensor in reference.state_dict().items()}
     renamed = qwen2_5_vl_hf_to_tune(weights)
     ours.load_state_dict({n.removeprefix("encoders.vision."): t for n, t in renamed.items()})
@@ -119,7 +120,7 @@ def forwards(reference: nn.Module, ours: nn.Module, count: int, side: int) -> Fo
     """Return the two forwards on the same images, after a check that they agree."""
     grid_thw = torch.tensor([[1, side, side]] * count)
     patches = torch.randn(count * side * side, 1176)
-    index: dict[str, Any] = window_encoder_index(vision_index(grid_thw))
+    index: dict[str, Any] = encoder_index(vision_index(grid_thw, GEOMETRY))
     run = {
         "ours": lambda: ours(patches, grid_thw, **index),
         "transformers": lambda: reference(patches, grid_thw=grid_thw).pooler_output,

@@ -508,7 +508,9 @@ def write_checkpoint(
     torch.manual_seed(0)
     with torch.device(device), set_default_dtype(dtype):
         model = qwen2_5_vl_from_config(directory)
-        torch.nn.init.normal_(model.tok_embeddings.weight, std=config["hidden_size"] ** -0.5)
+        torch.nn.init.normal_(
+            model.decoder.tok_embeddings.weight, std=config["hidden_size"] ** -0.5
+        )
     weights = qwen2_5_vl_tune_to_hf(model.state_dict())
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from torchtune_vl.chat import CHAT_TEMPLATE
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tune_to_hf
-from torchtune_vl.models.qwen2_5_vl._chat_template import CHAT_TEMPLATE
 
 HIDDEN_SIZE = 128
 
@@ -115,5 +115,5 @@ def _random_model(directory: Path, seed: int, hidden_size: int) -> torch.nn.Modu
     torch.manual_seed(seed)
     model = qwen2_5_vl_from_config(directory)
     # torch's own start values suit all layers but the embedding, which is the output layer too
-    torch.nn.init.normal_(model.tok_embeddings.weight, std=hidden_size**-0.5)
+    torch.nn.init.normal_(model.decoder.tok_embeddings.weight, std=hidden_size**-0.5)
     return model

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from torchtune_vl.models.qwen2_5_vl._tokenizer import Qwen2_5_VLTokenizer
+from torchtune_vl.chat import QwenTokenizer
 
 # Alibaba's client for its hosted models (Apache-2.0) carries the ranks of Qwen's tokenizer.
 PACKAGE = "dashscope==2.0.2"
@@ -44,7 +44,7 @@ def fetch_vocabulary(directory: Path) -> Path:
         unfinished = Path(temporary)
         ranks = unfinished / RANKS
         ranks.write_bytes(_download_ranks(unfinished))
-        Qwen2_5_VLTokenizer(ranks).save_pretrained(unfinished)
+        QwenTokenizer(ranks).save_pretrained(unfinished)
         for name in FILES:
             os.replace(unfinished / name, directory / name)
     return directory

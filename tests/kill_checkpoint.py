@@ -16,9 +16,9 @@ from typing import NoReturn
 import torch
 
 from tests.reference import reference_config
+from torchtune_vl.files._directory import MANIFEST
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
-from torchtune_vl.training._directory import MANIFEST
 
 OPTIMIZER_VALUES = 100_000
 EPOCHS = 2  # numbers that are taken in turn, so that checkpoints are replaced too

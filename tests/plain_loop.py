@@ -17,13 +17,13 @@ from torchtune import config as components
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.reference import reference_inputs
+from torchtune_vl.models._weights import initial_adapters
 from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_hf_to_tune,
     qwen2_5_vl_tune_to_hf,
     qwen2_5_vl_tune_to_peft,
 )
 from torchtune_vl.modules.adapters import is_adapter
-from torchtune_vl.training._parallel import initial_adapters, named_as_saved
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ def plain_run(
     ours, weights = start_of(cfg)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.checkpoint_dir).train()
     model.load_state_dict(_in_memory(qwen2_5_vl_tune_to_hf(weights)), strict=False)
-    trained = {n for n, p in named_as_saved(ours) if p.requires_grad}
+    trained = {n for n, p in ours.named_parameters() if p.requires_grad}
     parameters = _trained_parameters(model, cfg, trained, initial_adapters(ours, weights, cfg.seed))
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = _optimizer(cfg, parameters)
@@ -105,7 +105,7 @@ def start_of(cfg: DictConfig) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     with torch.device("meta"):
         ours = components.instantiate(cfg.model)
     weights = qwen2_5_vl_hf_to_tune(load_file(Path(cfg.checkpoint_dir) / "model.safetensors"))
-    for name, parameter in named_as_saved(ours):
+    for name, parameter in ours.named_parameters():
         if isinstance(parameter.data, NF4Tensor):
             blocks = parameter.data.block_size, parameter.data.scaler_block_size
             weights[name] = to_nf4(weights[name], *blocks).get_original_weight()

@@ -38,8 +38,8 @@ from tests.plain_loop import plain_run, start_of
 from tests.reference import reference_inputs
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.datasets import vision_chat_dataset
+from torchtune_vl.models._weights import initial_adapters
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
-from torchtune_vl.training._parallel import initial_adapters, named_as_saved
 
 STEPS = 6
 COUNT = 24
@@ -367,7 +367,7 @@ def _compare_export(cfg: Any, transform: Any, dataset: Any, output: Path) -> flo
         cfg.model.quantize_base = False
     meta, weights = start_of(cfg)
     weights |= initial_adapters(meta, weights, cfg.seed)
-    trained = {n: weights[n] for n, p in named_as_saved(meta) if p.requires_grad}
+    trained = {n: weights[n] for n, p in meta.named_parameters() if p.requires_grad}
     weights |= _trained_state(output, trained)
     model = components.instantiate(cfg.model)
     model.load_state_dict(weights)

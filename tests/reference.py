@@ -1,12 +1,19 @@
-"""Small random models of transformers' Qwen2.5-VL, and batches for them, to compare with."""
+"""Small random models of transformers, and batches for them, to compare with."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+)
 
-from torchtune_vl.models.qwen2_5_vl._positions import mrope_positions, vision_index
+from torchtune_vl.models.qwen2_5_vl import GEOMETRY
+from torchtune_vl.modules.positions import mrope_positions, vision_index
 
 VOCAB_SIZE = 600
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 590, 591, 592, 593
@@ -37,11 +44,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tied": False,
     },
 }
+# The first family, and one more: no windows, a norm with biases, quick GELU
+QWEN2_VL = "qwen2_vl"
+SHAPES[QWEN2_VL] = {
+    "text": {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "sections": [8, 12, 12],
+    "vision": {"embed_dim": 64, "num_heads": 4, "hidden_size": 256, "mlp_ratio": 3},
+    "tied": False,
+}
+
+
+def family_prefix(shape: str) -> str:
+    """How rows of the report begin that are of another family than the first."""
+    return "Qwen2-VL, " if shape == QWEN2_VL else ""
 
 
 def reference_config(
     shape: str = "grouped_untied", *, vocab_size: int = VOCAB_SIZE, **tokens: int
-) -> Qwen2_5_VLConfig:
+) -> PreTrainedConfig:
     dimensions = SHAPES[shape]
     tokens = tokens or {
         "image_token_id": IMAGE_PAD,
@@ -49,7 +69,11 @@ def reference_config(
         "vision_start_token_id": VISION_START,
         "vision_end_token_id": VISION_END,
     }
-    return Qwen2_5_VLConfig(
+    vision = {"intermediate_size": 200, "out_hidden_size": dimensions["text"]["hidden_size"]}
+    vision["tokens_per_second"] = 2
+    is_first = shape != QWEN2_VL
+    config_class = Qwen2_5_VLConfig if is_first else Qwen2VLConfig
+    return config_class(
         text_config={
             "vocab_size": vocab_size,
             "intermediate_size": 320,
@@ -64,22 +88,16 @@ def reference_config(
             "eos_token_id": None,
             **dimensions["text"],
         },
-        vision_config={
-            "depth": 4,
-            "intermediate_size": 200,
-            "out_hidden_size": dimensions["text"]["hidden_size"],
-            "tokens_per_second": 2,
-            **dimensions["vision"],
-        },
+        vision_config={"depth": 4, **(vision if is_first else {}), **dimensions["vision"]},
         tie_word_embeddings=dimensions["tied"],
         **tokens,
     )
 
 
-def reference_model(config: Qwen2_5_VLConfig, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+def reference_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A model with weights large enough for attention to differ between tokens."""
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "ln_q" in name:
@@ -101,8 +119,17 @@ class Conversation:
     text_tokens: int = 9
     seconds_per_step: list[float] = field(default_factory=list)
 
-    def sample(self, generator: torch.Generator) -> dict[str, Any]:
+    @property
+    def intervals(self) -> list[float]:
+        """Temporal positions between steps of each medium, two of them a second of video."""
+        seconds = iter(self.seconds_per_step)
+        return [1.0 if t == 1 else 2 * next(seconds) for t, _, _ in self.grids]
+
+    def sample(self, generator: torch.Generator, shape: str = "") -> dict[str, Any]:
         """The sample as our transform would give it."""
+        is_first = shape != QWEN2_VL
+        intervals = self.intervals if is_first else [1.0] * len(self.grids)
+        geometry = GEOMETRY if is_first else replace(GEOMETRY, window_size=None)
         tokens: list[int] = []
         for t, h, w in self.grids:
             pad = IMAGE_PAD if t == 1 else VIDEO_PAD
@@ -116,15 +143,15 @@ class Conversation:
             "input_pos": mrope_positions(
                 tokens,
                 grid_thw,
-                self.seconds_per_step,
-                image_token_id=IMAGE_PAD,
-                video_token_id=VIDEO_PAD,
+                intervals,
+                placeholder_ids=(IMAGE_PAD, VIDEO_PAD),
+                merge_size=2,
             ),
         }
         if self.grids:
             patches = torch.randn(int(grid_thw.prod(1).sum()), 1176, generator=generator)
             vision = {"patches": patches, "grid_thw": grid_thw}
-            sample["encoder_input"] = {"vision": {**vision, **vision_index(grid_thw)}}
+            sample["encoder_input"] = {"vision": {**vision, **vision_index(grid_thw, geometry)}}
         return sample
 
 

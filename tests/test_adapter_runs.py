@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from tests.finetune_runs import read_losses, read_samples, run, start, write_config, write_inputs
 from tests.plain_loop import plain_run
+from torchtune_vl.checkpoint._adapters import load_adapter
 from torchtune_vl.datasets import vision_chat_dataset
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
-from torchtune_vl.training._adapters import load_adapter
 
 MODEL: dict[str, Any] = {
     "model.lora_attn_modules": ["q_proj", "v_proj", "qkv"],

@@ -13,16 +13,17 @@ import pytest
 import torch
 
 from tests.reference import reference_config
-from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
-from torchtune_vl.training import Qwen2_5_VLCheckpointer, _directory, _weights, export
-from torchtune_vl.training._directory import MANIFEST, check_manifest, new_directory, new_file
-from torchtune_vl.training._weights import (
+from torchtune_vl.files import _directory, _safetensors
+from torchtune_vl.files._directory import MANIFEST, check_manifest, new_directory, new_file
+from torchtune_vl.files._safetensors import (
     INDEX,
     read_tensors,
     stored_tensors,
     weight_files,
     write_shards,
 )
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
+from torchtune_vl.training import Qwen2_5_VLCheckpointer, export
 
 ROOT = Path(__file__).parents[1]
 FIRST_SHARD = "model-00001-of-00003.safetensors"
@@ -78,9 +79,9 @@ def saved(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    split = _weights.split_torch_state_dict_into_shards
+    split = _safetensors.split_torch_state_dict_into_shards
     monkeypatch.setattr(
-        _weights,
+        _safetensors,
         "split_torch_state_dict_into_shards",
         lambda weights, max_shard_size: split(weights, max_shard_size="5MB"),
     )
@@ -157,7 +158,7 @@ def test_what_a_crash_left_is_found_and_then_cleaned(base: Path, tmp_path: Path)
 _WRITES_AN_EPOCH = """
 import sys
 from pathlib import Path
-from torchtune_vl.training._directory import new_directory
+from torchtune_vl.files._directory import new_directory
 
 with new_directory(Path(sys.argv[1])) as partial:
     (partial / "weights").write_text("half")

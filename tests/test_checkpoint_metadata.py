@@ -15,16 +15,17 @@ import torch
 
 from quickstart.checkpoint import GENERATION_CONFIG, PREPROCESSOR_CONFIG
 from tests.finetune_runs import NARROW
+from torchtune_vl.files._directory import write_manifest
+from torchtune_vl.files._safetensors import write_shards
+from torchtune_vl.models._config import read_config
+from torchtune_vl.models._families import family_of
 from torchtune_vl.models.qwen2_5_vl import (
     Qwen2_5_VLTokenizer,
     Qwen2_5_VLTransform,
     qwen2_5_vl_from_config,
     qwen2_5_vl_tune_to_hf,
 )
-from torchtune_vl.models.qwen2_5_vl._model_builders import _dimensions_of
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
-from torchtune_vl.training._directory import write_manifest
-from torchtune_vl.training._weights import write_shards
 
 WRONG: tuple[Any, ...] = (
     *(None, True, "", "x", -1, 0, 1.5, 10**9, 10**30, math.nan, math.inf),
@@ -110,7 +111,8 @@ def directory(tmp_path: Path) -> Path:
 
 
 def config(directory: Path) -> Any:
-    return _dimensions_of(directory), transform(directory)
+    dimensions = family_of(directory).dimensions(read_config(directory))
+    return dimensions, transform(directory)
 
 
 def weights(directory: Path) -> Any:

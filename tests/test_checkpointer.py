@@ -167,11 +167,11 @@ def test_resuming(source: Path, tmp_path: Path) -> None:
 def test_weights_are_sharded_with_an_index(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchtune_vl.training import _weights
+    from torchtune_vl.files import _safetensors
 
-    split = _weights.split_torch_state_dict_into_shards
+    split = _safetensors.split_torch_state_dict_into_shards
     monkeypatch.setattr(
-        _weights,
+        _safetensors,
         "split_torch_state_dict_into_shards",
         lambda weights, max_shard_size: split(weights, max_shard_size="1MB"),
     )

@@ -33,7 +33,7 @@ def test_right_padding() -> None:
     assert vision["grid_thw"].tolist() == [[1, 4, 4], [1, 2, 6], [1, 8, 4]]
     patches = [s["encoder_input"]["vision"]["patches"] for s in (short, long)]
     assert torch.equal(vision["patches"], torch.cat(patches))
-    assert sorted(vision["window_order"].tolist()) == list(range(4 + 3 + 8))
+    assert sorted(vision["unit_order"].tolist()) == list(range(4 + 3 + 8))
     batch_to_device(batch, torch.device("cpu"))  # torchtune's: tensors and dicts only
 
 

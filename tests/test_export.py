@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.reference import reference_config, reference_model
 from tests.test_checkpoint_metadata import WRONG
+from torchtune_vl.checkpoint._adapters import Adapter, load_adapter, save_adapter
 from torchtune_vl.cli import main
+from torchtune_vl.models._families import family_of
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_tune_to_peft
 from torchtune_vl.training import merge
-from torchtune_vl.training._adapters import Adapter, load_adapter, save_adapter
 
 LAYER = "decoder.layers.0.attn.q_proj"
 PUBLISHED = "model.layers.0.self_attn.q_proj.weight"
@@ -42,7 +43,7 @@ def adapter(base: Path, tmp_path: Path) -> Path:
     }
     directory = tmp_path / "adapter"
     directory.mkdir()
-    save_adapter(Adapter(tensors, 4, 6, str(base)), directory)
+    save_adapter(Adapter(tensors, 4, 6, str(base), family_of(base).names), directory)
     return directory
 
 
@@ -122,7 +123,7 @@ def test_what_cannot_be_done(
         f"{LAYER}.lora_a.weight": torch.zeros(4, 512),
         f"{LAYER}.lora_b.weight": torch.zeros(256, 4),
     }
-    save_adapter(Adapter(wide, 4, 6, ""), adapter)
+    save_adapter(Adapter(wide, 4, 6, "", family_of(base).names), adapter)
     assert "of another model" in refused("merge", base, adapter, tmp_path / "new")
     tensors = adapter / "adapter_model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"!")

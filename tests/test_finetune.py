@@ -23,9 +23,9 @@ from tests.finetune_runs import (
     write_config,
     write_inputs,
 )
+from torchtune_vl.checkpoint._adapters import load_adapter, merge_adapter
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform, qwen2_5_vl_hf_to_tune
 from torchtune_vl.training import export
-from torchtune_vl.training._adapters import load_adapter, merge_adapter
 
 COUNT = 24
 

@@ -19,8 +19,8 @@ from torchtune_vl.data import packed_collate_vision, padded_collate_vision
 from torchtune_vl.data._collate import padded_collate_vision_targets
 from torchtune_vl.generation import generate
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
-from torchtune_vl.models.qwen2_5_vl._fusion import _blank_unit
-from torchtune_vl.models.qwen2_5_vl._positions import mrope_positions
+from torchtune_vl.modules.positions import mrope_positions
+from torchtune_vl.modules.vision import _blank
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 
 
@@ -71,9 +71,9 @@ def prompts_of_text() -> dict[str, Any]:
 
 def test_training_after_generation(model: torch.nn.Module) -> None:
     # So that the encoder runs without media, as it does beside other processes
-    for module in (model.decoder, model.tok_embeddings):
+    for module in (model.decoder,):
         module.requires_grad_(False)
-    _blank_unit.cache_clear()
+    _blank.cache_clear()
     model.train()
     with torch.inference_mode():
         model(**prompts_of_text())
@@ -118,9 +118,9 @@ def answered(conversation: Conversation, prompt: dict[str, Any], answer: list[in
     positions = mrope_positions(
         tokens,
         grid_thw,
-        conversation.seconds_per_step,
-        image_token_id=IMAGE_PAD,
-        video_token_id=VIDEO_PAD,
+        conversation.intervals,
+        placeholder_ids=(IMAGE_PAD, VIDEO_PAD),
+        merge_size=2,
     )
     labels = [-100] * len(prompt["tokens"]) + answer
     return {**prompt, "tokens": tokens, "labels": labels, "input_pos": positions}

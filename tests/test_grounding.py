@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchtune_vl.chat._boxes import rescaled, to_json
+from torchtune_vl.media._image_transform import smart_resize
 from torchtune_vl.models.qwen2_5_vl import boxes_in_original
-from torchtune_vl.models.qwen2_5_vl._grounding import to_json, to_resized
-from torchtune_vl.models.qwen2_5_vl._image_transform import smart_resize
 
 SIDES = st.integers(1, 5000)
 PARTS = st.floats(0, 1)
@@ -20,12 +20,12 @@ EXTENTS = {"0..1": (1.0, 1.0), "0..1000": (1000.0, 1000.0)}
 def test_there_and_back(height, width, parts, unit):
     if max(height, width) > 200 * min(height, width):
         return
-    resized = smart_resize(height, width, max_pixels=1003520)
+    resized = smart_resize(height, width, 28, 3136, 1003520)
     extent = EXTENTS.get(unit, (height, width))
     xs, ys = sorted(parts[:2]), sorted(parts[2:])
     relative = [xs[0], ys[0], xs[1], ys[1]]
     box = [part * extent[1 - i % 2] for i, part in enumerate(relative)]
-    entry = to_resized({"bbox_2d": box, "label": "x"}, unit, (height, width), resized)
+    entry = rescaled({"bbox_2d": box, "label": "x"}, unit, (height, width), resized)
     assert all(isinstance(value, int) for value in entry["bbox_2d"])
 
     grid = torch.tensor([1, resized[0] // 14, resized[1] // 14])
@@ -45,13 +45,13 @@ def test_units_are_the_same_box():
         "0..1000": [250, 250, 1000, 1000],
     }
     for unit, box in boxes.items():
-        entry = to_resized({"bbox_2d": box}, unit, (200, 400), (196, 392))
+        entry = rescaled({"bbox_2d": box}, unit, (200, 400), (196, 392))
         assert entry["bbox_2d"] == [98, 49, 392, 196]
 
 
 def test_points_and_other_keys():
     entry = {"point_2d": [10, 20], "label": "\u732b", "score": 0.5}
-    resized = to_resized(entry, "pixels", (100, 100), (56, 112))
+    resized = rescaled(entry, "pixels", (100, 100), (56, 112))
     assert resized == {"point_2d": [11, 11], "label": "\u732b", "score": 0.5}
     assert to_json([resized, resized]) == (
         '```json\n[\n\t{"point_2d": [11, 11], "label": "\u732b", "score": 0.5},\n'
@@ -76,12 +76,12 @@ def test_points_and_other_keys():
 def test_other_coordinates_beside_are_not_left_as_they_are(shape, other):
     message = f"the numbers of '{next(iter(other))}' would stay those of the original"
     with pytest.raises(ValueError, match=message):
-        to_resized({**shape, **other}, "pixels", (100, 100), (112, 112))
+        rescaled({**shape, **other}, "pixels", (100, 100), (112, 112))
 
 
 def test_what_is_no_coordinate_stays():
     others = {"label": "x", "id": 7, "score": 0.25, "tags": ["left", "top"], "position": "left"}
-    entry = to_resized({"bbox_2d": [0, 0, 50, 50], **others}, "pixels", (100, 100), (112, 112))
+    entry = rescaled({"bbox_2d": [0, 0, 50, 50], **others}, "pixels", (100, 100), (112, 112))
     assert entry == {"bbox_2d": [0, 0, 56, 56], **others}
 
 
@@ -104,7 +104,7 @@ def test_what_is_no_coordinate_stays():
 )
 def test_wrong_boxes(entry, unit, message):
     with pytest.raises(ValueError, match=message):
-        to_resized(entry, unit, (100, 100), (112, 112))
+        rescaled(entry, unit, (100, 100), (112, 112))
 
 
 def test_generated_text_around_boxes():

@@ -10,11 +10,9 @@ import torch
 from PIL import Image
 
 from torchtune_vl.media import RemoteLimits, _sources
-from torchtune_vl.models.qwen2_5_vl._image_transform import (
-    Qwen2_5_VLImageTransform,
-    smart_resize,
-)
-from torchtune_vl.models.qwen2_5_vl._patches import patchify
+from torchtune_vl.media._image_transform import smart_resize
+from torchtune_vl.media._patches import patchify
+from torchtune_vl.models.qwen2_5_vl import GEOMETRY, Qwen2_5_VLImageTransform
 
 
 def noise(*shape):
@@ -79,7 +77,7 @@ def test_patches_of_a_token_are_neighbours():
         for y in (token_y, token_y + 14)
         for x in (token_x, token_x + 14)
     ]
-    assert np.array_equal(patchify(image[None]), expected)
+    assert np.array_equal(patchify(image[None], GEOMETRY), expected)
 
 
 def test_every_channel_of_a_patch_holds_both_frames(transform):
@@ -266,9 +264,10 @@ def test_invalid_arguments(arguments, reason):
 
 
 def test_smart_resize_stays_within_the_limits():
-    assert smart_resize(224, 224) == (224, 224)
-    assert smart_resize(1, 1) == (56, 56)
-    assert smart_resize(6000, 4000) == (4368, 2912)
+    limits = 28, GEOMETRY.min_pixels, GEOMETRY.max_pixels
+    assert smart_resize(224, 224, *limits) == (224, 224)
+    assert smart_resize(1, 1, *limits) == (56, 56)
+    assert smart_resize(6000, 4000, *limits) == (4368, 2912)
 
 
 # Limits of single images

@@ -20,10 +20,10 @@ from PIL import Image, ImageFile
 from tests import hostile
 from tests.conversations import generate_conversation
 from tests.videos import CLIPS, write_clip
+from torchtune_vl.chat._transform import _naming
 from torchtune_vl.media import _images as images
 from torchtune_vl.media._videos import Video
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform, Qwen2_5_VLVideoTransform
-from torchtune_vl.models.qwen2_5_vl._transform import _naming
 
 ANSWER = {"role": "assistant", "content": "Yes."}
 

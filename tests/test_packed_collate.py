@@ -16,7 +16,7 @@ from torchtune_vl.data import (
     padded_collate_vision,
     padded_collate_vision_targets,
 )
-from torchtune_vl.modules import Documents
+from torchtune_vl.modules import Segments
 
 
 def samples() -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def test_a_packed_row_is_its_documents_end_to_end() -> None:
     padded = padded_collate_vision(given)["encoder_input"]["vision"]
     vision = row["encoder_input"]["vision"]
     assert vision.keys() == padded.keys()
-    for key in ("patches", "grid_thw", "window_order", "unit_positions"):
+    for key in ("patches", "grid_thw", "unit_order", "unit_positions"):
         assert torch.equal(vision[key], padded[key])
 
 
@@ -114,7 +114,7 @@ def test_documents_travel_between_processes_and_into_pinned_memory(
     (received,) = DataLoader(OneRow(), batch_size=None, num_workers=1)
     for batch in (received, pickle.loads(pickle.dumps(row)), pin_memory(row)):
         documents = batch["mask"]
-        assert isinstance(documents, Documents)
+        assert isinstance(documents, Segments)
         assert documents.lengths == row["mask"].lengths
         assert torch.equal(documents.boundaries, row["mask"].boundaries)
     assert not received["mask"].boundaries.is_shared()  # by value

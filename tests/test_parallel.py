@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from quickstart.checkpoint import write_tiny_checkpoint
+from torchtune_vl.models._weights import initial_adapters, load_weights_into
 from torchtune_vl.models.qwen2_5_vl import (
     lora_qwen2_5_vl_from_config,
     qwen2_5_vl_from_config,
@@ -22,8 +23,6 @@ from torchtune_vl.training._parallel import (
     average_copies,
     clip_grad_norm,
     gather,
-    initial_adapters,
-    load_weights_into,
 )
 
 

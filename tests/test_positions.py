@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.positions import IMAGE, VIDEO, defined_positions
-from torchtune_vl.models.qwen2_5_vl._positions import mrope_positions
+from torchtune_vl.modules.positions import mrope_positions
 
 TEXT, START, END = 100, 151652, 151653
 sides = st.integers(1, 9).map(lambda units: 2 * units)
@@ -37,8 +37,9 @@ def test_positions_are_those_of_the_definition(media, texts, tokens_per_second) 
     ours = mrope_positions(
         tokens,
         torch.tensor(grids).reshape(-1, 3),
-        intervals,
-        tokens_per_second=tokens_per_second,
+        [1.0 if s is None else tokens_per_second * s for *_, s in media],
+        placeholder_ids=(IMAGE, VIDEO),
+        merge_size=2,
     )
     expected = defined_positions(tokens, grids, intervals, tokens_per_second=tokens_per_second)
     assert ours.tolist() == expected.tolist()
@@ -46,8 +47,10 @@ def test_positions_are_those_of_the_definition(media, texts, tokens_per_second) 
 
 def test_text_behind_a_long_video() -> None:
     """A minute of 640 x 360, two frames a second: its last step is at 16 + 59 * 2."""
-    tokens, grids, intervals = conversation([(VIDEO, 60, 26, 46, 1.0)], [15, 3])
-    positions = mrope_positions(tokens, torch.tensor(grids), intervals)
+    tokens, grids, _ = conversation([(VIDEO, 60, 26, 46, 1.0)], [15, 3])
+    positions = mrope_positions(
+        tokens, torch.tensor(grids), [2.0], placeholder_ids=(IMAGE, VIDEO), merge_size=2
+    )
     last = tokens.index(END) - 1
     assert positions[last].tolist() == [134, 28, 38]
     assert positions[last + 1 :, 0].tolist() == [135, 136, 137, 138]

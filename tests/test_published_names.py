@@ -8,6 +8,9 @@ import torch
 from safetensors import safe_open
 
 from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
+from torchtune_vl.checkpoint._adapters import Adapter, save_adapter
+from torchtune_vl.files._safetensors import INDEX
+from torchtune_vl.models._families import family_of
 from torchtune_vl.models.qwen2_5_vl import (
     lora_qwen2_5_vl_from_config,
     qwen2_5_vl_3b,
@@ -18,8 +21,6 @@ from torchtune_vl.models.qwen2_5_vl import (
 )
 from torchtune_vl.modules.adapters import is_adapter
 from torchtune_vl.training import export, merge
-from torchtune_vl.training._adapters import Adapter, save_adapter
-from torchtune_vl.training._weights import INDEX
 
 BOTH = ("weight", "bias")
 # What vLLM and SGLang look for: the names of the published files, number of layers left open
@@ -130,7 +131,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         fusion_trainable="lora",
     )
     tensors = {name: t for name, t in model.state_dict().items() if is_adapter(name)}
-    save_adapter(Adapter(tensors, 8, 16, str(base)), directory)
+    save_adapter(Adapter(tensors, 8, 16, str(base), family_of(base).names), directory)
     return directory
 
 

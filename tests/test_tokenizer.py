@@ -12,7 +12,7 @@ import torch
 
 from quickstart import vocabulary as quickstart_vocabulary
 from quickstart.vocabulary import FILES, MEMBER, fetch_vocabulary
-from torchtune_vl.models.qwen2_5_vl._tokenizer import Qwen2_5_VLTokenizer
+from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTokenizer
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"]
@@ -228,7 +228,7 @@ def test_vocabulary_of_a_killed_run_is_not_complete(tmp_path, monkeypatch):
 
     replace = os.replace
     monkeypatch.setattr(quickstart_vocabulary, "_download_ranks", lambda directory: b"ranks")
-    monkeypatch.setattr(quickstart_vocabulary, "Qwen2_5_VLTokenizer", Tokenizer)
+    monkeypatch.setattr(quickstart_vocabulary, "QwenTokenizer", Tokenizer)
     monkeypatch.setattr(os, "replace", killed_replace)
     with pytest.raises(KeyboardInterrupt):
         fetch_vocabulary(tmp_path)

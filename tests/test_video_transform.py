@@ -20,7 +20,7 @@ from tests.videos import CLIPS, VP9, Clip, pictures, write_clip, x264, x265
 from torchtune_vl.media import _videos
 from torchtune_vl.media._sources import RemoteLimits
 from torchtune_vl.media._videos import Video
-from torchtune_vl.models.qwen2_5_vl._video_transform import Qwen2_5_VLVideoTransform
+from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLVideoTransform
 
 SMALL = {"min_pixels": 4 * 28 * 28, "max_pixels": 24 * 28 * 28}
 FASTSTART = {"movflags": "faststart"}
@@ -677,7 +677,7 @@ def test_closes_every_file(transform, folder, clip):
 MEASURE = """
 import json, psutil, resource, sys, time
 import numpy as np, torch
-from torchtune_vl.models.qwen2_5_vl._video_transform import Qwen2_5_VLVideoTransform
+from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLVideoTransform
 
 torch.set_num_threads(1)
 transform = Qwen2_5_VLVideoTransform(patch_dtype="uint8")

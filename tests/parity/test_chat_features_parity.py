@@ -236,7 +236,7 @@ def test_other_templates(
 
 
 def test_published_template_as_a_template(checkpoint: Path) -> None:
-    from torchtune_vl.models.qwen2_5_vl._chat_template import CHAT_TEMPLATE
+    from torchtune_vl.chat import CHAT_TEMPLATE
 
     marked = CHAT_TEMPLATE.replace(
         "{% if message['content'] is string %}",

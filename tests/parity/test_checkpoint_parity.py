@@ -1,5 +1,4 @@
-"""Checkpoints from tests.parity.figures import record
-from transformers through ours and back."""
+"""Checkpoints from transformers through ours and back."""
 
 import json
 from pathlib import Path
@@ -7,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from tests.parity.figures import record
-from tests.reference import reference_config, reference_model
+from tests.reference import QWEN2_VL, family_prefix, reference_config, reference_model
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 
@@ -46,7 +45,7 @@ def shards(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", ["head_dim_128", "grouped_untied"])
+@pytest.mark.parametrize("shape", ["head_dim_128", "grouped_untied", QWEN2_VL])
 @pytest.mark.parametrize("alter", [None, names_in_memory, shards])
 def test_round_trip(shape: str, alter, dtype: torch.dtype, tmp_path: Path) -> None:
     source, output = tmp_path / "source", tmp_path / "output"
@@ -60,7 +59,7 @@ def test_round_trip(shape: str, alter, dtype: torch.dtype, tmp_path: Path) -> No
     model.load_state_dict(checkpointer.load_checkpoint()["model"])
     checkpointer.save_checkpoint({"model": model.state_dict()}, epoch=0)
 
-    loaded, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    loaded, info = AutoModelForImageTextToText.from_pretrained(
         output / "epoch_0", output_loading_info=True
     )
     assert not info["missing_keys"]
@@ -72,7 +71,7 @@ def test_round_trip(shape: str, alter, dtype: torch.dtype, tmp_path: Path) -> No
     for name, tensor in expected.items():
         assert actual[name].dtype == dtype
         assert torch.equal(actual[name], tensor), name
-    record("checkpoints: tensors after a round trip", len(expected), 0)
+    record(f"{family_prefix(shape)}checkpoints: tensors after a round trip", len(expected), 0)
 
 
 def test_published_names_are_written(tmp_path: Path) -> None:
@@ -91,7 +90,7 @@ def test_the_dtype_of_the_weights_is_stated(tmp_path: Path) -> None:
     checkpointer = Qwen2_5_VLCheckpointer(tmp_path / "source", tmp_path / "output")
     weights = {n: t.float() * 1.001 for n, t in checkpointer.load_checkpoint()["model"].items()}
     checkpointer.save_checkpoint({"model": weights}, epoch=0)
-    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "output" / "epoch_0")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "output" / "epoch_0")
     norm = loaded.model.language_model.norm.weight
     assert norm.dtype == torch.float32
     assert torch.equal(norm, weights["decoder.norm.weight"])

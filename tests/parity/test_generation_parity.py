@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from tests.parity.figures import record
-from tests.reference import Conversation, reference_config, reference_inputs, reference_model
+from tests.reference import (
+    QWEN2_VL,
+    Conversation,
+    family_prefix,
+    reference_config,
+    reference_inputs,
+    reference_model,
+)
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.generation import generate
-from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
-from torchtune_vl.training import Qwen2_5_VLCheckpointer
+from torchtune_vl.models import model_from_pretrained
 
 PROMPTS = {
     "text": [Conversation([], 6)],
@@ -20,17 +26,15 @@ PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("shape", ["head_dim_128", "grouped_untied"])
+@pytest.mark.parametrize("shape", ["head_dim_128", "grouped_untied", QWEN2_VL])
 @pytest.mark.parametrize("prompts", PROMPTS)
 def test_greedy_answers(shape: str, prompts: str, tmp_path: Path) -> None:
     reference = reference_model(reference_config(shape))
     reference.save_pretrained(tmp_path / "model")
-    checkpointer = Qwen2_5_VLCheckpointer(tmp_path / "model", tmp_path / "output")
-    model = qwen2_5_vl_from_config(tmp_path / "model").eval()
-    model.load_state_dict(checkpointer.load_checkpoint()["model"])
+    model = model_from_pretrained(tmp_path / "model").eval()
 
     generator = torch.Generator().manual_seed(3)
-    samples = [conversation.sample(generator) for conversation in PROMPTS[prompts]]
+    samples = [conversation.sample(generator, shape) for conversation in PROMPTS[prompts]]
     inputs = reference_inputs(samples, pad="left")
     length = inputs["input_ids"].shape[1]
     free = reference.generate(
@@ -43,6 +47,6 @@ def test_greedy_answers(shape: str, prompts: str, tmp_path: Path) -> None:
     batch = padded_collate_vision(samples, pad_direction="left")
     assert generate(model, batch, max_new_tokens=12, stop_tokens=[]) == free
     assert generate(model, batch, max_new_tokens=12, stop_tokens=[stop]) == expected
-    record("prompts: tokens of greedy answers", 2 * len(samples), 0)
+    record(f"{family_prefix(shape)}prompts: tokens of greedy answers", 2 * len(samples), 0)
     # The caches are gone: the model trains on as before
     assert not model.caches_are_setup()

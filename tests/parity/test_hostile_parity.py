@@ -18,8 +18,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from tests import hostile
 from tests.parity.figures import record
+from torchtune_vl.chat import CHAT_TEMPLATE
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
-from torchtune_vl.models.qwen2_5_vl._chat_template import CHAT_TEMPLATE
 
 SIZE = {"shortest_edge": 3136, "longest_edge": 1003520}
 REFERENCES = {"torchvision": Qwen2VLImageProcessor, "pil": Qwen2VLImageProcessorPil}

@@ -27,13 +27,10 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 
 from tests.parity.figures import record
 from torchtune_vl.media import _sources
+from torchtune_vl.media._image_transform import smart_resize
 from torchtune_vl.media._images import to_rgb
 from torchtune_vl.media._sources import RemoteLimits
-from torchtune_vl.models.qwen2_5_vl._image_transform import (
-    CLIP_MEAN,
-    Qwen2_5_VLImageTransform,
-    smart_resize,
-)
+from torchtune_vl.models.qwen2_5_vl import GEOMETRY, Qwen2_5_VLImageTransform
 
 PROCESSORS = {"torchvision": Qwen2VLImageProcessor, "pil": Qwen2VLImageProcessorPil}
 HUB = {"min_pixels": 3136, "max_pixels": 12845056}
@@ -162,7 +159,7 @@ def test_every_level(backend):
 def test_levels_of_other_means(backend):
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(14, 0).repeat(14, 1)
     for mean, std in [(0.1, 0.3), (0.7, 0.9), (1 / 3, 1 / 7)]:
-        arguments = {"image_mean": [mean, *CLIP_MEAN[1:]], "image_std": [std, std, 0.11]}
+        arguments = {"image_mean": [mean, *GEOMETRY.mean[1:]], "image_std": [std, std, 0.11]}
         assert_equal(backend, np.stack([levels] * 3), **arguments)
 
 

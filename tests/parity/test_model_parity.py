@@ -6,23 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from tests.parity.figures import record
 from tests.positions import defined_positions
 from tests.reference import (
     IMAGE_PAD,
+    QWEN2_VL,
     SHAPES,
     VIDEO_PAD,
     Conversation,
+    family_prefix,
     reference_config,
     reference_inputs,
     reference_model,
 )
 from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tune_to_hf
-from torchtune_vl.models.qwen2_5_vl._convert_weights import published_name
-from torchtune_vl.training import Qwen2_5_VLCheckpointer
+from torchtune_vl.files._names import published_name
+from torchtune_vl.models import model_from_pretrained
+from torchtune_vl.models._families import family_of
 
 BATCHES = {
     "text": [Conversation([]), Conversation([], text_tokens=30)],
@@ -42,10 +44,10 @@ class Pair:
     def __init__(self, shape: str, directory: Path) -> None:
         self.reference = reference_model(reference_config(shape))
         self.reference.save_pretrained(directory)
-        checkpointer = Qwen2_5_VLCheckpointer(directory, directory / ".." / "out")
-        self.ours = qwen2_5_vl_from_config(directory)
-        self.ours.load_state_dict(checkpointer.load_checkpoint()["model"])
-        self.ours.eval()
+        self.ours = model_from_pretrained(directory).eval()
+        self.names = family_of(directory).names
+        self.shape = shape
+        self.prefix = family_prefix(shape)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -53,9 +55,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(request.param, tmp_path_factory.mktemp("models") / request.param)
 
 
-def samples_of(batch: str) -> list[dict[str, Any]]:
+def samples_of(batch: str, shape: str) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
-    return [conversation.sample(generator) for conversation in BATCHES[batch]]
+    return [conversation.sample(generator, shape) for conversation in BATCHES[batch]]
 
 
 def our_logits(model: torch.nn.Module, samples: list[dict[str, Any]]) -> torch.Tensor:
@@ -64,9 +66,7 @@ def our_logits(model: torch.nn.Module, samples: list[dict[str, Any]]) -> torch.T
     return model(**batch)
 
 
-def reference_logits(
-    model: Qwen2_5_VLForConditionalGeneration, samples: list[dict[str, Any]]
-) -> torch.Tensor:
+def reference_logits(model: PreTrainedModel, samples: list[dict[str, Any]]) -> torch.Tensor:
     # Tokens and patches of one row at a time would do as well; the batch is padded as users' are
     model.model.rope_deltas = None
     return model(**reference_inputs(samples)).logits
@@ -79,30 +79,29 @@ def at_tokens(logits: torch.Tensor, samples: list[dict[str, Any]]) -> torch.Tens
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_logits(pair: Pair, batch: str) -> None:
-    samples = samples_of(batch)
+    samples = samples_of(batch, pair.shape)
     with torch.no_grad():
         ours = at_tokens(our_logits(pair.ours, samples), samples)
         reference = at_tokens(reference_logits(pair.reference, samples), samples)
     # Logits that hardly differ between tokens would make any bound easy
     assert reference.std() > 0.5
     torch.testing.assert_close(ours, reference, atol=2e-5, rtol=0)
-    record("batches: logits, float32, absolute", 1, float((ours - reference).abs().max()))
+    record(
+        f"{pair.prefix}batches: logits, float32, absolute", 1, float((ours - reference).abs().max())
+    )
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_gradients(pair: Pair, batch: str) -> None:
-    samples = samples_of(batch)
+    samples = samples_of(batch, pair.shape)
     weight = torch.randn(1, generator=torch.Generator().manual_seed(1))
     for model, logits_of in ((pair.ours, our_logits), (pair.reference, reference_logits)):
         model.zero_grad()
         logits = at_tokens(logits_of(model, samples), samples)
         weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
         (logits * weight).sum().backward()
-    ours = qwen2_5_vl_tune_to_hf(
-        {
-            name.replace("tok_embeddings", "decoder.tok_embeddings"): parameter.grad
-            for name, parameter in pair.ours.named_parameters()
-        }
+    ours = pair.names.to_published(
+        {name: parameter.grad for name, parameter in pair.ours.named_parameters()}
     )
     reference = {published_name(n): p.grad for n, p in pair.reference.named_parameters()}
     assert ours.keys() == reference.keys()
@@ -114,7 +113,7 @@ def test_gradients(pair: Pair, batch: str) -> None:
         # The bias of the keys has no effect on softmax: its gradient is rounding noise
         if not (name.endswith("k_proj.bias") and gradient.norm() < 1e-3):
             assert error < 1e-4, f"{name}: {error:.1e}"
-            record("parameters: gradients, float32, relative", 1, float(error))
+            record(f"{pair.prefix}parameters: gradients, float32, relative", 1, float(error))
 
 
 def test_bfloat16_is_as_close_to_float32_as_the_reference(pair: Pair) -> None:
@@ -125,7 +124,7 @@ def test_bfloat16_is_as_close_to_float32_as_the_reference(pair: Pair) -> None:
     distance = dict.fromkeys(halves, 0.0)
     with torch.no_grad():
         for batch in BATCHES:
-            samples = samples_of(batch)
+            samples = samples_of(batch, pair.shape)
             exact = at_tokens(reference_logits(pair.reference, samples), samples)
             ours = at_tokens(our_logits(halves["ours"], samples), samples)
             theirs = at_tokens(reference_logits(halves["reference"], samples), samples)
@@ -133,18 +132,19 @@ def test_bfloat16_is_as_close_to_float32_as_the_reference(pair: Pair) -> None:
             distance["reference"] += float((theirs.float() - exact).pow(2).sum())
     ratio = (distance["ours"] / distance["reference"]) ** 0.5
     assert ratio <= 1.1
-    record("models: bfloat16's distance from float32 / the reference's", 1, ratio)
+    record(f"{pair.prefix}models: bfloat16's distance from float32 / the reference's", 1, ratio)
 
 
 def test_video_logits(pair: Pair) -> None:
     """With the positions of the definition: see ``tests/positions.py``."""
     generator = torch.Generator().manual_seed(0)
     conversation = Conversation([(1, 6, 6), (9, 4, 6), (2, 4, 4)], 9, [1.0, 0.5])
-    samples = [conversation.sample(generator)]
+    samples = [conversation.sample(generator, pair.shape)]
     positions = defined_positions(
         samples[0]["tokens"],
         conversation.grids,
-        conversation.seconds_per_step,
+        # A step of Qwen2-VL's grid is one position, whatever the clock says
+        [0.5, 0.5] if pair.shape == QWEN2_VL else conversation.seconds_per_step,
         image_token_id=IMAGE_PAD,
         video_token_id=VIDEO_PAD,
     )

@@ -16,13 +16,24 @@ from torchtune.modules.peft import get_adapter_params, get_adapter_state_dict
 
 from tests.parity.figures import record
 from tests.reference import (
+    QWEN2_VL,
     Conversation,
+    family_prefix,
     reference_config,
     reference_inputs,
     reference_model,
 )
+from torchtune_vl.checkpoint._adapters import (
+    _HARMLESS,
+    Adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
+from torchtune_vl.checkpoint._peft_targets import targeted_modules
 from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.models._json import read_json_object
+from torchtune_vl.files._json import read_json_object
+from torchtune_vl.models._families import family_of
 from torchtune_vl.models.qwen2_5_vl import (
     lora_qwen2_5_vl_from_config,
     qwen2_5_vl_from_config,
@@ -31,15 +42,6 @@ from torchtune_vl.models.qwen2_5_vl import (
 )
 from torchtune_vl.modules.adapters import is_adapter
 from torchtune_vl.training import Qwen2_5_VLCheckpointer, merge
-from torchtune_vl.training._adapters import (
-    _HARMLESS,
-    Adapter,
-    load_adapter,
-    merge_adapter,
-    save_adapter,
-)
-from torchtune_vl.training._parallel import named_as_saved
-from torchtune_vl.training._peft_targets import targeted_modules
 
 # peft refuses the torchao that torchtune needs, though no weight here is torchao's
 peft.tuners.lora.torchao.is_torchao_available = lambda: False
@@ -72,16 +74,22 @@ PARTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("base")
-    reference_model(reference_config()).save_pretrained(directory)
-    return directory
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    bases = {shape: tmp_path_factory.mktemp(shape) for shape in (UNTIED, "head_dim_128", QWEN2_VL)}
+    for shape, directory in bases.items():
+        reference_model(reference_config(shape)).save_pretrained(directory)
+    return bases
+
+
+@pytest.fixture(scope="module")
+def base(bases: dict[str, Path]) -> Path:
+    return bases[UNTIED]
 
 
 def reference(base: Path) -> nn.Module:
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
+    return AutoModelForImageTextToText.from_pretrained(base)
 
 
 def base_weights(base: Path) -> dict[str, torch.Tensor]:
@@ -111,14 +119,14 @@ def our_model(base: Path, use_dora: bool, settings: dict[str, Any], seed: int = 
 
 def adapter_of(model: nn.Module, base: Path) -> Adapter:
     trained = {name: p.detach().clone() for name, p in get_adapter_params(model).items()}
-    return Adapter(trained, RANK, ALPHA, str(base))
+    return Adapter(trained, RANK, ALPHA, str(base), family_of(base).names)
 
 
-def batch(count: int = 3, seed: int = 0) -> list[dict[str, Any]]:
+def batch(count: int = 3, seed: int = 0, shape: str = UNTIED) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     grids = [[(1, 8, 12)], [], [(1, 4, 4), (2, 6, 10)], [(1, 10, 6)]]
     return [
-        Conversation(grids[i % 4], 12, [1.0] if i % 4 == 2 else []).sample(generator)
+        Conversation(grids[i % 4], 12, [1.0] if i % 4 == 2 else []).sample(generator, shape)
         for i in range(count)
     ]
 
@@ -136,24 +144,28 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor, inputs: dict[str, Any])
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("shape", [UNTIED, QWEN2_VL])
 @torch.no_grad()
-def test_peft_loads_our_adapter(base: Path, tmp_path: Path, part: str, use_dora: bool) -> None:
+def test_peft_loads_our_adapter(
+    bases: dict[str, Path], tmp_path: Path, part: str, use_dora: bool, shape: str
+) -> None:
+    base, prefix = bases[shape], family_prefix(shape)
     model = our_model(base, use_dora, PARTS[part])
     save_adapter(adapter_of(model, base), tmp_path)
     theirs = PeftModel.from_pretrained(reference(base), tmp_path).eval()
-    samples = batch()
+    samples = batch(shape=shape)
     inputs = reference_inputs(samples)
     ours = our_logits(model, samples)
     plain = qwen2_5_vl_from_config(base)
     plain.load_state_dict(base_weights(base))
     assert difference(our_logits(plain.eval(), samples), ours, inputs) > 0.05
     largest = difference(ours, theirs(**inputs).logits, inputs)
-    record("adapters: logits of ours in peft, float32, absolute", 1, largest)
+    record(f"{prefix}adapters: logits of ours in peft, float32, absolute", 1, largest)
     assert largest <= LOGITS
 
     plain.load_state_dict(merge_adapter(base_weights(base), load_adapter(tmp_path)))
     largest = difference(our_logits(plain, samples), ours, inputs)
-    record("adapters: logits of merged weights, float32, absolute", 1, largest)
+    record(f"{prefix}adapters: logits of merged weights, float32, absolute", 1, largest)
     assert largest <= LOGITS
 
 
@@ -277,15 +289,6 @@ def trained_by_peft(base: Path, directory: Path, settings: dict[str, Any]) -> nn
             parameter.add_(torch.randn_like(parameter) * 0.05)
     theirs.save_pretrained(directory)
     return theirs
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    bases = {}
-    for shape in (UNTIED, "head_dim_128"):
-        bases[shape] = tmp_path_factory.mktemp(shape)
-        reference_model(reference_config(shape)).save_pretrained(bases[shape])
-    return bases
 
 
 @pytest.mark.parametrize("kind", RIGHT)
@@ -420,8 +423,8 @@ def test_peft_loads_our_tied_embedding(bases: dict[str, Path], tmp_path: Path) -
         "encoder_trainable": "lora",
     }
     model = our_model(base, False, settings)
-    trained = {name: p.detach() for name, p in named_as_saved(model) if p.requires_grad}
-    save_adapter(Adapter(trained, RANK, ALPHA, str(base)), tmp_path)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    save_adapter(Adapter(trained, RANK, ALPHA, str(base), family_of(base).names), tmp_path)
     theirs = PeftModel.from_pretrained(reference(base), tmp_path).eval()
     samples = batch()
     inputs = reference_inputs(samples)

@@ -14,8 +14,8 @@ from transformers import AutoProcessor, AutoTokenizer, Qwen2_5_VLProcessor
 from quickstart.checkpoint import write_tiny_checkpoint
 from tests.parity.figures import record
 from tests.videos import Clip, write_clip, x264
+from torchtune_vl.chat import CHAT_TEMPLATE
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
-from torchtune_vl.models.qwen2_5_vl._chat_template import CHAT_TEMPLATE
 
 TOKEN = 28 * 28
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("You are a helpful assistant.", "Count what you see.")

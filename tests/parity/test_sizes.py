@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from torchtune_vl.files._names import published_name
 from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_3b,
     qwen2_5_vl_7b,
@@ -18,11 +19,7 @@ from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_from_config,
     qwen2_5_vl_tune_to_hf,
 )
-from torchtune_vl.models.qwen2_5_vl._convert_weights import published_name
-from torchtune_vl.models.qwen2_5_vl._model_builders import (
-    _TEXT_DEFAULTS,
-    _VISION_DEFAULTS,
-)
+from torchtune_vl.models.qwen2_5_vl._family import _TEXT_DEFAULTS, _VISION_DEFAULTS
 
 
 def hub_config(

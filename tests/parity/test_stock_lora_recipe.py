@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from quickstart.checkpoint import write_tiny_checkpoint
 from tests.stock_recipes import run_recipe
+from torchtune_vl.checkpoint._adapters import load_adapter, merge_adapter
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_hf_to_tune
-from torchtune_vl.training._adapters import load_adapter, merge_adapter
 
 # peft refuses the torchao that torchtune needs, though no weight here is torchao's
 peft.tuners.lora.torchao.is_torchao_available = lambda: False

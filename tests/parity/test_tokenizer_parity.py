@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tests.parity.figures import record
-from torchtune_vl.models.qwen2_5_vl._tokenizer import Qwen2_5_VLTokenizer
+from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTokenizer
 
 # sha256 of Qwen2.5-VL's published tokenizer.json, rewritten by json.dumps(..., sort_keys=True)
 PUBLISHED = "53944cb73a2a34812a4272e331ee15e290ae43ae72de4794156f6076690dddb5"

@@ -24,13 +24,9 @@ from transformers.video_utils import VideoMetadata, read_video_pyav
 
 from tests.parity.figures import record
 from tests.videos import CLIPS, pictures, write_clip
+from torchtune_vl.media._video_transform import frame_count, frame_range, frame_size
 from torchtune_vl.media._videos import Video
-from torchtune_vl.models.qwen2_5_vl._video_transform import (
-    Qwen2_5_VLVideoTransform,
-    frame_count,
-    frame_range,
-    frame_size,
-)
+from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLVideoTransform
 
 pytest.importorskip("decord")
 USERS_FOLDER = os.environ.get("TORCHTUNE_VL_VIDEOS")
@@ -262,15 +258,20 @@ sides = st.integers(15, 5000) | st.sampled_from([360, 640, 720, 1080, 1280, 1920
 def test_rules_of_sizes(frames, height, width, budget):
     with pytest.MonkeyPatch.context() as monkeypatch:
         reader = FakeReader(monkeypatch)
-        limits = {"limit" if name == "max_pixels" else name: n for name, n in budget.items()}
+        limits = {
+            "min_pixels": 128 * 28**2,
+            "max_pixels": 768 * 28**2,
+            "total_pixels": int(128000 * 28**2 * 0.9),
+            **{"limit" if name == "max_pixels" else name: n for name, n in budget.items()},
+        }
         try:
             expected = reader.size(frames, height, width, budget)
         except (ValueError, AssertionError):
             with pytest.raises(ValueError, match=r"min_pixels|200 times"):
-                frame_size(height, width, frames, **limits)
+                frame_size(height, width, frames, 28, **limits)
         else:
             if min(expected) > 0:  # where qwen-vl-utils leaves no pixels, a square is left
-                assert frame_size(height, width, frames, **limits) == expected
+                assert frame_size(height, width, frames, 28, **limits) == expected
 
 
 def test_an_odd_frame_counts_twice():

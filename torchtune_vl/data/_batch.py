@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchtune_vl.modules import Documents
+from torchtune_vl.modules import Segments
 
 # A file of shared memory costs each side some half a millisecond, whatever its size; by value so
 # many bytes cost less
@@ -29,8 +29,8 @@ class Batch(dict[str, Any]):
 def _map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _map_leaves(change, entry) for key, entry in value.items()}
-    if isinstance(value, Documents):
-        return Documents(value.lengths, change(value.boundaries))
+    if isinstance(value, Segments):
+        return Segments(value.lengths, change(value.boundaries))
     return change(value)
 
 

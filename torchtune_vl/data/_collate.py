@@ -12,10 +12,10 @@ from torch.utils.data import get_worker_info
 
 from torchtune_vl.data._batch import Batch
 from torchtune_vl.modules import (
-    Documents,
+    Segments,
     concatenate_patches,
-    concatenate_window_indices,
-    window_encoder_index,
+    encoder_index,
+    join_vision_indices,
 )
 
 
@@ -42,7 +42,7 @@ def padded_collate_vision(
         ``tokens``, int64 [b, s]; ``input_pos``, int64 [b, s, 3]; ``labels``, int64 [b, s], if the
         samples have them; ``mask``, bool [b, s, s], with padding on the left; and
         ``encoder_input`` if any sample has media: ``vision`` with ``patches`` [n, width],
-        ``grid_thw``, int64 [k, 3], and what :func:`~torchtune_vl.modules.window_encoder_index`
+        ``grid_thw``, int64 [k, 3], and what :func:`~torchtune_vl.modules.encoder_index`
         returns.
 
     Raises:
@@ -131,14 +131,14 @@ def packed_collate_vision(
 
     Returns:
         ``tokens``, int64 [1, s]; ``input_pos``, int64 [1, s, 3], which starts anew in each
-        document; ``mask``, the :class:`~torchtune_vl.modules.Documents` of the row;
+        document; ``mask``, the :class:`~torchtune_vl.modules.Segments` of the row;
         ``output_positions``, int64 [supervised labels], the positions whose next token is
         supervised; ``targets``, int64 of the same shape, the ids of these next tokens; and
         ``encoder_input`` as in :func:`padded_collate_vision`. No document predicts the first token
         of the next.
     """
     batch = batch or [_padding(padding_idx, ignore_idx)]
-    documents = Documents.of([len(sample["tokens"]) for sample in batch])
+    documents = Segments.of([len(sample["tokens"]) for sample in batch])
     labels = _joined(sample["labels"] for sample in batch)
     labels[documents.boundaries[:-1]] = ignore_idx
     supervised = (labels != ignore_idx).nonzero().squeeze(1)
@@ -181,6 +181,6 @@ def _collate_media(vision: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "patches": concatenate_patches([v["patches"] for v in vision], shared),
         "grid_thw": torch.cat([v["grid_thw"] for v in vision]),
     }
-    if any("window_order" not in v for v in vision):
+    if any("unit_order" not in v for v in vision):
         return collated
-    return {**collated, **window_encoder_index(concatenate_window_indices(vision))}
+    return {**collated, **encoder_index(join_vision_indices(vision))}

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from torchtune_vl.data._batch import Batch
 from torchtune_vl.data._packing import Planner, Size, planner_of, settings_of
+from torchtune_vl.modules import IGNORE_INDEX
 
 # Of so many random orders of an epoch's rows the most even is taken
 _ORDERS = 64
@@ -380,7 +380,7 @@ def _made(sample: _Sample) -> Mapping[str, Any]:
     with _naming(sample.number):
         made = sample.make()
     patches = made["encoder_input"]["vision"]["patches"] if "encoder_input" in made else ()
-    targets = len(made["labels"]) - 1 - made["labels"][1:].count(CROSS_ENTROPY_IGNORE_IDX)
+    targets = len(made["labels"]) - 1 - made["labels"][1:].count(IGNORE_INDEX)
     size = Size(len(made["tokens"]), len(patches), targets)
     if size != sample.size:
         now, before = (

@@ -10,14 +10,14 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 from torch.utils.data import Dataset
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from torchtune_vl.datasets._formats import GroundedObjects, read_message, read_turn
 from torchtune_vl.datasets._json_rows import JsonRows
 from torchtune_vl.datasets._media_directory import MediaDirectory
 from torchtune_vl.datasets._tables import Stream, load_rows
+from torchtune_vl.files._json import from_json_text
 from torchtune_vl.media._errors import reraise, shortened
-from torchtune_vl.media._json import from_json_text
+from torchtune_vl.modules import IGNORE_INDEX
 
 COLUMNS = (
     "id",
@@ -347,7 +347,7 @@ def _supervised(transform: Transform, sample: Mapping[str, Any]) -> dict[str, An
         transform.check_supervised(tokens, mask)
     except ValueError as error:
         raise ValueError(f"sample {sample['id']!r}: {error}") from error
-    labels = np.where(mask, CROSS_ENTROPY_IGNORE_IDX, tokens).tolist()
+    labels = np.where(mask, IGNORE_INDEX, tokens).tolist()
     return {**transformed, "labels": labels}
 
 

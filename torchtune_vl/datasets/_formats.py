@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from torchtune_vl.media._json import from_json_text
+from torchtune_vl.files._json import from_json_text
 
 # Names that LLaVA's, LLaMA-Factory's and Qwen's files have for those who speak
 _ROLES = {

@@ -4,14 +4,13 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torchtune.generation import sample
-from torchtune.modules.common_utils import local_kv_cache
-from torchtune.modules.model_fusion import EarlyFusionModel
+
+from torchtune_vl.modules.vision import VisionLanguageModel
 
 
 @torch.no_grad()  # FSDP cannot gather parameters in inference mode
 def generate(
-    model: EarlyFusionModel,
+    model: VisionLanguageModel,
     batch: dict[str, Any],
     *,
     max_new_tokens: int,
@@ -57,13 +56,8 @@ def generate(
     answers: list[torch.Tensor] = []
     ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
 
-    with local_kv_cache(
-        model,
-        batch_size=batch_size,
-        device=tokens.device,
-        dtype=next(model.parameters()).dtype,
-        decoder_max_seq_len=length,
-    ):
+    model.setup_caches(batch_size, next(model.parameters()).dtype, decoder_max_seq_len=length)
+    try:
         logits = model(
             tokens,
             mask=mask[:, :prompt_length],
@@ -83,6 +77,8 @@ def generate(
                 mask=mask[:, end : end + 1],
                 input_pos=position[:, None, None].expand(-1, 1, 3),
             ).squeeze(1)
+    finally:
+        model.delete_caches()
     return [until_stop(ids, stop_tokens) for ids in torch.stack(answers, dim=1).tolist()]
 
 
@@ -101,7 +97,11 @@ def _extend_mask(mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
 def _choose(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
     if temperature == 0:
         return logits.argmax(dim=-1)
-    return sample(logits, temperature=temperature, top_k=top_k).squeeze(-1).long()
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(-1)
 
 
 def until_stop(ids: list[int], stop_tokens: Collection[int]) -> list[int]:

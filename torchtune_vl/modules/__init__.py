@@ -1,28 +1,29 @@
 """Pieces of networks that no model family owns."""
 
-from torchtune_vl.modules.attention import (
-    Documents,
-    Segments,
-    attend_within_documents,
-    attend_within_segments,
-    concatenate_window_indices,
-    permute_rows,
-    segment_index,
-    window_encoder_index,
+from torchtune_vl.modules.attention import Segments, attend_within_segments, permute_rows
+from torchtune_vl.modules.loss import (
+    IGNORE_INDEX,
+    SupervisedCrossEntropyLoss,
+    chunked_cross_entropy,
 )
-from torchtune_vl.modules.loss import SupervisedCrossEntropyLoss, chunked_cross_entropy
 from torchtune_vl.modules.patches import concatenate_patches
+from torchtune_vl.modules.positions import (
+    encoder_index,
+    join_vision_indices,
+    mrope_positions,
+    vision_index,
+)
 
 __all__ = [
-    "Documents",
+    "IGNORE_INDEX",
     "Segments",
     "SupervisedCrossEntropyLoss",
-    "attend_within_documents",
     "attend_within_segments",
     "chunked_cross_entropy",
     "concatenate_patches",
-    "concatenate_window_indices",
+    "encoder_index",
+    "join_vision_indices",
+    "mrope_positions",
     "permute_rows",
-    "segment_index",
-    "window_encoder_index",
+    "vision_index",
 ]

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchao.dtypes.nf4tensor import linear_nf4
-from torchtune.modules.low_precision import FrozenNF4Linear
-from torchtune.modules.peft import DoRALinear, LoRALinear
+
+from torchtune_vl._torchao import linear_nf4
+from torchtune_vl._torchtune import DoRALinear, FrozenNF4Linear, LoRALinear
 
 Trainable = Literal["frozen", "lora", "full"]
 
@@ -166,7 +166,7 @@ def train_with_adapters(module: nn.Module, names: Iterable[str]) -> None:
     """Let recipes for adapters train parameters of a module in full.
 
     They train what a module's ``adapter_params`` lists, see
-    :class:`~torchtune.modules.peft.AdapterModule`.
+    torchtune's ``AdapterModule``.
 
     Args:
         module: the module.

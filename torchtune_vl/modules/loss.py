@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 # Rows of logits that exist at a time: many enough for a fast product, few enough to be small
 # beside the activations of the layers
 CHUNK = 1024
+# Label of what carries no loss, as everywhere in torch
+IGNORE_INDEX = -100
 
 
 def chunked_cross_entropy(
@@ -51,7 +53,7 @@ class SupervisedCrossEntropyLoss(nn.Module):
         ignore_index: label of positions without loss.
     """
 
-    def __init__(self, ignore_index: int = -100) -> None:
+    def __init__(self, ignore_index: int = IGNORE_INDEX) -> None:
         super().__init__()
         self.ignore_index = ignore_index
 

@@ -9,6 +9,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import (
@@ -397,8 +398,13 @@ def _find(path: str) -> Callable[..., Any]:
 
 
 def _types_of(component: Callable[..., Any]) -> dict[str, Any]:
-    function = component.__init__ if isinstance(component, type) else component  # type: ignore[misc]
+    function: Any = component.__init__ if isinstance(component, type) else component  # type: ignore[misc]
+    while isinstance(function, partial):
+        function = function.func
     try:
-        return get_type_hints(function, include_extras=True)
+        # What it returns may be imported for type checkers alone
+        annotations = {k: v for k, v in function.__annotations__.items() if k != "return"}
+        names = {"__annotations__": annotations, "__module__": function.__module__}
+        return get_type_hints(type("Parameters", (), names), include_extras=True)
     except Exception:  # annotations can be anything
         return {}

@@ -39,21 +39,29 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
-from torchtune import config, training
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.modules.model_fusion import get_fusion_params
-from torchtune.modules.peft import LoRALinear
-from torchtune.utils import get_logger
 from tqdm import tqdm
 
+from torchtune_vl._torchtune import (
+    ADAPTER_CONFIG,
+    ADAPTER_KEY,
+    MODEL_KEY,
+    LoRALinear,
+    OffloadActivations,
+    TransformerSelfAttentionLayer,
+    get_logger,
+    instantiate,
+)
+from torchtune_vl.checkpoint._adapters import Adapter, check_continues, merge_adapter
 from torchtune_vl.data import Row, TrainingRows
 from torchtune_vl.data._loading import loading
 from torchtune_vl.datasets import SamplesError, measure_all
-from torchtune_vl.modules import Documents
+from torchtune_vl.files._directory import epochs
+from torchtune_vl.models._builders import part_of
+from torchtune_vl.models._families import family_of
+from torchtune_vl.models._weights import initial_adapters, load_weights_into
+from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import DoRA, is_adapter
 from torchtune_vl.recipes._main import run_recipe
-from torchtune_vl.training._adapters import Adapter, check_continues, merge_adapter
-from torchtune_vl.training._directory import epochs
 from torchtune_vl.training._fingerprint import (
     data_fingerprint,
     model_fingerprint,
@@ -72,13 +80,11 @@ from torchtune_vl.training._parallel import (
     clip_grad_norm,
     dtypes_of,
     gather,
-    initial_adapters,
-    load_weights_into,
-    named_as_saved,
     non_finite,
     shard,
 )
 from torchtune_vl.training._plot import plot_losses
+from torchtune_vl.training._precision import DTYPES, default_dtype
 from torchtune_vl.training._steps import SavedStep, Steps, drop_steps_after, lock
 
 log = get_logger("INFO")
@@ -127,8 +133,8 @@ class FinetuneRecipe:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device))
-        self.dtype = training.get_dtype(cfg.dtype, self.device)
-        self.compute_dtype = training.get_dtype(cfg.compute_dtype or cfg.dtype, self.device)
+        self.dtype = DTYPES[cfg.dtype]
+        self.compute_dtype = DTYPES[cfg.compute_dtype or cfg.dtype]
         self.mesh = init_device_mesh(
             self.device.type,
             (dist.get_world_size() // cfg.parallel.tensor, cfg.parallel.tensor),
@@ -197,26 +203,23 @@ class FinetuneRecipe:
     def setup(self) -> None:
         """Make model, data, optimizer and schedule, and take up where an earlier run stopped."""
         cfg = self.cfg
-        training.set_seed(cfg.seed)
         # The same on devices that share layers, or their copies of the others would drift apart
         torch.manual_seed(cfg.seed + self.data_rank)
-        tokenizer = config.instantiate(cfg.tokenizer)
+        tokenizer = instantiate(cfg.tokenizer)
         self.processor_files = tokenizer.processor_files()
-        self.checkpointer = config.instantiate(cfg.checkpointer)
+        self.checkpointer = instantiate(cfg.checkpointer)
         self.model = self._make_model()
-        self.trained = {n: p for n, p in named_as_saved(self.model) if p.requires_grad}
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ValueError(
                 "nothing is trained: set one of model.decoder_trainable, model.encoder_trainable "
                 "and model.fusion_trainable"
             )
-        self.optimizer = config.instantiate(cfg.optimizer, self._parameter_groups())
-        self.seeing = [p for n, p in self.trained.items() if n.startswith("encoders.")]
+        self.optimizer = instantiate(cfg.optimizer, self._parameter_groups())
+        self.seeing = [p for n, p in self.trained.items() if part_of(n) != "decoder"]
         self._check_rounding()
         # Not by torchtune's function, which refuses models with a decoder and an encoder
-        self.offloading = (
-            training.OffloadActivations() if cfg.activation_offloading else nullcontext()
-        )
+        self.offloading = OffloadActivations() if cfg.activation_offloading else nullcontext()
 
         self.position: dict[str, Any] = self.begun.progress["position"] if self.begun else {}
         self.rows = self._make_rows(tokenizer)
@@ -235,7 +238,7 @@ class FinetuneRecipe:
 
         self.sample_log = self._open_sample_log()
         if self.is_main:
-            self.logger = config.instantiate(cfg.metric_logger)
+            self.logger = instantiate(cfg.metric_logger)
             self.logger.log_config(cfg)
         for number in _STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
@@ -277,28 +280,31 @@ class FinetuneRecipe:
     def _make_model(self) -> nn.Module:
         """Build on the meta device, divide over devices, and only then load each one's part."""
         cfg = self.cfg
-        with training.set_default_dtype(self.dtype), torch.device("meta"):
-            model = config.instantiate(cfg.model)
+        with default_dtype(self.dtype), torch.device("meta"):
+            model = instantiate(cfg.model)
         self.flops = FlopCounter(model)
         if cfg.parallel.tensor > 1:
-            plan = config.instantiate(cfg.parallel.plan, model)
-            training.prepare_mha_for_tp(model, self.mesh["tensor"])
+            plan = instantiate(cfg.parallel.plan, model)
             parallelize_module(model, self.mesh["tensor"], plan)
         layers = [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
+        # No backward comes through a frozen encoder: what it kept for one would never be let go
+        encoder_layers = [layer for e in model.encoders.values() for layer in e.layers]
+        is_trained = any(p.requires_grad for layer in encoder_layers for p in layer.parameters())
+        frozen = set() if is_trained else {*encoder_layers}
         for number, layer in enumerate(layers):
             if cfg.compile:
                 layer.forward = torch.compile(layer.forward)
-            if self._recomputes(number):
+            if self._recomputes(number) and layer not in frozen:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         offload = cfg.parallel.cpu_offload
         if self.data_ranks > 1 or dtypes_of(model) != {self.compute_dtype} or offload:
             shard(model, layers, self.mesh["data"], self.compute_dtype, offload)
         state = self.checkpointer.load_checkpoint()
-        weights = state[training.MODEL_KEY]
-        if training.ADAPTER_CONFIG in state:
-            going_on = state[training.ADAPTER_CONFIG]
-            names = [*state[training.ADAPTER_KEY], *going_on["modules_to_save"]]
-            trained = [name for name, p in named_as_saved(model) if p.requires_grad]
+        weights = state[MODEL_KEY]
+        if ADAPTER_CONFIG in state:
+            going_on = state[ADAPTER_CONFIG]
+            names = [*state[ADAPTER_KEY], *going_on["modules_to_save"]]
+            trained = [name for name, p in model.named_parameters() if p.requires_grad]
             check_continues(model, trained, going_on, names)
         self._on_main(
             lambda: self._keep("model", model_fingerprint(weights, Path(cfg.checkpoint_dir)))
@@ -313,14 +319,11 @@ class FinetuneRecipe:
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters by part, each with its learning rate."""
-        merger = get_fusion_params(self.model)
         groups: dict[tuple[str, DeviceMesh | None], list[nn.Parameter]] = {}
         for name, parameter in self.trained.items():
-            is_encoder = name.startswith("encoders.")
-            part = "merger" if name in merger else "encoder" if is_encoder else "decoder"
             # Fused steps do not mix parameters that are divided over other devices
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            groups.setdefault((part, mesh), []).append(parameter)
+            groups.setdefault((part_of(name), mesh), []).append(parameter)
         rates = self.cfg.learning_rates
         return [
             {
@@ -334,7 +337,7 @@ class FinetuneRecipe:
     def _make_scheduler(self) -> LRScheduler:
         if self.cfg.lr_scheduler is None:
             return LambdaLR(self.optimizer, lambda step: 1.0)
-        scheduler: LRScheduler = config.instantiate(
+        scheduler: LRScheduler = instantiate(
             self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.max_steps
         )
         return scheduler
@@ -355,14 +358,14 @@ class FinetuneRecipe:
     def _make_rows(self, tokenizer: Any) -> TrainingRows:
         """The data; the sizes of all samples are measured first, which finds broken ones."""
         cfg = self.cfg
-        dataset = config.instantiate(cfg.dataset, tokenizer)
+        dataset = instantiate(cfg.dataset, tokenizer)
         is_stream = not hasattr(dataset, "__getitem__")
         if is_stream and not cfg.max_steps:
             raise ValueError("a streaming dataset has no known end: set max_steps")
         sizes = None if is_stream else self._measure(dataset, "dataset")
         return TrainingRows(
             dataset,
-            config.instantiate(cfg.rows),
+            instantiate(cfg.rows),
             rows_per_step=cfg.rows_per_step,
             rank=self.data_rank,
             world_size=self.data_ranks,
@@ -376,10 +379,10 @@ class FinetuneRecipe:
     def _make_validation_rows(self, tokenizer: Any) -> TrainingRows | None:
         if self.cfg.dataset_val is None:
             return None
-        dataset = config.instantiate(self.cfg.dataset_val, tokenizer)
+        dataset = instantiate(self.cfg.dataset_val, tokenizer)
         return TrainingRows(
             dataset,
-            config.instantiate(self.cfg.rows),
+            instantiate(self.cfg.rows),
             rows_per_step=self.data_ranks,
             rank=self.data_rank,
             world_size=self.data_ranks,
@@ -515,10 +518,10 @@ class FinetuneRecipe:
         self.position = rows[-1].position
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        def move(value: torch.Tensor | Documents) -> torch.Tensor | Documents:
+        def move(value: torch.Tensor | Segments) -> torch.Tensor | Segments:
             return value.to(self.device, non_blocking=True)
 
-        return tree_map_only((torch.Tensor, Documents), move, dict(batch))
+        return tree_map_only((torch.Tensor, Segments), move, dict(batch))
 
     def _note(self, row: Row, since: Logged) -> None:
         """Count what a row was, and write down whose it was."""
@@ -729,18 +732,20 @@ class FinetuneRecipe:
         trained = gather(self.trained)
         if not self.is_main:
             return
-        weights = self.checkpointer.load_checkpoint()[training.MODEL_KEY] | trained
+        weights = self.checkpointer.load_checkpoint()[MODEL_KEY] | trained
         weights = {name: tensor for name, tensor in weights.items() if not is_adapter(name)}
-        state = {training.MODEL_KEY: weights}
+        state = {MODEL_KEY: weights}
         adapters = {name: tensor for name, tensor in trained.items() if is_adapter(name)}
         if adapters:
             layer = next(m for m in self.model.modules() if isinstance(m, LoRALinear | DoRA))
             in_full = sorted(trained.keys() - adapters.keys())
-            adapter = Adapter(adapters, layer.rank, layer.alpha, str(self.cfg.checkpoint_dir))
+            base = self.cfg.checkpoint_dir
+            names = family_of(base).names
+            adapter = Adapter(adapters, layer.rank, layer.alpha, str(base), names)
             state = {
-                training.MODEL_KEY: merge_adapter(weights, adapter),
-                training.ADAPTER_KEY: adapters,
-                training.ADAPTER_CONFIG: {
+                MODEL_KEY: merge_adapter(weights, adapter),
+                ADAPTER_KEY: adapters,
+                ADAPTER_CONFIG: {
                     "r": layer.rank,
                     "lora_alpha": layer.alpha,
                     "modules_to_save": in_full,

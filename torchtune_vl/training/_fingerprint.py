@@ -11,7 +11,7 @@ import torch
 import xxhash
 from omegaconf import DictConfig, OmegaConf
 
-from torchtune_vl.training._directory import checksum
+from torchtune_vl.files._directory import checksum
 
 # What may change is all the rest: how long, how fast, on what devices, what is written
 FIXED = (

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torchtune.modules import TiedLinear
 
 # Dense bfloat16 products with float32 accumulation, from NVIDIA's data sheets, which often print
 # the doubled figure for sparse matrices. Names are those of `torch.cuda.get_device_name`; the first
@@ -49,18 +48,18 @@ class FlopCounter:
     a frozen encoder costs its forward alone.
 
     Args:
-        model: a :class:`VisionFusionModel` or what is built like it, before its layers are wrapped
-            (sharding, checkpointing). It is only looked at; the meta device will do.
+        model: the model, before its layers are wrapped (sharding, checkpointing). It is only looked
+            at; the meta device will do.
     """
 
     def __init__(self, model: Any) -> None:
         encoder = model.encoders["vision"]
         trace = _Trace(carries=False)
         self._patch = trace.linear(encoder.patch_embed)
-        self._patch_pair = {"window_segments": 0, "frame_segments": 0}
+        self._patch_pair = {"windows": 0, "frames": 0}
         for i, layer in enumerate(encoder.layers):
             row, pair = trace.layer(layer)
-            kind = "frame_segments" if i in encoder.full_attention_layers else "window_segments"
+            kind = "frames" if i in encoder.full_attention_layers else "windows"
             self._patch += row
             self._patch_pair[kind] += pair
         trace.pass_through(encoder.merger.norm)
@@ -77,9 +76,10 @@ class FlopCounter:
 
         Args:
             documents: tokens of each document; tokens attend to earlier ones of their own.
-            media: ``encoder_input["vision"]`` of the batch, of which only ``window_segments`` and
-                ``frame_segments`` are read, see :func:`~torchtune_vl.modules.segment_index`: no
-                device is waited for. None without media.
+            media: ``encoder_input["vision"]`` of the batch, of which only the lengths of
+                ``windows`` and ``frames`` are read, see
+                :func:`~torchtune_vl.modules.encoder_index`: no device is waited for. None
+                without media.
             num_targets: positions that the output layer is computed for.
 
         Returns:
@@ -89,7 +89,7 @@ class FlopCounter:
         flops = decoder.token * sum(documents) + decoder.target * num_targets
         flops += decoder.pair * sum(n * (n + 1) // 2 for n in documents)
         if media is not None:
-            flops += self._patch * sum(_powers(media["frame_segments"], 1))
+            flops += self._patch * sum(_powers(media["frames"], 1))
             for kind, pair in self._patch_pair.items():
                 flops += pair * sum(_powers(media[kind], 2))
         return flops
@@ -104,11 +104,10 @@ class _DecoderFlops:
 
 def _decoder_flops(model: Any, carries: bool) -> _DecoderFlops:
     trace = _Trace(carries)
-    trace.pass_through(model.tok_embeddings)
+    trace.pass_through(model.decoder.tok_embeddings)
     layers = [trace.layer(layer) for layer in model.decoder.layers]
     trace.pass_through(model.decoder.norm)
-    output = model.decoder.output
-    target = trace.linear(output.tied_module if isinstance(output, TiedLinear) else output)
+    target = trace.linear(model.decoder.output or model.decoder.tok_embeddings)
     return _DecoderFlops(sum(row for row, _ in layers), sum(pair for _, pair in layers), target)
 
 
@@ -147,7 +146,8 @@ class _Trace:
         row = self.linear(*inputs)
         row += self.linear(attn.output_proj)
         self.pass_through(layer.mlp_norm)
-        row += self.linear(mlp.w1, mlp.w3) + self.linear(mlp.w2)
+        into = [mlp.w1] if mlp.w3 is None else [mlp.w1, mlp.w3]
+        row += self.linear(*into) + self.linear(mlp.w2)
         return row, pair
 
 
@@ -165,5 +165,5 @@ def _in_dim(linear: Any) -> int:
     return linear.weight.shape[1]
 
 
-def _powers(segments: Mapping[str, Any], power: int) -> Iterable[int]:
-    return (length**power * len(starts) for length, starts in segments["starts"].items())
+def _powers(segments: Mapping[tuple[int, ...], Any], power: int) -> Iterable[int]:
+    return (length**power for lengths in segments for length in lengths)

@@ -12,15 +12,14 @@ from omegaconf import DictConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torchao.dtypes.nf4tensor import NF4Tensor
-from torchtune import config as torchtune_config
-from torchtune.training import set_default_dtype
-from torchtune.training.precision import PRECISION_STR_TO_DTYPE
 
+from torchtune_vl._torchao import NF4Tensor
+from torchtune_vl._torchtune import instantiate
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.loss import CHUNK
 from torchtune_vl.modules.summary import num_bytes
 from torchtune_vl.training._parallel import dtypes_of
+from torchtune_vl.training._precision import DTYPES, default_dtype
 
 # Logits of a chunk in the dtype of the model and in float32, and the float32 gradient
 _LOGIT_BYTES = 2 + 4 + 4
@@ -43,10 +42,10 @@ def estimate_memory(config: DictConfig, num_devices: int = 1) -> dict[str, int]:
     Raises:
         ValueError: if the model cannot be built.
     """
-    dtype = PRECISION_STR_TO_DTYPE[config.dtype]
-    compute_dtype = PRECISION_STR_TO_DTYPE[config.compute_dtype or config.dtype]
-    with set_default_dtype(dtype), torch.device("meta"):
-        model = torchtune_config.instantiate(config.model)
+    dtype = DTYPES[config.dtype]
+    compute_dtype = DTYPES[config.compute_dtype or config.dtype]
+    with default_dtype(dtype), torch.device("meta"):
+        model = instantiate(config.model)
     trained = [p for p in model.parameters() if p.requires_grad]
     states = {
         "weights": sum(map(num_bytes, _plain(model))),
@@ -64,9 +63,11 @@ def estimate_memory(config: DictConfig, num_devices: int = 1) -> dict[str, int]:
     if is_sharded or dtypes_of(model) != {compute_dtype}:
         memory["gathered layers"] = _gathered_bytes(model, compute_dtype)
     tokens, patches = _row_size(config, model)
-    with set_default_dtype(compute_dtype):
+    with default_dtype(compute_dtype):
         memory |= _activation_bytes(config, model, tokens, patches)
-    memory["logits"] = min(CHUNK, tokens) * model.tok_embeddings.num_embeddings * _LOGIT_BYTES
+    memory["logits"] = (
+        min(CHUNK, tokens) * model.decoder.tok_embeddings.num_embeddings * _LOGIT_BYTES
+    )
     return memory
 
 
@@ -78,7 +79,7 @@ def _optimizer_bytes(component: DictConfig, dtype: torch.dtype) -> float:
     """Bytes of state for each parameter, as the optimizer allots them to one it is given."""
     parameter = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
     parameter.grad = torch.zeros_like(parameter)
-    optimizer = torchtune_config.instantiate(component, [parameter])
+    optimizer = instantiate(component, [parameter])
     with torch.compiler.set_stance("force_eager"):  # torchao compiles the step
         optimizer.step()
     states = [x for x in optimizer.state[parameter].values() if isinstance(x, torch.Tensor)]
@@ -114,14 +115,14 @@ def _activation_bytes(config: DictConfig, model: Any, tokens: int, patches: int)
     with FakeTensorMode():
         x_NE = torch.empty(patches, encoder.merger.norm.weight.numel(), requires_grad=True)
         rope = torch.empty(patches, 2, layer.attn.head_dim // 2, dtype=torch.float32)
-        segments = Segments({patches: torch.zeros(1)})  # how they are cut makes no difference
+        segments = Segments.of([patches])  # how they are cut makes no difference
         vision = _kept_bytes(layer, x_NE, segments=segments, rope=rope)
         merger = _kept_bytes(encoder.merger, x_NE)
 
         layer = decoder.layers[0]
-        h = torch.empty(1, tokens, model.tok_embeddings.embedding_dim, requires_grad=True)
+        h = torch.empty(1, tokens, model.decoder.tok_embeddings.embedding_dim, requires_grad=True)
         rope = torch.empty(1, tokens, 2, layer.attn.head_dim // 2, dtype=torch.float32)
-        text = _kept_bytes(layer, h, input_pos=rope)
+        text = _kept_bytes(layer, h, mask=None, rope=rope)
 
     # How much of the layers is computed anew
     share = {"none": 0.0, "selective": 0.5, "full": 1.0}[config.activation_checkpointing]

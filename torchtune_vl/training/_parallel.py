@@ -1,4 +1,4 @@
-"""Weights on their way to the devices of a run, and their gradients' norm."""
+"""A model over several devices: how it is divided, and its gradients' norm."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,9 +12,9 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DeviceMesh, DTensor, distribute_tensor
-from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
-from torchtune.modules.peft import DoRALinear, LoRALinear
+from torch.distributed.tensor import DeviceMesh, DTensor
+
+from torchtune_vl._torchao import NF4Tensor
 
 
 def shard(
@@ -59,82 +59,6 @@ def dtypes_of(model: nn.Module) -> set[torch.dtype]:
         The dtypes.
     """
     return {p.dtype for p in model.parameters() if not isinstance(p.data, NF4Tensor)}
-
-
-def load_weights_into(
-    model: nn.Module, weights: Mapping[str, torch.Tensor], device: torch.device
-) -> None:
-    """Give a model on the meta device its weights: each process takes its own part of them.
-
-    Args:
-        model: the model, sharded or not.
-        weights: all of its parameters, whole, on the CPU.
-        device: where they go; the CPU if they are offloaded.
-    """
-    placed = {name: _like(weights[name], p, device) for name, p in named_as_saved(model)}
-    model.load_state_dict(placed, assign=True)
-
-
-def named_as_saved(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """List a model's parameters by the names that its state dict, and so a checkpoint, has.
-
-    Args:
-        model: an early fusion model of torchtune, which takes the token embedding out of its
-            decoder and puts it back in its state dict.
-
-    Returns:
-        Pairs of name and parameter.
-    """
-    return [
-        (f"decoder.{name}" if name.startswith("tok_embeddings.") else name, parameter)
-        for name, parameter in model.named_parameters()
-    ]
-
-
-def _like(weight: torch.Tensor, parameter: nn.Parameter, device: torch.device) -> torch.Tensor:
-    if isinstance(parameter, DTensor):
-        # Nothing is sent, since all processes have all weights mapped; a clone, since the part
-        # would keep the whole alive
-        layout = parameter.device_mesh, parameter.placements
-        part = distribute_tensor(weight.to(parameter.dtype), *layout, src_data_rank=None)
-        return part.clone().to(device)
-    weight = weight.to(device, parameter.dtype, copy=True)
-    if isinstance(parameter.data, NF4Tensor):
-        return to_nf4(weight, parameter.data.block_size, parameter.data.scaler_block_size)
-    return weight
-
-
-def initial_adapters(
-    model: nn.Module, weights: Mapping[str, torch.Tensor], seed: int
-) -> dict[str, torch.Tensor]:
-    """Make the adapters that change nothing yet, the same for any number of devices.
-
-    Args:
-        model: has the adapters, perhaps on the meta device.
-        weights: of the base model, by the model's names.
-        seed: of the random ones.
-
-    Returns:
-        The adapters' parameters, float32 on the CPU, by the model's names; those of which
-        ``weights`` has some, not.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    adapters: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, LoRALinear | DoRALinear):
-            continue
-        a = torch.empty(module.lora_a.weight.shape)
-        # As torchtune and peft do, after the paper's code
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        adapters[f"{name}.lora_a.weight"] = a
-        adapters[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape)
-        if isinstance(module, DoRALinear):
-            base = weights[f"{name}.weight"]
-            if isinstance(module.weight.data, NF4Tensor):
-                blocks = module.weight.data.block_size, module.weight.data.scaler_block_size
-                base = to_nf4(base, *blocks).get_original_weight()
-            adapters[f"{name}.magnitude"] = torch.linalg.norm(base.float(), dim=1)
-    return {name: tensor for name, tensor in adapters.items() if name not in weights}
 
 
 def gather(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

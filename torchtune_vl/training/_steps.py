@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from torchtune_vl.training._directory import (
+from torchtune_vl.files._directory import (
     damages,
     flush,
     new_file,

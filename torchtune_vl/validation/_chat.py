@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchtune_vl.models.qwen2_5_vl._positions import mrope_positions
-from torchtune_vl.models.qwen2_5_vl._tokenizer import STRUCTURAL_TOKENS
+from torchtune_vl.chat._tokenizer import STRUCTURAL_TOKENS
 from torchtune_vl.validation._compare import compare_sequences, compare_tensors
 from torchtune_vl.validation._inputs import Conversation
 from torchtune_vl.validation._ours import Ours
@@ -187,7 +186,9 @@ class _Comparison:
             expected = _patches_in_order(messages, theirs.value)
             self.rows.pixels.add(compare_tensors(name, Outcome(patches), Outcome(expected)))
         positions = attempt(self._positions_of_reference, theirs.value)
-        self.rows.positions.add(self._positions(name, ours.value, positions, videos))
+        self.rows.positions.add(
+            self._positions(name, ours.value, positions, _videos_among_media(messages))
+        )
         if positions.error is not None:
             return None
         inputs = {**theirs.value, "position_ids": positions.value.T[:, None]}
@@ -204,18 +205,21 @@ class _Comparison:
         name: str,
         ours: dict[str, Any],
         reference: Outcome[torch.Tensor],
-        videos: Sequence[str],
+        media: Sequence[str | None],
     ) -> Case:
         vision = ours.get("encoder_input", {"vision": {"grid_thw": torch.empty(0, 3)}})["vision"]
+        seconds = [None if p is None else self.ours.seconds_per_step(p) for p in media]
         timed = attempt(
-            mrope_positions,
-            ours["tokens"],
-            vision["grid_thw"].long(),
-            [self.ours.seconds_per_step(path) for path in videos],
-            tokens_per_second=self.transform.tokens_per_second,
+            self.transform.positions, ours["tokens"], vision["grid_thw"].long(), seconds
         )
         a = replace(timed, value=ours["input_pos"].tolist(), error=None)
         return compare_sequences(name, a, reference.map(torch.Tensor.tolist))
+
+
+def _videos_among_media(messages: Sequence[dict[str, Any]]) -> list[str | None]:
+    """For each medium in order the path of a video, or None for an image."""
+    items = [item for m in messages if isinstance(m["content"], list) for item in m["content"]]
+    return [item.get("video") for item in items if item["type"] in ("image", "video")]
 
 
 def _patches_in_order(

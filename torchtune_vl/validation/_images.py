@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from torchtune_vl.media import Geometry
 from torchtune_vl.validation._compare import compare_sequences, compare_tensors
 from torchtune_vl.validation._ours import Ours
 from torchtune_vl.validation._pictures import pictures_of
@@ -87,7 +88,9 @@ def _compare_images(
         a, b = attempt(process, path), attempt(reference.image, path, backend)
         if a.error is None and b.error is None:
             grids.add(compare_sequences(f"{name}, {backend}", a.map(grid_of), b.map(grid_of)))
-        pixels.add(compare_pixels(name, a, b, draw=len(pixels.cases) < KEPT_EVIDENCE))
+        pixels.add(
+            compare_pixels(name, a, b, ours.family.geometry, draw=len(pixels.cases) < KEPT_EVIDENCE)
+        )
 
 
 def grid_of(processed: Processed) -> list[int]:
@@ -96,7 +99,11 @@ def grid_of(processed: Processed) -> list[int]:
 
 
 def compare_pixels(
-    name: str, ours: Outcome[Processed], reference: Outcome[Processed], draw: bool
+    name: str,
+    ours: Outcome[Processed],
+    reference: Outcome[Processed],
+    geometry: Geometry,
+    draw: bool,
 ) -> Case:
     """Compare patches of an image or video.
 
@@ -104,6 +111,7 @@ def compare_pixels(
         name: the input.
         ours: outcome of our side.
         reference: outcome of transformers.
+        geometry: sizes of patches.
         draw: whether to draw it even if both are equal.
 
     Returns:
@@ -111,5 +119,5 @@ def compare_pixels(
     """
     case = compare_tensors(name, ours.map(lambda p: p.patches), reference.map(lambda p: p.patches))
     if draw or case.failed:
-        case.pictures = pictures_of(ours, reference)
+        case.pictures = pictures_of(ours, reference, geometry)
     return case

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 import torch
 
 from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tune_to_hf
-from torchtune_vl.models.qwen2_5_vl._convert_weights import published_name
-from torchtune_vl.training import Qwen2_5_VLCheckpointer
+from torchtune_vl.files._names import TensorNames, published_name
+from torchtune_vl.files._safetensors import weight_files
+from torchtune_vl.models import model_from_pretrained
+from torchtune_vl.models._families import family_of
+from torchtune_vl.models._weights import load_weights
 from torchtune_vl.validation._chat import Sample
 from torchtune_vl.validation._compare import compare_sequences, compare_tensors
 from torchtune_vl.validation._reference import Reference
@@ -67,7 +68,7 @@ def _compare_models(
     if unread is not None:
         rows[0].add(unread)
     else:
-        for case in _weight_cases(ours, theirs, track):
+        for case in _weight_cases(ours, theirs, family_of(directory).names, track):
             rows[0].add(case)
         if samples:
             _compare_logits(_Pair(ours.value, theirs.value), samples, rows[1:], track)
@@ -80,17 +81,17 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _load(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
-    # It asks for a place to write, and writes nothing
-    checkpointer = Qwen2_5_VLCheckpointer(directory, Path(gettempdir()) / "unused")
-    weights = checkpointer.load_checkpoint()["model"]
+    weights = load_weights(directory, weight_files(directory))
     with torch.device("meta"):
-        model = qwen2_5_vl_from_config(directory)
+        model = model_from_pretrained(directory, weights=False)
     model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, assign=True)
     return model.eval()
 
 
-def _weight_cases(ours: Outcome, reference: Outcome, track: Track) -> Iterator[Case]:
-    mine = qwen2_5_vl_tune_to_hf(ours.value.state_dict())
+def _weight_cases(
+    ours: Outcome, reference: Outcome, names: TensorNames, track: Track
+) -> Iterator[Case]:
+    mine = names.to_published(ours.value.state_dict())
     theirs = {published_name(name): t for name, t in reference.value.state_dict().items()}
     if "lm_head.weight" not in mine and reference.value.config.tie_word_embeddings:
         del theirs["lm_head.weight"]

@@ -4,13 +4,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torchtune_vl.models.qwen2_5_vl import (
-    Qwen2_5_VLImageTransform,
-    Qwen2_5_VLTokenizer,
-    Qwen2_5_VLTransform,
-    Qwen2_5_VLVideoTransform,
-)
-from torchtune_vl.models.qwen2_5_vl._pretrained import image_settings, video_settings
+from torchtune_vl.chat import ChatTransform, QwenTokenizer
+from torchtune_vl.chat._pretrained import image_settings, video_settings
+from torchtune_vl.media import ImageTransform, VideoTransform
+from torchtune_vl.models._families import families, family_of
+from torchtune_vl.models._family import Family
 from torchtune_vl.validation._reference import Processed
 from torchtune_vl.validation._report import Outcome, attempt
 
@@ -32,33 +30,38 @@ class Ours:
         self._videos: dict[str, tuple[list[int], float]] = {}
 
     @cached_property
-    def tokenizer(self) -> Outcome[Qwen2_5_VLTokenizer]:
+    def family(self) -> Family:
+        """The family of the directory's config; without a config the first that there is."""
+        has_config = (self.directory / "config.json").is_file()
+        return family_of(self.directory) if has_config else families()[0]
+
+    @cached_property
+    def tokenizer(self) -> Outcome[QwenTokenizer]:
         """Outcome of reading the tokenizer."""
         return attempt(_read_tokenizer, self.directory)
 
     @cached_property
     def image_settings(self) -> Outcome[dict[str, Any]]:
         """Outcome of reading the settings of images."""
-        return attempt(lambda: image_settings(self.directory) | self._limits)
+        return attempt(lambda: image_settings(self.directory, self.family.geometry) | self._limits)
 
     @cached_property
-    def transform(self) -> Outcome[Qwen2_5_VLTransform]:
+    def transform(self) -> Outcome[ChatTransform]:
         """Outcome of reading it all; special tokens in texts are tokens, as in transformers."""
         return attempt(
-            Qwen2_5_VLTransform.from_pretrained,
-            self.directory,
-            parse_special="all",
-            **self._limits,
+            lambda: self.family.transform.from_pretrained(
+                self.directory, parse_special="all", **self._limits
+            )
         )
 
     @cached_property
-    def video_transform(self) -> Outcome[Qwen2_5_VLVideoTransform]:
+    def video_transform(self) -> Outcome[VideoTransform]:
         """Outcome of making a video transform with the directory's settings."""
-        return attempt(_read_video_transform, self.directory)
+        return attempt(lambda: _read_video_transform(self.directory, self.family))
 
-    def image_transform(self, **settings: Any) -> Qwen2_5_VLImageTransform:
+    def image_transform(self, **settings: Any) -> ImageTransform:
         """Make an image transform with the directory's settings and more."""
-        return Qwen2_5_VLImageTransform(**self.image_settings.value, **settings)
+        return ImageTransform(self.family.geometry, **self.image_settings.value, **settings)
 
     def video(self, path: str) -> Processed:
         """Process a video."""
@@ -80,16 +83,18 @@ class Ours:
         return self._videos[path]
 
 
-def _read_video_transform(directory: Path) -> Qwen2_5_VLVideoTransform:
-    """Make the one that :meth:`Qwen2_5_VLTransform.from_pretrained` makes."""
-    images = image_settings(directory)
+def _read_video_transform(directory: Path, family: Family) -> VideoTransform:
+    """Make the one that :meth:`ChatTransform.from_pretrained` makes."""
+    images = image_settings(directory, family.geometry)
     normalization = {k: v for k, v in images.items() if k in ("image_mean", "image_std")}
-    videos = {k.removeprefix("video_"): v for k, v in video_settings(directory).items()}
-    return Qwen2_5_VLVideoTransform(**normalization, **videos)
+    videos = {
+        k.removeprefix("video_"): v for k, v in video_settings(directory, family.geometry).items()
+    }
+    return VideoTransform(family.geometry, **normalization, **videos)
 
 
-def _read_tokenizer(directory: Path) -> Qwen2_5_VLTokenizer:
-    """Read the files that :meth:`Qwen2_5_VLTransform.from_pretrained` reads."""
+def _read_tokenizer(directory: Path) -> QwenTokenizer:
+    """Read the files that :meth:`ChatTransform.from_pretrained` reads."""
     if (directory / "tokenizer.json").exists():
-        return Qwen2_5_VLTokenizer(directory / "tokenizer.json")
-    return Qwen2_5_VLTokenizer(directory / "vocab.json", directory / "merges.txt")
+        return QwenTokenizer(directory / "tokenizer.json")
+    return QwenTokenizer(directory / "vocab.json", directory / "merges.txt")

@@ -7,9 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from torchtune_vl.models.qwen2_5_vl._patches import PATCH_SIZE, TEMPORAL_PATCH_SIZE
-from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE
-from torchtune_vl.validation._published import IMAGE_SETTINGS
+from torchtune_vl.media import CHANNELS, Geometry
 from torchtune_vl.validation._reference import Processed
 from torchtune_vl.validation._report import Outcome, Picture
 
@@ -20,12 +18,15 @@ _HEAT = np.array(
 )
 
 
-def pictures_of(ours: Outcome[Processed], reference: Outcome[Processed]) -> list[Picture]:
+def pictures_of(
+    ours: Outcome[Processed], reference: Outcome[Processed], geometry: Geometry
+) -> list[Picture]:
     """Draw the first frame, and the difference map if there is a difference.
 
     Args:
         ours: our patches and grid.
         reference: transformers'.
+        geometry: sizes of patches.
 
     Returns:
         The pictures; none if both sides refuse the input.
@@ -33,23 +34,23 @@ def pictures_of(ours: Outcome[Processed], reference: Outcome[Processed]) -> list
     seen = [side.value for side in (reference, ours) if side.error is None]
     if not seen:
         return []
-    levels = _to_levels(_frame(*seen[0]))
+    levels = _to_levels(_frame(*seen[0], geometry), geometry)
     size = levels.shape[1::-1]
     pictures = [Picture("the resized image", _png(levels, size, Image.Resampling.BOX))]
     if len(seen) == 2 and torch.equal(seen[0].grid_thw, seen[1].grid_thw):
-        pictures += _difference_map(ours.value.patches, *reference.value)
+        pictures += _difference_map(ours.value.patches, *reference.value, geometry)
     return pictures
 
 
 def _difference_map(
-    ours: torch.Tensor, reference: torch.Tensor, grid_thw: torch.Tensor
+    ours: torch.Tensor, reference: torch.Tensor, grid_thw: torch.Tensor, geometry: Geometry
 ) -> list[Picture]:
     if torch.equal(ours, reference):
         return []
     difference = (ours.double() - reference.double()).abs()
     steps = difference.unflatten(0, (int(grid_thw[0, 0]), -1)).amax((1, 2))
     worst = int(steps.argmax())
-    image = _frame(difference, grid_thw, worst).max(axis=-1)
+    image = _frame(difference, grid_thw, geometry, worst).max(axis=-1)
     caption = (
         f"difference: white is the largest, {image.max():.3g}; {np.mean(image > 0):.1%} of the "
         "pixels differ"
@@ -60,18 +61,19 @@ def _difference_map(
     return [Picture(caption, _png(heat, image.shape[::-1], Image.Resampling.NEAREST))]
 
 
-def _frame(patches: torch.Tensor, grid_thw: torch.Tensor, step: int = 0) -> np.ndarray:
+def _frame(
+    patches: torch.Tensor, grid_thw: torch.Tensor, geometry: Geometry, step: int = 0
+) -> np.ndarray:
     """A frame put together from its patches, [H, W, 3]."""
     t, h, w = grid_thw[0].tolist()
-    m, p = MERGE_SIZE, PATCH_SIZE
-    blocks = patches.reshape(t, h // m, w // m, m, m, 3, TEMPORAL_PATCH_SIZE, p, p)
+    m, p, frames = geometry.merge_size, geometry.patch_size, geometry.temporal_patch_size
+    blocks = patches.reshape(t, h // m, w // m, m, m, CHANNELS, frames, p, p)
     frame = blocks[step, ..., 0, :, :].permute(0, 2, 5, 1, 3, 6, 4)
-    return frame.reshape(h * p, w * p, 3).float().numpy()
+    return frame.reshape(h * p, w * p, CHANNELS).float().numpy()
 
 
-def _to_levels(normalized: np.ndarray) -> np.ndarray:
-    mean, std = np.array(IMAGE_SETTINGS["image_mean"]), np.array(IMAGE_SETTINGS["image_std"])
-    levels = (normalized * std + mean) * 255
+def _to_levels(normalized: np.ndarray, geometry: Geometry) -> np.ndarray:
+    levels = (normalized * np.array(geometry.std) + np.array(geometry.mean)) * 255
     return levels.round().clip(0, 255).astype(np.uint8)
 
 

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLImageTransform
-from torchtune_vl.models.qwen2_5_vl._chat_template import CHAT_TEMPLATE
-from torchtune_vl.models.qwen2_5_vl._patches import PATCH_SIZE, TEMPORAL_PATCH_SIZE
-from torchtune_vl.models.qwen2_5_vl._positions import MERGE_SIZE
+from torchtune_vl.chat import CHAT_TEMPLATE
+from torchtune_vl.chat._pretrained import sizes_of_patches
+from torchtune_vl.media import ImageTransform
 from torchtune_vl.validation import _published as published
 from torchtune_vl.validation._compare import compare_sequences, compare_settings
 from torchtune_vl.validation._ours import Ours
@@ -50,15 +49,13 @@ def image_settings_row(ours: Ours, reference: Reference) -> Row:
     return row
 
 
-def _settings_of_ours(images: Qwen2_5_VLImageTransform) -> dict[str, Any]:
+def _settings_of_ours(images: ImageTransform) -> dict[str, Any]:
     return {
         "min_pixels": images.min_pixels,
         "max_pixels": images.max_pixels,
         "image_mean": list(images.image_mean),
         "image_std": list(images.image_std),
-        "patch_size": PATCH_SIZE,
-        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-        "merge_size": MERGE_SIZE,
+        **sizes_of_patches(images.geometry),
         # Our transform knows no others, and refuses a directory that asks for them
         "rescale_factor": 1 / 255,
         "resample": 3,

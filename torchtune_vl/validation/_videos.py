@@ -50,5 +50,9 @@ def video_rows(
             b = attempt(reference.video, path, ours.frames(path))
             if a.error is None and b.error is None:
                 grids.add(compare_sequences(name, a.map(grid_of), b.map(grid_of)))
-            pixels.add(compare_pixels(name, a, b, draw=len(pixels.cases) < KEPT_EVIDENCE))
+            pixels.add(
+                compare_pixels(
+                    name, a, b, ours.family.geometry, draw=len(pixels.cases) < KEPT_EVIDENCE
+                )
+            )
     return [grids, pixels]

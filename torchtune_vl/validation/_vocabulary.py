@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTokenizer
+from torchtune_vl.chat import QwenTokenizer
 from torchtune_vl.validation import _published as published
 from torchtune_vl.validation._compare import compare_sequences, compare_settings
 from torchtune_vl.validation._ours import Ours
@@ -60,7 +60,7 @@ def _name_of_files(directory: Path) -> str:
     return first if (directory / first).exists() else "vocab.json"
 
 
-def _beside_transformers(ours: Outcome[Qwen2_5_VLTokenizer], reference: Reference) -> Case:
+def _beside_transformers(ours: Outcome[QwenTokenizer], reference: Reference) -> Case:
     a, b = _tokens(ours.value), reference.tokens()
     case = compare_sequences(
         "ours beside transformers",
@@ -87,7 +87,7 @@ def _second_form(directory: Path) -> list[Case]:
     """vocab.json and merges.txt beside tokenizer.json are read by other programs."""
     name = "tokens of vocab.json"
     merges = directory / "merges.txt"
-    second = attempt(Qwen2_5_VLTokenizer, directory / "vocab.json", merges)
+    second = attempt(QwenTokenizer, directory / "vocab.json", merges)
     if second.error is not None:
         return [Case(name, failed=True, largest=float("inf"), detail=brief(second.error))]
     lines = merges.read_text(encoding="utf-8").splitlines()
@@ -108,7 +108,7 @@ def _digest_case(name: str, digest: str, expected: str) -> Case:
     return case
 
 
-def _tokens(tokenizer: Qwen2_5_VLTokenizer) -> list[bytes]:
+def _tokens(tokenizer: QwenTokenizer) -> list[bytes]:
     decode = tokenizer._encoding.decode_single_token_bytes
     return [decode(i) for i in range(tokenizer.base_vocab_size)]
 
@@ -151,7 +151,7 @@ def special_tokens_row(ours: Ours, reference: Reference) -> Row:
     return row
 
 
-def _added_tokens(tokenizer: Qwen2_5_VLTokenizer) -> dict[str, Any]:
+def _added_tokens(tokenizer: QwenTokenizer) -> dict[str, Any]:
     return {
         **{
             name: (token_id, tokenizer.decode([token_id], skip_special_tokens=True) == "")

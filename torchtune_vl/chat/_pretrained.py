@@ -1,0 +1,185 @@
+"""Settings from the files of a checkpoint directory."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchtune_vl.chat._chat_template import CHAT_TEMPLATE
+from torchtune_vl.chat._tokenizer import QwenTokenizer
+from torchtune_vl.files._json import JsonObject, read_json_object
+from torchtune_vl.media import CHANNELS, Geometry
+
+# Before a chat template, lets it number media
+NUMBERS_MEDIA = "{% set add_vision_id = true %}"
+# Of the published tokenizer_config.json's template, which code follows too
+_SHA256_WITH_TOOLS = "55b2f4a26ac9ee719330a61a0c39d9e538b0e9322212f048326318cff4f8674a"
+# What our transforms always do; the values that a file may state
+_FIXED_SETTINGS = {
+    "do_resize": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "resample": 3,
+}
+
+
+def sizes_of_patches(geometry: Geometry) -> dict[str, int]:
+    """The sizes that processor files state, by the names that they have there."""
+    return {
+        "patch_size": geometry.patch_size,
+        "temporal_patch_size": geometry.temporal_patch_size,
+        "merge_size": geometry.merge_size,
+    }
+
+
+def settings(directory: Path, geometry: Geometry) -> dict[str, Any]:
+    """Settings of a checkpoint directory, by the names of the transform's arguments."""
+    return {
+        **image_settings(directory, geometry),
+        **video_settings(directory, geometry),
+        "chat_template_file": chat_template_file(directory),
+    }
+
+
+def image_settings(directory: Path, geometry: Geometry) -> dict[str, Any]:
+    """Settings of images from the files of a checkpoint directory.
+
+    transformers 5 writes them into ``processor_config.json``, and sizes as ``size``.
+    """
+    config = _processor(directory, "image_processor", "preprocessor_config.json")
+    if config is None:
+        raise ValueError(
+            f"{directory} has no preprocessor_config.json, which holds the limits of image sizes: "
+            "copy it from the published checkpoint"
+        )
+    _check_fixed(config, {**_FIXED_SETTINGS, **sizes_of_patches(geometry)})
+    settings = _limits(config)
+    for name, least in (("image_mean", 0), ("image_std", 1e-6)):  # of values from 0 to 1
+        if name in config:
+            channels = config.each(name)
+            settings[name] = [channels.number(c, least, 1) for c in channels.content]
+            if len(settings[name]) != CHANNELS:
+                raise config.error(name, f"{CHANNELS} numbers, one for each colour")
+    return settings
+
+
+def video_settings(directory: Path, geometry: Geometry) -> dict[str, Any]:
+    """Settings of videos, by the names of the transform's builder, as our exports state them.
+
+    Files without ``cap_pixels_per_frame`` hold the limits of images, as the processors of the
+    published checkpoints do: nothing is taken from them.
+    """
+    config = _processor(directory, "video_processor", "video_preprocessor_config.json")
+    if config is None or not config.content.get("cap_pixels_per_frame"):
+        return {}
+    images = image_settings(directory, geometry)
+    normalization = {k: v for k, v in images.items() if k in ("image_mean", "image_std")}
+    sizes = sizes_of_patches(geometry)
+    _check_fixed(config, {**_FIXED_SETTINGS, **sizes, **normalization})
+    settings = {f"video_{name}": value for name, value in _limits(config).items()}
+    for name, least in (("min_frames", 0), ("max_frames", 1)):
+        if name in config:
+            settings[name] = config.whole(name, least)
+    if "fps" in config:
+        settings["fps"] = config.number("fps", 1e-6, 1e6)
+    if "max_video_tokens" in config:
+        # Nine tenths of a context of so many tokens, as transformers has it
+        settings["video_total_pixels"] = (
+            config.whole("max_video_tokens") * geometry.unit**2 * 9 // 10
+        )
+    return settings
+
+
+def chat_template_file(directory: Path) -> Path | None:
+    """The file that servers take the chat template from: the processor's, or the tokenizer's."""
+    for name in ("chat_template.json", "chat_template.jinja"):
+        if (directory / name).exists():
+            return directory / name
+    config = read_if_there(directory / "tokenizer_config.json")
+    return config.file if config is not None and "chat_template" in config else None
+
+
+def read_chat_template(path: str | Path) -> tuple[str | None, bool]:
+    """A template, None if it is a published one, and whether it numbers media by itself."""
+    if Path(path).suffix == ".json":
+        config = read_json_object(Path(path))
+        if "chat_template" not in config.content:
+            return None, False
+        template = config.text("chat_template")
+    else:
+        template = read_text(path)
+    numbers_media = template.startswith(NUMBERS_MEDIA)
+    template = template.removeprefix(NUMBERS_MEDIA)
+    digest = hashlib.sha256(template.strip().encode()).hexdigest()
+    is_published = template.strip() == CHAT_TEMPLATE or digest == _SHA256_WITH_TOOLS
+    return (None if is_published else template), numbers_media
+
+
+def text_config(config: JsonObject) -> JsonObject:
+    """The settings of the decoder: in an object of their own, as transformers 5 writes, or not."""
+    return config if config.content.get("text_config", {}) == {} else config.part("text_config")
+
+
+def check_token_ids(vocabulary: Path, tokenizer: QwenTokenizer) -> None:
+    """Raise ``ValueError`` if the ``config.json`` beside a vocabulary is of a model without it."""
+    config = read_if_there(vocabulary.parent / "config.json")
+    if config is None:
+        return
+    text = text_config(config)
+    last = max(tokenizer.special_tokens.values())
+    if "vocab_size" in text and text.whole("vocab_size") <= last:
+        raise ValueError(
+            f"{vocabulary}: a special token has the id {last}, beyond the model's vocabulary: "
+            f"vocab_size in {config.file} is {text.whole('vocab_size')}"
+        )
+    for name, token_id in (
+        ("image_token_id", tokenizer.image_pad_id),
+        ("video_token_id", tokenizer.video_pad_id),
+    ):
+        if name in config and config.whole(name, 0) != token_id:
+            raise config.error(name, f"{token_id}, as {vocabulary} has it")
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file, or raise ``ValueError``."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from error
+
+
+def _processor(directory: Path, part: str, name: str) -> JsonObject | None:
+    """The settings of a processor, from where transformers looks first."""
+    all_parts = read_if_there(directory / "processor_config.json")
+    if all_parts is not None and part in all_parts:
+        return all_parts.part(part)
+    return read_if_there(directory / name)
+
+
+def _check_fixed(config: JsonObject, fixed: Mapping[str, Any]) -> None:
+    for name, value in fixed.items():
+        if config.content.get(name, value) != value:
+            raise config.error(name, f"{value!r}: nothing else is supported")
+
+
+def _limits(config: JsonObject) -> dict[str, Any]:
+    """Of the areas of images or frames, by the names of old releases or of new ones."""
+    limits = {}
+    size = config.part("size")
+    for name, name_in_size in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if name in config:
+            limits[name] = config.whole(name)
+        elif name_in_size in size:
+            limits[name] = size.whole(name_in_size)
+    if limits.get("min_pixels", 0) > limits.get("max_pixels", math.inf):
+        shown = f"{limits['min_pixels']} and {limits['max_pixels']}"
+        raise ValueError(f"{config.file}: min_pixels and max_pixels are {shown}: nothing fits")
+    return limits
+
+
+def read_if_there(path: Path) -> JsonObject | None:
+    """Read a JSON file, or return None if there is none."""
+    return read_json_object(path) if path.exists() else None

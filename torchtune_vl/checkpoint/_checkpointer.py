@@ -1,0 +1,329 @@
+"""Checkpoints in the published layout: in, and out again."""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtune_vl._torchtune import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY
+from torchtune_vl.checkpoint._adapters import (
+    CONFIG,
+    Adapter,
+    fit_adapter,
+    load_adapter,
+    save_adapter,
+)
+from torchtune_vl.checkpoint._tree_file import load_tree, save_tree
+from torchtune_vl.files._directory import (
+    MANIFEST,
+    belongs,
+    check_manifest,
+    epochs,
+    new_directory,
+    new_file,
+    survivor,
+    write_json,
+    write_manifest,
+)
+from torchtune_vl.files._json import read_json_object
+from torchtune_vl.files._names import published_name
+from torchtune_vl.files._safetensors import (
+    INDEX,
+    Stored,
+    read_tensors,
+    stored_tensors,
+    weight_files,
+    write_shards,
+)
+from torchtune_vl.models._builders import part_of
+from torchtune_vl.models._families import family_of
+from torchtune_vl.models._weights import load_weights
+from torchtune_vl.modules.adapters import is_adapter
+
+# Files that a complete directory has beside the weights: configs, vocabularies, templates
+_COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".tiktoken")
+# ... but for those that speak of files of weights
+_OWN = (INDEX, MANIFEST, CONFIG)
+_ADAPTER = "adapter"
+_FILES_OF_THEIR_OWN = (MODEL_KEY, ADAPTER_KEY, ADAPTER_CONFIG)
+
+log = logging.getLogger(__name__)
+
+
+class HubCheckpointer:
+    """torchtune checkpointer of directories as the hub has them.
+
+    Reads one safetensors file or several with an index, with the published names of tensors or
+    those that transformers >= 4.52 has in memory, and a flat or nested ``config.json``. Writes
+    ``{output_dir}/epoch_{n}``: weights with the published names, in files of at most 5 GB, and
+    config, tokenizer and processor files beside them, so that transformers, vLLM and SGLang load
+    the directory as it is, and ``checksums.json``, which loading compares with the files. A crash
+    at any moment leaves the directory complete, as it was before, or not there.
+
+    With recipes for adapters these are in ``{output_dir}/epoch_{n}/adapter`` too, as peft writes
+    them, and weights are merged. Resuming takes the weights of ``checkpoint_dir`` and the adapter.
+
+    Args:
+        checkpoint_dir: directory to start from.
+        output_dir: directory to write into; not the same.
+        checkpoint_files: names of the files of weights in ``checkpoint_dir``; by default those of
+            the index, or ``model.safetensors``.
+        adapter_dir: directory of an adapter, of ours or of peft, to go on training from. Its rank
+            and alpha must be those of the model. To train anything else on top of it, merge it
+            first: ``tune-vl merge``.
+        model_type: ignored; stock configs state it.
+        recipe_checkpoint: file with the state of the recipe, by default
+            ``{output_dir}/recipe_state/recipe_state.safetensors``.
+        should_load_recipe_state: whether to resume: the recipe's state is loaded too, and weights
+            come from the epoch in ``output_dir`` that was saved together with it.
+
+    Raises:
+        ValueError: if there are no weights, or nothing to resume from.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: str | Path,
+        output_dir: str | Path,
+        checkpoint_files: Sequence[str] | None = None,
+        *,
+        adapter_dir: str | Path | None = None,
+        model_type: str | None = None,
+        recipe_checkpoint: str | Path | None = None,
+        should_load_recipe_state: bool = False,
+    ) -> None:
+        self._checkpoint_dir = Path(checkpoint_dir)
+        self._output_dir = Path(output_dir)
+        _check_apart(self._checkpoint_dir, self._output_dir)
+        self._resume = should_load_recipe_state
+        self._recipe_checkpoint = Path(recipe_checkpoint or self._recipe_state)
+        self._adapter_dir = None if adapter_dir is None else Path(adapter_dir)
+        self._weights_dir = survivor(self._checkpoint_dir)
+        if self._resume:
+            epoch, self._recipe_checkpoint = _newest_pair(self._output_dir, self._recipe_checkpoint)
+            check_manifest(epoch)
+            if (epoch / _ADAPTER).is_dir():
+                self._adapter_dir = epoch / _ADAPTER
+            else:
+                self._weights_dir, checkpoint_files = epoch, None
+        names = checkpoint_files or ()
+        self._files = [self._weights_dir / name for name in names] or weight_files(
+            self._weights_dir
+        )
+
+    @property
+    def _recipe_state(self) -> Path:
+        return self._output_dir / "recipe_state" / "recipe_state.safetensors"
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """Load the weights, and to resume the state of the recipe.
+
+        Returns:
+            ``model``, from our names to tensors as stored, on the CPU and mapped from the files,
+            those of an adapter among them and, apart, in ``adapter``, with its ``r``,
+            ``lora_alpha`` and the names of parameters in full, ``modules_to_save``, in
+            ``adapter_config``; to resume also the keys that the recipe had saved.
+
+        Raises:
+            ValueError: if files are missing or damaged, or tensors are unknown, missing or of
+                another shape than the config says; it lists all of them.
+        """
+        weights = load_weights(self._weights_dir, self._files)
+        state: dict[str, Any] = {MODEL_KEY: weights}
+        if self._adapter_dir:
+            adapter = fit_adapter(load_adapter(self._adapter_dir), weights, self._adapter_dir)
+            log.warning(
+                "The adapter of %s goes on: it has rank %s and alpha %s, which must be lora_rank "
+                "and lora_alpha of the model",
+                self._adapter_dir,
+                adapter.rank,
+                adapter.alpha,
+            )
+            # Recipes read adapters apart only when they resume, and those among the weights always
+            weights.update(adapter.tensors)
+            adapters = {name: t for name, t in adapter.tensors.items() if is_adapter(name)}
+            state[ADAPTER_KEY] = adapters
+            in_full = sorted(adapter.tensors.keys() - adapters.keys())
+            state[ADAPTER_CONFIG] = {
+                "r": adapter.rank,
+                "lora_alpha": adapter.alpha,
+                "modules_to_save": in_full,
+            }
+        if self._resume:
+            state.update(load_tree(self._recipe_checkpoint))
+        return state
+
+    def save_checkpoint(
+        self,
+        state_dict: dict[str, Any],
+        epoch: int,
+        intermediate_checkpoint: bool = False,
+        adapter_only: bool = False,
+        processor_files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write ``epoch_{epoch}``, complete or not at all.
+
+        Args:
+            state_dict: ``model``, from our names to tensors, and the state of the recipe. With
+                adapters these apart in ``adapter``, and ``adapter_config`` as
+                :meth:`load_checkpoint` returns it. Without its ``modules_to_save``, which
+                torchtune's recipes do not give, parts whose biases or normalisations are not
+                those to start from count as trained in full.
+            epoch: number of the epoch.
+            intermediate_checkpoint: whether to write the state of the recipe too, to resume from.
+            adapter_only: whether to leave out the weights, and write adapters alone. What else is
+                trained is left out then.
+            processor_files: texts of files, by name, that go in place of ``checkpoint_dir``'s:
+                the transform's ``processor_files()``, which tell servers what the model saw.
+
+        Raises:
+            ValueError: if a tensor is not of the model, or there are no adapters to write alone.
+            OSError: if a file cannot be written; what was there before is as it was.
+        """
+        if adapter_only and ADAPTER_KEY not in state_dict:
+            raise ValueError("adapter_only: there are no adapters to save")
+        target = self._output_dir / f"epoch_{epoch}"
+        self._finish_recipe_state()
+        recipe_state = None
+        try:
+            with new_directory(target) as partial:
+                if not adapter_only:
+                    weights = state_dict[MODEL_KEY]
+                    write_weights(weights, partial, survivor(self._checkpoint_dir))
+                    for name, text in (processor_files or {}).items():
+                        with new_file(partial / name) as file:
+                            file.write_text(text, encoding="utf-8")
+                if ADAPTER_KEY in state_dict:
+                    (partial / _ADAPTER).mkdir()
+                    save_adapter(self._adapter(state_dict), partial / _ADAPTER)
+                if intermediate_checkpoint:
+                    rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
+                    recipe_state = self._write_recipe_state(rest)
+                write_manifest(partial, recipe_state)
+        finally:
+            self._finish_recipe_state()
+            if recipe_state:
+                recipe_state.unlink(missing_ok=True)  # of a save that failed
+        log.info("Checkpoint written to %s", target)
+
+    def _adapter(self, state_dict: Mapping[str, Any]) -> Adapter:
+        """The adapters of a recipe's state, and the parts that it trained in full beside them."""
+        config = state_dict[ADAPTER_CONFIG]
+        weights = state_dict.get(MODEL_KEY, {})
+        in_full = config.get("modules_to_save")
+        if in_full is None:  # torchtune's recipes do not tell
+            in_full = _trained_in_full(weights, self._stored_weights())
+        tensors = {**state_dict[ADAPTER_KEY], **{name: weights[name] for name in in_full}}
+        base = str(self._checkpoint_dir.resolve())
+        names = family_of(self._checkpoint_dir).names
+        return Adapter(tensors, config["r"], config["lora_alpha"], base, names)
+
+    def _stored_weights(self) -> dict[str, Stored]:
+        """Where the weights to start from lie, by our names."""
+        names = family_of(self._weights_dir).names
+        return names.from_published(stored_tensors(self._files, published_name))
+
+    def _write_recipe_state(self, recipe_state: dict[str, Any]) -> Path:
+        pending = _pending(self._recipe_state)
+        pending.parent.mkdir(exist_ok=True)
+        with new_file(pending) as partial:
+            save_tree(recipe_state, partial)
+        return pending
+
+    def _finish_recipe_state(self) -> None:
+        """Move the state of the recipe to its place if the weights beside it are in theirs."""
+        pending = _pending(self._recipe_state)
+        if pending.is_file() and any(belongs(pending, d) for d in epochs(self._output_dir)):
+            pending.replace(self._recipe_state)
+
+
+def _check_apart(checkpoint_dir: Path, output_dir: Path) -> None:
+    if output_dir.resolve().is_relative_to(checkpoint_dir.resolve()):
+        raise ValueError(
+            f"output_dir {output_dir} is in checkpoint_dir {checkpoint_dir}: name another, so that "
+            "what is there stays as it is"
+        )
+
+
+def write_weights(
+    weights: Mapping[str, torch.Tensor],
+    directory: Path,
+    source: Path,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write weights in the published layout, and the other files of a checkpoint.
+
+    Args:
+        weights: the tensors by our names.
+        directory: an empty directory.
+        source: where config, tokenizer and processor files come from.
+        max_shard_size: most bytes of tensors in a file, such as ``500MB``.
+
+    Raises:
+        ValueError: if a tensor is not of the model.
+        OSError: if a file cannot be written.
+    """
+    published = family_of(source).names.to_published(weights)
+    _copy_companions(source, directory)
+    _state_dtype(directory / "config.json", {tensor.dtype for tensor in weights.values()})
+    write_shards(published, directory, max_shard_size)
+
+
+def _trained_in_full(
+    weights: Mapping[str, torch.Tensor], stored: Mapping[str, Stored]
+) -> list[str]:
+    """Names of the weights of those parts that were trained themselves, not by adapters alone.
+
+    Recipes do not tell. But adapters, merged or not, and NF4 change matrices only: a part whose
+    biases or normalisations are not those to start from was trained in full.
+    """
+    vectors = {n: place for n, place in stored.items() if n in weights and len(place.shape) == 1}
+    changed = {
+        part_of(name)
+        for name, before in read_tensors(vectors).items()
+        if not torch.equal(before.to(weights[name].dtype), weights[name].cpu())
+    }
+    return [name for name in weights if part_of(name) in changed]
+
+
+def _newest_pair(output_dir: Path, recipe_state: Path) -> tuple[Path, Path]:
+    """Weights and state of the recipe that were saved together."""
+    states = [path for path in (_pending(recipe_state), recipe_state) if path.is_file()]
+    if not states:
+        raise ValueError(f"cannot resume: there is no {recipe_state}")
+    for state in states:
+        for directory in epochs(output_dir):
+            if belongs(state, directory):
+                return directory, state
+    raise ValueError(
+        f"cannot resume: {recipe_state} is damaged, or was saved with no epoch_N of {output_dir} "
+        f"(each names its own in {MANIFEST}): restore the epoch, or start from its weights alone, "
+        "with checkpoint_dir"
+    )
+
+
+def _pending(recipe_state: Path) -> Path:
+    """Where the state of the recipe waits until the weights beside it are in place."""
+    return recipe_state.with_name(f"{recipe_state.name}.next")
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        if path.suffix in _COMPANION_SUFFIXES and path.name not in _OWN and path.is_file():
+            with new_file(target / path.name) as partial:
+                shutil.copyfile(path, partial)
+
+
+def _state_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
+    """State the dtype of the weights in a config, since transformers loads in what it states."""
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    name = str(dtype).removeprefix("torch.")
+    config = read_json_object(path).content
+    parts = [config, config.get("text_config") or {}, config.get("vision_config") or {}]
+    stating = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
+    for part, key in stating or [(config, "torch_dtype")]:
+        part[key] = name
+    write_json(path, config)
