@@ -166,6 +166,17 @@ def test_validate_config(arguments: list[str], capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == f"{arguments[-1]} fits its recipe\n"
 
 
+def test_validate_config_knows_our_recipe_by_any_of_its_keys(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = config_path("qwen2_5_vl/3B_lora").read_text()
+    (here / "mine.yaml").write_text(text.replace("\nrows_per_step:", "\nrows_per_steps:"))
+    assert status("validate-config", "--config", "mine.yaml") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tune-vl validate-config: mine.yaml: 2 keys of the config are wrong\n")
+    assert "rows_per_steps is no key of this recipe; the nearest is rows_per_step\n" in error
+
+
 @pytest.mark.parametrize("command", ["ls", "cp", "cat", "run", "validate-config"])
 def test_help_has_our_name_and_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert status(command, "--help") == 0
