@@ -28,8 +28,18 @@ def status(*arguments: object) -> int:
     return stopped.value.code
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["validate", "--help"]])
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--help"], "validate-config"),
+        (["validate", "--help"], "tune-vl validate"),
+        (["run", "--help"], "--nproc_per_node"),
+        (["run", "finetune", "--help"], "rows_per_step"),
+        (["ls"], "qwen2_5_vl/3B_full"),
+        (["cat", "qwen2_5_vl/3B_full"], "rows_per_step"),
+    ],
+)
+def test_help_imports_nothing_heavy(arguments: list[str], said: str) -> None:
     program = (
         "import sys, atexit\n"
         "atexit.register(lambda: print('imported', *sys.modules))\n"
@@ -38,7 +48,8 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text, _, imported = done.stdout.partition("imported ")
-    assert "validate" in text
+    assert said in text
+    assert done.stderr == ""
     heavy = {"torch", "torchtune", "transformers", "numpy", "PIL", "rich", "jinja2", "av"}
     assert not heavy & set(imported.split())
 

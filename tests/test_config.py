@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
+from torchtune_vl.cli import main
 from torchtune_vl.recipes._config import Config
 from torchtune_vl.recipes._read_config import check_components, keys_of, read_config, words
 
@@ -137,7 +139,8 @@ def test_a_wrong_key_costs_no_import_of_torch(tmp_path: Path) -> None:
     """On several processes, too; and nothing is written."""
     program = (
         "import sys, atexit\n"
-        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        "heavy = {'torch', 'torchtune', 'datasets', 'transformers'}\n"
+        "atexit.register(lambda: print(*heavy & {*sys.modules}))\n"
         "from torchtune_vl.cli import main\nmain(sys.argv[1:])"
     )
     output = tmp_path / "run"
@@ -146,9 +149,35 @@ def test_a_wrong_key_costs_no_import_of_torch(tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-c", program, *command], capture_output=True, text=True
         )
-        assert (done.returncode, done.stdout) == (2, "False\n")
+        assert (done.returncode, done.stdout) == (2, "\n")
         assert done.stderr == f"tune-vl run: {CONFIG}: x is no key of this recipe\n"
     assert not output.exists()
+
+
+def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "finetune", "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    keys = re.findall(r"^  ([a-z_.]+): (.+)\n {6}\S", text, re.MULTILINE)
+    nested = [
+        name
+        for key in keys_of(Config)
+        for name in (key.name, *(f"{key.name}.{k.name}" for k in keys_of(key.group or Nothing)))
+    ]
+    assert [name for name, _ in keys] == nested
+    assert ("parallel.tensor", "a whole number of at least 1") in keys
+    assert ("export", "last or best (default: last)") in keys
+    assert ("max_steps", "a whole number of at least 1 or null (default: null)") in keys
+    assert "rows of a step, over all devices" in text
+    for markdown in ("](", "`_", "#"):
+        assert markdown not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@dataclass
+class Nothing:
+    """A description without keys."""
 
 
 def test_docs_have_every_key() -> None:

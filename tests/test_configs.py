@@ -13,7 +13,7 @@ from torchtune import config as torchtune_config
 from torchtune.config._utils import _get_component_from_path
 
 from tests.parity.test_sizes import SIZES
-from torchtune_vl.recipes import config_path
+from torchtune_vl.recipes import config_names, config_path
 from torchtune_vl.training._memory import estimate_memory
 
 NAMES = [f"{size}_{method}" for size in SIZES for method in ("full", "lora", "qlora")]
@@ -47,9 +47,25 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return directories
 
 
-def test_there_is_one_for_each_size_and_method() -> None:
-    folder = config_path("qwen2_5_vl/3B_full").parent
-    assert {path.stem for path in folder.iterdir()} == set(NAMES)
+def test_there_is_one_for_each_size_and_method_and_for_stock_recipes() -> None:
+    names = config_names()
+    assert set(names.pop("finetune")) == {f"qwen2_5_vl/{name}" for name in NAMES}
+    assert names == {
+        "full_finetune_single_device": ["qwen2_5_vl/stock_full"],
+        "lora_finetune_single_device": ["qwen2_5_vl/stock_lora"],
+    }
+    files = config_path("qwen2_5_vl/3B_full").parent.iterdir()
+    assert {path.stem for path in files} == {*NAMES, "stock_full", "stock_lora"}
+
+
+@pytest.mark.parametrize("name", ["stock_full", "stock_lora"])
+def test_text_of_stock_configs_names_recipe_and_config(name: str) -> None:
+    text = config_path(f"qwen2_5_vl/{name}").read_text()
+    (recipe,) = re.findall(r"tune-vl run (\S+) --config", text)
+    assert config_names()[recipe] == [f"qwen2_5_vl/{name}"]
+    assert f"--config qwen2_5_vl/{name} " in text
+    assert f"output_dir: /tmp/torchtune-vl/qwen2_5_vl_{name}\n" in text
+    assert ("lora_rank" in read(name).model) == (name == "stock_lora")
 
 
 @pytest.mark.parametrize("name", NAMES)

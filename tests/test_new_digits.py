@@ -28,11 +28,11 @@ def test_new_digits(
 
     def train_on(digits: str, recipe: str, start: Path, **settings: Any) -> Path:
         paths = {
-            "root": str(tmp_path),
             "checkpoint_dir": str(start),
             "dataset.data_files": str(tmp_path / "digits" / f"{digits}.json"),
         }
-        run_recipe(recipe, tmp_path / digits, {**paths, **settings})
+        rates = {"epochs": 8, "batch_size": 32, "optimizer.lr": 1e-3}
+        run_recipe(recipe, tmp_path / digits, {**paths, **rates, **settings})
         return max((tmp_path / digits).glob("epoch_*"))
 
     def accuracy(checkpoint: Path) -> float:
@@ -46,16 +46,11 @@ def test_new_digits(
         old,
         epochs=10,
         batch_size=8,
-        save_adapter_weights_only=False,
-        **{"optimizer.lr": 5e-4},
-        model={
-            "_component_": "torchtune_vl.models.qwen2_5_vl.lora_qwen2_5_vl_from_config",
-            "checkpoint_dir": str(old),
-            "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "qkv", "output_proj"],
-            "apply_lora_to_mlp": True,
-            "lora_rank": 16,
-            "lora_alpha": 16,
-            "encoder_trainable": "lora",
+        **{
+            "optimizer.lr": 5e-4,
+            "model.lora_attn_modules": "[q_proj,k_proj,v_proj,qkv,output_proj]",
+            "model.lora_alpha": 16,
+            "model.encoder_trainable": "lora",
         },
     )
     before, after = accuracy(old), accuracy(new)

@@ -48,23 +48,15 @@ def run(root: Path, output: Path, **settings: Any) -> list[float]:
         "clip_grad_norm": None,
         "checkpoint_dir": str(root / "base"),
         "dataset.data_files": str(root / "train.json"),
-        "dataset.image_dir": str(root),
         "shuffle": False,
         "batch_size": 2,
         "epochs": 1,
         "optimizer.lr": 1e-2,
         "lr_scheduler.num_warmup_steps": 1,
-        "save_adapter_weights_only": False,
-        "model": {
-            "_component_": "torchtune_vl.models.qwen2_5_vl.lora_qwen2_5_vl_from_config",
-            "checkpoint_dir": str(root / "base"),
-            "lora_attn_modules": ["q_proj", "v_proj", "qkv", "output_proj"],
-            "apply_lora_to_mlp": True,
-            "lora_rank": 4,
-            "lora_alpha": 8,
-            "encoder_trainable": "lora",
-            **settings.pop("model", {}),
-        },
+        "model.lora_attn_modules": "[q_proj,v_proj,qkv,output_proj]",
+        "model.lora_rank": 4,
+        "model.lora_alpha": 8,
+        "model.encoder_trainable": "lora",
     }
     return run_recipe("lora_finetune_single_device", output, {**fixed, **settings})
 
@@ -79,15 +71,15 @@ def load(directory: Path) -> torch.nn.Module:
 
 CASES = {
     "LoRA": {},
-    "DoRA, the merger in full": {"use_dora": True, "fusion_trainable": "full"},
+    "DoRA, the merger in full": {"model.use_dora": True, "model.fusion_trainable": "full"},
 }
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model", CASES.values(), ids=CASES)
-def test_files_of_a_run(root: Path, tmp_path: Path, model: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_files_of_a_run(root: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     before = (root / "base" / "model.safetensors").read_bytes()
-    losses = run(root, tmp_path / "output", model=model)
+    losses = run(root, tmp_path / "output", **settings)
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
     assert (root / "base" / "model.safetensors").read_bytes() == before
@@ -114,16 +106,20 @@ def test_files_of_a_run(root: Path, tmp_path: Path, model: dict[str, Any]) -> No
 
 
 def test_resuming_goes_on_with_the_adapter(root: Path, tmp_path: Path) -> None:
-    model = {"use_dora": True, "fusion_trainable": "full"}
-    settings = {"epochs": 2, "max_steps_per_epoch": 3}
-    whole = run(root, tmp_path / "output", model=model, **settings)
+    settings = {
+        "model.use_dora": True,
+        "model.fusion_trainable": "full",
+        "epochs": 2,
+        "max_steps_per_epoch": 3,
+    }
+    whole = run(root, tmp_path / "output", **settings)
     shutil.rmtree(tmp_path / "output" / "epoch_1")
-    resumed = run(root, tmp_path / "output", model=model, resume_from_checkpoint=True, **settings)
+    resumed = run(root, tmp_path / "output", resume_from_checkpoint=True, **settings)
     np.testing.assert_allclose(resumed, whole[3:], rtol=1e-6)
 
 
 def test_a_quantized_run_exports_bfloat16(root: Path, tmp_path: Path) -> None:
-    run(root, tmp_path / "output", model={"quantize_base": True}, dtype="bf16")
+    run(root, tmp_path / "output", **{"model.quantize_base": True}, dtype="bf16")
     epoch = tmp_path / "output" / "epoch_0"
     assert {tensor.dtype for tensor in load_file(epoch / "model.safetensors").values()} == {
         torch.bfloat16

@@ -52,11 +52,11 @@ def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_losses(root: Path, output: Path, settings: dict[str, Any]) -> list[float]:
     """Losses of the stock recipe."""
     fixed = {
-        "lr_scheduler": None,
+        "lr_scheduler": "tests.stock_recipes.constant_rate",
+        "lr_scheduler.num_warmup_steps": None,
         "clip_grad_norm": None,
         "checkpoint_dir": str(root / "base"),
         "dataset.data_files": str(root / "train.json"),
-        "dataset.image_dir": str(root),
         "shuffle": False,
         "batch_size": BATCH_SIZE,
         "epochs": 1,

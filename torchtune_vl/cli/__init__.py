@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from torchtune_vl._shown import shown
-from torchtune_vl.cli import _torchtune, estimate, export, merge, validate
+from torchtune_vl.cli import estimate, export, files, merge, run, validate, validate_config
 
 # Each has `add_parser`, which sets the function to run; what takes long to import it imports there
-_SUBCOMMANDS = (estimate, validate, merge, export)
+_SUBCOMMANDS = (files, run, validate_config, estimate, validate, merge, export)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,7 +24,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subparsers = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", dest="command"
     )
-    _torchtune.add_parsers(subparsers)
     for subcommand in _SUBCOMMANDS:
         subcommand.add_parser(subparsers)
     options = parser.parse_args(arguments)

@@ -1,7 +1,6 @@
 """``tune-vl estimate``: the memory that a config takes."""
 
 import argparse
-import logging
 from typing import Any
 
 _DESCRIPTION = """\
@@ -67,7 +66,6 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError: if it cannot be done.
     """
-    logging.getLogger("torchao").setLevel(logging.ERROR)
     from torchtune_vl.recipes._read_config import check_components, read_config
 
     config = read_config(["--config", options.config, *options.overrides])

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import logging
 import os
 import sys
 import warnings
@@ -147,8 +146,6 @@ def _hush() -> None:
     """Silence what the user of this command cannot act on, and keep it off the network."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
-    # torchao tells of C++ extensions that it does not load
-    logging.getLogger("torchao").setLevel(logging.ERROR)
     from torchtune_vl.validation import import_torchvision
 
     import_torchvision()

@@ -4,6 +4,24 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent
 _CONFIGS = _ROOT / "configs"
+_RECIPES = {"finetune": _ROOT / "finetune.py"}
+# Ready configs for recipes of torchtune, by the names of their files
+_FOR_TORCHTUNE = {
+    "stock_full": "full_finetune_single_device",
+    "stock_lora": "lora_finetune_single_device",
+}
+
+
+def recipe_path(name: str) -> Path | None:
+    """Find a recipe of this package.
+
+    Args:
+        name: such as ``finetune``.
+
+    Returns:
+        The path of its file, None if there is none of this name.
+    """
+    return _RECIPES.get(name)
 
 
 def config_path(name: str) -> Path:
@@ -19,22 +37,15 @@ def config_path(name: str) -> Path:
     return built_in if built_in.is_file() else Path(name)
 
 
-def register_recipes() -> None:
-    """Make torchtune's commands know the recipes and configs of this package, beside its own.
+def config_names() -> dict[str, list[str]]:
+    """List the configs of this package.
 
-    They read one list and join its paths to folders of theirs, which an absolute path replaces.
+    Returns:
+        The names of the configs by that of the recipe that they are for: one of ours, or one of
+        torchtune's.
     """
-    from torchtune._recipe_registry import Config, Recipe, get_all_recipes
-
-    finetune = Recipe(
-        name="finetune",
-        file_path=str(_ROOT / "finetune.py"),
-        configs=[
-            Config(name=str(path.relative_to(_CONFIGS).with_suffix("")), file_path=str(path))
-            for path in sorted(_CONFIGS.glob("*/*.yaml"))
-        ],
-        supports_distributed=True,
-    )
-    recipes = get_all_recipes()
-    if finetune not in recipes:
-        recipes.insert(0, finetune)
+    names: dict[str, list[str]] = {recipe: [] for recipe in (*_RECIPES, *_FOR_TORCHTUNE.values())}
+    for path in sorted(_CONFIGS.glob("*/*.yaml")):
+        recipe = _FOR_TORCHTUNE.get(path.stem, "finetune")
+        names[recipe].append(str(path.relative_to(_CONFIGS).with_suffix("")))
+    return names

@@ -1,4 +1,4 @@
-"""The keys of the recipe's config: one description, which checks, docs and ``estimate`` follow.
+"""The keys of the recipe's config: one description, which checks, ``--help`` and docs follow.
 
 A key is a field of a dataclass; its type says which values it takes and its text what it means.
 Importing this takes no torch.

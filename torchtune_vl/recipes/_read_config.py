@@ -65,7 +65,7 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
     path = config_path(known.config)
     if not path.exists():
         raise ValueError(f"no config and no file is called {known.config!r}: see `tune-vl ls`")
-    content = _read_file(path)
+    content = read_file(path)
     try:
         config = _override(content, overrides)
         _inherit(config)
@@ -117,7 +117,19 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
+    """Read the file of any config.
+
+    Args:
+        path: of a YAML file.
+
+    Returns:
+        Its keys and values, with references to others as they are.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: if it has no keys and values in YAML.
+    """
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(path))
     except UnicodeDecodeError as error:

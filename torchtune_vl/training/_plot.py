@@ -1,41 +1,81 @@
 """Pictures of a run."""
 
 from collections.abc import Sequence
+from math import isqrt
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-# Weight of the past in the smoothed curve
-_SMOOTHING = 0.95
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 
 def plot_losses(
     losses: Sequence[float], validation_losses: Sequence[tuple[int, float]], path: Path
 ) -> None:
-    """Draw the loss of each step, a smoothed curve, and the validation losses.
+    """Draw the loss of each step, a smoothed line, and the validation losses.
 
     Args:
         losses: loss of each step, from the first.
         validation_losses: (step, loss) pairs.
         path: PNG file to write.
     """
+    draw_losses(losses, validation_losses).savefig(path, dpi=120)
+
+
+def draw_losses(losses: Sequence[float], validation_losses: Sequence[tuple[int, float]]) -> Figure:
+    """Draw what :func:`plot_losses` writes.
+
+    Args:
+        losses: loss of each step, from the first.
+        validation_losses: (step, loss) pairs.
+
+    Returns:
+        The figure.
+    """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color="C0", alpha=0.35, linewidth=1, label="training, each step")
-    axes.plot(steps, _smoothed(losses), color="C0", label="training, smoothed")
+    style = ".-" if len(losses) < 50 else "-"  # a single step is no line
+    axes.plot(steps, losses, style, color="C0", alpha=0.35, lw=1, label="training, each step")
+    axes.plot(steps, smoothed(losses), color="C0", label="training, smoothed")
     if validation_losses:
         axes.plot(*zip(*validation_losses, strict=True), "o-", color="C1", label="validation")
-    axes.set(xlabel="step", ylabel="cross-entropy per supervised token", yscale="log")
+    title = "Training and validation loss" if validation_losses else "Training loss"
+    axes.set(title=title, xlabel="step", ylabel="cross-entropy per supervised token")
+    _set_ticks(axes, [*losses, *(loss for _, loss in validation_losses)])
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    axes.legend(loc="upper right")
+    return figure
 
 
-def _smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential moving average, without the bias of its start (Adam, arXiv 1412.6980)."""
-    smoothed, average = [], 0.0
-    for step, loss in enumerate(losses, 1):
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
-        smoothed.append(average / (1 - _SMOOTHING**step))
-    return smoothed
+def _set_ticks(axes: Axes, losses: Sequence[float]) -> None:
+    """Whole steps, and losses in plain numbers, also where they are on a logarithmic scale."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.ticklabel_format(style="plain", useOffset=False)
+    if max(losses) > 10 * min(losses) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(_plain)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float, _position: float) -> str:
+    return np.format_float_positional(value, precision=6, fractional=False, trim="-")
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Average over neighbours.
+
+    Args:
+        losses: loss of each step.
+
+    Returns:
+        For each step the mean over the steps around it, as many on both sides but at the ends,
+        about the square root of all.
+    """
+    radius = isqrt(len(losses)) // 2
+    return [
+        float(np.mean(losses[max(0, step - radius) : step + radius + 1]))
+        for step in range(len(losses))
+    ]

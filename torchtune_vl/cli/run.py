@@ -1,0 +1,197 @@
+"""``tune-vl run``: a recipe on one device or on many."""
+
+import argparse
+import logging
+import os
+import re
+import runpy
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torchtune_vl.cli._torchtune import suffix_of, tune
+from torchtune_vl.recipes import config_path, recipe_path
+
+_HELP = """\
+usage: tune-vl run [OPTION ...] RECIPE --config CONFIG [KEY=VALUE | ~KEY ...]
+
+Run a recipe, on one device or on many.
+
+  RECIPE           name, see `tune-vl ls --all`, or a Python file below this directory
+  --config CONFIG  name, see `tune-vl ls --all`, or a file
+  KEY=VALUE        sets a key of the config
+  ~KEY             takes a key out of the config, in the recipe finetune
+
+options start several processes, by torchrun, whose other options are taken too:
+  --nproc_per_node N             processes on this machine, one for each device
+  --nnodes N                     machines
+  --rdzv_backend c10d            with --nnodes: how the machines find each other
+  --rdzv_endpoint HOST:PORT      where they meet
+
+examples:
+  tune-vl run finetune --config qwen2_5_vl/3B_lora dataset.data_files=train.jsonl
+  tune-vl run --nproc_per_node 8 finetune --config mine.yaml optimizer.lr=2e-5
+  tune-vl run full_finetune_single_device --config qwen2_5_vl/stock_full
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand.
+
+    Args:
+        subparsers: the action of :meth:`argparse.ArgumentParser.add_subparsers`.
+    """
+    # No character makes an option here: options are for torchrun's parser, which takes seconds to
+    # import
+    parser = subparsers.add_parser(
+        "run", help="run a recipe, on one device or on many", add_help=False, prefix_chars="\0"
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a recipe.
+
+    Args:
+        options: of the command line.
+
+    Returns:
+        The exit status, that of the first process to fail where there are several.
+
+    Raises:
+        OSError: if a file cannot be opened.
+        ValueError: if the recipe cannot be started with these arguments.
+    """
+    if {"--help", "-h"} & {*options.arguments}:
+        _print_help(options.arguments)
+        return 0
+    launcher, recipe, arguments = _split(options.arguments)
+    if recipe_path(recipe):
+        from torchtune_vl.recipes._read_config import read_config
+
+        read_config(arguments)  # before anything is imported that takes seconds
+    module = _module_of(recipe)
+    position = arguments.index("--config") + 1
+    config = config_path(arguments[position])
+    if not config.is_file() and suffix_of(str(config)) != ".yaml":
+        raise ValueError(f"no config and no file is called {str(config)!r}: see `tune-vl ls --all`")
+    arguments[position] = str(config)
+    if module is None or not config.is_file():  # one of the two is torchtune's
+        return _status_of(partial(tune, "run", *launcher, recipe, *arguments))
+    if launcher:
+        return _status_of(partial(_run_processes, launcher, recipe, arguments))
+    return _status_of(partial(_run_here, module, arguments))
+
+
+def _print_help(arguments: list[str]) -> None:
+    print(_HELP)
+    if "finetune" not in arguments:
+        print("`tune-vl run finetune --help` explains the keys of its config.")
+        return
+    from torchtune_vl.recipes._config import Config
+
+    print("keys of the config; those without a default must be there:")
+    print(*_explained(Config, ""), sep="\n")
+    print(
+        "\nThe arguments of a component stand beside its _component_: see `tune-vl cat` and docs/."
+    )
+
+
+def _explained(description: type, prefix: str) -> Iterator[str]:
+    """What each key of a config takes and means."""
+    from torchtune_vl.recipes._read_config import keys_of, words
+
+    indent = " " * 6
+    for key in keys_of(description):
+        default = "null" if key.default is None else key.default
+        ending = "" if default is MISSING else f" (default: {default})"
+        # Links are for readers of docs/training.md
+        meaning = re.sub(
+            r"\[[^]]+]\(([\w.]*)[^)]*\)", lambda x: f"docs/{x[1] or 'training.md'}", key.meaning
+        ).replace("`", "")
+        yield f"  {prefix}{key.name}: {words(key.kind)}{ending}".replace("`", "")
+        yield textwrap.fill(meaning, 96, initial_indent=indent, subsequent_indent=indent)
+        if key.group is not None:
+            yield from _explained(key.group, f"{prefix}{key.name}.")
+
+
+def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
+    """Split into torchrun's options, the recipe, and the recipe's arguments."""
+    if "--config" not in arguments[:-1]:
+        raise ValueError("a config is needed: --config NAME, see `tune-vl ls`, or --config FILE")
+    end = arguments.index("--config")
+    while end and ("=" in arguments[end - 1] or arguments[end - 1].startswith("~")):
+        end -= 1
+    if not end or arguments[end - 1].startswith("-"):
+        raise ValueError("a recipe is needed in front of --config: see `tune-vl ls`")
+    return arguments[: end - 1], arguments[end - 1], arguments[end:]
+
+
+def _module_of(recipe: str) -> str | None:
+    """Name the module of a recipe, ours or a user's; None for one of torchtune."""
+    if recipe_path(recipe):
+        return f"torchtune_vl.recipes.{recipe}"
+    if not recipe.endswith(".py") and suffix_of(recipe) == ".py":
+        return None
+    file = Path(os.path.relpath(recipe)).with_suffix(".py")
+    if not file.is_file():
+        raise ValueError(f"no recipe and no file is called {recipe!r}: see `tune-vl ls --all`")
+    if file.parts[0] == "..":
+        raise ValueError(f"{recipe} is not below this directory: change to where it is")
+    return ".".join(file.with_suffix("").parts)
+
+
+def _run_here(module: str, arguments: list[str]) -> None:
+    sys.path.append(os.getcwd())
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
+
+
+def _run_processes(options: list[str], recipe: str, arguments: list[str]) -> None:
+    """Let torchrun start this command in each process."""
+    from torch.distributed.run import get_args_parser
+    from torch.distributed.run import run as torchrun
+
+    parser = get_args_parser()
+    parser.prog = "tune-vl run"
+    parsed = parser.parse_args(
+        [*options, "--module", "torchtune_vl.cli", "run", recipe, *arguments]
+    )
+    number = parsed.nproc_per_node
+    if not (number.isdigit() and int(number) > 0) and number not in ("auto", "cpu", "gpu", "xpu"):
+        raise ValueError(f"--nproc_per_node is {number!r}: give the number of processes")
+    # Several runs on one machine then do not meet each other
+    parsed.standalone |= parsed.nnodes in ("1", "1:1") and not parsed.rdzv_endpoint
+    torchrun(parsed)
+
+
+def _status_of(start: Callable[[], None]) -> int:
+    """Run a recipe, and return its exit status where it has several processes, too."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import logger  # this import makes the loggers below, too
+
+    # Each process has one thread unless OMP_NUM_THREADS says another, which nobody needs to hear
+    logger.addFilter(lambda record: "OMP_NUM_THREADS" not in record.getMessage())
+    # What ended a process it has told itself. Each of these loggers has a level of its own
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        start()
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        by = signal.Signals(-failure.exitcode).name
+        print(f"tune-vl run: process {rank} was ended by {by}", file=sys.stderr)
+        return 128 - failure.exitcode
+    return 0
