@@ -6,8 +6,8 @@ nothing imports this before it needs a model.
 
 from torchtune_vl import _torchao as _torchao  # isort: skip (torchtune would not import before it)
 
-# `_component_` of configs, and its arguments beside it, to objects
-from torchtune.config import instantiate
+# `_component_` of configs, and its arguments beside it, to objects; and whether these fit
+from torchtune.config import instantiate, validate
 
 # The type by which its recipes know the layers that they compile, checkpoint and shard
 from torchtune.modules import TransformerSelfAttentionLayer
@@ -41,4 +41,5 @@ __all__ = [
     "TransformerSelfAttentionLayer",
     "get_logger",
     "instantiate",
+    "validate",
 ]

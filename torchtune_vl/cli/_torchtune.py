@@ -64,7 +64,7 @@ def check_config(config: Any) -> None:
     Raises:
         ValueError: if one is wrong.
     """
-    from torchtune.config import validate
+    from torchtune_vl._torchtune import validate
 
     try:
         validate(config)
