@@ -293,7 +293,7 @@ class Ours:
     """
 
     def __init__(self, root: Path, settings: dict[str, Any]) -> None:
-        config = OmegaConf.load(config_path("qwen2_5_vl/3B_full"))
+        config = OmegaConf.load(config_path("qwen2_5_vl/full"))
         for key, value in {
             "output_dir": mkdtemp(dir=root),
             "checkpoint_dir": str(root / "base"),

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from torchtune_vl.chat import CHAT_TEMPLATE
-from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tune_to_hf
+from torchtune_vl.models import model_from_pretrained
+from torchtune_vl.models._families import family_of
 
 HIDDEN_SIZE = 128
 
@@ -98,14 +99,16 @@ def write_tiny_checkpoint(
     for path in vocabulary.glob("*.*"):
         if path.suffix in (".json", ".txt"):
             shutil.copyfile(path, directory / path.name)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    family = family_of(directory)
+    processor_class = family.transform.processors.processor
     for name, content in {
-        "config.json": config,
-        "preprocessor_config.json": PREPROCESSOR_CONFIG,
+        "preprocessor_config.json": {**PREPROCESSOR_CONFIG, "processor_class": processor_class},
         "generation_config.json": GENERATION_CONFIG,
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
     }.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    weights = qwen2_5_vl_tune_to_hf(
+    weights = family.names.to_published(
         _random_model(directory, seed, config["hidden_size"]).state_dict()
     )
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
@@ -113,7 +116,7 @@ def write_tiny_checkpoint(
 
 def _random_model(directory: Path, seed: int, hidden_size: int) -> torch.nn.Module:
     torch.manual_seed(seed)
-    model = qwen2_5_vl_from_config(directory)
+    model = model_from_pretrained(directory, weights=False)
     # torch's own start values suit all layers but the embedding, which is the output layer too
     torch.nn.init.normal_(model.decoder.tok_embeddings.weight, std=hidden_size**-0.5)
     return model

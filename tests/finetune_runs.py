@@ -40,13 +40,35 @@ NARROW = {
         "fullatt_block_indexes": [1],
     },
 }
+NARROW_QWEN2_VL = {
+    **NARROW,
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    "vision_config": {
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_act": "quick_gelu",
+        "hidden_size": 32,
+        "in_chans": 3,
+        "mlp_ratio": 2,
+        "num_heads": 2,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+    },
+}
 ANSWERS = ("Noise.", "Ein Bild, 3 Farben.", "这是噪声。\nSecond line.", "Yes")
 # What each sample shows, over and over
 MEDIA = (("image",), (), ("image", "image", "image"), ("video",), (), ("image", "video"))
 
 
 def write_inputs(
-    root: Path, vocabulary: Path, count: int, media: Sequence[Sequence[str]] = MEDIA
+    root: Path,
+    vocabulary: Path,
+    count: int,
+    media: Sequence[Sequence[str]] = MEDIA,
+    config: Mapping[str, Any] = NARROW,
 ) -> None:
     """Write a tiny checkpoint, and conversations with text, images and videos.
 
@@ -55,8 +77,9 @@ def write_inputs(
         vocabulary: directory with the tokenizer's files.
         count: how many conversations.
         media: what each shows, over and over.
+        config: the checkpoint's dimensions, in the form of the published ``config.json``.
     """
-    write_tiny_checkpoint(root / "base", vocabulary, config=NARROW)
+    write_tiny_checkpoint(root / "base", vocabulary, config=config)
     rng = np.random.default_rng(0)
     lines = []
     for number in range(count):
@@ -81,7 +104,7 @@ def write_inputs(
 
 
 def write_config(
-    root: Path, output: Path, settings: Mapping[str, Any], name: str = "qwen2_5_vl/3B_full"
+    root: Path, output: Path, settings: Mapping[str, Any], name: str = "qwen2_5_vl/full"
 ) -> Path:
     """Write a config of ours with what is different for a tiny model on a CPU.
 

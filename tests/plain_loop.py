@@ -14,15 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import config as components
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from tests.reference import reference_inputs
+from torchtune_vl.models._families import family_of
 from torchtune_vl.models._weights import initial_adapters
-from torchtune_vl.models.qwen2_5_vl import (
-    qwen2_5_vl_hf_to_tune,
-    qwen2_5_vl_tune_to_hf,
-    qwen2_5_vl_tune_to_peft,
-)
 from torchtune_vl.modules.adapters import is_adapter
 
 T = TypeVar("T")
@@ -77,8 +73,9 @@ def plain_run(
     """
     cfg = OmegaConf.load(config)
     ours, weights = start_of(cfg)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.checkpoint_dir).train()
-    model.load_state_dict(_in_memory(qwen2_5_vl_tune_to_hf(weights)), strict=False)
+    names = family_of(cfg.checkpoint_dir).names
+    model = AutoModelForImageTextToText.from_pretrained(cfg.checkpoint_dir).train()
+    model.load_state_dict(_in_memory(names.to_published(weights)), strict=False)
     trained = {n for n, p in ours.named_parameters() if p.requires_grad}
     parameters = _trained_parameters(model, cfg, trained, initial_adapters(ours, weights, cfg.seed))
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -104,7 +101,8 @@ def start_of(cfg: DictConfig) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """Our model on the meta device, and the weights that it begins with, dequantised."""
     with torch.device("meta"):
         ours = components.instantiate(cfg.model)
-    weights = qwen2_5_vl_hf_to_tune(load_file(Path(cfg.checkpoint_dir) / "model.safetensors"))
+    names = family_of(cfg.checkpoint_dir).names
+    weights = names.from_published(load_file(Path(cfg.checkpoint_dir) / "model.safetensors"))
     for name, parameter in ours.named_parameters():
         if isinstance(parameter.data, NF4Tensor):
             blocks = parameter.data.block_size, parameter.data.scaler_block_size
@@ -132,8 +130,9 @@ def _trained_parameters(
 ) -> dict[str, nn.Parameter]:
     """Put adapters into transformers' model and find what is trained, by our names."""
     model.requires_grad_(False)
+    names = family_of(cfg.checkpoint_dir).names
     layers: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
-    for theirs, name in qwen2_5_vl_tune_to_peft({name: name for name in trained}).items():
+    for theirs, name in names.to_peft({name: name for name in trained}).items():
         if is_adapter(name):
             suffix = next(s for s in _SUFFIXES if theirs.endswith(s))
             layer = theirs.removeprefix("base_model.model.").removesuffix(f".{suffix}")
@@ -149,7 +148,7 @@ def _trained_parameters(
         setattr(model.get_submodule(parent), child, adapted)
         for suffix, (name, _) in tensors.items():
             parameters[name] = getattr(adapted, _SUFFIXES[suffix])
-    in_full = qwen2_5_vl_tune_to_hf({name: name for name in trained if not is_adapter(name)})
+    in_full = names.to_published({name: name for name in trained if not is_adapter(name)})
     for path, name in _in_memory(in_full).items():
         parameters[name] = model.get_parameter(path)
     for parameter in parameters.values():

@@ -30,16 +30,24 @@ import torch
 import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from torchtune import config as components
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from quickstart.vocabulary import fetch_vocabulary
-from tests.finetune_runs import read_losses, read_samples, start, write_config, write_inputs
+from tests.finetune_runs import (
+    NARROW,
+    NARROW_QWEN2_VL,
+    read_losses,
+    read_samples,
+    start,
+    write_config,
+    write_inputs,
+)
 from tests.plain_loop import plain_run, start_of
 from tests.reference import reference_inputs
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.datasets import vision_chat_dataset
+from torchtune_vl.models import transform_from_pretrained
 from torchtune_vl.models._weights import initial_adapters
-from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 
 STEPS = 6
 COUNT = 24
@@ -52,7 +60,7 @@ MIXES = {
     "videos": (("video",), ()),
     "all": (("image",), (), ("image", "image", "image"), ("video",), (), ("image", "video")),
 }
-BUILDERS = "torchtune_vl.models.qwen2_5_vl"
+FAMILIES = {"qwen2_5_vl": NARROW, "qwen2_vl": NARROW_QWEN2_VL}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW, fused": {"_component_": "torch.optim.AdamW", "fused": True},
     "AdamW": {"_component_": "torch.optim.AdamW"},
@@ -130,13 +138,15 @@ def draw(rng: random.Random) -> Drawn:
         f"tensor {tensor}", f"{settings['num_workers']} workers",
         "validation" if "dataset_val" in settings else "no validation",
     ]  # fmt: skip
-    name = {"full": "3B_full", "qlora": "3B_qlora"}.get(method, "3B_lora")
-    drawn = Drawn(f"qwen2_5_vl/{name}", mix, settings, processes, rng.randint(1, STEPS - 1), words)
-    drawn.refused = refused
+    name = {"full": "full", "qlora": "qlora"}.get(method, "lora")
+    kill_after = rng.randint(1, STEPS - 1)
     if "model" in settings:
         settings["model"]["trained_in_float32"] = rng.random() < 0.5
         words.append(f"trained in float32: {settings['model']['trained_in_float32']}")
-    return drawn
+    family = rng.choice(["qwen2_5_vl", "qwen2_5_vl", "qwen2_vl"])
+    words.insert(0, family)
+    config = f"{family}/{name}"
+    return Drawn(config, mix, settings, processes, kill_after, words, refused)
 
 
 def _draw_model(
@@ -174,8 +184,9 @@ def _draw_model(
     return (
         {
             "model": {
-                "_component_": f"{BUILDERS}.lora_qwen2_5_vl_from_config",
+                "_component_": "torchtune_vl.models.lora_model_from_pretrained",
                 "checkpoint_dir": "${checkpoint_dir}",
+                "weights": False,
                 "lora_attn_modules": modules,
                 "apply_lora_to_mlp": "fusion" in adapted or rng.random() < 0.5,
                 "lora_rank": rank,
@@ -208,7 +219,7 @@ def check(drawn: Drawn, root: Path, output: Path) -> str:
     seconds = _resume_to_the_end(config, drawn)
     _look_at_what_it_left(output, drawn)
     cfg = OmegaConf.load(config)
-    transform = Qwen2_5_VLTransform.from_pretrained(root / "base")
+    transform = transform_from_pretrained(root / "base")
     dataset = vision_chat_dataset(
         transform, source="json", data_files=str(root / "train.jsonl"), split="train"
     )
@@ -358,7 +369,7 @@ def _trained_state(output: Path, like: dict[str, torch.Tensor]) -> dict[str, tor
 def _compare_export(cfg: Any, transform: Any, dataset: Any, output: Path) -> float:
     """Logits of the export in transformers beside those of the run's own last state."""
     (epoch,) = output.glob("epoch_*")
-    reference, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    reference, report = AutoModelForImageTextToText.from_pretrained(
         epoch, dtype=torch.float32, output_loading_info=True
     )
     assert not report["missing_keys"], report
@@ -389,12 +400,13 @@ def _arguments(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key != "labels"}
 
 
-def inputs(root: Path, vocabulary: Path, mix: str) -> Path:
-    """Write the inputs of a mix, once."""
-    directory = root / mix.replace(" ", "_")
+def inputs(root: Path, vocabulary: Path, drawn: Drawn) -> Path:
+    """Write the checkpoint and the mix of a configuration, once."""
+    family = drawn.config.split("/")[0]
+    directory = root / f"{family} {drawn.mix}".replace(" ", "_")
     if not directory.exists():
         directory.mkdir(parents=True)
-        write_inputs(directory, vocabulary, COUNT, MIXES[mix])
+        write_inputs(directory, vocabulary, COUNT, MIXES[drawn.mix], FAMILIES[family])
     return directory
 
 
@@ -421,7 +433,7 @@ def main() -> None:
                 continue
             began = time.monotonic()
             try:
-                told = check(drawn, inputs(root, vocabulary, drawn.mix), root / f"run_{number}")
+                told = check(drawn, inputs(root, vocabulary, drawn), root / f"run_{number}")
             except Exception as error:
                 failures += 1
                 told = f"FAILED: {type(error).__name__}: {error}"

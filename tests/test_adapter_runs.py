@@ -36,7 +36,7 @@ def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(
-    root: Path, name: str, settings: dict[str, Any], shipped: str = "qwen2_5_vl/3B_lora"
+    root: Path, name: str, settings: dict[str, Any], shipped: str = "qwen2_5_vl/lora"
 ) -> Path:
     model = {
         "model._component_": "torchtune_vl.models.qwen2_5_vl.lora_qwen2_5_vl_from_config",
@@ -96,7 +96,7 @@ def test_going_on_and_what_does_not_fit(root: Path, tmp_path: Path, settings: An
 
 @pytest.mark.parametrize(
     ("name", "processes"),
-    [("qwen2_5_vl/3B_qlora", 1), pytest.param("qwen2_5_vl/3B_lora", 2, marks=pytest.mark.slow)],
+    [("qwen2_5_vl/qlora", 1), pytest.param("qwen2_5_vl/lora", 2, marks=pytest.mark.slow)],
 )
 def test_small_steps_of_adapters_on_bfloat16_weights(
     root: Path, tmp_path: Path, name: str, processes: int

@@ -80,7 +80,7 @@ def test_a_tensor_by_both_of_its_names_is_refused(source: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2_vl"}, "another model"),
+        ({"model_type": "llava"}, "another model"),
         ({"vision_config": {"window_size": 56}}, "window_size"),
         ({"vision_config": {"spatial_merge_size": 4}}, "spatial_merge_size"),
         ({"vision_config": {"out_hidden_size": 100}}, "out_hidden_size"),

@@ -35,8 +35,8 @@ def status(*arguments: object) -> int:
         (["validate", "--help"], "tune-vl validate"),
         (["run", "--help"], "--nproc_per_node"),
         (["run", "finetune", "--help"], "rows_per_step"),
-        (["ls"], "qwen2_5_vl/3B_full"),
-        (["cat", "qwen2_5_vl/3B_full"], "rows_per_step"),
+        (["ls"], "qwen2_5_vl/full"),
+        (["cat", "qwen2_5_vl/full"], "rows_per_step"),
     ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str], said: str) -> None:

@@ -12,11 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config as torchtune_config
 from torchtune.config._utils import _get_component_from_path
 
-from tests.parity.test_sizes import SIZES
+from tests.parity.test_sizes import QWEN2_VL_SIZES, SIZES
+from torchtune_vl.models._families import families
 from torchtune_vl.recipes import config_names, config_path
 from torchtune_vl.training._memory import estimate_memory
 
-NAMES = [f"{size}_{method}" for size in SIZES for method in ("full", "lora", "qlora")]
+METHODS = ("full", "lora", "qlora")
+SIZES_OF = {"qwen2_5_vl": SIZES, "qwen2_vl": QWEN2_VL_SIZES}
+NAMES = [f"{family}/{method}" for family in SIZES_OF for method in METHODS]
 KEYS = """
     output_dir checkpoint_dir tokenizer model checkpointer dataset dataset_val rows rows_per_step
     epochs max_steps seed shuffle num_workers optimizer learning_rates lr_scheduler clip_grad_norm
@@ -33,29 +36,31 @@ GIVEN: dict[str, list[Any]] = {
 
 
 def read(name: str, directory: Path = Path("nowhere")) -> DictConfig:
-    cfg = OmegaConf.load(config_path(f"qwen2_5_vl/{name}"))
+    cfg = OmegaConf.load(config_path(name))
     assert isinstance(cfg, DictConfig)
     cfg.checkpoint_dir = str(directory)
     return cfg
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    directories = {size: tmp_path_factory.mktemp(size) for size in SIZES}
-    for size, (_, config, *_) in SIZES.items():
-        (directories[size] / "config.json").write_text(json.dumps(config))
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    directories = {}
+    for family, sizes in SIZES_OF.items():
+        for size, (_, config, *_) in sizes.items():
+            directories[family, size] = tmp_path_factory.mktemp(size)
+            (directories[family, size] / "config.json").write_text(json.dumps(config))
     return directories
 
 
-def test_there_is_one_for_each_size_and_method_and_for_stock_recipes() -> None:
+def test_there_is_one_for_each_family_and_method_and_for_stock_recipes() -> None:
     names = config_names()
-    assert set(names.pop("finetune")) == {f"qwen2_5_vl/{name}" for name in NAMES}
+    assert set(names.pop("finetune")) == {*NAMES}
     assert names == {
         "full_finetune_single_device": ["qwen2_5_vl/stock_full"],
         "lora_finetune_single_device": ["qwen2_5_vl/stock_lora"],
     }
-    files = config_path("qwen2_5_vl/3B_full").parent.iterdir()
-    assert {path.stem for path in files} == {*NAMES, "stock_full", "stock_lora"}
+    files = config_path("qwen2_5_vl/full").parent.iterdir()
+    assert {path.stem for path in files} == {*METHODS, "stock_full", "stock_lora"}
 
 
 @pytest.mark.parametrize("name", ["stock_full", "stock_lora"])
@@ -65,7 +70,8 @@ def test_text_of_stock_configs_names_recipe_and_config(name: str) -> None:
     assert config_names()[recipe] == [f"qwen2_5_vl/{name}"]
     assert f"--config qwen2_5_vl/{name} " in text
     assert f"output_dir: /tmp/torchtune-vl/qwen2_5_vl_{name}\n" in text
-    assert ("lora_rank" in read(name).model) == (name == "stock_lora")
+    cfg = read(f"qwen2_5_vl/{name}")
+    assert ("lora_rank" in cfg.model) == (name == "stock_lora")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,32 +95,46 @@ def test_keys_and_components(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_names_its_size_and_method(name: str) -> None:
-    size, method = name.split("_")
-    text = config_path(f"qwen2_5_vl/{name}").read_text()
-    assert text.startswith(f"# Qwen2.5-VL {size}: ")
-    assert set(re.findall(r"--config (\S+)", text)) == {f"qwen2_5_vl/{name}"}
+def test_text_names_its_family_and_method(name: str) -> None:
+    family, method = name.split("/")
+    text = config_path(name).read_text()
+    assert text.startswith(f"# {family_names()[family]} of any size: ")
+    assert set(re.findall(r"--config (\S+)", text)) == {name}
     cfg = read(name)
-    assert cfg.output_dir.endswith(f"qwen2_5_vl_{name.lower()}")
+    assert cfg.output_dir.endswith(f"{family}_{method}")
     assert ("lora_rank" in cfg.model) == (method != "full")
     assert cfg.model.get("quantize_base", False) == (method == "qlora")
 
 
+def family_names() -> dict[str, str]:
+    names = {f.transform.__module__.split(".")[2]: f.name for f in families()}
+    assert set(names) == set(SIZES_OF)
+    return names
+
+
 # NF4 of the large sizes takes half a minute, and is computed as that of the small ones
-@pytest.mark.parametrize("name", [name for name in NAMES if not re.match("(32|72)B_qlora", name)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=[pytest.mark.slow] * ("qlora" in name and len(size) > 2))
+        for name in NAMES
+        for size in SIZES_OF[name.split("/")[0]]
+    ],
+)
 def test_model_builds_and_memory_is_what_the_comment_says(
-    name: str, checkpoints: dict[str, Path]
+    name: str, size: str, checkpoints: dict[tuple[str, str], Path]
 ) -> None:
-    size, method = name.split("_")
-    cfg = read(name, checkpoints[size])
+    family, method = name.split("/")
+    parameters = SIZES_OF[family][size][2]
+    cfg = read(name, checkpoints[family, size])
     with torch.device("meta"):
         model = torchtune_config.instantiate(cfg.model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == SIZES[size][2] if method == "full" else 0 < trained < SIZES[size][2] / 50
-    text = config_path(f"qwen2_5_vl/{name}").read_text()
-    said = re.findall(r"^# +(\d+) devices? +([\d.]+) GB$", text, re.MULTILINE)
-    assert len(said) == 2
-    for num_devices, gigabytes in said:
-        assert cfg.rows_per_step % int(num_devices) == 0
+    assert trained == parameters if method == "full" else 0 < trained < parameters / 50
+    text = config_path(name).read_text()
+    (said,) = re.findall(rf"^# +{size}((?: +\d+ devices? +[\d.]+ GB)+)$", text, re.MULTILINE)
+    figures = re.findall(r"(\d+) devices? +([\d.]+) GB", said)
+    assert len(figures) == 2
+    for num_devices, gigabytes in figures:
         memory = sum(estimate_memory(cfg, int(num_devices)).values())
         assert float(gigabytes) == pytest.approx(memory / 1e9, abs=0.051)

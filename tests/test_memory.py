@@ -161,7 +161,7 @@ def test_rows_of_padded_samples_are_as_long_as_can_be(checkpoint: Path) -> None:
 
 
 def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = OmegaConf.load(config_path("qwen2_5_vl/3B_full"))
+    config = OmegaConf.load(config_path("qwen2_5_vl/full"))
     config.update(settings(checkpoint, rows=config.rows, checkpoint_dir=str(checkpoint)))
     path = tmp_path / "mine.yaml"
     OmegaConf.save(config, path)
@@ -178,7 +178,7 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ("nowhere.yaml", "nowhere.yaml"),
         ("other.yaml", "rows is missing"),
-        ("qwen2_5_vl/3B_full", "needs its config.json"),
+        ("qwen2_5_vl/full", "needs its config.json"),
     ],
 )
 def test_command_refuses(

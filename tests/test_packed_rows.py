@@ -143,13 +143,13 @@ def test_losses_of_many_positions_are_made_in_chunks(
     whole, gradients = losses_and_gradients(model, packed_collate_vision(samples))
     rows = []
     monkeypatch.setattr("torchtune_vl.modules.loss.CHUNK", 7)
-    output = model.decoder.output
+    logits = model.decoder.logits
 
     def counted(hidden: torch.Tensor) -> torch.Tensor:
         rows.append(len(hidden))
-        return output(hidden)
+        return logits(hidden)
 
-    monkeypatch.setattr(model.decoder, "output", counted)
+    monkeypatch.setattr(model.decoder, "logits", counted)
     chunked, chunked_gradients = losses_and_gradients(model, packed_collate_vision(samples))
     assert len(whole) > 14
     assert max(rows) == 7

@@ -17,4 +17,4 @@ QUICK = (3, 4, 31, 32, 52)
 def test_runs(number: int, vocabulary: Path, tmp_path: Path) -> None:
     drawn = DRAWN[number]
     print("; ".join(drawn.words))
-    print(check(drawn, inputs(tmp_path, vocabulary, drawn.mix), tmp_path / "run"))
+    print(check(drawn, inputs(tmp_path, vocabulary, drawn), tmp_path / "run"))

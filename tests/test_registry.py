@@ -48,8 +48,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_ls_has_ours_and_on_request_the_stock_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert status("ls") == 0
     ours = capsys.readouterr().out
-    assert ours.splitlines()[1].split() == ["finetune", "qwen2_5_vl/32B_full"]
-    assert ours.count("qwen2_5_vl/3B_lora") == 1
+    assert ours.splitlines()[1].split() == ["finetune", "qwen2_5_vl/full"]
+    assert ours.count("qwen2_5_vl/lora") == 1
     assert re.search("^lora_finetune_single_device +qwen2_5_vl/stock_lora$", ours, re.MULTILINE)
     assert "llama" not in ours
     assert status("ls", "--all") == 0
@@ -59,15 +59,15 @@ def test_ls_has_ours_and_on_request_the_stock_ones(capsys: pytest.CaptureFixture
 
 
 def test_cp_and_cat(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert status("cp", "qwen2_5_vl/3B_lora", "copy") == 0
-    original = config_path("qwen2_5_vl/3B_lora")
+    assert status("cp", "qwen2_5_vl/lora", "copy") == 0
+    original = config_path("qwen2_5_vl/lora")
     assert (here / "copy.yaml").read_bytes() == original.read_bytes()
     assert status("cp", "finetune", ".") == 0
     recipe = recipe_path("finetune")
     assert recipe is not None
     assert (here / "finetune.py").read_bytes() == recipe.read_bytes()
     capsys.readouterr()
-    assert status("cat", "qwen2_5_vl/3B_lora") == 0
+    assert status("cat", "qwen2_5_vl/lora") == 0
     assert capsys.readouterr().out == original.read_text()
     assert status("cat", "copy.yaml", "--sort") == 0
     keys = re.findall(r"^\w+", capsys.readouterr().out, re.MULTILINE)
@@ -85,7 +85,7 @@ def test_cp_and_cat_of_stock_files(here: Path, capsys: pytest.CaptureFixture[str
     assert "_component_: torchtune.models.qwen2_5.qwen2_5_0_5b" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl/3B_full", "llama2/7B_full"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl/full", "llama2/7B_full"])
 def test_cp_overwrites_nothing(here: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "mine" / f"{name.split('/')[1]}.yaml").write_text("mine")
     assert status("cp", name, "mine") == 2
@@ -156,7 +156,7 @@ def test_wrong_usage(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["qwen2_5_vl/3B_lora"],
+        ["qwen2_5_vl/lora"],
         ["--config", "qwen2_5_vl/stock_lora"],
         ["llama2/7B_full"],
     ],
@@ -169,7 +169,7 @@ def test_validate_config(arguments: list[str], capsys: pytest.CaptureFixture[str
 def test_validate_config_knows_our_recipe_by_any_of_its_keys(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = config_path("qwen2_5_vl/3B_lora").read_text()
+    text = config_path("qwen2_5_vl/lora").read_text()
     (here / "mine.yaml").write_text(text.replace("\nrows_per_step:", "\nrows_per_steps:"))
     assert status("validate-config", "--config", "mine.yaml") == 2
     error = capsys.readouterr().err

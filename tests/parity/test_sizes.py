@@ -8,18 +8,27 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+)
 
 from torchtune_vl.files._names import published_name
+from torchtune_vl.models import model_from_pretrained
+from torchtune_vl.models._config import TEXT_DEFAULTS
+from torchtune_vl.models.qwen2_5_vl import _family as qwen2_5_vl
 from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_3b,
     qwen2_5_vl_7b,
     qwen2_5_vl_32b,
     qwen2_5_vl_72b,
-    qwen2_5_vl_from_config,
     qwen2_5_vl_tune_to_hf,
 )
-from torchtune_vl.models.qwen2_5_vl._family import _TEXT_DEFAULTS, _VISION_DEFAULTS
+from torchtune_vl.models.qwen2_vl import _family as qwen2_vl
+from torchtune_vl.models.qwen2_vl import qwen2_vl_2b, qwen2_vl_7b, qwen2_vl_72b, qwen2_vl_tune_to_hf
 
 
 def hub_config(
@@ -65,6 +74,31 @@ def hub_config(
     }
 
 
+def qwen2_vl_config(
+    hidden: int, layers: int, heads: int, kv_heads: int, ff: int, vocab: int
+) -> dict[str, Any]:
+    """Likewise of Qwen2-VL's."""
+    return {
+        **hub_config(hidden, layers, heads, kv_heads, ff, vocab, 0),
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "max_position_embeddings": 32768,
+        "model_type": "qwen2_vl",
+        "vision_config": {
+            "depth": 32,
+            "embed_dim": 1280,
+            "hidden_act": "quick_gelu",
+            "hidden_size": hidden,
+            "in_chans": 3,
+            "mlp_ratio": 4,
+            "num_heads": 16,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "temporal_patch_size": 2,
+        },
+    }
+
+
 # builder, config, parameters, of these vision
 SIZES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
     "3B": (
@@ -94,6 +128,36 @@ SIZES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
 }
 
 
+# Qwen2-VL's, likewise
+QWEN2_VL_SIZES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
+    "2B": (
+        qwen2_vl_2b,
+        qwen2_vl_config(1536, 28, 12, 2, 8960, 151936),
+        2_208_985_600,
+        665_271_296,
+    ),
+    "7B": (
+        qwen2_vl_7b,
+        qwen2_vl_config(3584, 28, 28, 4, 18944, 152064),
+        8_291_375_616,
+        675_759_104,
+    ),
+    "72B": (
+        qwen2_vl_72b,
+        qwen2_vl_config(8192, 80, 64, 8, 29568, 152064),
+        73_405_560_320,
+        699_356_672,
+    ),
+}
+
+
+ALL = {**SIZES, **{f"Qwen2-VL {size}": facts for size, facts in QWEN2_VL_SIZES.items()}}
+
+
+def reference_config(config: dict[str, Any]) -> PreTrainedConfig:
+    return CONFIG_MAPPING[config["model_type"]](**config)
+
+
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
@@ -110,37 +174,40 @@ def attributes(model: nn.Module) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ALL)
 def test_builder_has_the_published_tensors(size: str) -> None:
-    builder, config, parameters, vision_parameters = SIZES[size]
+    builder, config, parameters, vision_parameters = ALL[size]
     with torch.device("meta"):
         ours = builder()
-        reference = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+        reference = AutoModelForImageTextToText.from_config(reference_config(config))
     assert sum(p.numel() for p in ours.parameters()) == parameters
     assert sum(p.numel() for p in ours.encoders.parameters()) == vision_parameters
     expected = {published_name(name): p.shape for name, p in reference.named_parameters()}
-    assert qwen2_5_vl_tune_to_hf(shapes(ours)) == expected
+    names = qwen2_5_vl_tune_to_hf if size in SIZES else qwen2_vl_tune_to_hf
+    assert names(shapes(ours)) == expected
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ALL)
 def test_model_from_either_config_is_the_builders(size: str, tmp_path: Path) -> None:
-    builder, config, _, _ = SIZES[size]
+    builder, config, _, _ = ALL[size]
     flat, nested = tmp_path / "flat", tmp_path / "nested"
     flat.mkdir()
     (flat / "config.json").write_text(json.dumps(config))
-    Qwen2_5_VLConfig(**config).save_pretrained(nested)
+    reference_config(config).save_pretrained(nested)
     with torch.device("meta"):
         expected = builder()
         for directory in (flat, nested):
-            model = qwen2_5_vl_from_config(directory)
+            model = model_from_pretrained(directory, weights=False)
             assert shapes(model) == shapes(expected)
             assert attributes(model) == attributes(expected)
 
 
-def test_defaults_of_missing_keys_are_the_references() -> None:
-    config = Qwen2_5_VLConfig()
+@pytest.mark.parametrize(
+    ("config", "family"), [(Qwen2_5_VLConfig(), qwen2_5_vl), (Qwen2VLConfig(), qwen2_vl)]
+)
+def test_defaults_of_missing_keys_are_the_references(config: Any, family: Any) -> None:
     for part, defaults in (
-        (config.text_config, _TEXT_DEFAULTS),
-        (config.vision_config, _VISION_DEFAULTS),
+        (config.text_config, TEXT_DEFAULTS),
+        (config.vision_config, family._VISION_DEFAULTS),
     ):
         assert {key: getattr(part, key) for key in defaults} == defaults

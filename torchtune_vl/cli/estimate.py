@@ -9,7 +9,7 @@ measured, and no device is needed: of the checkpoint it reads config.json alone.
 
 _EXAMPLES = """\
 examples:
-  tune-vl estimate --config qwen2_5_vl/7B_full --devices 8
+  tune-vl estimate --config qwen2_5_vl/full --devices 8
   tune-vl estimate --config mine.yaml checkpoint_dir=Qwen2.5-VL-3B-Instruct rows.max_tokens=8192
 """
 

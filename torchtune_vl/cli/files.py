@@ -19,13 +19,13 @@ examples:
 
 _CP_EXAMPLES = """\
 examples:
-  tune-vl cp qwen2_5_vl/3B_lora mine.yaml
+  tune-vl cp qwen2_5_vl/lora mine.yaml
   tune-vl cp finetune .
 """
 
 _CAT_EXAMPLES = """\
 examples:
-  tune-vl cat qwen2_5_vl/3B_lora
+  tune-vl cat qwen2_5_vl/lora
   tune-vl cat mine.yaml --sort
 """
 

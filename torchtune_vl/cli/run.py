@@ -34,7 +34,7 @@ options start several processes, by torchrun, whose other options are taken too:
   --rdzv_endpoint HOST:PORT      where they meet
 
 examples:
-  tune-vl run finetune --config qwen2_5_vl/3B_lora dataset.data_files=train.jsonl
+  tune-vl run finetune --config qwen2_5_vl/lora dataset.data_files=train.jsonl
   tune-vl run --nproc_per_node 8 finetune --config mine.yaml optimizer.lr=2e-5
   tune-vl run full_finetune_single_device --config qwen2_5_vl/stock_full
 """

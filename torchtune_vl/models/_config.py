@@ -1,12 +1,26 @@
 """A checkpoint's ``config.json`` to the dimensions of a decoder."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torchtune_vl.chat._pretrained import text_config
 from torchtune_vl.files._json import JsonObject, read_json_object
 
+# transformers 4 leaves out of a config.json whatever equals the defaults of its own classes, and
+# these are not the values of the published checkpoints
+TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "use_sliding_window": False,
+    "attention_dropout": 0.0,
+}
 _ROPE_DEFAULTS: dict[str, Any] = {"rope_theta": 1e6, "mrope_section": (16, 24, 24)}
 _SPECIAL_TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
 _UNTIED = {"tie_word_embeddings": False}
@@ -33,12 +47,11 @@ def read_config(directory: str | Path) -> JsonObject:
     return read_json_object(path)
 
 
-def decoder_dimensions(config: JsonObject, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def decoder_dimensions(config: JsonObject) -> dict[str, Any]:
     """Translate a config to the arguments of :func:`~torchtune_vl.models._builders.decoder`.
 
     Args:
         config: the whole config.
-        defaults: what transformers 4 leaves out of it, since its own classes have it so.
 
     Returns:
         The arguments, and ``image_token_id`` and ``video_token_id``.
@@ -47,7 +60,7 @@ def decoder_dimensions(config: JsonObject, defaults: Mapping[str, Any]) -> dict[
         ValueError: if a value is impossible, or asks for what the decoder does not have.
     """
     given = text_config(config)
-    text = given.over(defaults)
+    text = given.over(TEXT_DEFAULTS)
     for key, supported in (("use_sliding_window", False), ("hidden_act", "silu")):
         supports_only(text, key, supported)
     vocab_size, width = text.whole("vocab_size", most=WIDEST), text.whole("hidden_size")

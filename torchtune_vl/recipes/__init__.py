@@ -28,7 +28,7 @@ def config_path(name: str) -> Path:
     """Find a config.
 
     Args:
-        name: of a config of this package, such as ``qwen2_5_vl/3B_lora``, or a file's path.
+        name: of a config of this package, such as ``qwen2_5_vl/lora``, or a file's path.
 
     Returns:
         The path of its file.

@@ -96,19 +96,6 @@ _SIZES: dict[str, dict[str, Any]] = {
 
 # transformers 4 leaves out of a config.json whatever equals the defaults of its own classes, and
 # these are not the values of the published checkpoints.
-_TEXT_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 152064,
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "hidden_act": "silu",
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "use_sliding_window": False,
-    "attention_dropout": 0.0,
-}
 _VISION_DEFAULTS: dict[str, Any] = {
     "depth": 32,
     "hidden_size": 3584,
@@ -270,7 +257,7 @@ def _dimensions(config: JsonObject) -> dict[str, Any]:
         ("window_size", window),
     ):
         supports_only(vision, key, supported)
-    text = decoder_dimensions(config, _TEXT_DEFAULTS)
+    text = decoder_dimensions(config)
     if vision.content["out_hidden_size"] != text["embed_dim"]:
         raise vision.error(
             "out_hidden_size", f"the hidden_size of the decoder, {text['embed_dim']}"

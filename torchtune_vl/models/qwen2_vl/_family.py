@@ -78,19 +78,6 @@ _SIZES: dict[str, dict[str, Any]] = {
     },
 }
 # transformers' defaults, which its releases leave out of a config.json
-_TEXT_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 152064,
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "hidden_act": "silu",
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "use_sliding_window": False,
-    "attention_dropout": 0.0,
-}
 _VISION_DEFAULTS: dict[str, Any] = {
     "depth": 32,
     "embed_dim": 1280,
@@ -233,7 +220,7 @@ def _dimensions(config: JsonObject) -> dict[str, Any]:
     vision = config.part("vision_config").over(_VISION_DEFAULTS)
     supports_only(vision, "hidden_act", "quick_gelu")
     supports_only(vision, "spatial_merge_size", GEOMETRY.merge_size)
-    text = decoder_dimensions(config, _TEXT_DEFAULTS)
+    text = decoder_dimensions(config)
     if vision.content["hidden_size"] != text["embed_dim"]:
         raise vision.error("hidden_size", f"that of the decoder, {text['embed_dim']}")
     # The published files say in_chans, transformers' class in_channels
