@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtune_vl.models.qwen2_5_vl import GEOMETRY
-from torchtune_vl.modules import (
-    Segments,
-    attend_within_segments,
-    encoder_index,
-    join_vision_indices,
-    permute_rows,
-    vision_index,
-)
+from torchtune_vl.modules import Segments, encoder_index, join_vision_indices, vision_index
+from torchtune_vl.modules.attention import attend_within_segments, permute_rows
 
 
 @settings(deadline=None, max_examples=40)

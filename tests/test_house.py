@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,3 +111,12 @@ def test_shared_rooms_name_no_family(name: str) -> None:
     if name.startswith("cli/"):  # examples of help
         named = {text for text in named if "tune-vl" not in text}
     assert not named
+
+
+def test_transforms_need_neither_torchtune_nor_what_compiles_models() -> None:
+    """Each takes seconds to import, which data workers and checks of configs would spend."""
+    program = "import sys, torchtune_vl.models.qwen2_5_vl; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert loaded.stderr == ""
+    heavy = {"torchtune", "torchao", "torch._dynamo", "datasets", "transformers", "matplotlib"}
+    assert not heavy & set(loaded.stdout.split())

@@ -1,6 +1,11 @@
-"""Qwen2.5-VL for torchtune."""
+"""Vision-language models for torchtune."""
 
 import logging
 
-# torchao warns on import of C++ extensions that it does not load, which nothing here needs
-logging.getLogger("torchao").addFilter(lambda record: "cpp extensions" not in record.getMessage())
+# What torchao says on import of C++ extensions that it does not load, and torch of torchao: nothing
+# here needs the former, and nobody can act on the latter
+_NOISE = ("cpp extensions", "Failed to load", "is an Enum subclass")
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).addFilter(
+        lambda record: not any(noise in record.getMessage() for noise in _NOISE)
+    )

@@ -4,17 +4,13 @@ torchao 0.16 removed two functions and 0.18 moved two modules. torchtune's recip
 beside call none of them, but ``import torchtune`` fails without.
 """
 
-import logging
 import sys
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-# It warns of C++ extensions that it does not load, which nothing here needs
-logging.getLogger("torchao").setLevel(logging.ERROR)
-
-import torchao.dtypes  # noqa: E402
-import torchao.quantization  # noqa: E402
+import torchao.dtypes
+import torchao.quantization
 
 
 def _import_nf4() -> ModuleType:

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import peft.tuners.lora.torchao
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -43,8 +45,9 @@ from torchtune_vl.models.qwen2_5_vl import (
 from torchtune_vl.modules.adapters import is_adapter
 from torchtune_vl.training import Qwen2_5_VLCheckpointer, merge
 
-# peft refuses the torchao that torchtune needs, though no weight here is torchao's
-peft.tuners.lora.torchao.is_torchao_available = lambda: False
+# peft refuses torchao before 0.16, though no weight here is torchao's
+if Version(version("torchao")) < Version("0.16"):
+    peft.tuners.lora.torchao.is_torchao_available = lambda: False
 
 RANK, ALPHA = 4, 10
 UNTIED = "grouped_untied"

@@ -1,6 +1,9 @@
-"""Pieces of networks that no model family owns."""
+"""Pieces of networks that no model family owns.
 
-from torchtune_vl.modules.attention import Segments, attend_within_segments, permute_rows
+Decoder, encoder and attention are imported from their files: they take seconds, which data workers
+and transforms need not spend.
+"""
+
 from torchtune_vl.modules.loss import (
     IGNORE_INDEX,
     SupervisedCrossEntropyLoss,
@@ -13,17 +16,16 @@ from torchtune_vl.modules.positions import (
     mrope_positions,
     vision_index,
 )
+from torchtune_vl.modules.segments import Segments
 
 __all__ = [
     "IGNORE_INDEX",
     "Segments",
     "SupervisedCrossEntropyLoss",
-    "attend_within_segments",
     "chunked_cross_entropy",
     "concatenate_patches",
     "encoder_index",
     "join_vision_indices",
     "mrope_positions",
-    "permute_rows",
     "vision_index",
 ]

@@ -17,9 +17,10 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from torchtune_vl._torchtune import TransformerSelfAttentionLayer
-from torchtune_vl.modules.attention import Segments, attend_within_segments
+from torchtune_vl.modules.attention import attend_within_segments
 from torchtune_vl.modules.loss import chunked_cross_entropy
 from torchtune_vl.modules.rotary import MultimodalRotaryTable, rotate
+from torchtune_vl.modules.segments import Segments
 
 # What attends to what: bool [B, S, M], the documents of a packed row, or causal attention
 Mask = torch.Tensor | Segments | BlockMask | None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from torchtune_vl.media import Geometry
-from torchtune_vl.modules.attention import Segments
+from torchtune_vl.modules.segments import Segments
 
 # Few shapes recur in a data set, and those of the largest image take half a megabyte
 _SHAPES = 64

@@ -16,10 +16,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchtune_vl._torchtune import TransformerSelfAttentionLayer
 from torchtune_vl.media import CHANNELS, Geometry
-from torchtune_vl.modules.attention import Segments, attend_within_segments, permute_rows
+from torchtune_vl.modules.attention import attend_within_segments, permute_rows
 from torchtune_vl.modules.decoder import Decoder, FeedForward, Mask
 from torchtune_vl.modules.positions import encoder_index, vision_index
 from torchtune_vl.modules.rotary import VisionRotaryTable, rotate
+from torchtune_vl.modules.segments import Segments
 
 
 class VisionLanguageModel(nn.Module):
