@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import torchtune_vl._torchao  # noqa: F401 (before torchtune, which needs it beside later torchao)
 from quickstart.torchvision import import_torchvision
 from quickstart.vocabulary import fetch_vocabulary
 

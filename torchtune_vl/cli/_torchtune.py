@@ -18,6 +18,8 @@ def tune(*arguments: str) -> None:
     Args:
         *arguments: what stands behind ``tune``.
     """
+    import torchtune_vl._torchao  # noqa: F401 (torchtune does not import beside later releases alone)
+
     scripts = distribution("torchtune").entry_points
     (script,) = scripts.select(group="console_scripts", name="tune")
     sys.argv = ["tune", *arguments]  # it counts them to tell whether torchrun is asked for
