@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchao.optim
 from safetensors.torch import load_file, save_file
 
 from tests.reference import reference_config, reference_model
+from torchtune_vl.checkpoint._tree_file import load_tree, save_tree
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_hf_to_tune
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 
@@ -183,3 +185,26 @@ def test_weights_are_sharded_with_an_index(
     again = Qwen2_5_VLCheckpointer(written, tmp_path / "again").load_checkpoint()
     assert again["model"].keys() == state["model"].keys()
     assert all(torch.equal(again["model"][n], t) for n, t in state["model"].items())
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_state_of_low_bit_optimizers(name: str, tmp_path: Path) -> None:
+    """As torchtune's recipes hand it to the checkpointer, and take it back."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(256, 64, bias=False) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizers = [getattr(torchao.optim, name)(layer.parameters(), lr=1e-2) for layer in layers]
+
+    def step(number: int) -> None:
+        layers[number](torch.ones(3, 256)).square().sum().backward()
+        with torch.compiler.set_stance("force_eager"):
+            optimizers[number].step()
+        optimizers[number].zero_grad()
+
+    step(0)
+    save_tree({"optimizer": optimizers[0].state_dict()}, tmp_path / "state")
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizers[1].load_state_dict(load_tree(tmp_path / "state")["optimizer"])
+    for number in (0, 1):
+        step(number)
+    assert torch.equal(layers[0].weight, layers[1].weight)
