@@ -139,14 +139,14 @@ class _Reader:
         self.images_so_far = 0
 
     def turn(self, message: Message | Mapping[str, Any]) -> Turn:
-        if isinstance(message, Message):
+        if not isinstance(message, Mapping):
+            if not isinstance(message, Message):
+                raise ValueError(
+                    f"is of type {type(message).__name__}, expected a torchtune Message or a dict"
+                )
             role = self._role(message.role)
             return Turn(
                 role, list(self._items(message.content)), message.masked, [], {"role": role}
-            )
-        if not isinstance(message, Mapping):
-            raise ValueError(
-                f"is of type {type(message).__name__}, expected a torchtune Message or a dict"
             )
         # Tables such as Arrow's give every message every key, None where there is nothing
         given = {key: value for key, value in message.items() if value is not None}

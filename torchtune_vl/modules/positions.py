@@ -95,12 +95,11 @@ def vision_index(grid_thw: torch.Tensor, geometry: Geometry) -> dict[str, torch.
         of each. Without windows the frames are the windows.
     """
     merge_size = geometry.merge_size
-    return join_vision_indices(
-        [
-            _index_of_frames(t, h // merge_size, w // merge_size, geometry)
-            for t, h, w in grid_thw.tolist()
-        ]
-    )
+    indices = [
+        _index_of_frames(t, h // merge_size, w // merge_size, geometry)
+        for t, h, w in grid_thw.tolist()
+    ]
+    return indices[0] if len(indices) == 1 else join_vision_indices(indices)
 
 
 def _index_of_frames(t: int, h: int, w: int, geometry: Geometry) -> dict[str, torch.Tensor]:
