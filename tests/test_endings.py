@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,24 @@ def test_sentences() -> None:
     )
     assert sentence_of(raised(ValueError(worker))) == "sample 3: too long\n"
     assert sentence_of(raised(ValueError(worker.replace("torchtune_vl/data", "mine")))) is None
+
+
+def test_signals_at_the_same_moment_are_one(capfd: pytest.CaptureFixture[str]) -> None:
+    """The second is dropped by Python when the first has taken its handler away."""
+    program = """
+import os, signal, sys
+from torchtune_vl.recipes.finetune import _tell_unless_dropped_signal
+both = (signal.SIGINT, signal.SIGTERM)
+def first(number, frame):
+    for each in both:
+        signal.signal(each, signal.SIG_DFL)
+for each in both:
+    signal.signal(each, first)
+sys.unraisablehook = _tell_unless_dropped_signal
+signal.pthread_sigmask(signal.SIG_BLOCK, both)
+for each in both:
+    os.kill(os.getpid(), each)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    assert "Traceback" not in capfd.readouterr().err

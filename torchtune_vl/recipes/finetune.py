@@ -242,6 +242,7 @@ class FinetuneRecipe:
             self.logger.log_config(cfg)
         for number in _STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
+        sys.unraisablehook = _tell_unless_dropped_signal
 
     def _check_rounding(self) -> None:
         halves = [p for p in self.trained.values() if p.dtype == torch.bfloat16]
@@ -806,6 +807,15 @@ class FinetuneRecipe:
         if self.is_main:
             self.logger.close()
         dist.destroy_process_group()
+
+
+def _tell_unless_dropped_signal(unraisable: Any) -> None:
+    """Say what cannot be raised, but for a signal that came together with the first one.
+
+    Python finds its handler taken away by then, drops it, and shows a traceback of that.
+    """
+    if "ignored due to race condition" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def _check_devices(cfg: DictConfig) -> None:
