@@ -16,8 +16,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from quickstart.checkpoint import write_tiny_checkpoint
+from tests.finetune_runs import NARROW_QWEN2_VL
+from torchtune_vl.media import ImageTransform
 from torchtune_vl.models.qwen2_5_vl import (
-    Qwen2_5_VLImageTransform,
     Qwen2_5_VLTokenizer,
     Qwen2_5_VLTransform,
 )
@@ -453,14 +454,14 @@ def test_without_torchvision(
 def test_pixel_off_by_one_level_is_shown(
     ours: Ours, reference: Reference, builtin: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Qwen2_5_VLImageTransform.__call__
+    whole = ImageTransform.__call__
 
     def shifted(self, sample, inference=False):
         processed = whole(self, sample, inference)
         processed["pixel_values"][0, 7] += 1 / 255
         return processed
 
-    monkeypatch.setattr(Qwen2_5_VLImageTransform, "__call__", shifted)
+    monkeypatch.setattr(ImageTransform, "__call__", shifted)
     name = "built-in gradient, 224 x 224 PNG"
     rows = image_rows(ours, reference, {name: builtin.images[name]}, all_of)
     assert [row.status for row in rows] == ["pass", "fail", "fail"]
@@ -533,7 +534,7 @@ def test_wrong_positions_and_weights(checkpoint: Path, monkeypatch: pytest.Monke
             "input_pos": sample["input_pos"] + (sample["input_pos"] > 20),
         }
         self.transform.decode = transform.decode
-        self.transform.tokens_per_second = transform.tokens_per_second
+        self.transform.positions = transform.positions
         try:
             return compare(self, conversation)
         finally:
@@ -556,6 +557,18 @@ def test_wrong_positions_and_weights(checkpoint: Path, monkeypatch: pytest.Monke
     assert re.search(r"first difference at \d+: ours \[.*\], transformers \[", worst.detail)
     assert len(row_of(report, "weights").failed) == 1
     assert "the tolerance is" in row_of(report, "logits").cases[0].detail
+
+
+def test_a_checkpoint_of_another_family(vocabulary: Path, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path, vocabulary, config=NARROW_QWEN2_VL)
+    report = validate(tmp_path, logits=True)
+    assert not failing(report)
+    assert {row.status for row in report.rows} <= {"pass", "skipped"}
+    assert row_of(report, "logits").cases
+    (tmp_path / "preprocessor_config.json").write_text(
+        (tmp_path / "preprocessor_config.json").read_text().replace("0.4578275", "0.4578276")
+    )
+    assert "image settings" in failing(validate(tmp_path))
 
 
 # Pieces

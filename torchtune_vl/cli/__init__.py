@@ -19,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: in place of those of the process.
     """
     parser = argparse.ArgumentParser(
-        prog="tune-vl", description="Fine-tune Qwen2.5-VL with torchtune, and check that it is it."
+        prog="tune-vl",
+        description="Fine-tune vision-language models, and check that they are what they say.",
     )
     subparsers = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", dest="command"

@@ -7,7 +7,7 @@ from typing import Any
 from torchtune_vl.chat import ChatTransform, QwenTokenizer
 from torchtune_vl.chat._pretrained import image_settings, video_settings
 from torchtune_vl.media import ImageTransform, VideoTransform
-from torchtune_vl.models._families import families, family_of
+from torchtune_vl.models._families import family_of_files
 from torchtune_vl.models._family import Family
 from torchtune_vl.validation._reference import Processed
 from torchtune_vl.validation._report import Outcome, attempt
@@ -32,8 +32,7 @@ class Ours:
     @cached_property
     def family(self) -> Family:
         """The family of the directory's config; without a config the first that there is."""
-        has_config = (self.directory / "config.json").is_file()
-        return family_of(self.directory) if has_config else families()[0]
+        return family_of_files(self.directory)
 
     @cached_property
     def tokenizer(self) -> Outcome[QwenTokenizer]:

@@ -10,6 +10,7 @@ import av
 import numpy as np
 import torch
 
+from torchtune_vl.models._families import family_of_files
 from torchtune_vl.validation._report import Outcome, attempt
 from torchtune_vl.validation._torchvision import import_torchvision
 
@@ -44,7 +45,7 @@ class Reference:
     Attributes:
         directory: as given.
         no_torchvision: why torchvision cannot be used; empty if it can. Without it transformers
-            has one image backend, no video processor and so no processor of Qwen2.5-VL.
+            has one image backend, no video processor and so no processor of conversations.
     """
 
     def __init__(self, directory: Path, max_pixels: int | None = None) -> None:
@@ -62,19 +63,24 @@ class Reference:
     @cached_property
     def image_processors(self) -> dict[Backend, Outcome]:
         """Outcomes of reading the image processor of each backend that there is."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-            Qwen2VLImageProcessorPil,
-        )
-
-        classes: dict[Backend, Any] = {"pil": Qwen2VLImageProcessorPil}
+        suffixes: dict[Backend, str] = {"pil": "Pil"}
         if not self.no_torchvision:
-            from transformers import Qwen2VLImageProcessor
-
-            classes["torchvision"] = Qwen2VLImageProcessor
+            suffixes["torchvision"] = ""
         return {
-            backend: attempt(cls.from_pretrained, self.directory, **_LOCAL, **self._limits)
-            for backend, cls in classes.items()
+            backend: attempt(self._read_image_processor, suffix)
+            for backend, suffix in suffixes.items()
         }
+
+    def _read_image_processor(self, suffix: str) -> Any:
+        processor = self._class_of("images", suffix)
+        return processor.from_pretrained(self.directory, **_LOCAL, **self._limits)
+
+    def _class_of(self, part: str, suffix: str = "") -> Any:
+        """Transformers' class of a part of the processor of the directory's family."""
+        import transformers
+
+        names = family_of_files(self.directory).transform.processors
+        return getattr(transformers, f"{getattr(names, part)}{suffix}")
 
     @cached_property
     def video_processor(self) -> Outcome:
@@ -82,12 +88,11 @@ class Reference:
         return attempt(self._read_video_processor)
 
     def _read_video_processor(self) -> Any:
-        from transformers import Qwen2VLVideoProcessor
-
-        processor = Qwen2VLVideoProcessor.from_pretrained(self.directory, **_LOCAL)
+        processor_class = self._class_of("videos")
+        processor = processor_class.from_pretrained(self.directory, **_LOCAL)
         if processor.cap_pixels_per_frame:  # states limits of videos
             return processor
-        return Qwen2VLVideoProcessor.from_pretrained(self.directory, **_VIDEO_LIMITS, **_LOCAL)
+        return processor_class.from_pretrained(self.directory, **_VIDEO_LIMITS, **_LOCAL)
 
     @cached_property
     def processor(self) -> Outcome:
@@ -95,9 +100,7 @@ class Reference:
         return attempt(self._read_processor)
 
     def _read_processor(self) -> Any:
-        from transformers import Qwen2_5_VLProcessor
-
-        processor = Qwen2_5_VLProcessor.from_pretrained(self.directory, **_LOCAL)
+        processor = self._class_of("processor").from_pretrained(self.directory, **_LOCAL)
         for part, outcome in (
             ("image_processor", self.image_processors["torchvision"]),
             ("video_processor", self.video_processor),
@@ -113,14 +116,14 @@ class Reference:
         return attempt(self._without_weights)
 
     def _without_weights(self) -> Any:
-        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoConfig, AutoModelForImageTextToText
 
         # Without one transformers silently takes the dimensions of a model of 72B
         if not (self.directory / "config.json").is_file():
             raise FileNotFoundError(f"{self.directory} has no config.json")
-        config = Qwen2_5_VLConfig.from_pretrained(self.directory, **_LOCAL)
+        config = AutoConfig.from_pretrained(self.directory, **_LOCAL)
         with torch.device("meta"):
-            return Qwen2_5_VLForConditionalGeneration(config).model
+            return AutoModelForImageTextToText.from_config(config).model
 
     # Tokenizer
 
@@ -256,9 +259,9 @@ class Reference:
         """Load the model."""
         if self.rope.error:
             raise self.rope.error
-        from transformers import Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
 
-        return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        return AutoModelForImageTextToText.from_pretrained(
             self.directory, dtype=dtype, **_LOCAL
         ).eval()
 
