@@ -285,10 +285,14 @@ class FinetuneRecipe:
             training.prepare_mha_for_tp(model, self.mesh["tensor"])
             parallelize_module(model, self.mesh["tensor"], plan)
         layers = [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
+        # No backward comes through a frozen encoder: what it kept for one would never be let go
+        encoder_layers = [layer for e in model.encoders.values() for layer in e.layers]
+        is_trained = any(p.requires_grad for layer in encoder_layers for p in layer.parameters())
+        frozen = set() if is_trained else {*encoder_layers}
         for number, layer in enumerate(layers):
             if cfg.compile:
                 layer.forward = torch.compile(layer.forward)
-            if self._recomputes(number):
+            if self._recomputes(number) and layer not in frozen:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         offload = cfg.parallel.cpu_offload
         if self.data_ranks > 1 or dtypes_of(model) != {self.compute_dtype} or offload:
