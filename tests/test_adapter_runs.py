@@ -13,6 +13,8 @@ from tests.plain_loop import plain_run
 from torchtune_vl.checkpoint._adapters import load_adapter
 from torchtune_vl.datasets import vision_chat_dataset
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
+from torchtune_vl.recipes._read_config import read_config
+from torchtune_vl.recipes.finetune import FinetuneRecipe
 
 MODEL: dict[str, Any] = {
     "model.lora_attn_modules": ["q_proj", "v_proj", "qkv"],
@@ -142,3 +144,33 @@ def test_small_steps_of_adapters_on_bfloat16_weights(
         length = ours.norm() / expected.norm()
         assert cosine > 0.95, part
         assert length == pytest.approx(1, abs=0.02), part
+
+
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Counts tensors that are kept for a backward which does not ask for them."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[int, torch.Tensor] = {}
+        self.count = 0
+        super().__init__(self.keep, self.waiting.pop)
+
+    def keep(self, tensor: torch.Tensor) -> int:
+        self.count += 1
+        self.waiting[self.count] = tensor
+        return self.count
+
+
+@pytest.mark.parametrize("encoder", ["frozen", "lora"])
+def test_backward_asks_for_all_that_is_kept(encoder: str, root: Path) -> None:
+    """Or else torchtune's offloading of activations ends the second step."""
+    settings = {"model.encoder_trainable": encoder, "activation_checkpointing": "full"}
+    if encoder == "frozen":
+        settings["model.lora_attn_modules"] = ["q_proj", "v_proj"]  # type: ignore[assignment]
+    path = config(root, f"kept_{encoder}", settings)
+    recipe = FinetuneRecipe(read_config(["--config", str(path)]))
+    recipe.setup()
+    recipe.offloading = kept = Kept()
+    recipe.train()
+    recipe.cleanup()
+    assert kept.count > 0
+    assert not kept.waiting
