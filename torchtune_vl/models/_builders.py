@@ -7,6 +7,7 @@ from torch import nn
 
 from torchtune_vl._torchao import NF4Tensor
 from torchtune_vl._torchtune import get_logger
+from torchtune_vl.media import Geometry
 from torchtune_vl.modules.adapters import (
     AdapterLinears,
     LinearBuilder,
@@ -15,9 +16,16 @@ from torchtune_vl.modules.adapters import (
     train_with_adapters,
 )
 from torchtune_vl.modules.decoder import Attention, Decoder, DecoderLayer, FeedForward
-from torchtune_vl.modules.rotary import MultimodalRotaryTable
+from torchtune_vl.modules.rotary import MultimodalRotaryTable, VisionRotaryTable
 from torchtune_vl.modules.summary import trained_parts
-from torchtune_vl.modules.vision import VisionLanguageModel
+from torchtune_vl.modules.vision import (
+    PatchEmbedding,
+    PatchMerger,
+    VisionAttention,
+    VisionEncoder,
+    VisionLanguageModel,
+    VisionLayer,
+)
 
 _MLP = ("w1", "w2", "w3")
 # Layers that can be adapted, by the argument that says how their part is trained
@@ -37,14 +45,14 @@ def decoder(
     embed_dim: int,
     intermediate_dim: int,
     tie_word_embeddings: bool,
-    max_seq_len: int,
-    attn_dropout: float,
-    norm_eps: float,
-    rope_base: float,
-    mrope_sections: tuple[int, int, int],
+    max_seq_len: int = 32768,
+    attn_dropout: float = 0.0,
+    norm_eps: float = 1e-6,
+    rope_base: float = 1e6,
+    mrope_sections: tuple[int, int, int] = (16, 24, 24),
     linear: LinearBuilder,
 ) -> Decoder:
-    """Build a decoder.
+    """Build a decoder; the defaults are what most published ones share.
 
     Args:
         vocab_size: rows of the token embedding.
@@ -95,6 +103,70 @@ def decoder(
         output=None if tie_word_embeddings else linear("output", embed_dim, vocab_size, False),
         rope=MultimodalRotaryTable(size, rope_base, mrope_sections),
         max_seq_len=max_seq_len,
+    )
+
+
+def vision_encoder(
+    *,
+    geometry: Geometry,
+    embed_dim: int,
+    num_layers: int,
+    num_heads: int,
+    in_channels: int,
+    out_dim: int,
+    full_attention_layers: Sequence[int],
+    norm: Callable[[int], nn.Module],
+    mlp: Callable[[], FeedForward],
+    linear: LinearBuilder,
+    merger_linear: LinearBuilder,
+) -> VisionEncoder:
+    """Build a vision encoder with its merger.
+
+    Args:
+        geometry: sizes of patches, units and windows.
+        embed_dim: width.
+        num_layers: layers.
+        num_heads: heads.
+        in_channels: colour channels.
+        out_dim: width of the decoder.
+        full_attention_layers: indices of the layers that attend over whole frames.
+        norm: builds a normalisation of a width.
+        mlp: builds a layer's feed-forward.
+        linear: builds linear layers.
+        merger_linear: likewise of the merger.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ValueError: if the dimensions do not fit each other.
+    """
+    size, unit_size = head_dim(embed_dim, num_heads), geometry.merge_size**2
+
+    def layer() -> VisionLayer:
+        attn = VisionAttention(
+            qkv=linear("qkv", embed_dim, 3 * embed_dim, True),
+            output_proj=linear("output_proj", embed_dim, embed_dim, True),
+            head_dim=size,
+        )
+        return VisionLayer(attn=attn, mlp=mlp(), sa_norm=norm(embed_dim), mlp_norm=norm(embed_dim))
+
+    unit_dim = embed_dim * unit_size
+    return VisionEncoder(
+        geometry=geometry,
+        patch_embed=PatchEmbedding(geometry=geometry, in_channels=in_channels, embed_dim=embed_dim),
+        layers=[layer() for _ in range(num_layers)],
+        merger=PatchMerger(
+            norm=norm(embed_dim),
+            mlp=FeedForward(
+                w1=merger_linear("w1", unit_dim, unit_dim, True),
+                w2=merger_linear("w2", unit_dim, out_dim, True),
+                activation=nn.GELU(),
+            ),
+            unit_size=unit_size,
+        ),
+        rope=VisionRotaryTable(size, geometry.merge_size),
+        full_attention_layers=full_attention_layers,
     )
 
 

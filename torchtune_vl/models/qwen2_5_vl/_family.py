@@ -1,13 +1,14 @@
 """Qwen2.5-VL's dimensions, its encoder, and the names of its tensors."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from torchtune_vl.files._json import JsonObject
 from torchtune_vl.files._names import TensorNames
-from torchtune_vl.models._builders import decoder, head_dim, train_parts
+from torchtune_vl.models._builders import decoder, train_parts, vision_encoder
 from torchtune_vl.models._config import (
     DEEPEST,
     WIDEST,
@@ -21,15 +22,7 @@ from torchtune_vl.models.qwen2_5_vl._geometry import GEOMETRY
 from torchtune_vl.models.qwen2_5_vl._transform import Qwen2_5_VLTransform
 from torchtune_vl.modules.adapters import LinearBuilder, plain_linear
 from torchtune_vl.modules.decoder import FeedForward
-from torchtune_vl.modules.rotary import VisionRotaryTable
-from torchtune_vl.modules.vision import (
-    PatchEmbedding,
-    PatchMerger,
-    VisionAttention,
-    VisionEncoder,
-    VisionLanguageModel,
-    VisionLayer,
-)
+from torchtune_vl.modules.vision import VisionLanguageModel
 
 NAMES = TensorNames(
     "Qwen2.5-VL",
@@ -200,43 +193,27 @@ def qwen2_5_vl(
         linear=decoder_linear,
     )
     geometry = replace(GEOMETRY, patch_size=patch_size, temporal_patch_size=temporal_patch_size)
-    width = vision_embed_dim
-    size = head_dim(width, vision_num_heads)
-    unit = width * geometry.merge_size**2
 
-    def layer() -> VisionLayer:
-        return VisionLayer(
-            attn=VisionAttention(
-                qkv=encoder_linear("qkv", width, 3 * width, True),
-                output_proj=encoder_linear("output_proj", width, width, True),
-                head_dim=size,
-            ),
-            mlp=FeedForward(
-                w1=encoder_linear("w1", width, vision_intermediate_dim, True),
-                w2=encoder_linear("w2", vision_intermediate_dim, width, True),
-                w3=encoder_linear("w3", width, vision_intermediate_dim, True),
-            ),
-            sa_norm=nn.RMSNorm(width, eps=1e-6),
-            mlp_norm=nn.RMSNorm(width, eps=1e-6),
+    def mlp() -> FeedForward:
+        width, hidden = vision_embed_dim, vision_intermediate_dim
+        return FeedForward(
+            w1=encoder_linear("w1", width, hidden, True),
+            w2=encoder_linear("w2", hidden, width, True),
+            w3=encoder_linear("w3", width, hidden, True),
         )
 
-    encoder = VisionEncoder(
+    encoder = vision_encoder(
         geometry=geometry,
-        patch_embed=PatchEmbedding(
-            geometry=geometry, in_channels=vision_in_channels, embed_dim=width
-        ),
-        layers=[layer() for _ in range(vision_num_layers)],
-        merger=PatchMerger(
-            norm=nn.RMSNorm(width, eps=1e-6),
-            mlp=FeedForward(
-                w1=merger_linear("w1", unit, unit, True),
-                w2=merger_linear("w2", unit, embed_dim, True),
-                activation=nn.GELU(),
-            ),
-            unit_size=geometry.merge_size**2,
-        ),
-        rope=VisionRotaryTable(size, geometry.merge_size),
+        embed_dim=vision_embed_dim,
+        num_layers=vision_num_layers,
+        num_heads=vision_num_heads,
+        in_channels=vision_in_channels,
+        out_dim=embed_dim,
         full_attention_layers=full_attention_layers,
+        norm=partial(nn.RMSNorm, eps=1e-6),
+        mlp=mlp,
+        linear=encoder_linear,
+        merger_linear=merger_linear,
     )
     model = VisionLanguageModel(
         decoder=text, vision_encoder=encoder, placeholder_ids=(image_token_id, video_token_id)

@@ -1,6 +1,7 @@
 """Qwen2-VL's dimensions, its encoder, and the names of its tensors."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from torchtune_vl.files._json import JsonObject
 from torchtune_vl.files._names import TensorNames
-from torchtune_vl.models._builders import decoder, head_dim, train_parts
+from torchtune_vl.models._builders import decoder, train_parts, vision_encoder
 from torchtune_vl.models._config import (
     DEEPEST,
     WIDEST,
@@ -20,15 +21,7 @@ from torchtune_vl.models._family import Family, builders
 from torchtune_vl.models.qwen2_vl._transform import GEOMETRY, Qwen2VLTransform
 from torchtune_vl.modules.adapters import LinearBuilder, plain_linear
 from torchtune_vl.modules.decoder import FeedForward
-from torchtune_vl.modules.rotary import VisionRotaryTable
-from torchtune_vl.modules.vision import (
-    PatchEmbedding,
-    PatchMerger,
-    VisionAttention,
-    VisionEncoder,
-    VisionLanguageModel,
-    VisionLayer,
-)
+from torchtune_vl.modules.vision import VisionLanguageModel
 
 NAMES = TensorNames(
     "Qwen2-VL",
@@ -101,11 +94,6 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 def qwen2_vl(
     *,
     embed_dim: int,
-    max_seq_len: int = 32768,
-    attn_dropout: float = 0.0,
-    norm_eps: float = 1e-6,
-    rope_base: float = 1e6,
-    mrope_sections: tuple[int, int, int] = (16, 24, 24),
     vision_embed_dim: int = 1280,
     vision_num_layers: int = 32,
     vision_num_heads: int = 16,
@@ -130,11 +118,6 @@ def qwen2_vl(
 
     Args:
         embed_dim: width of the decoder.
-        max_seq_len: tokens of the longest sequence that the decoder takes.
-        attn_dropout: dropout of its attention weights.
-        norm_eps: epsilon of its normalisations.
-        rope_base: base of its rotary frequencies.
-        mrope_sections: frequencies that turn with the temporal, height and width position.
         vision_embed_dim: width of the encoder.
         vision_num_layers: its layers.
         vision_num_heads: its heads.
@@ -158,54 +141,29 @@ def qwen2_vl(
     Raises:
         ValueError: if the dimensions do not fit each other.
     """
-    text = decoder(
-        embed_dim=embed_dim,
-        max_seq_len=max_seq_len,
-        attn_dropout=attn_dropout,
-        norm_eps=norm_eps,
-        rope_base=rope_base,
-        mrope_sections=mrope_sections,
-        linear=decoder_linear,
-        **decoder_dimensions,
-    )
+    text = decoder(embed_dim=embed_dim, linear=decoder_linear, **decoder_dimensions)
     geometry = replace(GEOMETRY, patch_size=patch_size, temporal_patch_size=temporal_patch_size)
-    width = vision_embed_dim
-    size = head_dim(width, vision_num_heads)
-    unit = width * geometry.merge_size**2
 
-    def layer() -> VisionLayer:
-        return VisionLayer(
-            attn=VisionAttention(
-                qkv=encoder_linear("qkv", width, 3 * width, True),
-                output_proj=encoder_linear("output_proj", width, width, True),
-                head_dim=size,
-            ),
-            mlp=FeedForward(
-                w1=encoder_linear("w1", width, vision_intermediate_dim, True),
-                w2=encoder_linear("w2", vision_intermediate_dim, width, True),
-                activation=quick_gelu,
-            ),
-            sa_norm=nn.LayerNorm(width, eps=1e-6),
-            mlp_norm=nn.LayerNorm(width, eps=1e-6),
+    def mlp() -> FeedForward:
+        width, hidden = vision_embed_dim, vision_intermediate_dim
+        return FeedForward(
+            w1=encoder_linear("w1", width, hidden, True),
+            w2=encoder_linear("w2", hidden, width, True),
+            activation=quick_gelu,
         )
 
-    encoder = VisionEncoder(
+    encoder = vision_encoder(
         geometry=geometry,
-        patch_embed=PatchEmbedding(
-            geometry=geometry, in_channels=vision_in_channels, embed_dim=width
-        ),
-        layers=[layer() for _ in range(vision_num_layers)],
-        merger=PatchMerger(
-            norm=nn.LayerNorm(width, eps=1e-6),
-            mlp=FeedForward(
-                w1=merger_linear("w1", unit, unit, True),
-                w2=merger_linear("w2", unit, embed_dim, True),
-                activation=nn.GELU(),
-            ),
-            unit_size=geometry.merge_size**2,
-        ),
-        rope=VisionRotaryTable(size, geometry.merge_size),
+        embed_dim=vision_embed_dim,
+        num_layers=vision_num_layers,
+        num_heads=vision_num_heads,
+        in_channels=vision_in_channels,
+        out_dim=embed_dim,
         full_attention_layers=range(vision_num_layers),
+        norm=partial(nn.LayerNorm, eps=1e-6),
+        mlp=mlp,
+        linear=encoder_linear,
+        merger_linear=merger_linear,
     )
     model = VisionLanguageModel(
         decoder=text, vision_encoder=encoder, placeholder_ids=(image_token_id, video_token_id)
