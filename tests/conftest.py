@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quickstart.torchvision import import_torchvision
 from quickstart.vocabulary import fetch_vocabulary
+from torchtune_vl.validation import import_torchvision
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are as many as the cores

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: in place of those of the process.
     """
     parser = argparse.ArgumentParser(
-        prog="tune-vl", description="Fine-tune Qwen2.5-VL with torchtune, and check that it is it."
+        prog="tune-vl", description="Fine-tune Qwen-VL with torchtune, and check that it is it."
     )
     subparsers = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", dest="command"

@@ -33,7 +33,7 @@ exit status:
 """
 
 # What came last of what it compares with
-_NEWEST_NEEDED = "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl"
+_NEWEST_NEEDED = "transformers.image_processing_backends"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "checkpoint_dir", type=Path, help="directory with the files of a Qwen2.5-VL checkpoint"
+        "checkpoint_dir", type=Path, help="directory with the files of a checkpoint"
     )
     parser.add_argument(
         "--reference",
