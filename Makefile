@@ -50,7 +50,7 @@ docs: $(INSTALLED)
 		torchtune_vl.models.qwen2_5_vl torchtune_vl.data torchtune_vl.datasets torchtune_vl.media \
 		torchtune_vl.generation torchtune_vl.training torchtune_vl.modules torchtune_vl.recipes
 
-# torchvision serves comparisons with transformers alone, see quickstart/torchvision.py
+# torchvision serves comparisons with transformers alone, see torchtune_vl/validation/_torchvision.py
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

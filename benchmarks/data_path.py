@@ -36,11 +36,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from quickstart.checkpoint import CONFIG, PREPROCESSOR_CONFIG
-from quickstart.torchvision import import_torchvision
 from quickstart.vocabulary import fetch_vocabulary
 from torchtune_vl.chat import CHAT_TEMPLATE
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.models.qwen2_5_vl import GEOMETRY, Qwen2_5_VLTransform
+from torchtune_vl.validation import import_torchvision
 
 import_torchvision()  # before transformers, which looks for it at import
 

@@ -26,7 +26,6 @@ from tqdm import tqdm  # noqa: E402
 
 from quickstart.checkpoint import write_tiny_checkpoint  # noqa: E402
 from quickstart.digits import QUESTION, write_digits  # noqa: E402
-from quickstart.torchvision import import_torchvision  # noqa: E402
 from quickstart.vocabulary import fetch_vocabulary  # noqa: E402
 from torchtune_vl.data import padded_collate_vision  # noqa: E402
 from torchtune_vl.generation import generate, until_stop  # noqa: E402
@@ -35,6 +34,7 @@ from torchtune_vl.models.qwen2_5_vl import (  # noqa: E402
     qwen2_5_vl_from_config,
 )
 from torchtune_vl.training import Qwen2_5_VLCheckpointer  # noqa: E402
+from torchtune_vl.validation import import_torchvision  # noqa: E402
 
 FINE_TUNE = ("tune-vl", "run", "finetune", "--config", "quickstart/digits.yaml")
 VOCABULARY = Path(".assets/tokenizer")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import torchtune_vl._torchao  # noqa: F401 (before torchtune, which needs it beside later torchao)
-from quickstart.torchvision import import_torchvision
 from quickstart.vocabulary import fetch_vocabulary
+from torchtune_vl.validation import import_torchvision
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are as many as the cores

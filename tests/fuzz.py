@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from quickstart.torchvision import import_torchvision
 from quickstart.vocabulary import fetch_vocabulary
 from tests import hostile
 from tests.conversations import generate_conversation
+from torchtune_vl.validation import import_torchvision
 
 import_torchvision()
 

@@ -33,7 +33,10 @@ ROOMS = (
 )
 FILES = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
 FAMILIES = {path.parent.name for path in PACKAGE.glob("models/*/__init__.py")}
-_FAMILY = re.compile(r"qwen2[._-]?(5[._-]?)?vl", re.IGNORECASE)
+# Their folders' names, and Qwen2-VL and Qwen2.5-VL however they are written
+_FAMILY = re.compile(
+    "|".join([*map(re.escape, FAMILIES), r"qwen2[._-]?(5[._-]?)?vl"]), re.IGNORECASE
+)
 
 
 def room_of(module: str) -> str:

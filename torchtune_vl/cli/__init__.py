@@ -19,8 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: in place of those of the process.
     """
     parser = argparse.ArgumentParser(
-        prog="tune-vl",
-        description="Fine-tune vision-language models, and check that they are what they say.",
+        prog="tune-vl", description="Fine-tune Qwen-VL with torchtune, and check that it is it."
     )
     subparsers = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", dest="command"

@@ -32,6 +32,9 @@ exit status:
   2  the command cannot be run as it is
 """
 
+# What came last of what it compares with
+_NEWEST_NEEDED = "transformers.image_processing_backends"
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand.
@@ -110,8 +113,7 @@ def _run(options: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         print("Importing transformers", file=sys.stderr)
         _hush()
-        # What came last of what it compares with
-        if importlib.util.find_spec("transformers.image_processing_backends") is None:
+        if importlib.util.find_spec(_NEWEST_NEEDED) is None:
             raise ValueError("this transformers is too old: pip install --upgrade transformers")
         report = _validate(options, _read_inputs(options))
     _write(report, options)

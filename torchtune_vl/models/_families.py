@@ -35,23 +35,6 @@ def family_of(directory: str | Path) -> Family:
     return _import(model_type)
 
 
-def family_of_files(directory: str | Path) -> Family:
-    """Find the family of a directory that need not be a whole checkpoint.
-
-    Args:
-        directory: has processor and tokenizer files, and a ``config.json`` perhaps.
-
-    Returns:
-        The family; without a ``config.json`` the first that there is.
-
-    Raises:
-        ValueError: if the ``config.json`` is of a model that is not known here.
-    """
-    if (Path(directory) / "config.json").is_file():
-        return family_of(directory)
-    return families()[0]
-
-
 def families() -> list[Family]:
     """Return all families, in the order in which they came to be."""
     return [_import(model_type) for model_type in _FAMILIES]

@@ -1,33 +1,32 @@
 """The parity report: ours beside transformers, on the user's own files."""
 
-from torchtune_vl.validation._html import to_html
-from torchtune_vl.validation._inputs import (
-    Conversation,
-    Inputs,
-    find_images,
-    find_videos,
-    read_conversations,
-)
-from torchtune_vl.validation._markdown import to_markdown
-from torchtune_vl.validation._report import Case, Picture, Report, Row, TokenPair
-from torchtune_vl.validation._terminal import print_report
-from torchtune_vl.validation._torchvision import import_torchvision
-from torchtune_vl.validation._validate import validate
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "Case",
-    "Conversation",
-    "Inputs",
-    "Picture",
-    "Report",
-    "Row",
-    "TokenPair",
-    "find_images",
-    "find_videos",
-    "import_torchvision",
-    "print_report",
-    "read_conversations",
-    "to_html",
-    "to_markdown",
-    "validate",
-]
+from torchtune_vl.validation._torchvision import import_torchvision
+
+# What takes long to import, and transformers with it, comes after import_torchvision
+_FILES = {
+    "Case": "_report",
+    "Conversation": "_inputs",
+    "Inputs": "_inputs",
+    "Picture": "_report",
+    "Report": "_report",
+    "Row": "_report",
+    "TokenPair": "_report",
+    "find_images": "_inputs",
+    "find_videos": "_inputs",
+    "print_report": "_render",
+    "read_conversations": "_inputs",
+    "to_html": "_render",
+    "to_markdown": "_render",
+    "validate": "_validate",
+}
+__all__ = ["import_torchvision", *_FILES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for."""
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)

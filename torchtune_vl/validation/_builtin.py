@@ -1,6 +1,7 @@
 """Generated inputs, so that a report says something without any file of the user."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from torchtune_vl.validation._inputs import Conversation, Inputs
+from torchtune_vl.datasets._chat import RowReader
+from torchtune_vl.datasets._media_directory import MediaDirectory
+from torchtune_vl.validation._inputs import Conversation, Inputs, conversation_of
 
 TEXTS = [
     "What is in this picture? Describe it in one sentence, please.",
@@ -47,34 +50,25 @@ TEXTS = [
 
 
 def write_builtin(directory: Path) -> Inputs:
-    """Write the generated images and the generated video as files, and make conversations of them.
-
-    Args:
-        directory: where to write.
-
-    Returns:
-        The inputs.
-    """
+    """Write the generated images and the generated video, and make conversations of them."""
     images = {}
     for name, (width, height, suffix, draw) in _IMAGES.items():
         path = directory / f"{name.replace(' ', '_')}.{suffix}"
         draw(width, height).save(path)
         images[f"built-in {name}, {width} x {height} {suffix.upper()}"] = str(path)
-    video = directory / "moving_square.mp4"
+    video = str(directory / "moving_square.mp4")
     _write_video(video)
-    name = "built-in moving square, 10 frames of 160 x 120"
     return Inputs(
         images=images,
-        videos={name: str(video)},
-        conversations=_conversations([*images.values()], str(video)),
+        videos={"built-in moving square, 10 frames of 160 x 120": video},
+        conversations=_conversations([*images.values()], video),
         texts={"built-in": TEXTS},
     )
 
 
 def _gradient(width: int, height: int) -> Image.Image:
-    x, y = np.linspace(0, 255, width), np.linspace(0, 255, height)[:, None]
-    channels = np.broadcast_arrays(x + 0 * y, y + 0 * x, (x + y) / 2)
-    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, (x + y) / 2], axis=-1).astype(np.uint8))
 
 
 def _noise(width: int, height: int) -> Image.Image:
@@ -98,14 +92,6 @@ def _transparent(width: int, height: int) -> Image.Image:
     return image
 
 
-def _gray(width: int, height: int) -> Image.Image:
-    return _noise(width, height).convert("L")
-
-
-def _palette(width: int, height: int) -> Image.Image:
-    return _gradient(width, height).quantize(64)
-
-
 # Enlarged, reduced, kept, neither side a multiple of 28, narrow; by file type
 _IMAGES: dict[str, tuple[int, int, str, Callable[[int, int], Image.Image]]] = {
     "single pixel": (1, 1, "png", _noise),
@@ -119,16 +105,16 @@ _IMAGES: dict[str, tuple[int, int, str, Callable[[int, int], Image.Image]]] = {
     "banner": (1990, 10, "png", _gradient),
     "column": (15, 1490, "png", _noise),
     "transparent": (180, 140, "png", _transparent),
-    "gray": (123, 77, "png", _gray),
-    "palette": (200, 120, "gif", _palette),
+    "gray": (123, 77, "png", lambda width, height: _noise(width, height).convert("L")),
+    "palette": (200, 120, "gif", lambda width, height: _gradient(width, height).quantize(64)),
     "webp": (400, 300, "webp", _gradient),
     # One side more than 200 times the other, which both sides have to refuse
     "thread": (2, 500, "png", _noise),
 }
 
 
-def _write_video(path: Path) -> None:
-    with av.open(str(path), "w") as container:
+def _write_video(path: str) -> None:
+    with av.open(path, "w") as container:
         # Lasts longer than its frames are wide, in positions
         stream: Any = container.add_stream("mpeg4", rate=1)
         stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
@@ -139,49 +125,42 @@ def _write_video(path: Path) -> None:
         container.mux(stream.encode())
 
 
-def _conversations(images: list[str], video: str) -> list[Conversation]:
-    def text(value: str) -> dict[str, Any]:
-        return {"type": "text", "text": value}
+# Texts of user and assistant in turn, and the numbers of the images that take the places in them
+_CONVERSATIONS: dict[str, tuple[list[str], list[int]]] = {
+    "text": ([TEXTS[0], "No picture came with it."], []),
+    "text, system prompt, four turns": ([t for u in TEXTS[1:5] for t in (u, u[::-1])], []),
+    "one image": ([f"<image>{TEXTS[15]}", "一片渐变色。"], [2]),
+    "image after the text": ([f"{TEXTS[5]}<image>", "Ни одного."], [3]),
+    "three images of several sizes": (
+        ["<image> and <image><image>\nCompare them.", "Noise, a gradient and a banner."],
+        [1, 4, 8],
+    ),
+    "images in two turns": (
+        ["<image>This?", "A fading gradient.", "And this? <image>", "Gray noise."],
+        [10, 11],
+    ),
+    "ends with a question": (["<image>Which colour?"], [0]),
+    "the same image twice without a text": (["<image><image>", "Twice."], [12, 12]),
+    "special tokens in texts": ([TEXTS[28], TEXTS[28]], []),
+    "video": (["<video>What moves?", "A red square."], []),
+    "video between images": (["<image><video><image>Which one moves?", "The second."], [3, 2]),
+}
+_WITH_SYSTEM_PROMPT = ("text, system prompt, four turns", "three images of several sizes")
 
-    def image(number: int) -> dict[str, Any]:
-        return {"type": "image", "image": images[number]}
 
-    def user(*content: dict[str, Any]) -> dict[str, Any]:
-        return {"role": "user", "content": list(content)}
-
-    def assistant(answer: str) -> dict[str, Any]:
-        return {"role": "assistant", "content": [text(answer)]}
-
-    system = {"role": "system", "content": "Answer briefly.\n"}
-    turns = {
-        "text": [user(text(TEXTS[0])), assistant("No picture came with it.")],
-        "text, system prompt, four turns": [
-            system,
-            *(turn for t in TEXTS[1:5] for turn in (user(text(t)), assistant(t[::-1]))),
-        ],
-        "one image": [user(image(2), text(TEXTS[15])), assistant("一片渐变色。")],
-        "image after the text": [user(text(TEXTS[5]), image(3)), assistant("Ни одного.")],
-        "three images of several sizes": [
-            system,
-            user(image(1), text(" and "), image(4), image(8), text("\nCompare them.")),
-            assistant("Noise, a gradient and a banner."),
-        ],
-        "images in two turns": [
-            user(image(10), text("This?")),
-            assistant("A fading gradient."),
-            user(text("And this? "), image(11)),
-            assistant("Gray noise."),
-        ],
-        "ends with a question": [user(image(0), text("Which colour?"))],
-        "the same image twice without a text": [user(image(12), image(12)), assistant("Twice.")],
-        "special tokens in texts": [user(text(TEXTS[28])), assistant(TEXTS[28])],
-        "video": [
-            user({"type": "video", "video": video}, text("What moves?")),
-            assistant("A red square."),
-        ],
-        "video between images": [
-            user(image(3), {"type": "video", "video": video}, image(2), text("Which one moves?")),
-            assistant("The second."),
-        ],
-    }
-    return [Conversation(f"built-in {name}", messages) for name, messages in turns.items()]
+def _conversations(images: Sequence[str], video: str) -> list[Conversation]:
+    read = RowReader(MediaDirectory("", is_confining=False), {})
+    conversations = []
+    for name, (texts, numbers) in _CONVERSATIONS.items():
+        speakers = cycle(("human", "gpt"))
+        row = {
+            "conversations": [
+                {"from": speaker, "value": text}
+                for speaker, text in zip(speakers, texts, strict=False)
+            ],
+            "system": "Answer briefly.\n" if name in _WITH_SYSTEM_PROMPT else None,
+            "images": [images[number] for number in numbers],
+            "video": video if "<video>" in texts[0] else None,
+        }
+        conversations.append(conversation_of(f"built-in {name}", read(row, 0)))
+    return conversations

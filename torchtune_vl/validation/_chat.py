@@ -1,18 +1,25 @@
 """Rows about whole conversations: ids, pixels in their order, positions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 
 from torchtune_vl.chat._tokenizer import STRUCTURAL_TOKENS
-from torchtune_vl.validation._compare import compare_sequences, compare_tensors
 from torchtune_vl.validation._inputs import Conversation
 from torchtune_vl.validation._ours import Ours
-from torchtune_vl.validation._reference import Reference, continue_behind_media, media_of
-from torchtune_vl.validation._report import Case, Outcome, Row, Track, attempt
+from torchtune_vl.validation._reference import Reference, continue_behind_media
+from torchtune_vl.validation._report import (
+    Outcome,
+    Row,
+    Track,
+    attempt,
+    compare_sequences,
+    compare_tensors,
+)
 
 # Longer conversations are not run through the models: logits, and eager attention, take gigabytes
 MAX_TOKENS = 1024
@@ -26,16 +33,8 @@ class Sample(NamedTuple):
     reference: dict[str, torch.Tensor]
 
 
-@dataclass
-class ChatRows:
-    """The rows, and samples for the models.
-
-    Args:
-        ids: row of token ids.
-        pixels: row of the media in their order.
-        positions: row of M-RoPE positions.
-        samples: those that both sides accept and that are short enough, up to a number.
-    """
+class ChatRows(NamedTuple):
+    """The rows, and the samples that both sides accept and that are short enough."""
 
     ids: Row
     pixels: Row
@@ -50,19 +49,24 @@ def chat_rows(
     keep: int,
     track: Track,
 ) -> ChatRows:
-    """Compare conversations.
+    """Compare conversations, and keep a number of samples for the models."""
+    rows = _rows()
+    if reference.no_torchvision:
+        skipped = reference.no_torchvision
+    elif ours.transform.error or reference.processor.error:
+        skipped = "unreadable: see vocabulary and image settings"
+    elif reference.rope.error:
+        skipped = f"transformers cannot read config.json: {reference.rope.error}"
+    else:
+        _compare(ours, reference, conversations, keep, rows, track)
+        return rows
+    for row in rows[:3]:
+        row.skipped = skipped
+    return rows
 
-    Args:
-        ours: our side.
-        reference: transformers' side.
-        conversations: the conversations.
-        keep: samples to keep for the models.
-        track: shows progress.
 
-    Returns:
-        The rows and the samples.
-    """
-    rows = ChatRows(
+def _rows() -> ChatRows:
+    return ChatRows(
         Row(
             "chat ids",
             "Token ids of whole conversations, placeholders of images and videos expanded, beside "
@@ -85,33 +89,66 @@ def chat_rows(
         ),
         [],
     )
-    skipped = _obstacle(ours, reference)
-    if skipped:
-        for row in (rows.ids, rows.pixels, rows.positions):
-            row.skipped = skipped
-        return rows
-    comparison = _Comparison(ours, reference, rows)
-    comparison.warm_up(next(c for c in conversations if media_of(c.messages, "image")))
-    problems = []
+
+
+def _compare(
+    ours: Ours,
+    reference: Reference,
+    conversations: Sequence[Conversation],
+    keep: int,
+    rows: ChatRows,
+    track: Track,
+) -> None:
+    transform = ours.transform.value
+    # A template of another kind need not say where answers are, which training asks for
+    prompt = transform.prompts.chat_template is not None
+    first = next(c for c in conversations if c.sources("image"))
+    # Compile and load codecs before the time is taken
+    attempt(transform, first.sample, prompt), attempt(reference.chat, first, [], prompt)
+    problems, moved = [], 0
     for conversation in track(conversations, "conversations"):
-        problem = conversation.problem or comparison.problem(conversation)
+        name, problem = conversation.name, conversation.problem
+        if conversation.tools is not None and not reference.tokenizer.value.chat_template:
+            problem = (
+                "tokenizer_config.json has no chat template, which conversations with tools need"
+            )
         if problem:
-            problems.append(f"{conversation.name}: {problem}")
+            problems.append(f"{name}: {problem}")
             continue
-        sample = comparison.compare(conversation)
-        if sample is None or len(sample.ours["tokens"]) > MAX_TOKENS:
+        timings = [ours.timing(path) for path in conversation.sources("video")]
+        a = attempt(transform, conversation.sample, prompt)
+        b = attempt(reference.chat, conversation, [frames for frames, _ in timings], prompt)
+        ids = a.map(lambda s: s["tokens"]), b.map(lambda inputs: inputs["input_ids"][0].tolist())
+        rows.ids.add(compare_sequences(name, *ids, lambda token: transform.decode([token])))
+        if a.error is not None or b.error is not None:
             continue
-        if len(rows.samples) < keep:
-            rows.samples.append(sample)
+        grids = torch.empty(0, 3, dtype=torch.long)
+        if "encoder_input" in a.value:
+            vision = a.value["encoder_input"]["vision"]
+            patches, grids = vision["patches"], vision["grid_thw"]
+            expected = _patches_in_order(conversation, b.value)
+            rows.pixels.add(compare_tensors(name, Outcome(patches), Outcome(expected)))
+        usual = attempt(reference.positions, b.value)
+        kinds = b.value["mm_token_type_ids"][0]
+        positions = usual.map(partial(continue_behind_media, kinds=kinds))
+        seconds = iter([seconds for _, seconds in timings])
+        steps = [next(seconds) if kind == "video" else None for kind, _ in conversation.media]
+        timed = attempt(transform.positions, a.value["tokens"], grids, steps)
+        given = replace(timed, value=a.value["input_pos"].tolist(), error=None)
+        rows.positions.add(compare_sequences(name, given, positions.map(torch.Tensor.tolist)))
+        if positions.error is None:
+            moved += not torch.equal(usual.value, positions.value)
+            if len(a.value["tokens"]) <= MAX_TOKENS and len(rows.samples) < keep:
+                inputs = {**b.value, "position_ids": positions.value.T[:, None]}
+                rows.samples.append(Sample(name, a.value, inputs))
     rows.ids.note = _note(conversations, problems)
-    if comparison.moved:
+    if moved:
         rows.positions.note = (
-            f"transformers {version('transformers')} begins the text behind videos of "
-            f"{comparison.moved:,} conversations before they end, at half the larger side of their "
-            "frames; compared, and run for the logits, are its positions with this text behind the "
-            "last position of the video, as the weights have learned it"
+            f"transformers {version('transformers')} begins the text behind videos of {moved:,} "
+            "conversations before they end, at half the larger side of their frames; compared, and "
+            "run for the logits, are its positions with this text behind the last position of the "
+            "video, as the weights have learned it"
         )
-    return rows
 
 
 def _note(conversations: Sequence[Conversation], problems: Sequence[str]) -> str:
@@ -131,107 +168,12 @@ def _note(conversations: Sequence[Conversation], problems: Sequence[str]) -> str
     return ". ".join(notes)
 
 
-def _obstacle(ours: Ours, reference: Reference) -> str:
-    if reference.no_torchvision:
-        return reference.no_torchvision
-    if ours.transform.error or reference.processor.error:
-        return "unreadable: see vocabulary and image settings"
-    if reference.rope.error:
-        return f"transformers cannot read config.json: {reference.rope.error}"
-    return ""
-
-
-class _Comparison:
-    def __init__(self, ours: Ours, reference: Reference, rows: ChatRows) -> None:
-        self.ours = ours
-        self.transform = ours.transform.value
-        self.reference = reference
-        self.rows = rows
-        self.moved = 0
-        # A template of another kind need not say where answers are, which training asks for
-        self.prompt = self.transform.prompts.chat_template is not None
-
-    def warm_up(self, conversation: Conversation) -> None:
-        """Run both sides once before the time is taken."""
-        attempt(self.transform, {"messages": conversation.messages}, self.prompt)
-        attempt(self.reference.chat, conversation.messages, None, [], self.prompt)
-
-    def problem(self, conversation: Conversation) -> str:
-        """Return why transformers has no answer for a conversation."""
-        if conversation.tools is not None and not self.reference.tokenizer.value.chat_template:
-            return "tokenizer_config.json has no chat template, which conversations with tools need"
-        return ""
-
-    def compare(self, conversation: Conversation) -> Sample | None:
-        """Compare a conversation, and return it if both sides accept it."""
-        name, messages = conversation.name, conversation.messages
-        videos = media_of(messages, "video")
-        sample = {"messages": messages, "tools": conversation.tools}
-        indices = [self.ours.frames(path) for path in videos]
-        ours = attempt(self.transform, sample, self.prompt)
-        theirs = attempt(self.reference.chat, messages, conversation.tools, indices, self.prompt)
-
-        self.rows.ids.add(
-            compare_sequences(
-                name,
-                ours.map(lambda sample: sample["tokens"]),
-                theirs.map(lambda inputs: inputs["input_ids"][0].tolist()),
-                lambda token_id: self.transform.decode([token_id]),
-            )
-        )
-        if ours.error is not None or theirs.error is not None:
-            return None
-        if "encoder_input" in ours.value:
-            patches = ours.value["encoder_input"]["vision"]["patches"]
-            expected = _patches_in_order(messages, theirs.value)
-            self.rows.pixels.add(compare_tensors(name, Outcome(patches), Outcome(expected)))
-        positions = attempt(self._positions_of_reference, theirs.value)
-        self.rows.positions.add(
-            self._positions(name, ours.value, positions, _videos_among_media(messages))
-        )
-        if positions.error is not None:
-            return None
-        inputs = {**theirs.value, "position_ids": positions.value.T[:, None]}
-        return Sample(name, ours.value, inputs)
-
-    def _positions_of_reference(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        given = self.reference.positions(inputs)
-        positions = continue_behind_media(given, inputs["mm_token_type_ids"][0])
-        self.moved += not torch.equal(given, positions)
-        return positions
-
-    def _positions(
-        self,
-        name: str,
-        ours: dict[str, Any],
-        reference: Outcome[torch.Tensor],
-        media: Sequence[str | None],
-    ) -> Case:
-        vision = ours.get("encoder_input", {"vision": {"grid_thw": torch.empty(0, 3)}})["vision"]
-        seconds = [None if p is None else self.ours.seconds_per_step(p) for p in media]
-        timed = attempt(
-            self.transform.positions, ours["tokens"], vision["grid_thw"].long(), seconds
-        )
-        a = replace(timed, value=ours["input_pos"].tolist(), error=None)
-        return compare_sequences(name, a, reference.map(torch.Tensor.tolist))
-
-
-def _videos_among_media(messages: Sequence[dict[str, Any]]) -> list[str | None]:
-    """For each medium in order the path of a video, or None for an image."""
-    items = [item for m in messages if isinstance(m["content"], list) for item in m["content"]]
-    return [item.get("video") for item in items if item["type"] in ("image", "video")]
-
-
-def _patches_in_order(
-    messages: Sequence[dict[str, Any]], inputs: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def _patches_in_order(conversation: Conversation, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The patches of images and videos, which transformers keeps apart, in one."""
-    media = {}
-    for kind, patches, grids in (
-        ("image", "pixel_values", "image_grid_thw"),
-        ("video", "pixel_values_videos", "video_grid_thw"),
-    ):
-        if grids in inputs:
-            media[kind] = iter(inputs[patches].split(inputs[grids].prod(1).tolist()))
-    items = [item for m in messages if isinstance(m["content"], list) for item in m["content"]]
-    return torch.cat([next(media[item["type"]]) for item in items if item["type"] in media])
+    keys = {"image": "pixel_values", "video": "pixel_values_videos"}
+    media = {
+        kind: iter(inputs[key].split(inputs[f"{kind}_grid_thw"].prod(1).tolist()))
+        for kind, key in keys.items()
+        if key in inputs
+    }
+    return torch.cat([next(media[kind]) for kind, _ in conversation.media])

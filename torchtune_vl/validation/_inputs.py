@@ -1,11 +1,11 @@
 """What is compared: files and conversations of the user."""
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torchtune_vl.chat._messages import Medium, Objects, read_conversation, read_tools
 from torchtune_vl.datasets._chat import RowReader
 from torchtune_vl.datasets._json_rows import JsonRows
 from torchtune_vl.datasets._media_directory import MediaDirectory
@@ -14,8 +14,6 @@ from torchtune_vl.media._sources import path_of_file_url
 
 _IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
-# Where the chat formats of transformers and OpenAI keep a medium
-_SOURCES = ("url", "path", "base64", "content")
 
 
 @dataclass
@@ -24,12 +22,14 @@ class Conversation:
 
     Args:
         name: file and number.
-        messages: in transformers' chat format, media as paths or data URLs.
+        sample: as training gives it to our transform.
+        messages: the same in transformers' chat format, media as paths or data URLs.
         tools: JSON schemas of functions; None for a conversation that has nothing to do with tools.
         problem: why it cannot be compared.
     """
 
     name: str
+    sample: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] = field(default_factory=list)
     tools: list[Any] | None = None
     problem: str = ""
@@ -38,8 +38,19 @@ class Conversation:
     def texts(self) -> list[str]:
         """All texts of its messages."""
         contents = [message["content"] for message in self.messages]
-        items = [item for content in contents for item in _as_items(content)]
-        return [item["text"] for item in items if item["type"] == "text"]
+        items = [[_text(c)] if isinstance(c, str) else c for c in contents]
+        return [item["text"] for content in items for item in content if item["type"] == "text"]
+
+    @property
+    def media(self) -> list[tuple[str, str]]:
+        """Its images and videos in order: "image" or "video", and where it is."""
+        contents = [m["content"] for m in self.messages if not isinstance(m["content"], str)]
+        items = [item for content in contents for item in content if item["type"] != "text"]
+        return [(item["type"], item[item["type"]]) for item in items]
+
+    def sources(self, kind: str) -> list[str]:
+        """Return where its images or videos are, in order."""
+        return [source for other, source in self.media if other == kind]
 
 
 @dataclass
@@ -82,15 +93,12 @@ def find_videos(paths: Iterable[Path]) -> dict[str, str]:
 def _find(paths: Iterable[Path], suffixes: set[str], kind: str) -> dict[str, str]:
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
-            if not files:
-                raise ValueError(f"{path} holds no {kind} ({', '.join(sorted(suffixes))})")
-            found.extend(files)
-        elif path.is_file():
-            found.append(path)
-        else:
+        if not path.exists():
             raise ValueError(f"{path} does not exist")
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+        if path.is_dir() and not files:
+            raise ValueError(f"{path} holds no {kind} ({', '.join(sorted(suffixes))})")
+        found += files if path.is_dir() else [path]
     return {str(path): str(path) for path in found}
 
 
@@ -119,97 +127,73 @@ def read_conversations(path: Path) -> list[Conversation]:
     for number, row in enumerate(rows):
         name = f"{path.name} #{number}"
         try:
-            conversations.append(_conversation(name, read(row, number)))
+            conversations.append(conversation_of(name, read(row, number)))
         except ValueError as error:
             problem = str(error).removeprefix(f"sample {number}: ")
-            conversations.append(Conversation(name, problem=problem))
-        except (AttributeError, KeyError, TypeError) as error:
-            problem = f"it has no known layout ({error!r})"
             conversations.append(Conversation(name, problem=problem))
     return conversations
 
 
-def _conversation(name: str, sample: dict[str, Any]) -> Conversation:
-    media = _Media(sample)
-    messages = [_message(message, media) for message in sample["messages"]]
-    media.check_all_used()
-    if not messages:
-        raise ValueError("it has no messages")
-    return _with_tools(name, messages, sample["tools"])
+def conversation_of(name: str, sample: Mapping[str, Any]) -> Conversation:
+    """Read a sample for transformers with the code that our transform reads it with.
 
+    Args:
+        name: what the report calls it.
+        sample: as datasets give it to transforms.
 
-def _message(message: dict[str, Any], media: "_Media") -> dict[str, Any]:
-    content = message["content"] if not message.get("tool_calls") else message.get("content")
-    if isinstance(content, list):
-        content = [media.item(item) for item in content]
-    known = {"role": message["role"], "content": content or ""}
-    if message.get("tool_calls"):
-        known["tool_calls"] = message["tool_calls"]
-    return known
+    Returns:
+        The conversation.
 
-
-def _with_tools(name: str, messages: list[dict[str, Any]], tools: Any) -> Conversation:
-    """Join texts where there are tools: the tokenizer's template for them knows no items."""
-    if not tools and not any(m["role"] == "tool" or "tool_calls" in m for m in messages):
-        return Conversation(name, messages)
-    for message in messages:
-        items = list(_as_items(message["content"]))
-        if any(item["type"] != "text" for item in items):
+    Raises:
+        ValueError: if it cannot be read, or transformers has nothing that is like it.
+    """
+    messages, tools = sample["messages"], read_tools(sample.get("tools"))
+    # Whether a role is one is for both sides to say
+    given = [message["role"] for message in messages if "role" in message]
+    roles = {role for role in given if isinstance(role, str)}
+    turns = read_conversation(messages, sample.get("images"), sample.get("videos"), roles)
+    contents = [[_item(part) for part in turn.content] for turn in turns]
+    has_tools = bool(tools) or any(turn.role == "tool" or turn.tool_calls for turn in turns)
+    if has_tools:  # the tokenizer's template for them knows no items
+        if any(item["type"] != "text" for content in contents for item in content):
             raise ValueError("transformers' template with tools takes no images or videos")
-        message["content"] = "".join(item["text"] for item in items)
+        contents = [[_text("".join(item["text"] for item in items))] for items in contents]
     return Conversation(
-        name, messages, json.loads(tools) if isinstance(tools, str) else tools or []
+        name,
+        {key: value for key, value in sample.items() if key != "id"},
+        [
+            {**turn.given, "content": _alone(content)}
+            for turn, content in zip(turns, contents, strict=True)
+        ],
+        [*tools] if has_tools else None,
     )
 
 
-class _Media:
-    """The images and videos beside the messages of a sample, taken one after another."""
-
-    def __init__(self, sample: dict[str, Any]) -> None:
-        self.given = {kind: iter(sample[f"{kind}s"]) for kind in ("image", "video")}
-
-    def item(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Read an item of a message's content."""
-        item = {key: value for key, value in item.items() if value is not None}
-        kind = item["type"].removesuffix("_url")
-        if kind == "text" and item.keys() <= {"type", "text", "content"}:
-            return {"type": "text", "text": item.get("text", item.get("content"))}
-        if kind not in ("image", "video"):
-            raise ValueError(
-                f"transformers has no items of type {item['type']!r} with {sorted(item)}"
-            )
-        places = {kind, f"{kind}_url", *_SOURCES} & item.keys()
-        settings = item.keys() - places - {"type"}
-        if settings:
-            raise ValueError(
-                f"transformers does not read {', '.join(sorted(settings))} of an {kind} item, "
-                "which are settings of qwen-vl-utils"
-            )
-        if not places:
-            return self.next(kind)
-        place = places.pop()
-        source = f"data:{kind}/*;base64,{item[place]}" if place == "base64" else item[place]
-        return {"type": kind, kind: _located(source)}
-
-    def next(self, kind: str) -> dict[str, Any]:
-        source = next(self.given[kind], None)
-        if source is None:
-            raise ValueError(f"it has more places for {kind}s than {kind}s")
-        return {"type": kind, kind: _located(source)}
-
-    def check_all_used(self) -> None:
-        for kind, rest in self.given.items():
-            if next(rest, None) is not None:
-                raise ValueError(f"it has more {kind}s than places for them")
-
-
-def _located(source: Any) -> str:
+def _item(part: str | Medium | Objects) -> dict[str, Any]:
+    if isinstance(part, str):
+        return _text(part)
+    if isinstance(part, Objects):
+        raise ValueError("transformers has no items of boxes")
+    if part.settings:
+        raise ValueError(
+            f"transformers does not read {', '.join(sorted(part.settings))} of {part.kind} "
+            "items, which are settings of qwen-vl-utils"
+        )
+    source = part.source
     if not isinstance(source, str):
         raise ValueError(f"{shortened(repr(source))} is no path")
     if source.startswith(("http://", "https://")):
         raise ValueError(f"{source} is remote: nothing is downloaded here")
-    return path_of_file_url(source) if source.startswith("file:") else source
+    source = path_of_file_url(source) if source.startswith("file:") else source
+    if source.startswith("data:;"):  # transformers asks what it is
+        source = source.replace("data:;", f"data:{part.kind}/*;", 1)
+    return {"type": part.kind, part.kind: source}
 
 
-def _as_items(content: str | Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _alone(content: list[dict[str, Any]]) -> Any:
+    """A text that is all of a message is given as it is, as templates of the user's are."""
+    return content[0]["text"] if len(content) == 1 and "text" in content[0] else content

@@ -10,12 +10,15 @@ import av
 import numpy as np
 import torch
 
-from torchtune_vl.models._families import family_of_files
+from torchtune_vl.chat import ProcessorClasses
+from torchtune_vl.models._families import families, family_of
+from torchtune_vl.models._family import Family
+from torchtune_vl.validation._inputs import Conversation
 from torchtune_vl.validation._report import Outcome, attempt
 from torchtune_vl.validation._torchvision import import_torchvision
 
 Backend = Literal["torchvision", "pil"]
-BACKENDS: tuple[Backend, ...] = ("torchvision", "pil")
+BACKENDS: dict[Backend, str] = {"torchvision": "torchvision", "pil": "PIL"}
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -33,6 +36,11 @@ class Processed(NamedTuple):
 
     patches: torch.Tensor
     grid_thw: torch.Tensor
+
+
+def family_in(directory: Path) -> Family:
+    """Find the family of a directory; of one without a config, the first that there is."""
+    return family_of(directory) if (directory / "config.json").is_file() else families()[0]
 
 
 class Reference:
@@ -53,6 +61,14 @@ class Reference:
         self.no_torchvision = import_torchvision()
         self._limits = {} if max_pixels is None else {"max_pixels": max_pixels}
 
+    def _read(self, part: str, suffix: str = "", **settings: Any) -> Any:
+        """Read a processor with the class that the family names, whatever the files say."""
+        import transformers
+
+        classes: ProcessorClasses = family_in(self.directory).transform.processors
+        cls = getattr(transformers, getattr(classes, part) + suffix)
+        return cls.from_pretrained(self.directory, **_LOCAL, **settings)
+
     @cached_property
     def tokenizer(self) -> Outcome:
         """Outcome of reading the tokenizer."""
@@ -66,64 +82,54 @@ class Reference:
         suffixes: dict[Backend, str] = {"pil": "Pil"}
         if not self.no_torchvision:
             suffixes["torchvision"] = ""
-        return {
-            backend: attempt(self._read_image_processor, suffix)
-            for backend, suffix in suffixes.items()
-        }
-
-    def _read_image_processor(self, suffix: str) -> Any:
-        processor = self._class_of("images", suffix)
-        return processor.from_pretrained(self.directory, **_LOCAL, **self._limits)
-
-    def _class_of(self, part: str, suffix: str = "") -> Any:
-        """Transformers' class of a part of the processor of the directory's family."""
-        import transformers
-
-        names = family_of_files(self.directory).transform.processors
-        return getattr(transformers, f"{getattr(names, part)}{suffix}")
+        return {b: attempt(self._read, "images", s, **self._limits) for b, s in suffixes.items()}
 
     @cached_property
     def video_processor(self) -> Outcome:
         """Outcome of reading the video processor."""
-        return attempt(self._read_video_processor)
 
-    def _read_video_processor(self) -> Any:
-        processor_class = self._class_of("videos")
-        processor = processor_class.from_pretrained(self.directory, **_LOCAL)
-        if processor.cap_pixels_per_frame:  # states limits of videos
-            return processor
-        return processor_class.from_pretrained(self.directory, **_VIDEO_LIMITS, **_LOCAL)
+        def read() -> Any:
+            processor = self._read("videos")
+            states_limits = processor.cap_pixels_per_frame
+            return processor if states_limits else self._read("videos", **_VIDEO_LIMITS)
+
+        return attempt(read)
 
     @cached_property
     def processor(self) -> Outcome:
         """Outcome of reading the whole processor."""
-        return attempt(self._read_processor)
 
-    def _read_processor(self) -> Any:
-        processor = self._class_of("processor").from_pretrained(self.directory, **_LOCAL)
-        for part, outcome in (
-            ("image_processor", self.image_processors["torchvision"]),
-            ("video_processor", self.video_processor),
-        ):
-            if outcome.error:
-                raise outcome.error
-            setattr(processor, part, outcome.value)
-        return processor
+        def read() -> Any:
+            processor = self._read("processor")
+            processor.image_processor = self.image_processors["torchvision"].unwrap()
+            processor.video_processor = self.video_processor.unwrap()
+            return processor
+
+        return attempt(read)
 
     @cached_property
     def rope(self) -> Outcome:
         """Outcome of making a model without weights, which numbers positions."""
-        return attempt(self._without_weights)
 
-    def _without_weights(self) -> Any:
-        from transformers import AutoConfig, AutoModelForImageTextToText
+        def make() -> Any:
+            from transformers import AutoConfig, AutoModelForImageTextToText
 
-        # Without one transformers silently takes the dimensions of a model of 72B
-        if not (self.directory / "config.json").is_file():
-            raise FileNotFoundError(f"{self.directory} has no config.json")
-        config = AutoConfig.from_pretrained(self.directory, **_LOCAL)
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config).model
+            # transformers says less well what is wrong with a directory without one
+            if not (self.directory / "config.json").is_file():
+                raise FileNotFoundError(f"{self.directory} has no config.json")
+            config = AutoConfig.from_pretrained(self.directory, **_LOCAL)
+            with torch.device("meta"):
+                return AutoModelForImageTextToText.from_config(config).model
+
+        return attempt(make)
+
+    def model(self, dtype: torch.dtype) -> Any:
+        """Load the model."""
+        self.rope.unwrap()
+        from transformers import AutoModelForImageTextToText
+
+        load = AutoModelForImageTextToText.from_pretrained
+        return load(self.directory, dtype=dtype, **_LOCAL).eval()
 
     # Tokenizer
 
@@ -144,59 +150,24 @@ class Reference:
     def added_tokens(self) -> dict[str, Any]:
         """Return id and kind of each added token, and the tokens that end and pad."""
         tokenizer = self.tokenizer.value
-        added = tokenizer.added_tokens_decoder
         return {
-            **{token.content: (token_id, token.special) for token_id, token in added.items()},
+            **{t.content: (i, t.special) for i, t in tokenizer.added_tokens_decoder.items()},
             "end": tokenizer.eos_token,
             "padding": tokenizer.pad_token,
         }
-
-    def text_ids(self, text: str) -> list[int]:
-        """Encode a text."""
-        return self.tokenizer.value(text).input_ids
 
     # Media
 
     def image(self, path: str, backend: Backend) -> Processed:
         """Load and process an image."""
-        inputs = self.image_processors[backend].value(self.load(path), return_tensors="pt")
-        return Processed(inputs["pixel_values"], inputs["image_grid_thw"])
-
-    def load(self, source: str) -> Any:
-        """Load an image as transformers does."""
         from transformers.image_utils import load_image
 
-        return load_image(source)
-
-    def frames(self, path: str, indices: Sequence[int]) -> tuple[np.ndarray, Any]:
-        """Decode a video from its start, and pick frames, as their numbers say, upright.
-
-        transformers' own loader believes headers about the number of frames, and leaves a video
-        that was filmed upright on its side.
-
-        Args:
-            path: the file.
-            indices: numbers of frames.
-
-        Returns:
-            uint8 [T, H, W, 3], and transformers' facts about the video.
-        """
-        from transformers.video_utils import VideoMetadata
-
-        chosen, picked, total = set(indices), [], 0
-        with av.open(path) as container:
-            stream = container.streams.video[0]
-            rate = stream.average_rate or stream.guessed_rate
-            for total, frame in enumerate(container.decode(stream), start=1):
-                if total - 1 in chosen:
-                    pixels = frame.to_ndarray(format="rgb24")
-                    picked.append(np.rot90(pixels, frame.rotation // 90))
-        metadata = VideoMetadata(total, fps=float(rate or 0), frames_indices=list(indices))
-        return np.stack(picked), metadata
+        inputs = self.image_processors[backend].value(load_image(path), return_tensors="pt")
+        return Processed(inputs["pixel_values"], inputs["image_grid_thw"])
 
     def video(self, path: str, indices: Sequence[int]) -> Processed:
         """Decode and process frames of a video."""
-        frames, _ = self.frames(path, indices)
+        frames, _ = _frames(path, indices)
         inputs = self.video_processor.value(frames, do_sample_frames=False, return_tensors="pt")
         return Processed(inputs["pixel_values_videos"], inputs["video_grid_thw"])
 
@@ -204,66 +175,71 @@ class Reference:
 
     def chat(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[Any] | None,
+        conversation: Conversation,
         frame_indices: Sequence[Sequence[int]],
         add_generation_prompt: bool,
     ) -> dict[str, torch.Tensor]:
         """Process a conversation with the directory's chat template.
 
         Args:
-            messages: in transformers' chat format.
-            tools: JSON schemas; with them the template is that of the tokenizer.
+            conversation: with tools the template is that of the tokenizer.
             frame_indices: frames of each video.
             add_generation_prompt: whether to end with the prompt for an answer.
 
         Returns:
             The model's inputs.
         """
-        processor = self.processor.value
+        from transformers.image_utils import load_image
+
+        processor, tools = self.processor.value, conversation.tools
         template = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         if tools is None:
-            text = processor.apply_chat_template(messages, **template)
+            text = processor.apply_chat_template(conversation.messages, **template)
         else:
             text = processor.tokenizer.apply_chat_template(
-                messages, tools=tools or None, **template
+                conversation.messages, tools=tools or None, **template
             )
-        videos = [
-            self.frames(path, indices)
-            for path, indices in zip(media_of(messages, "video"), frame_indices, strict=True)
-        ]
-        arguments: dict[str, Any] = {}
-        if videos:
-            arguments = {
-                "videos": [frames for frames, _ in videos],
-                "video_metadata": [metadata for _, metadata in videos],
-                "do_sample_frames": False,
-            }
-        images = [self.load(path) for path in media_of(messages, "image")]
-        return processor(text=[text], images=images or None, return_tensors="pt", **arguments)
+        media: dict[str, Any] = {}
+        if conversation.sources("video"):
+            videos = map(_frames, conversation.sources("video"), frame_indices)
+            media["videos"], media["video_metadata"] = map(list, zip(*videos, strict=True))
+            media["do_sample_frames"] = False
+        images = [load_image(path) for path in conversation.sources("image")]
+        return processor(text=[text], images=images or None, return_tensors="pt", **media)
 
     def positions(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Number the positions of a conversation as the installed release does: int64 [s, 3]."""
-        positions, _ = self.rope.value.get_rope_index(
-            inputs["input_ids"],
-            inputs["mm_token_type_ids"],
-            image_grid_thw=inputs.get("image_grid_thw"),
-            video_grid_thw=inputs.get("video_grid_thw"),
-            second_per_grid_ts=inputs.get("second_per_grid_ts"),
-        )
+        names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        given = {name: inputs[name] for name in names if name in inputs}
+        positions, _ = self.rope.value.get_rope_index(inputs["input_ids"], **given)
         return positions[:, 0].T
 
-    # Model
 
-    def model(self, dtype: torch.dtype) -> Any:
-        """Load the model."""
-        if self.rope.error:
-            raise self.rope.error
-        from transformers import AutoModelForImageTextToText
+def _frames(path: str, indices: Sequence[int]) -> tuple[np.ndarray, Any]:
+    """Decode a video from its start, and pick frames, as their numbers say, upright.
 
-        return AutoModelForImageTextToText.from_pretrained(
-            self.directory, dtype=dtype, **_LOCAL
-        ).eval()
+    transformers' own loader believes headers about the number of frames, and leaves a video that
+    was filmed upright on its side.
+
+    Args:
+        path: the file.
+        indices: numbers of frames.
+
+    Returns:
+        uint8 [T, H, W, 3], and transformers' facts about the video.
+    """
+    from transformers.video_utils import VideoMetadata
+
+    chosen, picked, total = set(indices), [], 0
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate
+        for total, frame in enumerate(container.decode(stream), start=1):
+            if total - 1 in chosen:
+                pixels = frame.to_ndarray(format="rgb24")
+                picked.append(np.rot90(pixels, frame.rotation // 90))
+    metadata = VideoMetadata(total, fps=float(rate or 0), frames_indices=list(indices))
+    return np.stack(picked), metadata
 
 
 def continue_behind_media(positions: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
@@ -284,9 +260,3 @@ def continue_behind_media(positions: torch.Tensor, kinds: torch.Tensor) -> torch
     for start in behind_media.tolist():
         moved[start:] += moved[:start].max() + 1 - moved[start, 0]
     return moved
-
-
-def media_of(messages: Sequence[dict[str, Any]], kind: str) -> list[str]:
-    """Return the images or videos of a conversation, in order."""
-    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-    return [item[kind] for content in contents for item in content if item["type"] == kind]

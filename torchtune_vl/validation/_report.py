@@ -1,10 +1,14 @@
-"""What a parity report consists of: rows of compared inputs."""
+"""A parity report: rows of cases, and how what two sides give becomes a case."""
 
 import time
 from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -12,6 +16,9 @@ Status = Literal["pass", "fail", "not compared"]
 
 # Cases of a row whose pictures and tokens are kept: with thousands of images all would not fit
 KEPT_EVIDENCE = 8
+# Tokens shown around the first difference
+_BEFORE, _AFTER = 3, 6
+_INFINITE = float("inf")
 
 
 class Track(Protocol):
@@ -94,8 +101,8 @@ class Row:
         numeric: whether the size of differences means something, or only their number.
         timed_in: the row whose time holds that of this one, "-" for one that takes none; empty
             for a row with times of its own.
-        note: what the reader should know about this run.
         skipped: why nothing was compared.
+        note: what the reader should know about this run.
         cases: the inputs, worst first.
     """
 
@@ -104,8 +111,8 @@ class Row:
     unit: str
     numeric: bool = False
     timed_in: str = ""
-    note: str = ""
     skipped: str = ""
+    note: str = ""
     cases: list[Case] = field(default_factory=list)
 
     def add(self, case: Case) -> None:
@@ -138,20 +145,19 @@ class Row:
         if not self.cases:
             return self.skipped
         cases = [case for case in self.cases if not case.refused]
-        parts = [self._difference(cases)] if cases else []
-        one_side = sum(case.refused in ("ours", "transformers") for case in self.cases)
         both = sum(case.refused == "both" for case in self.cases)
+        one_side = len(self.cases) - len(cases) - both
+        parts = []
+        if cases and self.numeric:
+            mean = sum(case.total for case in cases) / max(self.compared, 1)
+            parts.append(f"max {number(max(c.largest for c in cases))}, mean {number(mean)}")
+        elif cases:
+            parts.append(f"{sum(case.differing for case in cases):,} {self.unit} differ")
         if one_side:
             parts.append(f"{one_side:,} refused by one side")
         if both:
             parts.append(f"{both:,} refused by both")
         return ", ".join(parts)
-
-    def _difference(self, cases: Sequence[Case]) -> str:
-        if not self.numeric:
-            return f"{sum(case.differing for case in cases):,} {self.unit} differ"
-        mean = sum(case.total for case in cases) / max(self.compared, 1)
-        return f"max {number(max(case.largest for case in cases))}, mean {number(mean)}"
 
     @property
     def ours_seconds(self) -> float:
@@ -162,6 +168,21 @@ class Row:
     def reference_seconds(self) -> float:
         """Time of transformers over all cases."""
         return sum(case.reference_seconds for case in self.cases)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row of the reports' table, in the order of :data:`COLUMNS`."""
+        if not self.cases:
+            return self.name, "", "", self.figure, self.status, "", ""
+        times = [duration(self.ours_seconds), duration(self.reference_seconds)]
+        if self.timed_in:
+            times = 2 * ["-" if self.timed_in == "-" else f"in {self.timed_in}"]
+        counts = f"{len(self.cases):,}", f"{self.compared:,}"
+        return self.name, *counts, self.figure, self.status, *times
+
+
+COLUMNS = ("Compared", "Inputs", "Values", "Difference", "Result", "Ours", "transformers")
+NUMBERS = ("Inputs", "Values", "Ours", "transformers")
 
 
 @dataclass
@@ -188,14 +209,10 @@ class Report:
     @property
     def verdict(self) -> str:
         """The result in one sentence."""
-        counts = {
-            status: sum(row.status == status for row in self.rows)
-            for status in ("pass", "fail", "not compared")
-        }
-        parts = [f"{counts['pass']} rows pass", f"{counts['fail']} fail"]
-        if counts["not compared"]:
-            parts.append(f"{counts['not compared']} not compared")
-        return ", ".join(parts)
+        counts = Counter(row.status for row in self.rows)
+        open_rows = counts["not compared"]
+        verdict = f"{counts['pass']} rows pass, {counts['fail']} fail"
+        return f"{verdict}, {open_rows} not compared" if open_rows else verdict
 
 
 @dataclass(frozen=True)
@@ -211,18 +228,15 @@ class Outcome(Generic[T]):
         value = function(self.value) if self.error is None else None
         return replace(self, value=value)  # type: ignore[arg-type, return-value]
 
+    def unwrap(self) -> T:
+        """Return the value, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
 
 def attempt(function: Callable[..., T], *args: Any, **kwargs: Any) -> Outcome[T]:
-    """Call one side, which may refuse its input.
-
-    Args:
-        function: what to call.
-        *args: its arguments.
-        **kwargs: its keyword arguments.
-
-    Returns:
-        The outcome; its value is None if there is an error.
-    """
+    """Call one side, which may refuse its input: then the outcome has an error and no value."""
     start = time.perf_counter()
     value: Any = None
     error = None
@@ -245,64 +259,117 @@ def refusal(name: str, ours: Outcome, reference: Outcome) -> Case | None:
         A case that passes if both refuse, ours by ``ValueError``, and fails if one does; None if
         both accept.
     """
-    if ours.error is None and reference.error is None:
+    sides = (("ours", ours), ("transformers", reference))
+    refusing: list[Any] = [side for side, outcome in sides if outcome.error is not None]
+    if not refusing:
         return None
     says = "; ".join(
-        f"{side}: {brief(outcome.error)}"
-        for side, outcome in (("Ours", ours), ("transformers", reference))
+        f"{side.replace('ours', 'Ours')}: {brief(outcome.error)}"
+        for side, outcome in sides
         if outcome.error is not None
     )
     case = Case(name, ours_seconds=ours.seconds, reference_seconds=reference.seconds)
-    if ours.error is not None and reference.error is not None:
-        case.refused, case.detail = "both", f"Both refuse it. {says}"
-        case.failed = not isinstance(ours.error, ValueError | OSError)
-    else:
-        case.refused = "transformers" if ours.error is None else "ours"
-        case.detail = f"Only {case.refused} refuses it. {says}"
-        case.failed = True
-    case.largest = float("inf") if case.failed else 0.0
+    case.refused = "both" if len(refusing) == 2 else refusing[0]
+    who = "Both refuse" if len(refusing) == 2 else f"Only {refusing[0]} refuses"
+    case.detail = f"{who} it. {says}"
+    case.failed = len(refusing) == 1 or not isinstance(ours.error, ValueError | OSError)
+    case.largest = _INFINITE if case.failed else 0.0
     return case
 
 
-def unreadable(ours: Outcome, reference: Outcome) -> Case | None:
-    """Judge files that a side cannot read; the arguments are those of :func:`refusal`.
-
-    Args:
-        ours: outcome of our side.
-        reference: outcome of transformers.
-
-    Returns:
-        A case that fails, also if both sides refuse; None if both can read them.
-    """
-    case = refusal("ours beside transformers", ours, reference)
+def unreadable(name: str, ours: Outcome, reference: Outcome) -> Case | None:
+    """Judge files that a side cannot read, as :func:`refusal` does but if both sides refuse."""
+    case = refusal(name, ours, reference)
     if case is not None:
-        case.failed, case.largest = True, float("inf")
+        case.failed, case.largest = True, _INFINITE
     return case
 
 
-def brief(error: Exception, limit: int = 600) -> str:
-    """An error in one line."""
+def brief(error: Exception | None, limit: int = 600) -> str:
     text = " ".join(str(error).split())
     text = text if len(text) <= limit else f"{text[:limit]} ..."
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
-COLUMNS = ("Compared", "Inputs", "Values", "Difference", "Result", "Ours", "transformers")
+def counted(name: str, compared: int, differing: int, detail: str = "") -> Case:
+    """Make a case of values that are equal or not, and so differ by their number alone."""
+    size = float(differing)
+    return Case(name, compared, differing, size, size, failed=differing > 0, detail=detail)
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """Return a row of the reports' table, in the order of :data:`COLUMNS`."""
-    times = [duration(row.ours_seconds), duration(row.reference_seconds)]
-    if row.timed_in:
-        times = 2 * ["-" if row.timed_in == "-" else f"in {row.timed_in}"]
-    return (
-        row.name,
-        f"{len(row.cases):,}" if row.cases else "",
-        f"{row.compared:,}" if row.cases else "",
-        row.figure,
-        row.status,
-        *(times if row.cases else ("", "")),
-    )
+def compare_sequences(
+    name: str, ours: Outcome, reference: Outcome, piece: Callable[[int], str] | None = None
+) -> Case:
+    """Compare two sequences place by place.
+
+    Args:
+        name: the input.
+        ours: outcome with a sequence.
+        reference: outcome with the sequence that it has to be.
+        piece: text of an id, to show the tokens that differ.
+
+    Returns:
+        The case; it fails if a place differs.
+    """
+    refused = refusal(name, ours, reference)
+    if refused is not None:
+        return refused
+    a, b = ours.value, reference.value
+    differing = [i for i, (x, y) in enumerate(zip_longest(a, b)) if x != y]
+    case = counted(name, max(len(a), len(b)), len(differing))
+    case.ours_seconds, case.reference_seconds = ours.seconds, reference.seconds
+    if differing:
+        first = differing[0]
+        case.detail = f"first difference at {first:,}"
+        if len(a) != len(b):
+            case.detail += f"; ours has {len(a):,}, transformers {len(b):,}"
+        if piece is not None:
+            places = range(max(first - _BEFORE, 0), min(first + _AFTER, case.compared))
+            at = [[(s[i], piece(s[i])) if i < len(s) else None for i in places] for s in (a, b)]
+            case.tokens = [TokenPair(*pair) for pair in zip(places, *at, strict=True)]
+        elif first < min(len(a), len(b)):
+            case.detail += f": ours {a[first]!r}, transformers {b[first]!r}"
+    return case
+
+
+def compare_tensors(name: str, ours: Outcome, reference: Outcome, tolerance: float = 0.0) -> Case:
+    """Compare two tensors.
+
+    Args:
+        name: the input.
+        ours: outcome with a tensor of any shape.
+        reference: outcome with the tensor that it has to be.
+        tolerance: largest difference that passes.
+
+    Returns:
+        The case; it fails if shapes differ or a difference is too large or no number.
+    """
+    refused = refusal(name, ours, reference)
+    if refused is not None:
+        return refused
+    a, b = ours.value, reference.value
+    case = Case(name, ours_seconds=ours.seconds, reference_seconds=reference.seconds)
+    case.compared = b.numel()
+    if a.shape != b.shape:
+        case.detail = f"ours has the shape {list(a.shape)}, transformers {list(b.shape)}"
+        case.failed, case.differing, case.largest = True, b.numel(), _INFINITE
+    elif not torch.equal(a, b):
+        difference = (a.float() - b.float()).abs().nan_to_num(nan=_INFINITE)
+        case.differing = int((difference > 0).sum())
+        case.largest = float(difference.max())
+        case.total = float(difference.sum(dtype=torch.float64))
+        case.failed = not case.largest <= tolerance
+    return case
+
+
+def compare_settings(name: str, ours: dict[str, Any], reference: dict[str, Any]) -> Case:
+    """Compare values by name; those that are only in ``ours`` are left out."""
+    words = [
+        f"{key} is {ours.get(key)!r}, not {value!r}"
+        for key, value in reference.items()
+        if ours.get(key) != value
+    ]
+    return counted(name, len(reference), len(words), "; ".join(words[:8]))
 
 
 def number(value: float) -> str:

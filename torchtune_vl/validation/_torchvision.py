@@ -1,13 +1,17 @@
-"""Makes torchvision importable, which transformers' processors of Qwen2.5-VL are written on."""
+"""Makes torchvision importable, which transformers' processors of images and videos are made of."""
 
 import importlib
-import importlib.util
 import re
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+# Where `pip install --target` may put it, out of the sight of those who do not ask: beside a CPU
+# build of torch the torchvision of PyPI does not import, and many of transformers' classes with it
+_ASIDE = Path(sys.prefix) / "torchvision"
 
 # The declarations last as long as this object
 _library: torch.library.Library | None = None
@@ -22,25 +26,27 @@ def import_torchvision() -> str:
     the registration; nothing that handles pixels calls them. A torchvision that fails otherwise is
     hidden, because transformers would fail with it.
 
+    It is looked for where all modules are, and then in the folder ``torchvision`` of
+    ``sys.prefix``.
+
     Returns:
         Why torchvision cannot be used; empty if it can.
     """
-    spec = importlib.util.find_spec("torchvision")
+    # pip alone would replace a CPU build of torch by one for CUDA
+    release = int(torch.__version__.split(".")[1]) + 15
+    advice = f"pip install --no-deps 'torchvision==0.{release}.*' is for this torch"
+    if _ASIDE.is_dir():
+        sys.path.append(str(_ASIDE))
+    spec = find_spec("torchvision")
     if spec is None:
-        return f"torchvision is not installed: {_advice()}"
+        return f"torchvision is not installed: {advice}"
     try:
         _import(Path((spec.submodule_search_locations or [""])[0]))
     except Exception as error:  # whatever a foreign binary's import may raise
         _forget()
         sys.modules["torchvision"] = None  # type: ignore[assignment]
-        return f"torchvision does not import ({error}): {_advice()}"
+        return f"torchvision does not import ({error}): {advice}"
     return ""
-
-
-def _advice() -> str:
-    """How to install it; pip alone would replace a CPU build of torch by one for CUDA."""
-    minor = int(torch.__version__.split(".")[1])
-    return f"pip install --no-deps 'torchvision==0.{minor + 15}.*' is for this torch"
 
 
 def _import(folder: Path) -> None:

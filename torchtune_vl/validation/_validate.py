@@ -1,35 +1,33 @@
 """Runs all comparisons."""
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
 
 import torch
 
 from torchtune_vl.validation._builtin import write_builtin
 from torchtune_vl.validation._chat import chat_rows
-from torchtune_vl.validation._images import image_rows
-from torchtune_vl.validation._inputs import Conversation, Inputs
+from torchtune_vl.validation._files import (
+    chat_template_row,
+    image_settings_row,
+    special_tokens_row,
+    text_row,
+    vocabulary_row,
+)
+from torchtune_vl.validation._inputs import Conversation, Inputs, conversation_of
+from torchtune_vl.validation._media import image_rows, video_rows
 from torchtune_vl.validation._model import model_rows
 from torchtune_vl.validation._ours import Ours
-from torchtune_vl.validation._reference import Reference, media_of
+from torchtune_vl.validation._reference import Reference
 from torchtune_vl.validation._report import Report, Track
-from torchtune_vl.validation._settings import chat_template_row, image_settings_row
-from torchtune_vl.validation._videos import video_rows
-from torchtune_vl.validation._vocabulary import special_tokens_row, text_row, vocabulary_row
-
-T = TypeVar("T")
 
 # Conversations of the user that the models run on
 _USER_SAMPLES = 16
-
-
-def _silently(sequence: Sequence[T], description: str) -> Iterable[T]:
-    return sequence
+_PACKAGES = ("torchtune-vl", "transformers", "tokenizers", "torch", "torchvision", "Pillow")
 
 
 def validate(
@@ -41,7 +39,7 @@ def validate(
     weights: bool = False,
     logits: bool = False,
     dtype: torch.dtype = torch.float32,
-    track: Track = _silently,
+    track: Track = lambda sequence, description: sequence,
 ) -> Report:
     """Compare our side with transformers', on generated inputs and those of the user.
 
@@ -55,7 +53,8 @@ def validate(
         weights: whether to compare the weights.
         logits: whether to compare weights and logits.
         dtype: of both models.
-        track: shows progress.
+        track: shows progress: takes a sequence and its ``description``, and returns the items one
+            after another.
 
     Returns:
         The report.
@@ -63,59 +62,49 @@ def validate(
     directory = Path(checkpoint_dir)
     user = inputs or Inputs()
     reference = Reference(Path(reference_dir or directory), max_pixels)
-    ours = Ours(directory, max_pixels)
+    sides = Ours(directory, max_pixels), reference
     with TemporaryDirectory(prefix="tune-vl-") as folder:
         builtin = write_builtin(Path(folder))
-        videos = user.videos | builtin.videos
-        conversations = [*builtin.conversations, *user.conversations, *_about(user.videos)]
-        images = _with_images_of(conversations, user.images | builtin.images)
+        about_videos = _about(user.videos)
+        conversations = [*builtin.conversations, *user.conversations, *about_videos]
+        names = {path: name for name, path in (user.images | builtin.images).items()}
+        for conversation in conversations:
+            for number, path in enumerate(conversation.sources("image"), start=1):
+                names.setdefault(path, f"{conversation.name}, image {number}")
+        images = {name: path for path, name in names.items()}  # each file once
         texts = builtin.texts | {c.name: c.texts for c in user.conversations}
         keep = len(builtin.conversations) + _USER_SAMPLES if logits else 0
-        chat = chat_rows(ours, reference, conversations, keep, track)
+        chat = chat_rows(*sides, conversations, keep, track)
         rows = [
-            vocabulary_row(ours, reference),
-            special_tokens_row(ours, reference),
-            image_settings_row(ours, reference),
-            chat_template_row(ours, reference),
-            text_row(ours, reference, texts, track),
+            vocabulary_row(*sides),
+            special_tokens_row(*sides),
+            image_settings_row(*sides),
+            chat_template_row(*sides),
+            text_row(*sides, texts, track),
             chat.ids,
-            *image_rows(ours, reference, images, track),
-            *video_rows(ours, reference, videos, track),
+            *image_rows(*sides, images, track),
+            *video_rows(*sides, user.videos | builtin.videos, track),
             chat.pixels,
             chat.positions,
             *model_rows(directory, reference, chat.samples, dtype, weights, logits, track),
         ]
-    return Report(str(directory), str(reference.directory), _facts(reference), rows)
+    facts = {"Python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            facts[package] = version(package)
+    if reference.no_torchvision:
+        facts["torchvision"] = f"none: {reference.no_torchvision}"
+    facts["CPU threads"] = str(torch.get_num_threads())
+    return Report(str(directory), str(reference.directory), facts, rows)
 
 
 def _about(videos: Mapping[str, str]) -> list[Conversation]:
     """A question about each video, for its positions."""
     question = {"type": "text", "text": "What happens in this video?"}
     return [
-        Conversation(
+        conversation_of(
             f"{name}, one question",
-            [{"role": "user", "content": [{"type": "video", "video": path}, question]}],
+            {"messages": [{"role": "user", "content": [{"type": "video", "video": p}, question]}]},
         )
-        for name, path in videos.items()
+        for name, p in videos.items()
     ]
-
-
-def _with_images_of(
-    conversations: Sequence[Conversation], images: Mapping[str, str]
-) -> dict[str, str]:
-    """Images by name, each file once."""
-    names = {path: name for name, path in images.items()}
-    for conversation in conversations:
-        for number, path in enumerate(media_of(conversation.messages, "image"), start=1):
-            names.setdefault(path, f"{conversation.name}, image {number}")
-    return {name: path for path, name in names.items()}
-
-
-def _facts(reference: Reference) -> dict[str, str]:
-    facts = {"Python": platform.python_version()}
-    for package in ("torchtune-vl", "transformers", "tokenizers", "torch", "torchvision", "Pillow"):
-        with suppress(PackageNotFoundError):
-            facts[package] = version(package)
-    if reference.no_torchvision:
-        facts["torchvision"] = f"none: {reference.no_torchvision}"
-    return {**facts, "CPU threads": str(torch.get_num_threads())}
