@@ -30,8 +30,7 @@ from torchtune_vl.validation import (
     Report,
     Row,
     _chat,
-    _model,
-    _reference,
+    _sides,
     find_images,
     find_videos,
     print_report,
@@ -40,7 +39,6 @@ from torchtune_vl.validation import (
     to_markdown,
     validate,
 )
-from torchtune_vl.validation._builtin import write_builtin
 from torchtune_vl.validation._files import (
     chat_template_row,
     image_settings_row,
@@ -48,9 +46,8 @@ from torchtune_vl.validation._files import (
     text_row,
     vocabulary_row,
 )
+from torchtune_vl.validation._inputs import write_builtin
 from torchtune_vl.validation._media import image_rows, video_rows
-from torchtune_vl.validation._ours import Ours
-from torchtune_vl.validation._reference import Reference, continue_behind_media, family_in
 from torchtune_vl.validation._report import (
     KEPT_EVIDENCE,
     Case,
@@ -60,6 +57,7 @@ from torchtune_vl.validation._report import (
     compare_tensors,
     refusal,
 )
+from torchtune_vl.validation._sides import Ours, Reference, continue_behind_media, family_in
 
 ROWS = [
     "vocabulary",
@@ -361,7 +359,7 @@ def test_altered_weight_fails_beside_the_original(
     name = "visual.blocks.1.mlp.up_proj.weight"
     weights[name][3, 4] += 1e-4
     save_file(weights, path, metadata={"format": "pt"})
-    row, *_ = _model.model_rows(
+    row, *_ = _chat.model_rows(
         tmp_path / "altered", reference, [], torch.float32, True, False, all_of
     )
     (case,) = row.failed
@@ -394,9 +392,9 @@ def test_another_template_is_followed_and_said(
     row = chat_template_row(ours, reference)
     assert row.status == "pass"
     assert row.note == "This template is not the published one"
-    chat = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
-    assert chat.ids.status == chat.positions.status == "pass"
-    assert chat.ids.compared > 1000
+    chat, _ = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
+    assert [row.status for row in chat] == ["pass"] * 3
+    assert chat[0].compared > 1000
 
 
 def test_larger_limit_is_a_choice(altered: Callable[..., Path]) -> None:
@@ -422,13 +420,13 @@ def test_settings_of_an_export_hold_for_both_sides(
         (directory / name).unlink(missing_ok=True)  # a link to the file that all tests share
         (directory / name).write_text(text)
     ours, reference = Ours(directory), Reference(directory)
-    chat = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
+    chat, _ = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
     rows = [
         image_settings_row(ours, reference),
         chat_template_row(ours, reference),
         *image_rows(ours, reference, builtin.images, all_of),
         *video_rows(ours, reference, builtin.videos, all_of),
-        *(chat.ids, chat.pixels, chat.positions),
+        *chat,
     ]
     assert {row.status for row in rows} == {"pass"}
     (path,) = builtin.videos.values()
@@ -448,10 +446,10 @@ def test_directory_without_config(altered: Callable[..., Path], builtin: Inputs)
     directory = altered("config.json", "{", "{")
     (directory / "config.json").unlink()
     ours, reference = Ours(directory), Reference(directory)
-    rows = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
-    assert rows.positions.status == "not compared"
-    assert "config.json" in rows.positions.figure
-    weights, *_ = _model.model_rows(directory, reference, [], torch.float32, True, False, all_of)
+    (*_, positions), _ = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
+    assert positions.status == "not compared"
+    assert "config.json" in positions.figure
+    weights, *_ = _chat.model_rows(directory, reference, [], torch.float32, True, False, all_of)
     assert weights.status == "fail"
     assert "config.json" in weights.cases[0].detail
 
@@ -460,13 +458,11 @@ def test_without_torchvision(
     checkpoint: Path, ours: Ours, builtin: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = "torchvision is not installed"
-    monkeypatch.setattr(_reference, "import_torchvision", lambda: reason)
+    monkeypatch.setattr(_sides, "import_torchvision", lambda: reason)
     reference = Reference(checkpoint)
-    chat = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
+    chat, _ = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
     rows = [
-        chat.ids,
-        chat.pixels,
-        chat.positions,
+        *chat,
         chat_template_row(ours, reference),
         *image_rows(ours, reference, builtin.images, all_of),
         *video_rows(ours, reference, builtin.videos, all_of),
@@ -564,7 +560,7 @@ def test_wrong_positions_and_weights(checkpoint: Path, monkeypatch: pytest.Monke
         sample = whole(self, sample, inference)
         return {**sample, "input_pos": sample["input_pos"] + (sample["input_pos"] > 20)}
 
-    load = _model._load
+    load = _chat._load
 
     def shaken(directory, dtype):
         model = load(directory, dtype)
@@ -573,7 +569,7 @@ def test_wrong_positions_and_weights(checkpoint: Path, monkeypatch: pytest.Monke
         return model
 
     monkeypatch.setattr(Qwen2_5_VLTransform, "__call__", moved)
-    monkeypatch.setattr(_model, "_load", shaken)
+    monkeypatch.setattr(_chat, "_load", shaken)
     monkeypatch.setattr(_chat, "MAX_TOKENS", 60)
     report = validate(checkpoint, logits=True)
     assert failing(report) == {"positions", "weights", "logits"}
@@ -591,9 +587,9 @@ def test_top_case_forgives_ties_only() -> None:
     tie, clear = reference.clone(), reference.clone()
     tie[1, 1] = 1.0001
     clear[0, 2] = 2.0
-    assert not _model._top_case("tie", tie, reference, 1e-3).failed
-    assert _model._top_case("tie", tie, reference, 1e-3).differing == 1
-    assert _model._top_case("clear", clear, reference, 1e-3).failed
+    assert not _chat._top_case("tie", tie, reference, 1e-3).failed
+    assert _chat._top_case("tie", tie, reference, 1e-3).differing == 1
+    assert _chat._top_case("clear", clear, reference, 1e-3).failed
 
 
 def test_compare_sequences_of_other_lengths() -> None:
@@ -641,15 +637,17 @@ def test_page_needs_nothing_else(report: Report) -> None:
 def test_markdown_has_every_row(report: Report) -> None:
     lines = [line for line in to_markdown(report).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(ROWS)
+    assert lines[0] == "| Compared | Inputs | Values | Difference | Result | Ours | transformers |"
+    assert lines[2].startswith("| vocabulary | 5 | 151,647 | 0 values differ | pass | ")
 
 
 def test_lines_of_json(tmp_path: Path) -> None:
     entries = [{"messages": [{"role": "user", "content": text}]} for text in ("a", "b\nc")]
     path = tmp_path / "chat.jsonl"
     path.write_text("\n".join(map(json.dumps, entries)))
-    assert [c.texts for c in read_conversations(path)] == [["a"], ["b\nc"]]
+    assert [c.values("text") for c in read_conversations(path)] == [["a"], ["b\nc"]]
     path.write_text(json.dumps(entries[0]["messages"]))
-    assert [c.texts for c in read_conversations(path)] == [["a"]]
+    assert [c.values("text") for c in read_conversations(path)] == [["a"]]
     path.write_text("no JSON")
     with pytest.raises(ValueError, match="cannot be read as conversations"):
         read_conversations(path)

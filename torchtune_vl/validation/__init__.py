@@ -5,28 +5,19 @@ from typing import Any
 
 from torchtune_vl.validation._torchvision import import_torchvision
 
-# What takes long to import, and transformers with it, comes after import_torchvision
-_FILES = {
-    "Case": "_report",
-    "Conversation": "_inputs",
-    "Inputs": "_inputs",
-    "Picture": "_report",
-    "Report": "_report",
-    "Row": "_report",
-    "TokenPair": "_report",
-    "find_images": "_inputs",
-    "find_videos": "_inputs",
-    "print_report": "_render",
-    "read_conversations": "_inputs",
-    "to_html": "_render",
-    "to_markdown": "_render",
-    "validate": "_validate",
+# These take long to import, and transformers with them has to come after import_torchvision
+_NAMES = {
+    "_inputs": ("Conversation", "Inputs", "find_images", "find_videos", "read_conversations"),
+    "_render": ("print_report", "to_html", "to_markdown"),
+    "_report": ("Case", "Picture", "Report", "Row", "TokenPair"),
+    "_validate": ("validate",),
 }
-__all__ = ["import_torchvision", *_FILES]
+__all__ = ["import_torchvision", *(name for names in _NAMES.values() for name in names)]
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for."""
-    if name not in _FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+    for file, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{file}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

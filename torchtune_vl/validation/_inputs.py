@@ -1,9 +1,14 @@
-"""What is compared: files and conversations of the user."""
+"""What is compared: files and conversations of the user, and generated ones."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
 
 from torchtune_vl.chat._messages import Medium, Objects, read_conversation, read_tools
 from torchtune_vl.datasets._chat import RowReader
@@ -11,9 +16,17 @@ from torchtune_vl.datasets._json_rows import JsonRows
 from torchtune_vl.datasets._media_directory import MediaDirectory
 from torchtune_vl.media._errors import shortened
 from torchtune_vl.media._sources import path_of_file_url
+from torchtune_vl.validation._report import data
 
-_IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-_VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
+_SUFFIXES = {
+    "image": {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"},
+    "video": {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"},
+}
+# Texts in many scripts; images that are enlarged, reduced, kept, narrow, no multiple of 28, or have
+# one side more than 200 times the other, which both sides have to refuse; and conversations about
+# them as training reads them
+_DATA = data("builtin.json")
+TEXTS: list[str] = [*_DATA["texts"], "a" * 3000 + " " * 300 + "\n" * 50 + "1" * 40]
 
 
 @dataclass
@@ -21,11 +34,9 @@ class Conversation:
     """A conversation that both sides are given.
 
     Args:
-        name: file and number.
         sample: as training gives it to our transform.
         messages: the same in transformers' chat format, media as paths or data URLs.
         tools: JSON schemas of functions; None for a conversation that has nothing to do with tools.
-        problem: why it cannot be compared.
     """
 
     name: str
@@ -35,80 +46,52 @@ class Conversation:
     problem: str = ""
 
     @property
-    def texts(self) -> list[str]:
-        """All texts of its messages."""
+    def items(self) -> list[dict[str, Any]]:
+        """All texts and media of its messages, in order."""
         contents = [message["content"] for message in self.messages]
-        items = [[_text(c)] if isinstance(c, str) else c for c in contents]
-        return [item["text"] for content in items for item in content if item["type"] == "text"]
+        contents = [[_item(c)] if isinstance(c, str) else c for c in contents]
+        return [item for content in contents for item in content]
 
-    @property
-    def media(self) -> list[tuple[str, str]]:
-        """Its images and videos in order: "image" or "video", and where it is."""
-        contents = [m["content"] for m in self.messages if not isinstance(m["content"], str)]
-        items = [item for content in contents for item in content if item["type"] != "text"]
-        return [(item["type"], item[item["type"]]) for item in items]
-
-    def sources(self, kind: str) -> list[str]:
-        """Return where its images or videos are, in order."""
-        return [source for other, source in self.media if other == kind]
+    def values(self, kind: str) -> list[str]:
+        """Return its texts, or where its images or videos are, in order."""
+        return [item[kind] for item in self.items if item["type"] == kind]
 
 
 @dataclass
 class Inputs:
-    """What is compared.
-
-    Args:
-        images: paths by what the report calls them.
-        videos: likewise.
-        conversations: the conversations.
-        texts: texts by their source.
-    """
+    """What is compared; images and videos are paths by what the report calls them."""
 
     images: dict[str, str] = field(default_factory=dict)
     videos: dict[str, str] = field(default_factory=dict)
     conversations: list[Conversation] = field(default_factory=list)
-    texts: dict[str, list[str]] = field(default_factory=dict)
 
 
-def find_images(paths: Iterable[Path]) -> dict[str, str]:
-    """Find image files.
-
-    Args:
-        paths: files, and folders that are searched for files with the suffixes of images.
-
-    Returns:
-        Paths by name.
+def _find(paths: Iterable[Path], kind: str) -> dict[str, str]:
+    """Find files by path: those given, and in folders those with the suffixes of their kind.
 
     Raises:
-        ValueError: if a path does not exist, or a folder has no image.
+        ValueError: if a path does not exist, or a folder has no such file.
     """
-    return _find(paths, _IMAGE_SUFFIXES, "image")
-
-
-def find_videos(paths: Iterable[Path]) -> dict[str, str]:
-    """Find video files, as :func:`find_images` does images."""
-    return _find(paths, _VIDEO_SUFFIXES, "video")
-
-
-def _find(paths: Iterable[Path], suffixes: set[str], kind: str) -> dict[str, str]:
     found: list[Path] = []
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
-        if path.is_dir() and not files:
-            raise ValueError(f"{path} holds no {kind} ({', '.join(sorted(suffixes))})")
-        found += files if path.is_dir() else [path]
+        within = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES[kind])
+        if path.is_dir() and not within:
+            raise ValueError(f"{path} holds no {kind} ({', '.join(sorted(_SUFFIXES[kind]))})")
+        found += within or [path]
     return {str(path): str(path) for path in found}
+
+
+find_images, find_videos = partial(_find, kind="image"), partial(_find, kind="video")
 
 
 def read_conversations(path: Path) -> list[Conversation]:
     """Read a file of conversations, as training does.
 
     Args:
-        path: JSON or JSON Lines; its rows are those that
-            :func:`~torchtune_vl.datasets.vision_chat_dataset` reads, or lists of messages. A list
-            of messages alone is one conversation. Paths are relative to the file.
+        path: JSON or JSON Lines of the rows that training reads, or of lists of messages; or one
+            list of messages. Paths are relative to the file.
 
     Returns:
         The conversations; those that transformers has no answer for carry a ``problem``.
@@ -135,65 +118,89 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 
 def conversation_of(name: str, sample: Mapping[str, Any]) -> Conversation:
-    """Read a sample for transformers with the code that our transform reads it with.
-
-    Args:
-        name: what the report calls it.
-        sample: as datasets give it to transforms.
-
-    Returns:
-        The conversation.
-
-    Raises:
-        ValueError: if it cannot be read, or transformers has nothing that is like it.
-    """
+    """Read a sample for transformers, with the code that our transform reads it with."""
     messages, tools = sample["messages"], read_tools(sample.get("tools"))
     # Whether a role is one is for both sides to say
-    given = [message["role"] for message in messages if "role" in message]
-    roles = {role for role in given if isinstance(role, str)}
+    roles = [str(m.get("role")) for m in messages if isinstance(m, Mapping)]
     turns = read_conversation(messages, sample.get("images"), sample.get("videos"), roles)
-    contents = [[_item(part) for part in turn.content] for turn in turns]
     has_tools = bool(tools) or any(turn.role == "tool" or turn.tool_calls for turn in turns)
-    if has_tools:  # the tokenizer's template for them knows no items
-        if any(item["type"] != "text" for content in contents for item in content):
-            raise ValueError("transformers' template with tools takes no images or videos")
-        contents = [[_text("".join(item["text"] for item in items))] for items in contents]
-    return Conversation(
-        name,
-        {key: value for key, value in sample.items() if key != "id"},
-        [
-            {**turn.given, "content": _alone(content)}
-            for turn, content in zip(turns, contents, strict=True)
-        ],
-        [*tools] if has_tools else None,
-    )
+    read = []
+    for turn in turns:
+        content: Any = [_item(part) for part in turn.content]
+        if has_tools:  # the tokenizer's template for them knows no items
+            if any(item["type"] != "text" for item in content):
+                raise ValueError("transformers' template with tools takes no images or videos")
+            content = "".join(item["text"] for item in content)
+        elif len(content) == 1 and "text" in content[0]:  # as our transform gives it to templates
+            content = content[0]["text"]
+        read.append({**turn.given, "content": content})
+    nameless = {key: value for key, value in sample.items() if key != "id"}
+    return Conversation(name, nameless, read, [*tools] if has_tools else None)
 
 
 def _item(part: str | Medium | Objects) -> dict[str, Any]:
     if isinstance(part, str):
-        return _text(part)
+        return {"type": "text", "text": part}
     if isinstance(part, Objects):
         raise ValueError("transformers has no items of boxes")
-    if part.settings:
+    kind, source, settings = part
+    if settings:
         raise ValueError(
-            f"transformers does not read {', '.join(sorted(part.settings))} of {part.kind} "
-            "items, which are settings of qwen-vl-utils"
+            f"transformers does not read {', '.join(sorted(settings))} of {kind} items, which are "
+            "settings of qwen-vl-utils"
         )
-    source = part.source
     if not isinstance(source, str):
         raise ValueError(f"{shortened(repr(source))} is no path")
     if source.startswith(("http://", "https://")):
         raise ValueError(f"{source} is remote: nothing is downloaded here")
-    source = path_of_file_url(source) if source.startswith("file:") else source
     if source.startswith("data:;"):  # transformers asks what it is
-        source = source.replace("data:;", f"data:{part.kind}/*;", 1)
-    return {"type": part.kind, part.kind: source}
+        source = source.replace("data:;", f"data:{kind}/*;", 1)
+    return {"type": kind, kind: path_of_file_url(source) if source[:5] == "file:" else source}
 
 
-def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
+def write_builtin(directory: Path) -> Inputs:
+    """Write the generated images and the generated video, and read conversations about them."""
+    draw = {"gradient": _gradient, "noise": _noise, "page": _page}
+    images = {}
+    for name, (width, height, suffix, kind, mode) in _DATA["images"].items():
+        path = directory / f"{name.replace(' ', '_')}.{suffix}"
+        draw[kind](width, height).convert(mode).save(path)
+        images[f"built-in {name}, {width} x {height} {suffix.upper()}"] = str(path)
+    video = str(directory / "moving_square.mp4")
+    _write_video(video)
+    read = RowReader(MediaDirectory(str(directory), is_confining=True), {})
+    samples = [read(row, number) for number, row in enumerate(_DATA["conversations"])]
+    conversations = [conversation_of(f"built-in {sample['id']}", sample) for sample in samples]
+    return Inputs(images, {"built-in moving square, 10 frames of 160 x 120": video}, conversations)
 
 
-def _alone(content: list[dict[str, Any]]) -> Any:
-    """A text that is all of a message is given as it is, as templates of the user's are."""
-    return content[0]["text"] if len(content) == 1 and "text" in content[0] else content
+def _gradient(width: int, height: int) -> Image.Image:
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, (x + y) / 2, 255 - y], axis=-1).astype(np.uint8))
+
+
+def _noise(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def _page(width: int, height: int) -> Image.Image:
+    """Thin dark strokes on white, as in a scanned document."""
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    for y, text in zip(range(12, height - 12, 14), TEXTS * height, strict=False):
+        draw.text((12, y), text[:120].encode("ascii", "replace").decode(), fill="black")
+    draw.rectangle((6, 6, width - 7, height - 7), outline="black")
+    return page
+
+
+def _write_video(path: str) -> None:
+    with av.open(path, "w") as container:
+        # Lasts longer than its frames are wide, in positions
+        stream: Any = container.add_stream("mpeg4", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        for i in range(10):
+            frame = np.array(_gradient(160, 120).convert("RGB"))
+            frame[30:60, 13 * i : 13 * i + 30] = (250, 40, 10)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())

@@ -12,7 +12,6 @@ import torch
 # Where `pip install --target` may put it, out of the sight of those who do not ask: beside a CPU
 # build of torch the torchvision of PyPI does not import, and many of transformers' classes with it
 _ASIDE = Path(sys.prefix) / "torchvision"
-
 # The declarations last as long as this object
 _library: torch.library.Library | None = None
 
@@ -26,22 +25,19 @@ def import_torchvision() -> str:
     the registration; nothing that handles pixels calls them. A torchvision that fails otherwise is
     hidden, because transformers would fail with it.
 
-    It is looked for where all modules are, and then in the folder ``torchvision`` of
-    ``sys.prefix``.
-
     Returns:
         Why torchvision cannot be used; empty if it can.
     """
+    if _ASIDE.is_dir():
+        sys.path.append(str(_ASIDE))
     # pip alone would replace a CPU build of torch by one for CUDA
     release = int(torch.__version__.split(".")[1]) + 15
     advice = f"pip install --no-deps 'torchvision==0.{release}.*' is for this torch"
-    if _ASIDE.is_dir():
-        sys.path.append(str(_ASIDE))
     spec = find_spec("torchvision")
     if spec is None:
         return f"torchvision is not installed: {advice}"
     try:
-        _import(Path((spec.submodule_search_locations or [""])[0]))
+        _import(Path(spec.origin or ""))
     except Exception as error:  # whatever a foreign binary's import may raise
         _forget()
         sys.modules["torchvision"] = None  # type: ignore[assignment]
@@ -49,7 +45,7 @@ def import_torchvision() -> str:
     return ""
 
 
-def _import(folder: Path) -> None:
+def _import(origin: Path) -> None:
     global _library
     try:
         importlib.import_module("torchvision")
@@ -57,7 +53,7 @@ def _import(folder: Path) -> None:
         if "torchvision::" not in str(error):
             raise
         _library = torch.library.Library("torchvision", "DEF")
-        registrations = (folder / "_meta_registrations.py").read_text(encoding="utf-8")
+        registrations = origin.with_name("_meta_registrations.py").read_text(encoding="utf-8")
         for name in re.findall(r'register_fake\("torchvision::(\w+)"\)', registrations):
             _library.define(f"{name}() -> Tensor")
         _forget()
