@@ -11,6 +11,7 @@ is the mean over all supervised tokens of the step. `docs/training.md` walks thr
 import json
 import math
 import os
+import random
 import resource
 import signal
 import sys
@@ -204,7 +205,8 @@ class FinetuneRecipe:
         """Make model, data, optimizer and schedule, and take up where an earlier run stopped."""
         cfg = self.cfg
         # The same on devices that share layers, or their copies of the others would drift apart
-        torch.manual_seed(cfg.seed + self.data_rank)
+        for seed in (torch.manual_seed, np.random.seed, random.seed):  # datasets may use any
+            seed(cfg.seed + self.data_rank)
         tokenizer = instantiate(cfg.tokenizer)
         self.processor_files = tokenizer.processor_files()
         self.checkpointer = instantiate(cfg.checkpointer)
