@@ -1,4 +1,4 @@
-"""Gradients' norm, and adapters before the first step."""
+"""What devices can share and compute, gradients' norm, and adapters before the first step."""
 
 import copy
 import math
@@ -11,19 +11,83 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from quickstart.checkpoint import write_tiny_checkpoint
 from torchtune_vl.models._weights import initial_adapters, load_weights_into
 from torchtune_vl.models.qwen2_5_vl import (
     lora_qwen2_5_vl_from_config,
+    qwen2_5_vl,
     qwen2_5_vl_from_config,
 )
+from torchtune_vl.modules.parallelism import decoder_tp_plan
+from torchtune_vl.recipes._read_config import read_config
+from torchtune_vl.recipes.finetune import FinetuneRecipe
 from torchtune_vl.training._parallel import (
     average_copies,
     clip_grad_norm,
+    divide_layers,
     gather,
 )
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "devices", "fitting"),
+    [(8, 4, 2, ""), (8, 4, 4, ""), (8, 2, 4, "1, 2"), (6, 6, 4, "1, 2, 3, 6"), (4, 2, 3, "1, 2")],
+)
+def test_devices_share_heads_equally(queries: int, keys: int, devices: int, fitting: str) -> None:
+    with torch.device("meta"):
+        model = qwen2_5_vl(
+            vocab_size=600,
+            num_layers=2,
+            num_heads=queries,
+            num_kv_heads=keys,
+            embed_dim=32 * queries,
+            intermediate_dim=96,
+            mrope_sections=(4, 6, 6),
+            tie_word_embeddings=True,
+            vision_intermediate_dim=32,
+            vision_embed_dim=32,
+            vision_num_layers=1,
+            vision_num_heads=2,
+        )
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=devices)
+    try:
+        mesh = init_device_mesh("cpu", (devices,))
+        if fitting:
+            with pytest.raises(ValueError, match="query heads") as error:
+                divide_layers(model, mesh, decoder_tp_plan(model))
+            assert str(error.value) == (
+                f"parallel.tensor is {devices}, and does not divide the model's {queries} query "
+                f"heads and {keys} key/value heads: set it to one of {fitting}"
+            )
+            assert not any(isinstance(p, DTensor) for p in model.parameters())
+        else:
+            divide_layers(model, mesh, decoder_tp_plan(model))
+            for name, heads in (("q", queries), ("k", keys), ("v", keys)):
+                weight = model.get_parameter(f"decoder.layers.1.attn.{name}_proj.weight")
+                assert isinstance(weight, DTensor)
+                assert weight.to_local().shape == (heads // devices * 32, 32 * queries)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtypes", [["dtype=bf16"], ["dtype=fp32", "compute_dtype=bf16"]])
+def test_a_gpu_without_bfloat16_is_refused(
+    dtypes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "device_count": 1,
+        "set_device": None,
+        "get_device_name": "Tesla K80",
+        "is_bf16_supported": False,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(FinetuneRecipe, "_init_process_group", lambda _: None)
+    config = read_config(["--config", "quickstart/digits.yaml", "device=cuda", *dtypes])
+    with pytest.raises(ValueError, match=r"Tesla K80 has no bfloat16.*: set both to fp32$"):
+        FinetuneRecipe(config)
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 10.0, 1e6, math.inf])

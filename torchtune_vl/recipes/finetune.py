@@ -36,7 +36,6 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import parallelize_module
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -79,13 +78,14 @@ from torchtune_vl.training._optimizer_state import (
 from torchtune_vl.training._parallel import (
     average_copies,
     clip_grad_norm,
+    divide_layers,
     dtypes_of,
     gather,
     non_finite,
     shard,
 )
 from torchtune_vl.training._plot import plot_losses
-from torchtune_vl.training._precision import DTYPES, default_dtype
+from torchtune_vl.training._precision import default_dtype, dtype_on
 from torchtune_vl.training._steps import SavedStep, Steps, drop_steps_after, lock
 
 log = get_logger("INFO")
@@ -134,8 +134,8 @@ class FinetuneRecipe:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device))
-        self.dtype = DTYPES[cfg.dtype]
-        self.compute_dtype = DTYPES[cfg.compute_dtype or cfg.dtype]
+        self.dtype = dtype_on(self.device, cfg.dtype)
+        self.compute_dtype = dtype_on(self.device, cfg.compute_dtype or cfg.dtype)
         self.mesh = init_device_mesh(
             self.device.type,
             (dist.get_world_size() // cfg.parallel.tensor, cfg.parallel.tensor),
@@ -288,7 +288,7 @@ class FinetuneRecipe:
         self.flops = FlopCounter(model)
         if cfg.parallel.tensor > 1:
             plan = instantiate(cfg.parallel.plan, model)
-            parallelize_module(model, self.mesh["tensor"], plan)
+            divide_layers(model, self.mesh["tensor"], plan)
         layers = [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
         # No backward comes through a frozen encoder: what it kept for one would never be let go
         encoder_layers = [layer for e in model.encoders.values() for layer in e.layers]

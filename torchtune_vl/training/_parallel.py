@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,26 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from torchtune_vl._torchao import NF4Tensor
+
+
+def divide_layers(model: Any, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
+    """Divide a model's layers over the devices of a mesh with one dimension, by tensor parallelism.
+
+    Raises ``ValueError`` if the devices cannot share the decoder's heads equally.
+    """
+    attn, devices = model.decoder.layers[0].attn, mesh.size()
+    queries, keys = (x.weight.shape[0] // attn.head_dim for x in (attn.q_proj, attn.k_proj))
+    common = math.gcd(queries, keys)
+    if common % devices:
+        fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
+        raise ValueError(
+            f"parallel.tensor is {devices}, and does not divide the model's {queries} query heads "
+            f"and {keys} key/value heads: set it to one of {', '.join(fitting)}"
+        )
+    parallelize_module(model, mesh, dict(plan))
 
 
 def shard(
@@ -26,14 +45,10 @@ def shard(
 ) -> None:
     """Shard a model over data-parallel devices by FSDP2: each layer, and the rest as one.
 
-    Gradients are summed in float32. Quantized weights, which are frozen and small, stay whole.
-
-    Args:
-        model: the model, on the meta device.
-        layers: those of its modules that are gathered one at a time.
-        mesh: the devices.
-        compute_dtype: dtype that gathered weights have, and so the computation.
-        cpu_offload: whether weights, gradients and optimizer states live in the host's memory.
+    The model is on the meta device. Gathered weights, and so the computation, have
+    ``compute_dtype``; gradients are summed in float32. Weights, gradients and optimizer states may
+    live in the host's memory (``cpu_offload``). Quantized weights, which are frozen and small, stay
+    whole.
     """
     # Inputs stay as they are: rotary tables are float32 in any computation
     precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
@@ -50,26 +65,12 @@ def shard(
 
 
 def dtypes_of(model: nn.Module) -> set[torch.dtype]:
-    """List the dtypes of a model's parameters but for quantized ones.
-
-    Args:
-        model: the model.
-
-    Returns:
-        The dtypes.
-    """
+    """List the dtypes of a model's parameters but for quantized ones."""
     return {p.dtype for p in model.parameters() if not isinstance(p.data, NF4Tensor)}
 
 
 def gather(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Collect parameters on the first process, one after the other.
-
-    Args:
-        parameters: by name; sharded or not, the same on all processes.
-
-    Returns:
-        Whole tensors on the CPU by name; on other processes none.
-    """
+    """Collect parameters, sharded or not, whole on the first process' CPU, one after the other."""
     whole: dict[str, torch.Tensor] = {}
     for name, p in parameters.items():
         tensor = p.full_tensor() if isinstance(p, DTensor) else p
@@ -79,55 +80,39 @@ def gather(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
 
 
 def non_finite(parameters: Mapping[str, nn.Parameter], device: torch.device) -> list[str]:
-    """Find parameters that have an infinite or missing number on any process.
+    """Name the parameters, sharded or not, that are not finite on any process.
 
-    Args:
-        parameters: by name; sharded or not, the same on all processes.
-        device: where the processes exchange what they found.
-
-    Returns:
-        The names.
+    The processes exchange what they found on ``device``.
     """
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters.values()]
-    bad = torch.stack([(~p.detach().isfinite()).any().to(device, torch.int32) for p in local])
+    local = [_local(p).detach() for p in parameters.values()]
+    bad = torch.stack([(~p.isfinite()).any().to(device, torch.int32) for p in local])
     dist.all_reduce(bad)
     return [name for name, is_bad in zip(parameters, bad.tolist(), strict=True) if is_bad]
 
 
 def average_copies(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
-    """Average the gradients of what each device of a group has a copy of.
+    """Average the gradients of what each device of a mesh with one named dimension has a copy of.
 
     All compute the same, but not to the last bit where a device's backward is not deterministic,
     and the copies would drift apart.
-
-    Args:
-        parameters: have gradients, or not.
-        mesh: the devices that share layers, with one dimension, which has a name.
     """
     (name,) = mesh.mesh_dim_names or ()
-    for parameter in parameters:
-        gradient = parameter.grad
+    for gradient in (p.grad for p in parameters if p.grad is not None):
         if isinstance(gradient, DTensor):
             names = gradient.device_mesh.mesh_dim_names or ()
             if name in names and gradient.placements[names.index(name)].is_shard():
                 continue
-            gradient = gradient.to_local()
-        if gradient is not None:
-            dist.all_reduce(gradient, group=mesh.get_group())
-            gradient /= mesh.size()
+        own = _local(gradient)
+        dist.all_reduce(own, group=mesh.get_group())
+        own /= mesh.size()
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale gradients down to a norm that they exceed, over parameters sharded in several ways.
 
-    Like :func:`torch.nn.utils.clip_grad_norm_`, which takes those of one mesh only.
-
-    Args:
-        parameters: have gradients, or not.
-        max_norm: the norm; infinite for the norm before alone.
-
-    Returns:
-        The norm before, a scalar, on the device and not waited for.
+    Like :func:`torch.nn.utils.clip_grad_norm_`, which takes those of one mesh only. Returns the
+    norm before, a scalar, on the device and not waited for; an infinite ``max_norm`` is for that
+    alone.
     """
     groups: dict[object, list[torch.Tensor]] = {}
     for p in parameters:
@@ -143,6 +128,10 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
         return total
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradients in groups.values():
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        local = [_local(gradient) for gradient in gradients]
         torch._foreach_mul_(local, factor.to(local[0].device))
     return total
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
