@@ -1,7 +1,7 @@
 """What a run may not change when it goes on: its data, its model and its settings."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -10,40 +10,25 @@ import numpy as np
 import torch
 import xxhash
 from omegaconf import DictConfig, OmegaConf
+from torch.utils._pytree import tree_leaves
 
-from torchtune_vl.files._directory import checksum
+from torchtune_vl.files._directory import MANIFEST, checksum
+from torchtune_vl.files._safetensors import INDEX
 
 # What may change is all the rest: how long, how fast, on what devices, what is written
 FIXED = (
-    "tokenizer",
-    "model",
-    "dataset",
-    "dataset_val",
-    "seed",
-    "shuffle",
-    "optimizer",
-    "learning_rates",
-    "lr_scheduler",
-    "clip_grad_norm",
-    "dtype",
-    "compute_dtype",
+    *("tokenizer", "model", "dataset", "dataset_val", "seed", "shuffle", "optimizer"),
+    *("learning_rates", "lr_scheduler", "clip_grad_norm", "dtype", "compute_dtype"),
 )
 # Compared by what is there, so that directories may move
 _PLACES = ("checkpoint_dir", "data_files", "media_dir")
 # Files beside the weights that neither the model nor the data depend on
-_OTHERS = ("generation_config.json", "checksums.json", "model.safetensors.index.json")
+_OTHERS = ("generation_config.json", MANIFEST, INDEX)
 _BYTES_OF_EACH_TENSOR = 4096
 
 
 def settings(cfg: DictConfig) -> dict[str, Any]:
-    """List the settings of a run that may not change.
-
-    Args:
-        cfg: the config.
-
-    Returns:
-        From keys, with dots, to values that JSON can hold.
-    """
+    """List the settings of a run that may not change, as JSON has them, by keys with dots."""
     fixed = {key: value for key, value in cfg.items() if key in FIXED}
     content = OmegaConf.to_container(OmegaConf.create(fixed, parent=cfg), resolve=True)
     return _flat(json.loads(json.dumps(content, default=str)), "")
@@ -60,13 +45,8 @@ def _flat(node: Any, key: str) -> dict[str, Any]:
 def model_fingerprint(weights: Mapping[str, torch.Tensor], checkpoint_dir: Path) -> dict[str, str]:
     """Tell a model from others, without reading it all.
 
-    Args:
-        weights: tensors by name, as loaded.
-        checkpoint_dir: has config, tokenizer and processor files.
-
-    Returns:
-        Checksums by name: of these files; of names, shapes, dtypes and the first 4 KiB of each
-        tensor.
+    Returns checksums of config, tokenizer and processor files by name, and one of names, shapes,
+    dtypes and the first 4 KiB of each tensor as loaded.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(weights.items()):
@@ -83,49 +63,31 @@ def model_fingerprint(weights: Mapping[str, torch.Tensor], checkpoint_dir: Path)
 
 
 def data_fingerprint(dataset: DictConfig, sizes: np.ndarray) -> dict[str, str]:
-    """Tell a dataset from others, without reading its media.
+    """Tell a dataset from others by its config and its samples' sizes, without reading its media.
 
-    Args:
-        dataset: its config; local files of ``data_files`` are read.
-        sizes: of its samples.
-
-    Returns:
-        Checksums by name: of these files and of the sizes.
+    Returns checksums of the local files of its ``data_files`` by name, and of the sizes.
     """
-    patterns = _leaves(dataset.get("data_files"))
-    paths = sorted({path for pattern in patterns for path in glob(pattern, recursive=True)})
-    files = {Path(path).name: checksum(Path(path)) for path in paths if Path(path).is_file()}
+    content: Any = OmegaConf.to_container(dataset, resolve=True)
+    patterns = tree_leaves(content.get("data_files") or [])
+    files: dict[str, str] = {}
+    found = sorted({path for pattern in patterns for path in glob(pattern, recursive=True)})
+    for path in map(Path, found):
+        if path.is_file():  # there may be others of its name
+            files[path.name] = files.get(path.name, "") + checksum(path)
     digest = xxhash.xxh3_128_hexdigest(sizes.tobytes())
     return {**files, "the number or the sizes of samples": digest}
 
 
-def _leaves(node: Any) -> Iterable[str]:
-    if isinstance(node, Mapping):
-        node = list(node.values())
-    if isinstance(node, str):
-        return [node]
-    return [leaf for part in node or () for leaf in _leaves(part)]
-
-
 def refuse_changes(kind: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compare what a run was begun with to what it shall go on with.
+    """Raise ``ValueError`` with what a run was begun with and does not go on with, by name.
 
-    Args:
-        kind: ``settings``, whose values are told, or what the checksums are of.
-        before: values by name.
-        now: likewise.
-
-    Raises:
-        ValueError: if they differ; it says which.
+    Of ``settings`` the values are told; any other ``kind`` is what the checksums are of.
     """
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    changes = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        if kind == "settings"
-        else f"{name} has changed"
-        for name in names
-    ]
-    if changes:
+    if names:
+        changes = [f"{name} has changed" for name in names]
+        if kind == "settings":
+            changes = [f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in names]
         raise ValueError(
             f"a run goes on with the {kind} that it began with, but {', '.join(changes)}: restore "
             "what it was, or start anew in another output_dir"
