@@ -397,10 +397,8 @@ def test_tensors_are_mapped_from_files_that_are_replaced(tmp_path: Path) -> None
         assert torch.equal(read[name], tensor)
         assert read[name].dtype == tensor.dtype
     read["a"].zero_()  # in memory alone
-    again = read_tensors(stored_tensors(weight_files(target)), dtype=torch.float64)
-    assert torch.equal(again["a"], weights["a"].double() + 1)
-    meta = read_tensors(stored_tensors(weight_files(target)), device=torch.device("meta"))
-    assert meta["b"].is_meta
+    again = read_tensors(stored_tensors(weight_files(target)))
+    assert torch.equal(again["a"], weights["a"] + 1)
 
 
 def test_a_file_that_is_not_finished_is_not_there(tmp_path: Path) -> None:

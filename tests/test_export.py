@@ -97,13 +97,17 @@ def test_sums_are_rounded_once(base: Path, adapter: Path, tmp_path: Path) -> Non
     """To the dtype that is asked for, and not to that of the base before."""
     half = tmp_path / "half"
     assert status("export", base, half, "--dtype", "bfloat16") == 0
-    merged = tmp_path / "merged"
+    merged, norm = tmp_path / "merged", torch.rand(256)
+    trained = load_adapter(adapter)
+    whole = {**trained.tensors, "decoder.norm.weight": norm}
+    save_adapter(trained._replace(tensors=whole), adapter)
     assert status("merge", half, adapter, merged, "--dtype", "float32") == 0
     before, after = load_file(half / "model.safetensors"), load_file(merged / "model.safetensors")
     tensors = load_adapter(adapter).tensors
     delta = 6 / 4 * (tensors[f"{LAYER}.lora_b.weight"] @ tensors[f"{LAYER}.lora_a.weight"])
     assert torch.equal(after[PUBLISHED], before[PUBLISHED].float() + delta)
-    others = [name for name in before if name != PUBLISHED]
+    assert torch.equal(after["model.norm.weight"], norm)
+    others = [name for name in before if name not in (PUBLISHED, "model.norm.weight")]
     assert all(torch.equal(after[name], before[name].float()) for name in others)
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
 

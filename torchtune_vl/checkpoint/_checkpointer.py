@@ -32,7 +32,6 @@ from torchtune_vl.files._json import read_json_object
 from torchtune_vl.files._names import published_name
 from torchtune_vl.files._safetensors import (
     INDEX,
-    Stored,
     read_tensors,
     stored_tensors,
     weight_files,
@@ -97,8 +96,13 @@ class HubCheckpointer:
     ) -> None:
         self._checkpoint_dir = Path(checkpoint_dir)
         self._output_dir = Path(output_dir)
-        _check_apart(self._checkpoint_dir, self._output_dir)
+        if self._output_dir.resolve().is_relative_to(self._checkpoint_dir.resolve()):
+            raise ValueError(
+                f"output_dir {output_dir} is in checkpoint_dir {checkpoint_dir}: name another, so "
+                "that what is there stays as it is"
+            )
         self._resume = should_load_recipe_state
+        self._recipe_state = self._output_dir / "recipe_state" / "recipe_state.safetensors"
         self._recipe_checkpoint = Path(recipe_checkpoint or self._recipe_state)
         self._adapter_dir = None if adapter_dir is None else Path(adapter_dir)
         self._weights_dir = survivor(self._checkpoint_dir)
@@ -109,14 +113,8 @@ class HubCheckpointer:
                 self._adapter_dir = epoch / _ADAPTER
             else:
                 self._weights_dir, checkpoint_files = epoch, None
-        names = checkpoint_files or ()
-        self._files = [self._weights_dir / name for name in names] or weight_files(
-            self._weights_dir
-        )
-
-    @property
-    def _recipe_state(self) -> Path:
-        return self._output_dir / "recipe_state" / "recipe_state.safetensors"
+        named = [self._weights_dir / name for name in checkpoint_files or ()]
+        self._files = named or weight_files(self._weights_dir)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Load the weights, and to resume the state of the recipe.
@@ -144,13 +142,11 @@ class HubCheckpointer:
             )
             # Recipes read adapters apart only when they resume, and those among the weights always
             weights.update(adapter.tensors)
-            adapters = {name: t for name, t in adapter.tensors.items() if is_adapter(name)}
-            state[ADAPTER_KEY] = adapters
-            in_full = sorted(adapter.tensors.keys() - adapters.keys())
+            state[ADAPTER_KEY] = {n: t for n, t in adapter.tensors.items() if is_adapter(n)}
             state[ADAPTER_CONFIG] = {
                 "r": adapter.rank,
                 "lora_alpha": adapter.alpha,
-                "modules_to_save": in_full,
+                "modules_to_save": sorted(adapter.tensors.keys() - state[ADAPTER_KEY].keys()),
             }
         if self._resume:
             state.update(load_tree(self._recipe_checkpoint))
@@ -201,7 +197,11 @@ class HubCheckpointer:
                     save_adapter(self._adapter(state_dict), partial / _ADAPTER)
                 if intermediate_checkpoint:
                     rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
-                    recipe_state = self._write_recipe_state(rest)
+                    pending = _pending(self._recipe_state)
+                    pending.parent.mkdir(exist_ok=True)
+                    with new_file(pending) as file:
+                        save_tree(rest, file)
+                    recipe_state = pending
                 write_manifest(partial, recipe_state)
         finally:
             self._finish_recipe_state()
@@ -211,27 +211,30 @@ class HubCheckpointer:
 
     def _adapter(self, state_dict: Mapping[str, Any]) -> Adapter:
         """The adapters of a recipe's state, and the parts that it trained in full beside them."""
-        config = state_dict[ADAPTER_CONFIG]
-        weights = state_dict.get(MODEL_KEY, {})
+        config, weights = state_dict[ADAPTER_CONFIG], state_dict.get(MODEL_KEY, {})
         in_full = config.get("modules_to_save")
-        if in_full is None:  # torchtune's recipes do not tell
-            in_full = _trained_in_full(weights, self._stored_weights())
+        if in_full is None:
+            in_full = self._trained_in_full(weights)
         tensors = {**state_dict[ADAPTER_KEY], **{name: weights[name] for name in in_full}}
         base = str(self._checkpoint_dir.resolve())
         names = family_of(self._checkpoint_dir).names
         return Adapter(tensors, config["r"], config["lora_alpha"], base, names)
 
-    def _stored_weights(self) -> dict[str, Stored]:
-        """Where the weights to start from lie, by our names."""
-        names = family_of(self._weights_dir).names
-        return names.from_published(stored_tensors(self._files, published_name))
+    def _trained_in_full(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
+        """Names of the weights of those parts that were trained themselves, not by adapters alone.
 
-    def _write_recipe_state(self, recipe_state: dict[str, Any]) -> Path:
-        pending = _pending(self._recipe_state)
-        pending.parent.mkdir(exist_ok=True)
-        with new_file(pending) as partial:
-            save_tree(recipe_state, partial)
-        return pending
+        torchtune's recipes do not tell. But adapters, merged or not, and NF4 change matrices only:
+        a part whose biases or normalisations are not those to start from was trained in full.
+        """
+        names = family_of(self._weights_dir).names
+        stored = names.from_published(stored_tensors(self._files, published_name))
+        vectors = {n: at for n, at in stored.items() if n in weights and len(at.shape) == 1}
+        changed = {
+            part_of(name)
+            for name, before in read_tensors(vectors).items()
+            if not torch.equal(before.to(weights[name].dtype), weights[name].cpu())
+        }
+        return [name for name in weights if part_of(name) in changed]
 
     def _finish_recipe_state(self) -> None:
         """Move the state of the recipe to its place if the weights beside it are in theirs."""
@@ -240,53 +243,9 @@ class HubCheckpointer:
             pending.replace(self._recipe_state)
 
 
-def _check_apart(checkpoint_dir: Path, output_dir: Path) -> None:
-    if output_dir.resolve().is_relative_to(checkpoint_dir.resolve()):
-        raise ValueError(
-            f"output_dir {output_dir} is in checkpoint_dir {checkpoint_dir}: name another, so that "
-            "what is there stays as it is"
-        )
-
-
-def write_weights(
-    weights: Mapping[str, torch.Tensor],
-    directory: Path,
-    source: Path,
-    max_shard_size: str = "5GB",
-) -> None:
-    """Write weights in the published layout, and the other files of a checkpoint.
-
-    Args:
-        weights: the tensors by our names.
-        directory: an empty directory.
-        source: where config, tokenizer and processor files come from.
-        max_shard_size: most bytes of tensors in a file, such as ``500MB``.
-
-    Raises:
-        ValueError: if a tensor is not of the model.
-        OSError: if a file cannot be written.
-    """
-    published = family_of(source).names.to_published(weights)
-    _copy_companions(source, directory)
-    _state_dtype(directory / "config.json", {tensor.dtype for tensor in weights.values()})
-    write_shards(published, directory, max_shard_size)
-
-
-def _trained_in_full(
-    weights: Mapping[str, torch.Tensor], stored: Mapping[str, Stored]
-) -> list[str]:
-    """Names of the weights of those parts that were trained themselves, not by adapters alone.
-
-    Recipes do not tell. But adapters, merged or not, and NF4 change matrices only: a part whose
-    biases or normalisations are not those to start from was trained in full.
-    """
-    vectors = {n: place for n, place in stored.items() if n in weights and len(place.shape) == 1}
-    changed = {
-        part_of(name)
-        for name, before in read_tensors(vectors).items()
-        if not torch.equal(before.to(weights[name].dtype), weights[name].cpu())
-    }
-    return [name for name in weights if part_of(name) in changed]
+def _pending(recipe_state: Path) -> Path:
+    """Where the state of the recipe waits until the weights beside it are in place."""
+    return recipe_state.with_name(f"{recipe_state.name}.next")
 
 
 def _newest_pair(output_dir: Path, recipe_state: Path) -> tuple[Path, Path]:
@@ -305,16 +264,24 @@ def _newest_pair(output_dir: Path, recipe_state: Path) -> tuple[Path, Path]:
     )
 
 
-def _pending(recipe_state: Path) -> Path:
-    """Where the state of the recipe waits until the weights beside it are in place."""
-    return recipe_state.with_name(f"{recipe_state.name}.next")
+def write_weights(
+    weights: Mapping[str, torch.Tensor],
+    directory: Path,
+    source: Path,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write weights in the published layout into an empty directory.
 
-
-def _copy_companions(source: Path, target: Path) -> None:
+    Config, tokenizer and processor files come from another checkpoint, ``source``. Raises
+    ``ValueError`` if a tensor is not of the model, and ``OSError`` if a file cannot be written.
+    """
+    published = family_of(source).names.to_published(weights)
     for path in source.iterdir():
         if path.suffix in _COMPANION_SUFFIXES and path.name not in _OWN and path.is_file():
-            with new_file(target / path.name) as partial:
+            with new_file(directory / path.name) as partial:
                 shutil.copyfile(path, partial)
+    _state_dtype(directory / "config.json", {tensor.dtype for tensor in weights.values()})
+    write_shards(published, directory, max_shard_size)
 
 
 def _state_dtype(path: Path, dtypes: set[torch.dtype]) -> None:

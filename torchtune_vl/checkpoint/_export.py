@@ -1,7 +1,6 @@
 """Checkpoints and adapters written anew: merged, in another dtype, in files of another size."""
 
 import logging
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -47,14 +46,11 @@ def merge(
     weights = load_weights(base, weight_files(base))
     adapter = fit_adapter(load_adapter(adapter_dir), weights, adapter_dir)
     if adapter.base and Path(adapter.base).name != base.resolve().name:
-        log.warning(
-            "The adapter of %s was trained on %s: see that %s has the same weights",
-            adapter_dir,
-            adapter.base,
-            base,
-        )
-    merged = merge_adapter(weights, adapter, dtype)
-    _write_checkpoint(merged, base, output, dtype, max_shard_size)
+        told = "The adapter of %s was trained on %s: see that %s has the same weights"
+        log.warning(told, adapter_dir, adapter.base, base)
+    with _new_output(output) as partial:
+        write_weights(merge_adapter(weights, adapter, dtype), partial, base, max_shard_size)
+        write_manifest(partial)
 
 
 def export(
@@ -75,27 +71,15 @@ def export(
         ValueError: if the source is damaged, or neither of both.
         OSError: if a file cannot be written, or the output exists.
     """
-    if not (source / CONFIG).is_file():
-        weights = load_weights(source, weight_files(source))
-        _write_checkpoint(weights, source, output, dtype, max_shard_size)
-        return
-    adapter = load_adapter(source)
-    tensors = {name: tensor.to(dtype) for name, tensor in adapter.tensors.items()}
+    adapter = load_adapter(source) if (source / CONFIG).is_file() else None
+    weights = adapter.tensors if adapter else load_weights(source, weight_files(source))
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     with _new_output(output) as partial:
-        save_adapter(adapter._replace(tensors=tensors), partial)
-
-
-def _write_checkpoint(
-    weights: Mapping[str, torch.Tensor],
-    source: Path,
-    output: Path,
-    dtype: torch.dtype | None,
-    max_shard_size: str,
-) -> None:
-    converted = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    with _new_output(output) as partial:
-        write_weights(converted, partial, source, max_shard_size)
-        write_manifest(partial)
+        if adapter:
+            save_adapter(adapter._replace(tensors=weights), partial)
+        else:
+            write_weights(weights, partial, source, max_shard_size)
+            write_manifest(partial)
 
 
 def _new_output(output: Path) -> AbstractContextManager[Path]:

@@ -14,15 +14,10 @@ _LOW_BIT = "torchao.optim."
 
 
 def save_tree(tree: Any, path: Path) -> None:
-    """Write nested dicts, lists and tuples of tensors and plain values.
+    """Write nested dicts, lists and tuples of tensors and of plain values that JSON can hold.
 
-    Args:
-        tree: the state; keys are str or int, plain values what JSON can hold. Tensors of torchao's
-            low-bit optimizers are taken to pieces.
-        path: the file.
-
-    Raises:
-        TypeError: if a value is of another kind.
+    Keys are str or int. Tensors of torchao's low-bit optimizers are taken to pieces. Raises
+    ``TypeError`` if a value is of another kind.
     """
     tensors: dict[str, torch.Tensor] = {}
     skeleton = json.dumps(_encode(tree, tensors))
@@ -30,14 +25,7 @@ def save_tree(tree: Any, path: Path) -> None:
 
 
 def load_tree(path: Path) -> Any:
-    """Read what :func:`save_tree` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The state.
-    """
+    """Read what :func:`save_tree` wrote."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _decode(json.loads(file.metadata()[_KEY]), tensors)
@@ -71,8 +59,9 @@ def _decode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return tensors[content]
     if kind == "dict":
         return {key: _decode(value, tensors) for key, value in content}
-    if kind == "list":
-        return [_decode(value, tensors) for value in content]
+    if kind in ("list", "tuple"):
+        values = [_decode(value, tensors) for value in content]
+        return values if kind == "list" else tuple(values)
     if kind == "dtype":
         return getattr(torch, content)
     if kind == "low_bit":
@@ -80,6 +69,4 @@ def _decode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
         if not module.startswith(_LOW_BIT):  # imports nothing that a file names but these
             raise ValueError(f"{module}.{name} is no tensor of a low-bit optimizer")
         return getattr(import_module(module), name).__tensor_unflatten__(pieces, context)
-    if kind == "tuple":
-        return tuple(_decode(value, tensors) for value in content)
     return content

@@ -24,21 +24,12 @@ _EPOCH = re.compile(r"epoch_(\d+)")
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Write a file beside its place, and move it there when it is on the disk.
+    """Yield a path beside a file's to write to, and move it there when it is on the disk.
 
     What is at the place stays until then, and goes on to exist for whoever has it mapped: nothing
-    is ever written over.
-
-    Args:
-        path: the place.
-
-    Yields:
-        The path to write to.
-
-    Raises:
-        OSError: if the file cannot be written; there is no rest of it then.
+    is ever written over. If writing fails there is no rest of it.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _beside(path, ".partial")
     try:
         partial.touch()
         usual_mode = partial.stat().st_mode
@@ -54,39 +45,22 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file as :func:`new_file` does.
-
-    Args:
-        path: the file.
-        content: what JSON can hold.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+    """Write a JSON file as :func:`new_file` does."""
     with new_file(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """Write a directory, ``epoch_N``, as ``epoch_N.partial``, and rename it when it is on the disk.
+    """Yield a directory, ``epoch_N.partial``, and name it ``epoch_N`` when it is on the disk.
 
     An older directory of this name is ``epoch_N.old`` between two renames, where :func:`survivor`
     finds it after a crash. What crashes left of it, and of an epoch all others beside it, is put
     right before and after. A lock keeps this from what another process is writing: one writes
-    epochs into a directory at a time.
-
-    Args:
-        target: the place.
-
-    Yields:
-        The directory to write to.
-
-    Raises:
-        OSError: if something cannot be written, or another process is writing there; all is as
-            before then.
+    epochs into a directory at a time. Raises ``OSError`` if something cannot be written, or another
+    process is writing there; all is as before then.
     """
-    partial = target.with_name(f"{target.name}.partial")
+    partial = _beside(target, ".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
@@ -95,7 +69,7 @@ def new_directory(target: Path) -> Iterator[Path]:
             try:
                 yield partial
                 if target.exists():
-                    target.rename(_old(target))
+                    target.rename(_beside(target, ".old"))
                 partial.rename(target)
                 flush(target.parent)
             finally:
@@ -108,63 +82,35 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def survivor(target: Path) -> Path:
-    """Where a directory is, though a crash came while it was replaced.
-
-    Args:
-        target: its place.
-
-    Returns:
-        ``target``, or ``{target}.old`` if only that is there.
-    """
-    old = _old(target)
+    """Return where a directory is: ``{target}.old`` if a crash came while it was replaced."""
+    old = _beside(target, ".old")
     return old if old.is_dir() and not target.exists() else target
 
 
 def epochs(output_dir: Path) -> list[Path]:
-    """All complete ``epoch_N``.
-
-    Args:
-        output_dir: where they lie.
-
-    Returns:
-        The directories, from the highest number down.
-    """
+    """List all complete ``epoch_N``, from the highest number down."""
     matches = [re.fullmatch(r"epoch_(\d+)(\.old)?", path.name) for path in output_dir.glob("*")]
     numbers = {int(match[1]) for match in matches if match}
     return [survivor(output_dir / f"epoch_{number}") for number in sorted(numbers, reverse=True)]
 
 
 def write_manifest(directory: Path, recipe_state: Path | None = None) -> None:
-    """Write ``checksums.json``: size in bytes and checksum of each file.
+    """Write ``checksums.json``: size in bytes and checksum of each file in a directory.
 
-    Args:
-        directory: has all its other files, also in directories of its own.
-        recipe_state: file elsewhere that belongs to this directory, see :func:`belongs`.
-
-    Raises:
-        OSError: if the file cannot be written.
+    ``recipe_state`` is a file elsewhere that belongs to it, see :func:`belongs`.
     """
     own = directory / MANIFEST
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != own)
+    names = [path.relative_to(directory).as_posix() for path in paths]
     with ThreadPoolExecutor() as pool:
-        entries = pool.map(_entry, paths)
-        names = [path.relative_to(directory).as_posix() for path in paths]
-        manifest = {"files": dict(zip(names, entries, strict=True))}
+        manifest = {"files": dict(zip(names, pool.map(_entry, paths), strict=True))}
     if recipe_state:
         manifest[_RECIPE_STATE] = _entry(recipe_state)
     write_json(own, manifest)
 
 
 def check_manifest(directory: Path) -> None:
-    """Compare the files of a directory with its ``checksums.json``, if it has one.
-
-    Args:
-        directory: as :func:`write_manifest` left it, or as published, without that file.
-
-    Raises:
-        ValueError: if files are missing, or of another size or checksum; it names all of them. If
-            the list has files of other directories.
-    """
+    """Raise ``ValueError`` with all :func:`damages` of a directory, if it has any."""
     problems = damages(directory)
     if problems:
         raise ValueError(
@@ -176,15 +122,9 @@ def check_manifest(directory: Path) -> None:
 def damages(directory: Path, required: Iterable[str] = ()) -> list[str]:
     """Compare the files of a directory with its ``checksums.json``, if it has one.
 
-    Args:
-        directory: the directory.
-        required: names of files that ``checksums.json`` must have.
-
-    Returns:
-        What is wrong, a sentence for each file.
-
-    Raises:
-        ValueError: if ``checksums.json`` itself is damaged, or has files of other directories.
+    Returns a sentence for each file that is missing or has another size or checksum, and for each
+    of the ``required`` names that are not listed. Raises ``ValueError`` if ``checksums.json``
+    itself is damaged, or lists files of other directories.
     """
     files = _manifest(directory).part("files")
     for name in files.content:
@@ -197,32 +137,16 @@ def damages(directory: Path, required: Iterable[str] = ()) -> list[str]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name that a file lists is that of something in the file's own directory.
+    """Tell whether a listed name is a relative path that nowhere leads up.
 
-    Args:
-        name: a relative path, perhaps. Where symbolic links lead is not looked at: downloads from
-            the hub consist of them.
-
-    Returns:
-        Whether it is relative, not empty and nowhere leads up.
+    Where symbolic links lead is not looked at: downloads from the hub consist of them.
     """
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def belongs(recipe_state: Path, directory: Path) -> bool:
-    """Whether a file was named as state of the recipe when a directory was written.
-
-    Args:
-        recipe_state: the file.
-        directory: the directory.
-
-    Returns:
-        Whether size and checksum are those in the directory's ``checksums.json``.
-
-    Raises:
-        ValueError: if ``checksums.json`` is damaged.
-    """
+    """Tell whether a file is what ``recipe_state`` was when a directory's list was written."""
     manifest = _manifest(directory)
     return _RECIPE_STATE in manifest and not _damage(recipe_state, manifest.part(_RECIPE_STATE))
 
@@ -254,17 +178,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def checksum(path: Path) -> str:
-    """Compute the checksum of a file's content.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        XXH3 of 128 bits, in hexadecimal digits.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
+    """Compute XXH3 of 128 bits of a file's content, in hexadecimal digits."""
     # XXH3, which comes with torchtune's datasets, reads 10 GB/s here: five times as fast as CRC-32
     # and ten times as SHA-256, which would take longer than loading itself. It finds damage, and
     # is no protection against forgery, which a list in the same directory could not be anyway.
@@ -276,14 +190,7 @@ def checksum(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk.
-
-    Args:
-        path: of the file or the directory.
-
-    Raises:
-        OSError: if it cannot be opened or written.
-    """
+    """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -291,8 +198,8 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _old(target: Path) -> Path:
-    return target.with_name(f"{target.name}.old")
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 @contextmanager
@@ -317,17 +224,16 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 def _tidy(target: Path) -> None:
-    """Put right what a crash left: what was being replaced comes back, all else goes.
+    """Put right what crashes left of a directory, and of all epochs if it is one.
 
-    Of a directory that was being written, or of all epochs if it is one.
+    What was being replaced comes back, all else goes.
     """
     names = {target.name}
     if _EPOCH.fullmatch(target.name):
         names |= {p.stem for p in target.parent.glob("epoch_*.*") if _EPOCH.fullmatch(p.stem)}
     for place in (target.with_name(name) for name in names):
-        partial = place.with_name(f"{place.name}.partial")
+        partial, old = _beside(place, ".partial"), _beside(place, ".old")
         shutil.rmtree(partial, ignore_errors=True)
-        old = _old(place)
         if old.is_dir() and place.exists():
             # Half of an old directory must not look like a whole one
             shutil.rmtree(old.rename(partial), ignore_errors=True)

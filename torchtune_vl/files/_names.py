@@ -49,19 +49,16 @@ class TensorNames:
         self, family: str, encoder: Mapping[str, str], without_bias: frozenset[str] = frozenset()
     ) -> None:
         self.family = family
-        modules = {
-            **{theirs: (ours, theirs.endswith(_WITH_BIAS)) for theirs, ours in _DECODER.items()},
-            **{
-                f"visual.{theirs}": (f"encoders.vision.{ours}", theirs not in without_bias)
-                for theirs, ours in encoder.items()
-            },
-        }
-        self._ours = {
-            f"{theirs}.{kind}": f"{ours}.{kind}"
-            for theirs, (ours, has_bias) in modules.items()
-            for kind in ("weight", "bias")[: 1 + has_bias]
-        }
+        self._ours: dict[str, str] = {}
+        for theirs, ours in _DECODER.items():
+            self._add(theirs, ours, theirs.endswith(_WITH_BIAS))
+        for theirs, ours in encoder.items():
+            self._add(f"visual.{theirs}", f"encoders.vision.{ours}", theirs not in without_bias)
         self._published = {ours: theirs for theirs, ours in self._ours.items()}
+
+    def _add(self, theirs: str, ours: str, has_bias: bool) -> None:
+        for kind in ("weight", "bias") if has_bias else ("weight",):
+            self._ours[f"{theirs}.{kind}"] = f"{ours}.{kind}"
 
     def from_published(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename the tensors of a published checkpoint to the names of our model.
@@ -88,22 +85,19 @@ class TensorNames:
 
     def _peft_name(self, name: str) -> str | None:
         layer, suffix = _split(name, _PEFT_FROM_OURS)
-        published = _translate(f"{layer}.weight" if suffix else layer, self._published)
+        published = _translate(layer, self._published)
         if published is None:
             return None
-        in_memory = re.sub(r"^(?=visual\.)|^model(?=\.)", _in_memory_prefix, published)
-        if not suffix:
-            return f"{_PREFIX_OF_PEFT}{in_memory}"
-        return f"{_PREFIX_OF_PEFT}{in_memory.removesuffix('weight')}{_PEFT_FROM_OURS[suffix]}"
+        in_memory = re.sub(r"^model(?=\.)", "model.language_model", published)
+        in_memory = re.sub(r"^(?=visual\.)", "model.", in_memory)
+        return _PREFIX_OF_PEFT + _joined(in_memory, _PEFT_FROM_OURS.get(suffix))
 
     def _name_from_peft(self, name: str) -> str | None:
         # peft writes the weight of an adapted output layer too, by the name that it has in memory
         in_base = name.removeprefix(_PREFIX_OF_PEFT).replace(".base_layer.", ".")
         layer, suffix = _split(published_name(in_base), _OURS_FROM_PEFT)
-        ours = _translate(f"{layer}.weight" if suffix else layer, self._ours)
-        if ours is None or not suffix:
-            return ours
-        return f"{ours.removesuffix('weight')}{_OURS_FROM_PEFT[suffix]}"
+        ours = _translate(layer, self._ours)
+        return None if ours is None else _joined(ours, _OURS_FROM_PEFT.get(suffix))
 
     def _rename(
         self, state_dict: Mapping[str, T], translate: Callable[[str], str | None]
@@ -121,7 +115,7 @@ class TensorNames:
                 raise ValueError(
                     f"{other} and {name} are two names of one tensor: remove one of both"
                 )
-        return {new: state_dict[name] for name, new in names.items() if new is not None}
+        return {new: state_dict[name] for new, name in first.items()}
 
 
 def published_name(name: str) -> str:
@@ -132,8 +126,8 @@ def published_name(name: str) -> str:
 
 def peft_module(name: str) -> str:
     """Return transformers' name of the module whose tensor has this name in peft's file."""
-    layer, suffix = _split(name.removeprefix(_PREFIX_OF_PEFT), _OURS_FROM_PEFT)
-    return layer if suffix else layer.rpartition(".")[0]
+    tensor, _ = _split(name.removeprefix(_PREFIX_OF_PEFT), _OURS_FROM_PEFT)
+    return tensor.rpartition(".")[0]
 
 
 def _translate(name: str, templates: Mapping[str, str]) -> str | None:
@@ -143,13 +137,13 @@ def _translate(name: str, templates: Mapping[str, str]) -> str | None:
     return templates[template].format(*re.findall(r"\.(?:layers|blocks)\.(\d+)\.", name))
 
 
-def _in_memory_prefix(match: re.Match[str]) -> str:
-    return "model.language_model" if match[0] else "model."
-
-
 def _split(name: str, suffixes: Mapping[str, str]) -> tuple[str, str]:
-    """The adapted layer and what follows it, or a tensor's name and nothing."""
+    """The weight that a tensor adapts and what marks it, or a tensor's own name and nothing."""
     for suffix in suffixes:
         if name.endswith(f".{suffix}"):
-            return name.removesuffix(f".{suffix}"), suffix
+            return f"{name.removesuffix(suffix)}weight", suffix
     return name, ""
+
+
+def _joined(weight: str, suffix: str | None) -> str:
+    return f"{weight.removesuffix('weight')}{suffix}" if suffix else weight

@@ -25,28 +25,22 @@ class Stored(NamedTuple):
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files of weights in a directory: those of the index, or ``model.safetensors``.
+    """List the files of weights in a directory: those of the index, or ``model.safetensors``.
 
-    Args:
-        directory: the directory.
-
-    Returns:
-        The files; those of an index need not exist.
-
-    Raises:
-        ValueError: if there is neither, or the index is damaged.
+    Those of an index need not exist. Raises ``ValueError`` if there is neither, or the index is
+    damaged.
     """
     index = directory / INDEX
     if index.is_file():
         weight_map = read_json_object(index).part("weight_map")
-        names = {tensor: weight_map.text(tensor) for tensor in weight_map.content}
-        for tensor in (tensor for tensor, name in names.items() if not is_inside(name)):
-            raise weight_map.error(
-                tensor, "a file inside of the directory: download the index again"
-            )
+        names = {weight_map.text(tensor) for tensor in weight_map.content}
+        for tensor, name in weight_map.content.items():
+            if not is_inside(name):
+                expected = "a file inside of the directory: download the index again"
+                raise weight_map.error(tensor, expected)
         if not names:
             raise ValueError(f"{index}: weight_map is empty: download the index again")
-        return [directory / name for name in sorted(set(names.values()))]
+        return [directory / name for name in sorted(names)]
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
@@ -57,17 +51,9 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def stored_tensors(files: Sequence[Path], rename: Callable[[str], str] = str) -> dict[str, Stored]:
-    """Find the tensors of safetensors files, without reading their values.
+    """Find the tensors of safetensors files, by new names, without reading their values.
 
-    Args:
-        files: the files.
-        rename: from a tensor's name in a file to the name it goes by.
-
-    Returns:
-        Where each tensor lies, by the name it goes by.
-
-    Raises:
-        ValueError: if a file is missing or damaged, or two tensors go by the same name.
+    Raises ``ValueError`` if a file is missing or damaged, or two tensors get the same name.
     """
     stored: dict[str, Stored] = {}
     for path in files:
@@ -87,35 +73,14 @@ def stored_tensors(files: Sequence[Path], rename: Callable[[str], str] = str) ->
     return stored
 
 
-def read_tensors(
-    stored: Mapping[str, Stored],
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-) -> dict[str, torch.Tensor]:
-    """Read tensors.
-
-    On the CPU and in the dtype of the file they are mapped: they take no memory of their own
-    until they are written to, which does not change the file. Those on another device or of another
-    dtype are made one by one.
-
-    Args:
-        stored: where each tensor lies.
-        dtype: dtype of the result, by default as stored.
-        device: device of the result, by default the CPU.
-
-    Returns:
-        The tensors by the names of ``stored``.
-    """
+def read_tensors(stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
+    """Map tensors on the CPU: they take no memory until they are written to, files stay as is."""
     with ExitStack() as stack:
         files = {
             path: stack.enter_context(safe_open(path, framework="pt"))
             for path in {place.path for place in stored.values()}
         }
-        return {
-            name: files[place.path].get_tensor(place.name).to(device=device, dtype=dtype)
-            for name, place in stored.items()
-        }
+        return {name: files[place.path].get_tensor(place.name) for name, place in stored.items()}
 
 
 def write_shards(
@@ -123,22 +88,19 @@ def write_shards(
 ) -> None:
     """Write tensors to ``model.safetensors``, or to several files and then their index.
 
-    Takes memory for one file at most, if tensors are on another device or not contiguous.
-
-    Args:
-        weights: tensors by name, of any shape, dtype and device.
-        directory: an empty directory.
-        max_shard_size: most bytes of tensors in a file, such as ``500MB``.
-
-    Raises:
-        OSError: if a file cannot be written.
+    A file has at most ``max_shard_size`` bytes of tensors, such as ``500MB``. Takes memory for one
+    file at most, if tensors are on another device or not contiguous.
     """
     plan = split_torch_state_dict_into_shards(dict(weights), max_shard_size=max_shard_size)
     for filename, names in plan.filename_to_tensors.items():
-        with new_file(directory / filename) as partial:
-            shard = {name: weights[name].detach().cpu().contiguous() for name in names}
-            save_file(shard, partial, metadata={"format": "pt"})
-            del shard  # before the next one is made
+        save_tensors({name: weights[name] for name in names}, directory / filename)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(directory / INDEX, index)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a file of tensors as :func:`new_file` does, with the metadata transformers wants."""
+    with new_file(path) as partial:
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_cpu, partial, metadata={"format": "pt"})

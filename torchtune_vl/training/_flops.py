@@ -6,8 +6,7 @@ compute a second time is left out, and so is all that is not a matrix product.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -30,14 +29,7 @@ _PEAK_FLOPS = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Tell what a GPU can compute at most.
-
-    Args:
-        device_name: as ``torch.cuda.get_device_name()`` gives it.
-
-    Returns:
-        Dense bfloat16 operations per second, or None if the device is not known here.
-    """
+    """Return a GPU's dense bfloat16 operations per second at most, or None if it is not known."""
     return next((peak for name, peak in _PEAK_FLOPS if re.search(name, device_name)), None)
 
 
@@ -76,47 +68,33 @@ class FlopCounter:
 
         Args:
             documents: tokens of each document; tokens attend to earlier ones of their own.
-            media: ``encoder_input["vision"]`` of the batch, of which only the lengths of
+            media: ``encoder_input["vision"]`` of the batch, if it has media. Only the lengths of
                 ``windows`` and ``frames`` are read, see
-                :func:`~torchtune_vl.modules.encoder_index`: no device is waited for. None
-                without media.
+                :func:`~torchtune_vl.modules.encoder_index`: no device is waited for.
             num_targets: positions that the output layer is computed for.
-
-        Returns:
-            Floating-point operations.
         """
-        decoder = self._text if media is None else self._text_with_media
-        flops = decoder.token * sum(documents) + decoder.target * num_targets
-        flops += decoder.pair * sum(n * (n + 1) // 2 for n in documents)
+        token, pair, target = self._text if media is None else self._text_with_media
+        flops = token * sum(documents) + target * num_targets
+        flops += pair * sum(n * (n + 1) // 2 for n in documents)
         if media is not None:
-            flops += self._patch * sum(_powers(media["frames"], 1))
-            for kind, pair in self._patch_pair.items():
-                flops += pair * sum(_powers(media[kind], 2))
+            flops += self._patch * sum(map(sum, media["frames"]))
+            for kind, patch_pair in self._patch_pair.items():
+                flops += patch_pair * sum(n**2 for lengths in media[kind] for n in lengths)
         return flops
 
 
-@dataclass(frozen=True)
-class _DecoderFlops:
-    token: int
-    pair: int  # of a query and a key
-    target: int
-
-
-def _decoder_flops(model: Any, carries: bool) -> _DecoderFlops:
+def _decoder_flops(model: Any, carries: bool) -> tuple[int, int, int]:
+    """Operations for each token, for each pair of a query and a key, and for each target."""
     trace = _Trace(carries)
     trace.pass_through(model.decoder.tok_embeddings)
     layers = [trace.layer(layer) for layer in model.decoder.layers]
     trace.pass_through(model.decoder.norm)
     target = trace.linear(model.decoder.output or model.decoder.tok_embeddings)
-    return _DecoderFlops(sum(row for row, _ in layers), sum(pair for _, pair in layers), target)
+    return sum(row for row, _ in layers), sum(pair for _, pair in layers), target
 
 
 class _Trace:
-    """Follows hidden states through the layers, and knows whether they carry gradients.
-
-    Args:
-        carries: whether those that come in do.
-    """
+    """Follows hidden states through the layers, and knows whether they carry gradients."""
 
     def __init__(self, carries: bool) -> None:
         self.carries = carries
@@ -129,8 +107,12 @@ class _Trace:
         self.carries = self.after(module)
 
     def linear(self, *layers: nn.Module) -> int:
-        """Operations per row of layers that have one input."""
-        flops = sum(_linear_flops(layer, self.carries) for layer in layers)
+        """Operations per row of layers that have one input, with adapters of their own weights."""
+        flops = 0
+        for name, weight in nn.ModuleList(layers).named_parameters():
+            if weight.ndim > 1:
+                takes_input_gradient = self.carries or "lora_b" in name  # lora_a, below, is trained
+                flops += 2 * weight.numel() * (1 + takes_input_gradient + weight.requires_grad)
         self.carries = any(self.after(layer) for layer in layers)
         return flops
 
@@ -151,19 +133,5 @@ class _Trace:
         return row, pair
 
 
-def _linear_flops(layer: nn.Module, carries: bool) -> int:
-    """Operations per row of a linear layer with its adapter, which has weights of its own."""
-    flops = 0
-    for name, weight in layer.named_parameters():
-        if weight.ndim > 1:
-            takes_input_gradient = carries or "lora_b" in name  # lora_a, below it, is trained
-            flops += 2 * weight.numel() * (1 + takes_input_gradient + weight.requires_grad)
-    return flops
-
-
 def _in_dim(linear: Any) -> int:
     return linear.weight.shape[1]
-
-
-def _powers(segments: Mapping[tuple[int, ...], Any], power: int) -> Iterable[int]:
-    return (length**power for lengths in segments for length in lengths)

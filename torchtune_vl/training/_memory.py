@@ -26,29 +26,21 @@ _LOGIT_BYTES = 2 + 4 + 4
 
 
 def estimate_memory(config: DictConfig, num_devices: int = 1) -> dict[str, int]:
-    """Compute what training takes on each device, at its peak.
+    """Compute the bytes that the recipe ``finetune`` takes on each device, at its peak, by purpose.
 
-    Not in it are what the allocator loses to fragments, the CUDA context, about 0.5 GB, and
-    buffers of communication. Activations do not shrink with tensor parallelism here.
-
-    Args:
-        config: of the recipe ``finetune``.
-        num_devices: devices that weights, gradients and optimizer are sharded over; NF4 weights
-            are not.
-
-    Returns:
-        Bytes of a device for each purpose.
-
-    Raises:
-        ValueError: if the model cannot be built.
+    Weights, gradients and optimizer are sharded over ``num_devices``; NF4 weights are not. Not in
+    it are what the allocator loses to fragments, the CUDA context, about 0.5 GB, and buffers of
+    communication. Activations do not shrink with tensor parallelism here. Raises ``ValueError`` if
+    the model cannot be built.
     """
     dtype = DTYPES[config.dtype]
     compute_dtype = DTYPES[config.compute_dtype or config.dtype]
     with default_dtype(dtype), torch.device("meta"):
         model = instantiate(config.model)
     trained = [p for p in model.parameters() if p.requires_grad]
+    plain = _plain(model)
     states = {
-        "weights": sum(map(num_bytes, _plain(model))),
+        "weights": sum(map(num_bytes, plain)),
         "gradients": sum(map(num_bytes, trained)),
         "optimizer": sum(
             _optimizer_bytes(config.optimizer, d) * sum(p.numel() for p in trained if p.dtype == d)
@@ -58,16 +50,15 @@ def estimate_memory(config: DictConfig, num_devices: int = 1) -> dict[str, int]:
     on_device = 0 if config.parallel.cpu_offload else 1 / num_devices
     memory = {name: round(size * on_device) for name, size in states.items()}
     # Quantized weights are not sharded
-    memory["weights"] += sum(map(num_bytes, {*model.parameters()} - {*_plain(model)}))
+    memory["weights"] += sum(map(num_bytes, {*model.parameters()} - {*plain}))
     is_sharded = num_devices > config.parallel.tensor or config.parallel.cpu_offload
     if is_sharded or dtypes_of(model) != {compute_dtype}:
         memory["gathered layers"] = _gathered_bytes(model, compute_dtype)
     tokens, patches = _row_size(config, model)
     with default_dtype(compute_dtype):
         memory |= _activation_bytes(config, model, tokens, patches)
-    memory["logits"] = (
-        min(CHUNK, tokens) * model.decoder.tok_embeddings.num_embeddings * _LOGIT_BYTES
-    )
+    vocabulary = model.decoder.tok_embeddings.num_embeddings
+    memory["logits"] = min(CHUNK, tokens) * vocabulary * _LOGIT_BYTES
     return memory
 
 
@@ -118,12 +109,10 @@ def _activation_bytes(config: DictConfig, model: Any, tokens: int, patches: int)
         segments = Segments.of([patches])  # how they are cut makes no difference
         vision = _kept_bytes(layer, x_NE, segments=segments, rope=rope)
         merger = _kept_bytes(encoder.merger, x_NE)
-
         layer = decoder.layers[0]
         h = torch.empty(1, tokens, model.decoder.tok_embeddings.embedding_dim, requires_grad=True)
         rope = torch.empty(1, tokens, 2, layer.attn.head_dim // 2, dtype=torch.float32)
         text = _kept_bytes(layer, h, mask=None, rope=rope)
-
     # How much of the layers is computed anew
     share = {"none": 0.0, "selective": 0.5, "full": 1.0}[config.activation_checkpointing]
 

@@ -12,16 +12,11 @@ from torch.distributed.tensor import DTensor
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Any]:
-    """List what an optimizer keeps of its parameters, but for their learning rates.
+    """List what an optimizer keeps of its parameters, given by name, but for learning rates.
 
-    Args:
-        optimizer: the optimizer.
-        parameters: its parameters by name.
-
-    Returns:
-        From ``{parameter}.{key}`` to tensors or plain values, those of the optimizer itself.
-        Tensors of low-bit optimizers are taken to pieces, ``{parameter}.{key}.{piece}.{place}``,
-        whose layout depends on how many processes there are.
+    Returns tensors or plain values, those of the optimizer itself, by ``{parameter}.{key}``.
+    Tensors of low-bit optimizers are taken to pieces, ``{parameter}.{key}.{piece}.{place}``, whose
+    layout depends on how many processes there are.
     """
     return {
         name: tensor
@@ -44,11 +39,7 @@ def _pieces(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 @torch.no_grad()
 def initialize(optimizer: torch.optim.Optimizer) -> None:
-    """Make an optimizer's state, as it is after a step that changes nothing.
-
-    Args:
-        optimizer: has taken no step.
-    """
+    """Make the state of an optimizer that took no step, as after one that changes nothing."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = torch.zeros_like(rate) if isinstance(rate, torch.Tensor) else 0.0
@@ -61,19 +52,13 @@ def initialize(optimizer: torch.optim.Optimizer) -> None:
 
 
 def fit(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    saved: set[str],
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: set[str]
 ) -> None:
     """Drop the state of parameters that have none in a checkpoint, since they had no gradient yet.
 
-    Args:
-        optimizer: has a state of all parameters, see :func:`initialize`.
-        parameters: its parameters by name.
-        saved: the names of :func:`optimizer_state` that the checkpoint has.
-
-    Raises:
-        ValueError: if the checkpoint has low-bit values of another number of processes.
+    The optimizer has a state of all of them, see :func:`initialize`; ``saved`` are the names of
+    :func:`optimizer_state` that the checkpoint has. Raises ``ValueError`` if it has low-bit values
+    of another number of processes.
     """
     for name, p in parameters.items():
         missing = optimizer_state(optimizer, {name: p}).keys() - saved
@@ -92,13 +77,7 @@ def set_plain_values(
     parameters: Mapping[str, nn.Parameter],
     loaded: Mapping[str, Any],
 ) -> None:
-    """Give an optimizer the values of its state that are no tensors, which loading fills in place.
-
-    Args:
-        optimizer: has a state.
-        parameters: its parameters by name.
-        loaded: what :func:`optimizer_state` returned, and loading filled.
-    """
+    """Take what of a loaded :func:`optimizer_state` is no tensor, which loading fills in place."""
     for name, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():
             if not isinstance(value, torch.Tensor):

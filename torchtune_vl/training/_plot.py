@@ -13,26 +13,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 def plot_losses(
     losses: Sequence[float], validation_losses: Sequence[tuple[int, float]], path: Path
 ) -> None:
-    """Draw the loss of each step, a smoothed line, and the validation losses.
-
-    Args:
-        losses: loss of each step, from the first.
-        validation_losses: (step, loss) pairs.
-        path: PNG file to write.
-    """
+    """Draw a PNG file of the loss of each step, smoothed too, and (step, validation loss) pairs."""
     draw_losses(losses, validation_losses).savefig(path, dpi=120)
 
 
 def draw_losses(losses: Sequence[float], validation_losses: Sequence[tuple[int, float]]) -> Figure:
-    """Draw what :func:`plot_losses` writes.
-
-    Args:
-        losses: loss of each step, from the first.
-        validation_losses: (step, loss) pairs.
-
-    Returns:
-        The figure.
-    """
+    """Draw what :func:`plot_losses` writes."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps = range(1, len(losses) + 1)
@@ -65,17 +51,7 @@ def _plain(value: float, _position: float) -> str:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Average over neighbours.
-
-    Args:
-        losses: loss of each step.
-
-    Returns:
-        For each step the mean over the steps around it, as many on both sides but at the ends,
-        about the square root of all.
-    """
+    """Average over neighbours: as many on both sides but at the ends, about the root of all."""
     radius = isqrt(len(losses)) // 2
-    return [
-        float(np.mean(losses[max(0, step - radius) : step + radius + 1]))
-        for step in range(len(losses))
-    ]
+    windows = (losses[max(0, i - radius) : i + radius + 1] for i in range(len(losses)))
+    return [float(np.mean(window)) for window in windows]

@@ -9,13 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from torchtune_vl.files._directory import (
-    damages,
-    flush,
-    new_file,
-    write_json,
-    write_manifest,
-)
+from torchtune_vl.files._directory import damages, flush, new_file, write_json, write_manifest
 
 _PROGRESS = "progress.json"
 _NAME = re.compile(r"step_(0|[1-9][0-9]*)")
@@ -25,12 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class SavedStep(NamedTuple):
-    """A step that is whole.
-
-    Args:
-        directory: of the step.
-        progress: what :meth:`Steps.begin` was given.
-    """
+    """A step that is whole; its progress is what :meth:`Steps.begin` was given."""
 
     directory: Path
     progress: dict[str, Any]
@@ -58,7 +47,7 @@ class Steps:
 
     def newest(self) -> Path | None:
         """Return the directory of the last step that was saved, or None."""
-        return max(self._complete(), key=_number, default=None)
+        return next(reversed(self._complete()), None)
 
     def path(self, step: int) -> Path:
         """Return the directory of a step that was saved."""
@@ -69,37 +58,21 @@ class Steps:
         return self.directory / f"step_{step}.partial"
 
     def read(self, step: int) -> SavedStep:
-        """Compare a step with its checksums.
-
-        Args:
-            step: its number.
-
-        Returns:
-            The step.
-
-        Raises:
-            ValueError: if it is not as it was written; it says what is wrong.
-        """
+        """Return a step, or raise ``ValueError`` with all in which it is not as it was written."""
         directory = self.path(step)
         problems = damages(directory, required=(_PROGRESS, ".metadata"))
         if problems:
             raise ValueError("; ".join(problems))
-        return SavedStep(directory, self._progress(directory))
+        return SavedStep(directory, _progress(directory))
 
     def newest_whole(self) -> SavedStep | None:
-        """Find the newest step that is as it was written.
+        """Return the newest step that is as it was written, or None if none was saved.
 
         Newer ones, which are damaged, are renamed to ``step_N.damaged``, since this number comes
-        again.
-
-        Returns:
-            The step, or None if none was saved.
-
-        Raises:
-            ValueError: if all of them are damaged.
+        again. Raises ``ValueError`` if all of them are damaged.
         """
         reasons: dict[Path, str] = {}
-        for directory in sorted(self._complete(), key=_number, reverse=True):
+        for directory in reversed(self._complete()):
             try:
                 step = self.read(_number(directory))
             except (ValueError, OSError) as error:
@@ -126,16 +99,9 @@ class Steps:
         return None
 
     def begin(self, step: int, progress: dict[str, Any]) -> None:
-        """Make the directory that a step is written to.
+        """Make the directory that a step is written to, and write its progress as JSON.
 
-        Args:
-            step: its number.
-            progress: values that JSON can hold, which are written first;
-                ``progress["best"]["step"]`` is the number of a step to keep as long as this one,
-                or None.
-
-        Raises:
-            OSError: if it cannot be written.
+        ``progress["best"]["step"]`` is the number of a step to keep as long as this one, or None.
         """
         partial = self.partial(step)
         _remove(partial)
@@ -145,61 +111,36 @@ class Steps:
     def finish(self, step: int) -> None:
         """Give a step that is on the disk its checksums and its name, and remove older ones.
 
-        Args:
-            step: its number.
-
-        Raises:
-            OSError: if it cannot be written or renamed. That an older one cannot be removed is a
-                warning.
+        Raises ``OSError`` if it cannot be written or renamed. That an older one cannot be removed
+        is a warning.
         """
         partial = self.partial(step)
         write_manifest(partial)
         flush(partial)
         partial.rename(self.path(step))
         flush(self.directory)
-        complete = sorted(self._complete(), key=_number)
+        complete = self._complete()
         kept = {_number(path) for path in complete[-self.keep_last :]}
-        kept.update(*(self._best(self.path(number)) for number in kept))
+        kept.update(*(_best(self.path(number)) for number in kept))
         for old in complete:
             if _number(old) not in kept:
                 _remove(old)
 
     def discard(self, step: int) -> None:
-        """Remove what was written of a step that cannot be saved.
-
-        Args:
-            step: its number.
-        """
+        """Remove what was written of a step that cannot be saved."""
         _remove(self.partial(step))
 
     def _complete(self) -> list[Path]:
-        return [
-            path
-            for path in self.directory.glob("step_*")
-            if _NAME.fullmatch(path.name) and path.is_dir()
-        ]
-
-    def _progress(self, directory: Path) -> dict[str, Any]:
-        return dict(json.loads((directory / _PROGRESS).read_text(encoding="utf-8")))
-
-    def _best(self, directory: Path) -> set[int]:
-        try:
-            return {self._progress(directory)["best"]["step"]}
-        except (OSError, ValueError, LookupError, TypeError):  # damaged: found when resuming
-            return set()
+        paths = self.directory.glob("step_*")
+        steps = (path for path in paths if _NAME.fullmatch(path.name) and path.is_dir())
+        return sorted(steps, key=_number)
 
 
 def lock(directory: Path) -> TextIO:
-    """Keep other processes from writing to a directory for as long as this one lives.
+    """Keep other processes from writing to a directory, which is made, while this one lives.
 
-    Args:
-        directory: the directory; made if it is not there.
-
-    Returns:
-        An open file, which holds the lock until it is closed.
-
-    Raises:
-        ValueError: if another process holds it.
+    Returns an open file, which holds the lock until it is closed. Raises ``ValueError`` if another
+    process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     file = (directory / ".lock").open("a", encoding="utf-8")
@@ -220,15 +161,7 @@ def lock(directory: Path) -> TextIO:
 
 
 def drop_steps_after(step: int, path: Path) -> None:
-    """Drop the lines of later steps, which come again, and torn ones.
-
-    Args:
-        step: the last to keep.
-        path: JSON Lines with a ``step`` each.
-
-    Raises:
-        OSError: if the file cannot be written; it is as before then.
-    """
+    """Drop lines of later steps, which come again, and torn ones from JSON Lines with ``step``s."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     with new_file(path) as partial:
         kept = "".join(line for line in lines if _step_of(line) <= step)
@@ -240,6 +173,17 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, LookupError):
         return math.inf
+
+
+def _progress(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / _PROGRESS).read_text(encoding="utf-8")))
+
+
+def _best(directory: Path) -> set[int]:
+    try:
+        return {_progress(directory)["best"]["step"]}
+    except (OSError, ValueError, LookupError, TypeError):  # damaged: found when resuming
+        return set()
 
 
 def _remove(directory: Path) -> None:
