@@ -158,6 +158,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "A alone": ({}, {"lora_b.weight": None}, "without .*lora_b"),
     "B alone": ({}, {"lora_a.weight": None}, "without .*lora_a"),
     "empty": ({}, {"lora_a.weight": torch.empty(0)}, "is empty, with shapes .*gather it, and save"),
+    "a vector": ({}, {"lora_b.weight": torch.ones(256)}, "is empty, with shapes"),
     "matrices of two ranks": ({}, {"lora_a.weight": torch.ones(3, 256)}, "r is 4, but"),
     "NaN": ({}, {"lora_b.weight": torch.full((256, 4), torch.nan)}, "lora_B.weight is not finite"),
     "list": ({"modules_to_save": "x"}, {}, "modules_to_save is 'x', expected a list"),

@@ -31,8 +31,8 @@ from torchtune_vl.checkpoint._adapters import (
     load_adapter,
     merge_adapter,
     save_adapter,
+    targeted_modules,
 )
-from torchtune_vl.checkpoint._peft_targets import targeted_modules
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.files._json import read_json_object
 from torchtune_vl.models._families import family_of
@@ -414,6 +414,9 @@ def test_weights_of_another_base(bases: dict[str, Path], tmp_path: Path) -> None
     # Loaded in another dtype it is the same base
     reference(bases[UNTIED]).bfloat16().save_pretrained(tmp_path / "half")
     merge(tmp_path / "half", tmp_path / "peft", tmp_path / "merged")
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
+    merge(bases[UNTIED], tmp_path / "peft", tmp_path / "merged_from_half")
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Published checkpoints: in, and out again, with adapters in peft's files or merged."""
 
-from torchtune_vl.checkpoint._checkpointer import HubCheckpointer
-from torchtune_vl.checkpoint._export import export, merge
+from torchtune_vl.checkpoint._checkpointer import HubCheckpointer, export, merge
 
 __all__ = ["HubCheckpointer", "export", "merge"]

@@ -1,5 +1,6 @@
 """Adapters in peft's files, and merged into the weights that they adapt."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -9,7 +10,6 @@ import torch
 from torch import nn
 
 from torchtune_vl._torchtune import LoRALinear
-from torchtune_vl.checkpoint._peft_targets import strings, targeted_modules
 from torchtune_vl.files._directory import check_manifest, write_json, write_manifest
 from torchtune_vl.files._json import JsonObject, read_json_object
 from torchtune_vl.files._names import TensorNames, peft_module
@@ -87,7 +87,7 @@ def load_adapter(directory: Path) -> Adapter:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{directory / WEIGHTS}: {stored[name].name} is not finite")
-    in_full = [f".{module}." for module in strings(config, "modules_to_save")]
+    in_full = [f".{module}." for module in _strings(config, "modules_to_save")]
     copies = {}
     for name, place in stored.items():
         module = f".{peft_module(place.name)}."
@@ -245,6 +245,65 @@ def _refuse_missing_layers(
             f"{directory}: by its {CONFIG} it adapts {_listed(missing)}, but {WEIGHTS} has nothing "
             "of these: save it again, or state in target_modules what it adapts"
         )
+
+
+def targeted_modules(config: JsonObject, modules: Iterable[str]) -> list[str]:
+    """Tell which linear layers of transformers' model peft adapts.
+
+    They are what ``target_modules``, ``exclude_modules``, ``modules_to_save``,
+    ``layers_to_transform`` and ``layers_pattern`` say together. Raises ``ValueError`` if one of
+    these keys has a value that says nothing.
+    """
+    targets, excluded = _patterns(config, "target_modules"), _patterns(config, "exclude_modules")
+    in_full = _strings(config, "modules_to_save")
+    numbers = _layers(config)
+    found = [m for m in modules if _is_named(m, targets) and not _is_named(m, excluded)]
+    found = [m for m in found if not any(f".{name}." in f".{m}." for name in in_full)]
+    if isinstance(targets, str) or not numbers:
+        return found
+    before = _patterns(config, "layers_pattern")
+    before = [before] if isinstance(before, str) else before
+    any_of = "|".join(f"(?:{name})" for name in before) or r"[^.]*"
+    number = re.compile(rf"(?:.*?\.)?(?:{any_of})\.(?P<number>\d+)\.")
+    return [
+        m
+        for m in found
+        if m in targets or ((layer := number.match(m)) and int(layer["number"]) in numbers)
+    ]
+
+
+def _strings(config: JsonObject, key: str) -> list[str]:
+    """Return a list of strings, empty where there is none."""
+    items = config.each(key) if key in config else None
+    return [items.text(place) for place in items.content] if items else []
+
+
+def _patterns(config: JsonObject, key: str) -> str | list[str]:
+    """A regular expression, or names."""
+    value = config.content.get(key)
+    if not isinstance(value, str):
+        return _strings(config, key)
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise config.error(key, f"a regular expression ({error})") from None
+    return value
+
+
+def _layers(config: JsonObject) -> list[int]:
+    key = "layers_to_transform"
+    if key not in config:
+        return []
+    if isinstance(config.content[key], int):
+        return [config.whole(key, 0)]
+    layers = config.each(key)
+    return [layers.whole(place, 0) for place in layers.content]
+
+
+def _is_named(module: str, names: str | list[str]) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in names)
 
 
 def check_continues(

@@ -1,8 +1,9 @@
-"""Checkpoints in the published layout: in, and out again."""
+"""Checkpoints in the published layout: in, and out again; merged, in another dtype or cut."""
 
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torchtune_vl.checkpoint._adapters import (
     Adapter,
     fit_adapter,
     load_adapter,
+    merge_adapter,
     save_adapter,
 )
 from torchtune_vl.checkpoint._tree_file import load_tree, save_tree
@@ -57,10 +59,10 @@ class HubCheckpointer:
 
     Reads one safetensors file or several with an index, with the published names of tensors or
     those that transformers >= 4.52 has in memory, and a flat or nested ``config.json``. Writes
-    ``{output_dir}/epoch_{n}``: weights with the published names, in files of at most 5 GB, and
-    config, tokenizer and processor files beside them, so that transformers, vLLM and SGLang load
-    the directory as it is, and ``checksums.json``, which loading compares with the files. A crash
-    at any moment leaves the directory complete, as it was before, or not there.
+    ``{output_dir}/epoch_{n}`` as transformers, vLLM and SGLang load it: weights with the published
+    names, in files of at most 5 GB, config, tokenizer and processor files, and ``checksums.json``,
+    which loading compares with the files. A crash at any moment leaves the directory complete, as
+    it was before, or not there.
 
     With recipes for adapters these are in ``{output_dir}/epoch_{n}/adapter`` too, as peft writes
     them, and weights are merged. Resuming takes the weights of ``checkpoint_dir`` and the adapter.
@@ -70,9 +72,9 @@ class HubCheckpointer:
         output_dir: directory to write into; not the same.
         checkpoint_files: names of the files of weights in ``checkpoint_dir``; by default those of
             the index, or ``model.safetensors``.
-        adapter_dir: directory of an adapter, of ours or of peft, to go on training from. Its rank
-            and alpha must be those of the model. To train anything else on top of it, merge it
-            first: ``tune-vl merge``.
+        adapter_dir: directory of an adapter, of ours or of peft, to go on training from, with the
+            rank and alpha of the model. To train anything else on top of it, merge it first:
+            ``tune-vl merge``.
         model_type: ignored; stock configs state it.
         recipe_checkpoint: file with the state of the recipe, by default
             ``{output_dir}/recipe_state/recipe_state.safetensors``.
@@ -294,3 +296,59 @@ def _state_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
     for part, key in stating or [(config, "torch_dtype")]:
         part[key] = name
     write_json(path, config)
+
+
+def merge(
+    base: Path,
+    adapter_dir: Path,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write the checkpoint that a base model and its adapter, of ours or of peft, make.
+
+    Weights do not tell whether an adapter was trained on them: a base of another name is logged.
+
+    Args:
+        base: checkpoint directory of the base model.
+        adapter_dir: directory of the adapter.
+        output: directory to make.
+        dtype: dtype of the weights, by default that of each in the base model.
+        max_shard_size: most bytes of tensors in a file, such as ``500MB``.
+
+    Raises:
+        ValueError: if a directory is damaged or they do not fit each other.
+        OSError: if a file cannot be written, or the output exists.
+    """
+    weights = load_weights(base, weight_files(base))
+    adapter = fit_adapter(load_adapter(adapter_dir), weights, adapter_dir)
+    if adapter.base and Path(adapter.base).name != base.resolve().name:
+        told = "The adapter of %s was trained on %s: see that %s has the same weights"
+        log.warning(told, adapter_dir, adapter.base, base)
+    with _new_output(output) as partial:
+        write_weights(merge_adapter(weights, adapter, dtype), partial, base, max_shard_size)
+        write_manifest(partial)
+
+
+def export(
+    source: Path, output: Path, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
+) -> None:
+    """Write a checkpoint in the published layout, or an adapter in peft's.
+
+    Takes the directory of either, and raises, as :func:`merge` does.
+    """
+    adapter = load_adapter(source) if (source / CONFIG).is_file() else None
+    weights = adapter.tensors if adapter else load_weights(source, weight_files(source))
+    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    with _new_output(output) as partial:
+        if adapter:
+            save_adapter(adapter._replace(tensors=weights), partial)
+        else:
+            write_weights(weights, partial, source, max_shard_size)
+            write_manifest(partial)
+
+
+def _new_output(output: Path) -> AbstractContextManager[Path]:
+    if output.exists():
+        raise FileExistsError(f"{output} exists: name a new directory")
+    return new_directory(output)

@@ -7,13 +7,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _PREFIX_OF_PEFT = "base_model.model."
-# What follows the name of an adapted layer
-_PEFT_FROM_OURS = {
+# What follows the name of an adapted layer: ours, and peft's
+_ADAPTERS = {
     "lora_a.weight": "lora_A.weight",
     "lora_b.weight": "lora_B.weight",
     "magnitude": "lora_magnitude_vector",
 }
-_OURS_FROM_PEFT = {peft: ours for ours, peft in _PEFT_FROM_OURS.items()}
 # {} stands for the index of a layer
 _DECODER = {
     "model.embed_tokens": "decoder.tok_embeddings",
@@ -49,16 +48,22 @@ class TensorNames:
         self, family: str, encoder: Mapping[str, str], without_bias: frozenset[str] = frozenset()
     ) -> None:
         self.family = family
-        self._ours: dict[str, str] = {}
-        for theirs, ours in _DECODER.items():
-            self._add(theirs, ours, theirs.endswith(_WITH_BIAS))
-        for theirs, ours in encoder.items():
-            self._add(f"visual.{theirs}", f"encoders.vision.{ours}", theirs not in without_bias)
-        self._published = {ours: theirs for theirs, ours in self._ours.items()}
-
-    def _add(self, theirs: str, ours: str, has_bias: bool) -> None:
-        for kind in ("weight", "bias") if has_bias else ("weight",):
-            self._ours[f"{theirs}.{kind}"] = f"{ours}.{kind}"
+        self._published: dict[str, str] = {}
+        adapters: dict[str, str] = {}
+        modules = [(theirs, ours, theirs.endswith(_WITH_BIAS)) for theirs, ours in _DECODER.items()]
+        modules += [
+            (f"visual.{theirs}", f"encoders.vision.{ours}", theirs not in without_bias)
+            for theirs, ours in encoder.items()
+        ]
+        for theirs, ours, has_bias in modules:
+            for kind in ("weight", "bias") if has_bias else ("weight",):
+                self._published[f"{ours}.{kind}"] = f"{theirs}.{kind}"
+            for kind, kind_in_peft in _ADAPTERS.items():
+                adapters[f"{ours}.{kind}"] = f"{theirs}.{kind_in_peft}"
+        self._ours = {theirs: ours for ours, theirs in self._published.items()}
+        in_peft = {**self._published, **adapters}
+        self._ours_from_peft = {theirs: ours for ours, theirs in in_peft.items()}
+        self._peft = {ours: _PREFIX_OF_PEFT + _in_memory(name) for ours, name in in_peft.items()}
 
     def from_published(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename the tensors of a published checkpoint to the names of our model.
@@ -66,43 +71,30 @@ class TensorNames:
         Takes the published names (``visual.*``, ``model.*``, ``lm_head.*``) and those that
         transformers >= 4.52 has in memory (``model.visual.*``, ``model.language_model.*``).
         """
-        return self._rename(state_dict, lambda name: _translate(published_name(name), self._ours))
+        return self._rename(state_dict, self._ours, published_name)
 
     def to_published(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename our tensors as a checkpoint has them that transformers and servers load."""
-        return self._rename(state_dict, lambda name: _translate(name, self._published))
+        return self._rename(state_dict, self._published)
 
     def to_peft(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename adapters, and parameters trained in full beside them, as peft saves them."""
-        return self._rename(state_dict, self._peft_name)
+        return self._rename(state_dict, self._peft)
 
     def from_peft(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename the tensors of peft's ``adapter_model.safetensors`` to the names of our model.
 
         Takes the names of modules in transformers >= 4.52, and those before.
         """
-        return self._rename(state_dict, self._name_from_peft)
-
-    def _peft_name(self, name: str) -> str | None:
-        layer, suffix = _split(name, _PEFT_FROM_OURS)
-        published = _translate(layer, self._published)
-        if published is None:
-            return None
-        in_memory = re.sub(r"^model(?=\.)", "model.language_model", published)
-        in_memory = re.sub(r"^(?=visual\.)", "model.", in_memory)
-        return _PREFIX_OF_PEFT + _joined(in_memory, _PEFT_FROM_OURS.get(suffix))
-
-    def _name_from_peft(self, name: str) -> str | None:
-        # peft writes the weight of an adapted output layer too, by the name that it has in memory
-        in_base = name.removeprefix(_PREFIX_OF_PEFT).replace(".base_layer.", ".")
-        layer, suffix = _split(published_name(in_base), _OURS_FROM_PEFT)
-        ours = _translate(layer, self._ours)
-        return None if ours is None else _joined(ours, _OURS_FROM_PEFT.get(suffix))
+        return self._rename(state_dict, self._ours_from_peft, _name_in_base)
 
     def _rename(
-        self, state_dict: Mapping[str, T], translate: Callable[[str], str | None]
+        self,
+        state_dict: Mapping[str, T],
+        templates: Mapping[str, str],
+        simplify: Callable[[str], str] = str,
     ) -> dict[str, T]:
-        names = {name: translate(name) for name in state_dict}
+        names = {name: _translate(simplify(name), templates) for name in state_dict}
         unknown = sorted(name for name, new in names.items() if new is None)
         if unknown:
             raise ValueError(
@@ -126,8 +118,19 @@ def published_name(name: str) -> str:
 
 def peft_module(name: str) -> str:
     """Return transformers' name of the module whose tensor has this name in peft's file."""
-    tensor, _ = _split(name.removeprefix(_PREFIX_OF_PEFT), _OURS_FROM_PEFT)
-    return tensor.rpartition(".")[0]
+    return re.sub(r"(\.lora_[AB])?\.[^.]*$", "", name.removeprefix(_PREFIX_OF_PEFT))
+
+
+def _name_in_base(name: str) -> str:
+    # peft writes the weight of an adapted output layer too, by the name that it has in memory
+    return published_name(name.removeprefix(_PREFIX_OF_PEFT).replace(".base_layer.", "."))
+
+
+def _in_memory(name: str) -> str:
+    """The name that a published tensor has in transformers >= 4.52."""
+    if name.startswith("visual."):
+        return f"model.{name}"
+    return re.sub(r"^model\.", "model.language_model.", name)
 
 
 def _translate(name: str, templates: Mapping[str, str]) -> str | None:
@@ -135,15 +138,3 @@ def _translate(name: str, templates: Mapping[str, str]) -> str | None:
     if template not in templates:
         return None
     return templates[template].format(*re.findall(r"\.(?:layers|blocks)\.(\d+)\.", name))
-
-
-def _split(name: str, suffixes: Mapping[str, str]) -> tuple[str, str]:
-    """The weight that a tensor adapts and what marks it, or a tensor's own name and nothing."""
-    for suffix in suffixes:
-        if name.endswith(f".{suffix}"):
-            return f"{name.removesuffix(suffix)}weight", suffix
-    return name, ""
-
-
-def _joined(weight: str, suffix: str | None) -> str:
-    return f"{weight.removesuffix('weight')}{suffix}" if suffix else weight

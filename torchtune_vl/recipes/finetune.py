@@ -78,14 +78,15 @@ from torchtune_vl.training._optimizer_state import (
 from torchtune_vl.training._parallel import (
     average_copies,
     clip_grad_norm,
+    default_dtype,
     divide_layers,
+    dtype_on,
     dtypes_of,
     gather,
     non_finite,
     shard,
 )
 from torchtune_vl.training._plot import plot_losses
-from torchtune_vl.training._precision import default_dtype, dtype_on
 from torchtune_vl.training._steps import SavedStep, Steps, drop_steps_after, lock
 
 log = get_logger("INFO")

@@ -57,7 +57,7 @@ class FlopCounter:
         trace.pass_through(encoder.merger.norm)
         unit = trace.linear(encoder.merger.mlp.w1) + trace.linear(encoder.merger.mlp.w2)
         # The merger works on several patches at once
-        self._patch += unit * encoder.merger.norm.weight.numel() // _in_dim(encoder.merger.mlp.w1)
+        self._patch += unit // encoder.merger.unit_size
         self._text = _decoder_flops(model, carries=False)
         self._text_with_media = _decoder_flops(model, carries=trace.carries)
 

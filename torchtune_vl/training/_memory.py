@@ -18,8 +18,7 @@ from torchtune_vl._torchtune import instantiate
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.loss import CHUNK
 from torchtune_vl.modules.summary import num_bytes
-from torchtune_vl.training._parallel import dtypes_of
-from torchtune_vl.training._precision import DTYPES, default_dtype
+from torchtune_vl.training._parallel import DTYPES, default_dtype, dtypes_of
 
 # Logits of a chunk in the dtype of the model and in float32, and the float32 gradient
 _LOGIT_BYTES = 2 + 4 + 4
@@ -89,9 +88,7 @@ def _gathered_bytes(model: Any, dtype: torch.dtype) -> int:
 
 def _row_size(config: DictConfig, model: Any) -> tuple[int, int]:
     """Most tokens and patches of one forward."""
-    merger = model.encoders["vision"].merger
-    patches_per_token = merger.mlp.w1.weight.shape[1] // merger.norm.weight.numel()
-    rows = config.rows
+    rows, patches_per_token = config.rows, model.encoders["vision"].merger.unit_size
     if "batch_size" in rows:
         tokens = rows.batch_size * config.tokenizer.max_seq_len
         return tokens, patches_per_token * tokens
@@ -136,19 +133,14 @@ def _kept_bytes(layer: nn.Module, x: torch.Tensor, **inputs: Any) -> int:
         name: torch.empty(p.shape, requires_grad=p.requires_grad)
         for name, p in layer.named_parameters()
     }
-    tensors = (x for x in (*weights.values(), *inputs.values()) if isinstance(x, torch.Tensor))
-    not_kept = {_storage(tensor) for tensor in tensors}
-    kept = {}
+    given = [x for x in (*weights.values(), *inputs.values()) if isinstance(x, torch.Tensor)]
+    kept = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if _storage(tensor) not in not_kept:
-            kept[_storage(tensor)] = tensor
+        kept.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         functional_call(layer, weights, (x,), inputs)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    own, all_kept = ({x.untyped_storage() for x in tensors} for tensors in (given, kept))
+    return sum(storage.nbytes() for storage in all_kept - own)

@@ -1,7 +1,8 @@
-"""A model over several devices: how it is divided, and its gradients' norm."""
+"""A model on its devices: its dtypes, how it is divided, and its gradients' norm."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,29 @@ from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from torchtune_vl._torchao import NF4Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def dtype_on(device: torch.device, name: str) -> torch.dtype:
+    """Return a dtype by its name, or raise ``ValueError`` if a GPU cannot compute with it."""
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16, which dtype or compute_dtype "
+            "asks for (bf16): set both to fp32"
+        )
+    return DTYPES[name]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let new tensors have a dtype, for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def divide_layers(model: Any, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
