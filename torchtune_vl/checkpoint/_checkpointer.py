@@ -335,7 +335,8 @@ def export(
 ) -> None:
     """Write a checkpoint in the published layout, or an adapter in peft's.
 
-    Takes the directory of either, and raises, as :func:`merge` does.
+    ``source`` is the directory of either, and tensors without a ``dtype`` stay as they are. See
+    :func:`merge` for the other arguments and for what is raised.
     """
     adapter = load_adapter(source) if (source / CONFIG).is_file() else None
     weights = adapter.tensors if adapter else load_weights(source, weight_files(source))

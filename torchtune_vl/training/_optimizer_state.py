@@ -41,8 +41,8 @@ def _pieces(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def initialize(optimizer: torch.optim.Optimizer) -> None:
     """Make the state of an optimizer that took no step, as after one that changes nothing."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = torch.zeros_like(rate) if isinstance(rate, torch.Tensor) else 0.0
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * 0  # a number or a tensor
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
     optimizer.step()

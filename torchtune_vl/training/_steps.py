@@ -92,9 +92,8 @@ class Steps:
             return step
         if reasons:
             raise ValueError(
-                f"no step in {self.directory} can be gone on from ("
-                + "; ".join(reasons.values())
-                + "): restore one, or name another output_dir"
+                f"no step in {self.directory} can be gone on from ({'; '.join(reasons.values())}): "
+                "restore one, or name another output_dir"
             )
         return None
 
