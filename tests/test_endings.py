@@ -189,15 +189,15 @@ def test_signals_at_the_same_moment_are_one(capfd: pytest.CaptureFixture[str]) -
     """The second is dropped by Python when the first has taken its handler away."""
     program = """
 import os, signal, sys
-from torchtune_vl.recipes.finetune import _tell_unless_dropped_signal
 both = (signal.SIGINT, signal.SIGTERM)
+signal.pthread_sigmask(signal.SIG_BLOCK, both)  # in threads that libraries start, too
+from torchtune_vl.recipes.finetune import _tell_unless_dropped_signal
 def first(number, frame):
     for each in both:
         signal.signal(each, signal.SIG_DFL)
 for each in both:
     signal.signal(each, first)
 sys.unraisablehook = _tell_unless_dropped_signal
-signal.pthread_sigmask(signal.SIG_BLOCK, both)
 for each in both:
     os.kill(os.getpid(), each)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, both)

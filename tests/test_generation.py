@@ -1,5 +1,6 @@
 """Sampling and limits of generation, and that it goes on as training has it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torchtune.generation import generate as torchtune_generate
+from torchtune.modules import local_kv_cache
 
 from tests.reference import (
     IMAGE_PAD,
@@ -152,3 +155,22 @@ def test_answers_are_written_where_training_has_them(tmp_path: Path) -> None:
         assert targets == [token for answer in answers for token in answer]
         with torch.no_grad():
             assert model(**row).argmax(-1).flatten().tolist() == targets
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_torchtunes_own_generation(cached: bool, tmp_path: Path) -> None:
+    """Of text, with its caches and without, as ours."""
+    reference_config().save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = qwen2_5_vl_from_config(tmp_path).eval()
+    sample = Conversation([], 7).sample(torch.Generator().manual_seed(0))
+    batch = padded_collate_vision([sample], pad_direction="left")
+    ours = generate(model, batch, max_new_tokens=5, stop_tokens=[])
+    prompt = torch.tensor(sample["tokens"])
+    arguments = {"batch_size": 1, "device": torch.device("cpu"), "dtype": torch.float32}
+    cache = local_kv_cache(model, **arguments, decoder_max_seq_len=len(prompt) + 5)
+    with cache if cached else nullcontext():
+        assert model.caches_are_enabled() == cached
+        theirs, _ = torchtune_generate(model, prompt, max_generated_tokens=5, top_k=1)
+    assert theirs[0, len(prompt) :].tolist() == ours[0]
+    assert not model.caches_are_setup()

@@ -1,5 +1,7 @@
 """Optimizers go on from a saved step as if nothing had been, on one process and on two."""
 
+import torchtune_vl._torchao  # noqa: F401 # isort: skip (before torchtune, in processes that tests start)
+
 import re
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """What devices can share and compute, gradients' norm, and adapters before the first step."""
 
+import torchtune_vl._torchao  # noqa: F401 # isort: skip (before torchtune, in processes that tests start)
+
 import copy
 import math
 from pathlib import Path

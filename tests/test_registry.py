@@ -118,6 +118,21 @@ def test_run_starts_processes(here: Path) -> None:
     assert [(here / f"seen-{rank}").read_text() for rank in (0, 1)] == ["7 of 2"] * 2
 
 
+def test_run_starts_processes_of_torchtunes_recipes(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ["full_finetune_single_device", "--config", "mine/config.yaml"]
+    assert status("run", "--nproc_per_node", "2", *recipe) == 2
+    assert capsys.readouterr().err == (
+        "tune-vl run: full_finetune_single_device runs in one process: leave --nproc_per_node out\n"
+    )
+    command = [sys.executable, "-m", "torchtune_vl.cli", "run", "--nproc_per_node", "1"]
+    recipe[0] = "full_finetune_distributed"
+    done = subprocess.run([*command, *recipe], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Missing key device" in done.stderr
+
+
 def test_run_finds_stock_recipes() -> None:
     """A component that is not there is what the recipe itself stops at, in its set-up."""
     recipe = ["full_finetune_single_device", "--config", "qwen2_5_vl/stock_full", "device=cpu"]

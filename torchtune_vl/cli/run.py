@@ -82,10 +82,12 @@ def run(options: argparse.Namespace) -> int:
     if not config.is_file() and suffix_of(str(config)) != ".yaml":
         raise ValueError(f"no config and no file is called {str(config)!r}: see `tune-vl ls --all`")
     arguments[position] = str(config)
-    if module is None or not config.is_file():  # one of the two is torchtune's
-        return _status_of(partial(tune, "run", *launcher, recipe, *arguments))
     if launcher:
+        if module is None and not recipe.endswith("_distributed"):  # as all others are called
+            raise ValueError(f"{recipe} runs in one process: leave {launcher[0]} out")
         return _status_of(partial(_run_processes, launcher, recipe, arguments))
+    if module is None or not config.is_file():  # one of the two is torchtune's
+        return _status_of(partial(tune, "run", recipe, *arguments))
     return _status_of(partial(_run_here, module, arguments))
 
 
@@ -148,6 +150,8 @@ def _module_of(recipe: str) -> str | None:
 
 
 def _run_here(module: str, arguments: list[str]) -> None:
+    import torchtune_vl._torchao  # noqa: F401 (the recipe may import torchtune first)
+
     sys.path.append(os.getcwd())
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__")

@@ -122,23 +122,30 @@ class Decoder(nn.Module):
         self.num_output_chunks = num_output_chunks
 
     def setup_caches(
-        self, batch_size: int, dtype: torch.dtype, *, decoder_max_seq_len: int | None = None
+        self,
+        batch_size: int,
+        dtype: torch.dtype,
+        *,
+        encoder_max_seq_len: int | None = None,
+        decoder_max_seq_len: int | None = None,
     ) -> None:
         """Keep keys and values of what is read, on the device of the layers.
 
         Args:
             batch_size: number of sequences.
             dtype: dtype of the caches.
+            encoder_max_seq_len: ignored, torchtune's generation passes it.
             decoder_max_seq_len: tokens that they hold, by default ``max_seq_len``.
         """
+        self.decoder_max_cache_seq_len = decoder_max_seq_len or self.max_seq_len
         for layer in self.layers:
-            layer.attn.kv_cache = KVCache(
-                batch_size, decoder_max_seq_len or self.max_seq_len, dtype
-            )
+            layer.attn.kv_cache = KVCache(batch_size, self.decoder_max_cache_seq_len, dtype)
 
     def caches_are_setup(self) -> bool:
         """Whether keys and values are kept."""
         return self.layers[0].attn.kv_cache is not None
+
+    caches_are_enabled = caches_are_setup
 
     def delete_caches(self) -> None:
         """Keep nothing any more."""
@@ -148,9 +155,10 @@ class Decoder(nn.Module):
 
 def _three_axes(input_pos: torch.Tensor | None, x_BSE: torch.Tensor) -> torch.Tensor:
     if input_pos is None:
-        input_pos = torch.arange(x_BSE.shape[1], device=x_BSE.device).expand(x_BSE.shape[:2])
-    if input_pos.ndim == 2:
-        input_pos = input_pos[..., None].expand(-1, -1, 3)
+        input_pos = torch.arange(x_BSE.shape[1], device=x_BSE.device)
+    if input_pos.ndim < 3:
+        # torchtune's generation gives one dimension, of tokens or, of one token each, of sequences
+        input_pos = input_pos.reshape(-1, x_BSE.shape[1], 1).expand(*x_BSE.shape[:2], 3)
     return input_pos
 
 
@@ -258,7 +266,7 @@ def _attend(
     )
 
 
-class KVCache:
+class KVCache(nn.Module):
     """Keys and values of all tokens that a layer has read.
 
     Their number is known to the host, so that attention looks at no more than there is.
@@ -270,6 +278,7 @@ class KVCache:
     """
 
     def __init__(self, batch_size: int, max_seq_len: int, dtype: torch.dtype) -> None:
+        super().__init__()  # torchtune's generation finds and deletes modules
         self.size = (batch_size, max_seq_len)
         self.dtype = dtype
         self.length = 0

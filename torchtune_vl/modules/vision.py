@@ -125,15 +125,16 @@ class VisionLanguageModel(nn.Module):
         """See :meth:`Decoder.set_num_output_chunks`."""
         self.decoder.set_num_output_chunks(num_output_chunks)
 
-    def setup_caches(
-        self, batch_size: int, dtype: torch.dtype, *, decoder_max_seq_len: int | None = None
-    ) -> None:
+    def setup_caches(self, batch_size: int, dtype: torch.dtype, **lengths: int | None) -> None:
         """See :meth:`Decoder.setup_caches`."""
-        self.decoder.setup_caches(batch_size, dtype, decoder_max_seq_len=decoder_max_seq_len)
+        self.decoder.setup_caches(batch_size, dtype, **lengths)
+        self.decoder_max_cache_seq_len = self.decoder.decoder_max_cache_seq_len
 
     def caches_are_setup(self) -> bool:
         """Whether the decoder keeps what it has read."""
         return self.decoder.caches_are_setup()
+
+    caches_are_enabled = caches_are_setup
 
     def delete_caches(self) -> None:
         """See :meth:`Decoder.delete_caches`."""
