@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +26,7 @@ from torch import nn
 from torchtune_vl.checkpoint import _checkpointer
 from torchtune_vl.files._directory import new_directory, write_manifest
 from torchtune_vl.files._safetensors import weight_files, write_shards
+from torchtune_vl.models import _weights
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tune_to_hf
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 
@@ -109,9 +110,13 @@ def measure(name: str, directory: Path, repeats: int, checked: bool) -> float:
         _checkpointer, check_manifest=lambda _: None, write_manifest=lambda *_: None
     )
     shards = mock.patch.object(
-        _checkpointer, "write_shards", lambda w, d: write_shards(w, d, MAX_SHARD_SIZE)
+        _checkpointer, "write_shards", lambda w, d, _: write_shards(w, d, MAX_SHARD_SIZE)
     )
-    with shards, unchecked if not checked else mock.MagicMock():
+    loaded = mock.patch.object(_weights, "check_manifest", return_value=None)
+    with ExitStack() as patches:
+        patches.enter_context(shards)
+        for patch in () if checked else (unchecked, loaded):
+            patches.enter_context(patch)
         if name == "load memory":
             return load_memory(directory)
         if name == "load time":
