@@ -16,9 +16,6 @@ examples:
   tune-vl validate-config qwen2_5_vl/stock_lora
 """
 
-# Keys that no recipe of torchtune has
-_OURS = {"rows", "rows_per_step", "activation_checkpointing"}
-
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand.
@@ -51,11 +48,11 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError: if it does not fit.
     """
-    from torchtune_vl.recipes._read_config import check_components, read_config
+    from torchtune_vl.recipes._read_config import KEYS_OF_OURS, check_components, read_config
 
     name = options.config or options.file
     content = _content(name)
-    if _OURS & {*content}:
+    if KEYS_OF_OURS & {*content}:
         check_components(read_config(["--config", name]))
     else:
         check_config(content)

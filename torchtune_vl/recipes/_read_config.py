@@ -40,6 +40,9 @@ from torchtune_vl.recipes._config import (
 
 _COMPONENT = "_component_"
 
+# Keys that no recipe of torchtune has
+KEYS_OF_OURS = {"rows", "rows_per_step", "activation_checkpointing"}
+
 
 def read_config(arguments: Sequence[str], description: type = Config) -> DictConfig:
     """Read a config as the command line of a recipe names it.
@@ -76,6 +79,11 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
     referred = {*re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(config))}
     unused = referred - {key.name for key in keys_of(description)}
     values = {key: value for key, value in values.items() if key not in unused}
+    if not KEYS_OF_OURS & {*values} and KEYS_OF_OURS & {key.name for key in keys_of(description)}:
+        raise ValueError(
+            f"{known.config} is no config of the recipe finetune, for it has none of "
+            f"{', '.join(sorted(KEYS_OF_OURS))}: see `tune-vl ls`"
+        )
     _raise_all(known.config, _wrong_keys(values, description, ""))
     _add_defaults(config, description)
     return config
