@@ -37,6 +37,7 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED) $(VOCABULARY)
 	$(BIN)/python -m benchmarks.encoder
+	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.data_path
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.packing
