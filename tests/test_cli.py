@@ -89,7 +89,7 @@ def test_wrong_usage(
         (["merge", "nowhere", "nowhere", "out"], "tune-vl merge: nowhere "),
         (["export", "run", "out"], "tune-vl export: run has neither"),
         (["estimate", "--config", "qwen2_5_vl/stock_lora"],
-         "stock_lora is no config of the recipe finetune, for it has none of activation_check"),
+         "stock_lora is a config of torchtune's recipes, and no config of the recipe finetune"),
         (["run", "finetune", "--config", "qwen2_5_vl/stock_full"], "see `tune-vl ls`"),
         (["estimate", "--config", "nothing"], "tune-vl estimate: no config and no file"),
         (["estimate", "--config", "x", "--devices", "0"], "invalid number of devices"),

@@ -79,10 +79,11 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
     referred = {*re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(config))}
     unused = referred - {key.name for key in keys_of(description)}
     values = {key: value for key, value in values.items() if key not in unused}
-    if not KEYS_OF_OURS & {*values} and KEYS_OF_OURS & {key.name for key in keys_of(description)}:
+    # torchtune's recipes that train all have this key; a config of ours may be no more than begun
+    if "resume_from_checkpoint" in values and not KEYS_OF_OURS & {*values}:
         raise ValueError(
-            f"{known.config} is no config of the recipe finetune, for it has none of "
-            f"{', '.join(sorted(KEYS_OF_OURS))}: see `tune-vl ls`"
+            f"{known.config} is a config of torchtune's recipes, and no config of the recipe "
+            "finetune: see `tune-vl ls`"
         )
     _raise_all(known.config, _wrong_keys(values, description, ""))
     _add_defaults(config, description)
