@@ -7,8 +7,7 @@ matrix products of these steps alone.
 """
 
 import argparse
-import time
-from collections.abc import Callable
+from functools import partial
 from tempfile import TemporaryDirectory
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from benchmarks.data_path import spread
+from benchmarks.data_path import paired_times, spread
 from quickstart.checkpoint import CONFIG
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.generation import generate
@@ -25,7 +24,7 @@ from torchtune_vl.models import model_from_pretrained
 NEW_TOKENS = 33
 # Prompts, and tokens of the shortest; each next one is nine tokens longer
 CASES = ((1, 40), (1, 600), (8, 40), (8, 600))
-# The width of a 3B's head, and twice its width of layers for each head of keys and values
+# Heads of the published size, four of queries for each of keys and values
 MODEL = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -33,6 +32,8 @@ MODEL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "vocab_size": 32_000,
+    "bos_token_id": 30_998,
+    "eos_token_id": 30_999,
     "vision_start_token_id": 31_000,
     "vision_end_token_id": 31_001,
     "image_token_id": 31_002,
@@ -101,24 +102,21 @@ def ratios(
 
     if answer_ours(NEW_TOKENS) != answer_theirs(NEW_TOKENS):
         raise SystemExit("the answers differ")
-    faster, floor = [], []
-    for _ in range(runs):
-        mine, theirs, least = (decoding(x) for x in (answer_ours, answer_theirs, multiply))
-        faster.append(theirs / mine)
-        floor.append(mine / least)
-    return faster, floor
-
-
-def decoding(answer: Callable[[int], object]) -> float:
-    """Time of all tokens but the first."""
-    return seconds(answer, NEW_TOKENS) - seconds(answer, 1)
-
-
-def seconds(answer: Callable[[int], object], new_tokens: int) -> float:
-    """Processor time of an answer."""
-    before = time.process_time()
-    answer(new_tokens)
-    return time.process_time() - before
+    sides = (answer_ours, answer_theirs, multiply)
+    times = paired_times(
+        {f"{side.__name__} {n}": partial(side, n) for side in sides for n in (1, NEW_TOKENS)}, runs
+    )
+    mine, theirs, least = (
+        [
+            whole - first
+            for whole, first in zip(
+                times[f"{side.__name__} {NEW_TOKENS}"], times[f"{side.__name__} 1"], strict=True
+            )
+        ]
+        for side in sides
+    )
+    faster = [their / my for their, my in zip(theirs, mine, strict=True)]
+    return faster, [my / floor for my, floor in zip(mine, least, strict=True)]
 
 
 if __name__ == "__main__":

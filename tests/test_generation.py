@@ -157,8 +157,11 @@ def test_answers_are_written_where_training_has_them(tmp_path: Path) -> None:
             assert model(**row).argmax(-1).flatten().tolist() == targets
 
 
+@pytest.mark.parametrize("rng", [None, torch.Generator()], ids=["greedy", "drawn from one"])
 @pytest.mark.parametrize("cached", [True, False])
-def test_torchtunes_own_generation(cached: bool, tmp_path: Path) -> None:
+def test_torchtunes_own_generation(
+    cached: bool, rng: torch.Generator | None, tmp_path: Path
+) -> None:
     """Of text, with its caches and without, as ours."""
     reference_config().save_pretrained(tmp_path)
     torch.manual_seed(0)
@@ -171,6 +174,6 @@ def test_torchtunes_own_generation(cached: bool, tmp_path: Path) -> None:
     cache = local_kv_cache(model, **arguments, decoder_max_seq_len=len(prompt) + 5)
     with cache if cached else nullcontext():
         assert model.caches_are_enabled() == cached
-        theirs, _ = torchtune_generate(model, prompt, max_generated_tokens=5, top_k=1)
+        theirs, _ = torchtune_generate(model, prompt, max_generated_tokens=5, top_k=1, rng=rng)
     assert theirs[0, len(prompt) :].tolist() == ours[0]
     assert not model.caches_are_setup()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torchtune._recipe_registry import get_all_recipes
 from torchtune.config._errors import InstantiationError
 
 from torchtune_vl.cli import main
@@ -126,6 +127,8 @@ def test_run_starts_processes_of_torchtunes_recipes(
     assert capsys.readouterr().err == (
         "tune-vl run: full_finetune_single_device runs in one process: leave --nproc_per_node out\n"
     )
+    for each in get_all_recipes():
+        assert ("_distributed" in each.name) == each.supports_distributed
     command = [sys.executable, "-m", "torchtune_vl.cli", "run", "--nproc_per_node", "1"]
     recipe[0] = "full_finetune_distributed"
     done = subprocess.run([*command, *recipe], capture_output=True, text=True)

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"no config and no file is called {str(config)!r}: see `tune-vl ls --all`")
     arguments[position] = str(config)
     if launcher:
-        if module is None and not recipe.endswith("_distributed"):  # as all others are called
+        if module is None and "_distributed" not in recipe:  # as all others are called
             raise ValueError(f"{recipe} runs in one process: leave {launcher[0]} out")
         return _status_of(partial(_run_processes, launcher, recipe, arguments))
     if module is None or not config.is_file():  # one of the two is torchtune's

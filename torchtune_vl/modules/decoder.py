@@ -137,15 +137,13 @@ class Decoder(nn.Module):
             encoder_max_seq_len: ignored, torchtune's generation passes it.
             decoder_max_seq_len: tokens that they hold, by default ``max_seq_len``.
         """
-        self.decoder_max_cache_seq_len = decoder_max_seq_len or self.max_seq_len
+        max_seq_len = decoder_max_seq_len or self.max_seq_len
         for layer in self.layers:
-            layer.attn.kv_cache = KVCache(batch_size, self.decoder_max_cache_seq_len, dtype)
+            layer.attn.kv_cache = KVCache(batch_size, max_seq_len, dtype)
 
     def caches_are_setup(self) -> bool:
         """Whether keys and values are kept."""
         return self.layers[0].attn.kv_cache is not None
-
-    caches_are_enabled = caches_are_setup
 
     def delete_caches(self) -> None:
         """Keep nothing any more."""
@@ -156,9 +154,10 @@ class Decoder(nn.Module):
 def _three_axes(input_pos: torch.Tensor | None, x_BSE: torch.Tensor) -> torch.Tensor:
     if input_pos is None:
         input_pos = torch.arange(x_BSE.shape[1], device=x_BSE.device)
-    if input_pos.ndim < 3:
-        # torchtune's generation gives one dimension, of tokens or, of one token each, of sequences
-        input_pos = input_pos.reshape(-1, x_BSE.shape[1], 1).expand(*x_BSE.shape[:2], 3)
+    if input_pos.ndim == 1:  # of tokens or, where there is one of each, of sequences
+        input_pos = input_pos.view(-1, x_BSE.shape[1]).expand(x_BSE.shape[:2])
+    if input_pos.ndim == 2:
+        input_pos = input_pos[..., None].expand(-1, -1, 3)
     return input_pos
 
 

@@ -128,13 +128,14 @@ class VisionLanguageModel(nn.Module):
     def setup_caches(self, batch_size: int, dtype: torch.dtype, **lengths: int | None) -> None:
         """See :meth:`Decoder.setup_caches`."""
         self.decoder.setup_caches(batch_size, dtype, **lengths)
-        self.decoder_max_cache_seq_len = self.decoder.decoder_max_cache_seq_len
 
     def caches_are_setup(self) -> bool:
         """Whether the decoder keeps what it has read."""
         return self.decoder.caches_are_setup()
 
-    caches_are_enabled = caches_are_setup
+    caches_are_enabled = caches_are_setup  # torchtune's generation asks for these, too
+    tok_embeddings = property(lambda self: self.decoder.tok_embeddings)
+    decoder_max_cache_seq_len = property(lambda self: self.decoder.layers[0].attn.kv_cache.size[1])
 
     def delete_caches(self) -> None:
         """See :meth:`Decoder.delete_caches`."""

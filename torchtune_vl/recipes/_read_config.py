@@ -80,7 +80,8 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
     unused = referred - {key.name for key in keys_of(description)}
     values = {key: value for key, value in values.items() if key not in unused}
     # torchtune's recipes that train all have this key; a config of ours may be no more than begun
-    if "resume_from_checkpoint" in values and not KEYS_OF_OURS & {*values}:
+    is_torchtunes = "resume_from_checkpoint" in values and not KEYS_OF_OURS & {*values}
+    if is_torchtunes and KEYS_OF_OURS & {key.name for key in keys_of(description)}:
         raise ValueError(
             f"{known.config} is a config of torchtune's recipes, and no config of the recipe "
             "finetune: see `tune-vl ls`"
