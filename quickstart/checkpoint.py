@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from torchtune_vl.chat import CHAT_TEMPLATE
 from torchtune_vl.models import model_from_pretrained
-from torchtune_vl.models._families import family_of
+from torchtune_vl.models._registry import family_of
 
 HIDDEN_SIZE = 128
 

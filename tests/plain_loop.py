@@ -17,7 +17,7 @@ from torchtune import config as components
 from transformers import AutoModelForImageTextToText
 
 from tests.reference import reference_inputs
-from torchtune_vl.models._families import family_of
+from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import initial_adapters
 from torchtune_vl.modules.adapters import is_adapter
 

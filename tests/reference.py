@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from torchtune_vl.models.qwen2_5_vl import GEOMETRY
-from torchtune_vl.modules.positions import mrope_positions, vision_index
+from torchtune_vl.modules.layout import mrope_positions, vision_index
 
 VOCAB_SIZE = 600
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 590, 591, 592, 593

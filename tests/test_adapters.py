@@ -1,5 +1,6 @@
 """Models with adapters: what is built, quantized, trained and refused."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from torchtune_vl.models.qwen2_5_vl import (
     qlora_qwen2_5_vl_7b,
     qwen2_5_vl_from_config,
 )
-from torchtune_vl.modules.adapters import AdapterLinears, DoRA, is_adapter
-from torchtune_vl.modules.summary import num_bytes
+from torchtune_vl.modules.adapters import DoRA, build_linear, is_adapter
+from torchtune_vl.modules.parameters import num_bytes
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 
 ALL = ["q_proj", "k_proj", "v_proj", "qkv", "output_proj"]
@@ -53,12 +54,18 @@ def logits(model: nn.Module) -> torch.Tensor:
     ("settings", "message"),
     [
         ({"lora_attn_modules": ["q_proj"], "decoder_trainable": "frozen"}, "nothing would be"),
-        ({"lora_attn_modules": ["qkv"]}, "decoder_trainable is 'lora', but of its layers q_proj"),
-        ({"lora_attn_modules": ["q_proj", "qkv"]}, "^qkv match no layer"),
-        ({"lora_attn_modules": ["q_proj", "k"]}, "^k match no layer"),
+        (
+            {"lora_attn_modules": ["qkv"]},
+            r"\['qkv'\]: decoder_trainable is 'lora', but",
+        ),
+        ({"lora_attn_modules": ["q_proj", "qkv"]}, "qkv is no layer of a part that"),
+        ({"lora_attn_modules": ["q_proj", "k"]}, "k is no layer of a part that"),
         ({"lora_attn_modules": ["q_proj"], "encoder_trainable": "yes"}, "unknown encoder_tra"),
         ({"lora_attn_modules": ["q_proj"], "fusion_trainable": "lora"}, "fusion_trainable is"),
-        ({"lora_attn_modules": [], "decoder_trainable": "lora"}, "none is among"),
+        (
+            {"lora_attn_modules": [], "decoder_trainable": "lora"},
+            "has none of them",
+        ),
     ],
 )
 def test_what_matches_nothing_is_refused(
@@ -178,11 +185,11 @@ def test_gradients_flow_through_quantized_layers(base: Path) -> None:
 
 
 def test_odd_shapes_are_quantized_or_refused() -> None:
-    linears = AdapterLinears("frozen", frozenset(), 4, 8, quantize_base=True)
-    layer = linears("w1", 1280, 3420, False)  # the published encoder's: 68,400 blocks
+    linear = partial(build_linear, "encoder", trainable={"encoder": "frozen"}, quantize_base=True)
+    layer: Any = linear("w1", 1280, 3420, False)  # the published encoder's: 68,400 blocks
     assert isinstance(layer.weight.data, NF4Tensor)
     with pytest.raises(ValueError, match="weight of w1, 7 x 5, does not divide into blocks of 64"):
-        linears("w1", 5, 7, False)
+        linear("w1", 5, 7, False)
 
 
 @torch.no_grad()
@@ -263,12 +270,11 @@ def test_a_run_tells_what_it_trains(
 
 
 def test_what_is_trained_in_full_is_not_quantized() -> None:
-    build = {
-        trainable: AdapterLinears(trainable, frozenset(), rank=4, alpha=8, quantize_base=True)
-        for trainable in ("frozen", "full")
-    }
-    assert isinstance(build["frozen"]("w1", 64, 64, False).weight.data, NF4Tensor)
-    assert not isinstance(build["full"]("w1", 64, 64, False).weight.data, NF4Tensor)
+    for trainable in ("frozen", "full"):
+        layer: Any = build_linear(
+            "encoder", "w1", 64, 64, False, trainable={"encoder": trainable}, quantize_base=True
+        )
+        assert isinstance(layer.weight.data, NF4Tensor) == (trainable == "frozen")
 
 
 def test_a_magnitude_that_was_loaded_stays() -> None:

@@ -17,8 +17,8 @@ from quickstart.checkpoint import GENERATION_CONFIG, PREPROCESSOR_CONFIG
 from tests.finetune_runs import NARROW
 from torchtune_vl.files._directory import write_manifest
 from torchtune_vl.files._safetensors import write_shards
-from torchtune_vl.models._config import read_config
-from torchtune_vl.models._families import family_of
+from torchtune_vl.models._config_json import read_config
+from torchtune_vl.models._registry import family_of
 from torchtune_vl.models.qwen2_5_vl import (
     Qwen2_5_VLTokenizer,
     Qwen2_5_VLTransform,

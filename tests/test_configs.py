@@ -13,7 +13,7 @@ from torchtune import config as torchtune_config
 from torchtune.config._utils import _get_component_from_path
 
 from tests.parity.test_sizes import QWEN2_VL_SIZES, SIZES
-from torchtune_vl.models._families import families
+from torchtune_vl.models._registry import families
 from torchtune_vl.recipes import config_names, config_path
 from torchtune_vl.training._memory import estimate_memory
 

@@ -12,7 +12,7 @@ from tests.reference import reference_config, reference_model
 from tests.test_checkpoint_metadata import WRONG
 from torchtune_vl.checkpoint._adapters import Adapter, load_adapter, save_adapter
 from torchtune_vl.cli import main
-from torchtune_vl.models._families import family_of
+from torchtune_vl.models._registry import family_of
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_tune_to_peft
 from torchtune_vl.training import merge
 

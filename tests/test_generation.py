@@ -22,7 +22,7 @@ from torchtune_vl.data import packed_collate_vision, padded_collate_vision
 from torchtune_vl.data._collate import padded_collate_vision_targets
 from torchtune_vl.generation import generate
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
-from torchtune_vl.modules.positions import mrope_positions
+from torchtune_vl.modules.layout import mrope_positions
 from torchtune_vl.modules.vision import _blank
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 

@@ -158,10 +158,16 @@ def test_gradient_free_feed_forward_is_the_recorded_one(directory: Path) -> None
 @pytest.mark.parametrize(
     ("dimensions", "message"),
     [
-        ({"embed_dim": 100, "num_heads": 3}, "100 does not divide into 3 heads"),
-        ({"mrope_sections": (16, 24, 23)}, "cover 63 frequencies"),
-        ({"vision_embed_dim": 1281}, "1281 does not divide into 16 heads"),
-        ({"vision_embed_dim": 96}, "divisible by 4, got 6"),
+        ({"embed_dim": 100, "num_heads": 3}, "100 does not divide into 3 heads of twice"),
+        (
+            {"mrope_sections": (16, 24, 23)},
+            r"2 heads of twice the sum .* \[16, 24, 23\]",
+        ),
+        ({"vision_embed_dim": 1281}, "width of 1281 does not divide into 16 heads"),
+        (
+            {"vision_embed_dim": 96},
+            "16 heads of a dimension divisible by 4",
+        ),
     ],
 )
 def test_dimensions_that_do_not_fit(dimensions: dict[str, Any], message: str) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.positions import IMAGE, VIDEO, defined_positions
-from torchtune_vl.modules.positions import mrope_positions
+from torchtune_vl.modules.layout import mrope_positions
 
 TEXT, START, END = 100, 151652, 151653
 sides = st.integers(1, 9).map(lambda units: 2 * units)

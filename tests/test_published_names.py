@@ -10,7 +10,7 @@ from safetensors import safe_open
 from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
 from torchtune_vl.checkpoint._adapters import Adapter, save_adapter
 from torchtune_vl.files._safetensors import INDEX
-from torchtune_vl.models._families import family_of
+from torchtune_vl.models._registry import family_of
 from torchtune_vl.models.qwen2_5_vl import (
     lora_qwen2_5_vl_from_config,
     qwen2_5_vl_3b,

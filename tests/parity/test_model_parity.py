@@ -24,7 +24,7 @@ from tests.reference import (
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.files._names import published_name
 from torchtune_vl.models import model_from_pretrained
-from torchtune_vl.models._families import family_of
+from torchtune_vl.models._registry import family_of
 
 BATCHES = {
     "text": [Conversation([]), Conversation([], text_tokens=30)],

@@ -35,7 +35,7 @@ from torchtune_vl.checkpoint._adapters import (
 )
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.files._json import read_json_object
-from torchtune_vl.models._families import family_of
+from torchtune_vl.models._registry import family_of
 from torchtune_vl.models.qwen2_5_vl import (
     lora_qwen2_5_vl_from_config,
     qwen2_5_vl_from_config,

@@ -18,17 +18,23 @@ from transformers import (
 
 from torchtune_vl.files._names import published_name
 from torchtune_vl.models import model_from_pretrained
-from torchtune_vl.models._config import TEXT_DEFAULTS
-from torchtune_vl.models.qwen2_5_vl import _family as qwen2_5_vl
+from torchtune_vl.models._config_json import TEXT_DEFAULTS
 from torchtune_vl.models.qwen2_5_vl import (
+    _qwen2_5_vl,
     qwen2_5_vl_3b,
     qwen2_5_vl_7b,
     qwen2_5_vl_32b,
     qwen2_5_vl_72b,
     qwen2_5_vl_tune_to_hf,
 )
-from torchtune_vl.models.qwen2_vl import _family as qwen2_vl
-from torchtune_vl.models.qwen2_vl import qwen2_vl_2b, qwen2_vl_7b, qwen2_vl_72b, qwen2_vl_tune_to_hf
+from torchtune_vl.models.qwen2_vl import (
+    _qwen2_vl,
+    qwen2_vl_2b,
+    qwen2_vl_7b,
+    qwen2_vl_72b,
+    qwen2_vl_tune_to_hf,
+)
+from torchtune_vl.modules.decoder import FeedForward
 
 
 def hub_config(
@@ -164,14 +170,17 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 def attributes(model: nn.Module) -> list[str]:
     """What a builder sets beside the shapes: text of all modules."""
-    rope = model.decoder.rope
-    encoder = model.encoders["vision"]
+    decoder, encoder = model.decoder, model.encoders["vision"]
     return [
         repr(model),
-        f"{rope.head_dim} {rope.base} {rope.sections} {model.decoder.max_seq_len}",
-        f"{sorted(encoder.full_attention_layers)} {encoder.rope.head_dim} {model.placeholder_ids}",
-        f"{type(model.decoder.output).__name__}",
+        f"{decoder.head_dim} {decoder.rope_base} {decoder.mrope_sections} {decoder.max_seq_len}",
+        f"{sorted(encoder.full_attention_layers)} {encoder.head_dim} {model.placeholder_ids}",
+        f"{type(decoder.output).__name__} {[mlp.activation for mlp in feed_forwards(model)]}",
     ]
+
+
+def feed_forwards(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, FeedForward)]
 
 
 @pytest.mark.parametrize("size", ALL)
@@ -203,7 +212,7 @@ def test_model_from_either_config_is_the_builders(size: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("config", "family"), [(Qwen2_5_VLConfig(), qwen2_5_vl), (Qwen2VLConfig(), qwen2_vl)]
+    ("config", "family"), [(Qwen2_5_VLConfig(), _qwen2_5_vl), (Qwen2VLConfig(), _qwen2_vl)]
 )
 def test_defaults_of_missing_keys_are_the_references(config: Any, family: Any) -> None:
     for part, defaults in (

@@ -32,8 +32,7 @@ from torchtune_vl.media._errors import reraise
 from torchtune_vl.media._image_transform import PatchDtype
 from torchtune_vl.media._images import Alpha, Backend
 from torchtune_vl.media._video_transform import FPS, MAX_FRAMES, MIN_FRAMES
-from torchtune_vl.modules.patches import concatenate_patches
-from torchtune_vl.modules.positions import mrope_positions, vision_index
+from torchtune_vl.modules.layout import concatenate_patches, mrope_positions, vision_index
 
 Turns = Literal["all", "last"]
 # Height and width of an image as it came, and in what its boxes are written

@@ -40,7 +40,7 @@ from torchtune_vl.files._safetensors import (
     write_shards,
 )
 from torchtune_vl.models._builders import part_of
-from torchtune_vl.models._families import family_of
+from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import load_weights
 from torchtune_vl.modules.adapters import is_adapter
 

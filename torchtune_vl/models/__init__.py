@@ -23,39 +23,20 @@ def model_from_pretrained(
 ) -> "VisionLanguageModel":
     """Build the model that a checkpoint's ``config.json`` describes, and load its weights.
 
-    Args:
-        checkpoint_dir: directory with a ``config.json``, in the flat layout of the published
-            checkpoints or the nested one of transformers 5.
-        weights: whether to load the weights too, in the default dtype. Without, they are fresh:
-            recipes say so, whose checkpointers load them.
-        decoder_trainable: whether the decoder, with its token embedding, is trained.
-        encoder_trainable: whether the encoder without its merger is trained.
-        fusion_trainable: whether the merger is trained.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: if a file is missing or damaged, describes another architecture, or asks for
-            what this model does not have.
+    The config has the flat layout of the published checkpoints or the nested one of transformers 5.
+    Without ``weights``, whose dtype is the default one, they are fresh: recipes say so, whose
+    checkpointers load them. Each part is trained or not: the decoder, with its token embedding, the
+    encoder without its merger, and the merger (``fusion``). Raises ``ValueError`` if a file is
+    missing or damaged, describes another architecture, or asks for what this model does not have.
     """
-    from torchtune_vl.models._builders import train_parts
-    from torchtune_vl.models._config import read_config
-    from torchtune_vl.models._families import family_of
-    from torchtune_vl.models._weights import with_weights
-
-    family = family_of(checkpoint_dir)
-    dimensions = family.dimensions(read_config(checkpoint_dir))
-
-    def build() -> "VisionLanguageModel":
-        return train_parts(
-            family.build(**dimensions),
-            decoder=decoder_trainable,
-            encoder=encoder_trainable,
-            merger=fusion_trainable,
-        )
-
-    return with_weights(build, Path(checkpoint_dir)) if weights else build()
+    return _from_pretrained(
+        "vision_language_model",
+        checkpoint_dir,
+        weights,
+        decoder_trainable=decoder_trainable,
+        encoder_trainable=encoder_trainable,
+        fusion_trainable=fusion_trainable,
+    )
 
 
 def lora_model_from_pretrained(
@@ -67,30 +48,29 @@ def lora_model_from_pretrained(
 ) -> "VisionLanguageModel":
     """Build the model that a checkpoint's ``config.json`` describes, with adapters.
 
-    Args:
-        checkpoint_dir: as in :func:`model_from_pretrained`.
-        lora_attn_modules: attention layers that get adapters.
-        weights: as in :func:`model_from_pretrained`; adapters are fresh in any case.
-        **settings: other arguments of :func:`~torchtune_vl.models._builders.with_adapters` but for
-            dimensions.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: as in :func:`model_from_pretrained` and
-            :func:`~torchtune_vl.models._builders.with_adapters`.
+    As :func:`model_from_pretrained`; adapters are fresh in any case. ``lora_attn_modules`` and
+    ``settings`` are arguments of :func:`~torchtune_vl.models._builders.with_adapters`, which raises
+    ``ValueError`` too.
     """
-    from torchtune_vl.models._builders import with_adapters
-    from torchtune_vl.models._config import read_config
-    from torchtune_vl.models._families import family_of
+    return _from_pretrained(
+        "with_adapters", checkpoint_dir, weights, lora_attn_modules=lora_attn_modules, **settings
+    )
+
+
+def _from_pretrained(
+    builder: str, checkpoint_dir: str | Path, weights: bool, **settings: Any
+) -> "VisionLanguageModel":
+    from torchtune_vl.models import _builders
+    from torchtune_vl.models._registry import described
     from torchtune_vl.models._weights import with_weights
 
-    family = family_of(checkpoint_dir)
-    dimensions = family.dimensions(read_config(checkpoint_dir))
+    family, dimensions = described(checkpoint_dir)
 
     def build() -> "VisionLanguageModel":
-        return with_adapters(family.build, lora_attn_modules, **dimensions, **settings)
+        # A setting that is a dimension, too, is an error
+        sizes = {**family.architecture, **dimensions}
+        model: VisionLanguageModel = getattr(_builders, builder)(**sizes, **settings)
+        return model
 
     return with_weights(build, Path(checkpoint_dir)) if weights else build()
 
@@ -98,22 +78,11 @@ def lora_model_from_pretrained(
 def transform_from_pretrained(checkpoint_dir: str | Path, **settings: Any) -> "ChatTransform":
     """Read vocabulary, chat template and settings of media from a checkpoint directory.
 
-    Args:
-        checkpoint_dir: directory with ``tokenizer.json`` (or ``vocab.json`` and ``merges.txt``),
-            ``preprocessor_config.json`` and ``config.json``.
-        **settings: those of :class:`~torchtune_vl.chat.ChatTransform`, which go before the
-            directory's. None counts as absent.
-
-    Returns:
-        The transform.
-
-    Raises:
-        ValueError: if a file is missing, asks for what the transform does not do, or a setting is
-            unknown.
+    It has ``tokenizer.json`` (or ``vocab.json`` and ``merges.txt``), ``preprocessor_config.json``
+    and ``config.json``. ``settings``, those of :class:`~torchtune_vl.chat.ChatTransform`, go before
+    the directory's; None counts as absent. Raises ``ValueError`` if a file is missing, asks for
+    what the transform does not do, or a setting is unknown.
     """
-    from torchtune_vl.models._families import family_of
+    from torchtune_vl.models._registry import family_of
 
-    transform: ChatTransform = family_of(checkpoint_dir).transform.from_pretrained(
-        checkpoint_dir, **settings
-    )
-    return transform
+    return family_of(checkpoint_dir).transform.from_pretrained(checkpoint_dir, **settings)

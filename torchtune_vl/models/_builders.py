@@ -1,43 +1,36 @@
-"""From dimensions to modules: the decoder, what of a model is trained, and adapters."""
+"""From dimensions to models, plain or with adapters."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from torchtune_vl._torchao import NF4Tensor
 from torchtune_vl._torchtune import get_logger
 from torchtune_vl.media import Geometry
-from torchtune_vl.modules.adapters import (
-    AdapterLinears,
-    LinearBuilder,
-    Trainable,
-    is_adapter,
-    train_with_adapters,
-)
-from torchtune_vl.modules.decoder import Attention, Decoder, DecoderLayer, FeedForward
-from torchtune_vl.modules.rotary import MultimodalRotaryTable, VisionRotaryTable
-from torchtune_vl.modules.summary import trained_parts
-from torchtune_vl.modules.vision import (
-    PatchEmbedding,
-    PatchMerger,
-    VisionAttention,
-    VisionEncoder,
-    VisionLanguageModel,
-    VisionLayer,
-)
+from torchtune_vl.modules.adapters import Trainable, build_linear, is_adapter
+from torchtune_vl.modules.decoder import Decoder
+from torchtune_vl.modules.parameters import trained_parts
+from torchtune_vl.modules.vision import VisionEncoder, VisionLanguageModel
 
-_MLP = ("w1", "w2", "w3")
+_MLP = {"w1", "w2", "w3"}
 # Layers that can be adapted, by the argument that says how their part is trained
-_LAYERS: dict[str, tuple[str, ...]] = {
-    "decoder_trainable": ("q_proj", "k_proj", "v_proj", "output_proj", *_MLP, "output"),
-    "encoder_trainable": ("qkv", "output_proj", *_MLP),
-    "fusion_trainable": ("w1", "w2"),
+_LAYERS = {
+    "decoder_trainable": {"q_proj", "k_proj", "v_proj", "output_proj", *_MLP, "output"},
+    "encoder_trainable": {"qkv", "output_proj", *_MLP},
+    "fusion_trainable": {"w1", "w2"},
 }
 
 
-def decoder(
+def vision_language_model(
     *,
+    geometry: Geometry,
+    vision_norm: Callable[[int], nn.Module],
+    vision_activation: Callable[[torch.Tensor], torch.Tensor],
+    vision_gated: bool,
     vocab_size: int,
     num_layers: int,
     num_heads: int,
@@ -45,155 +38,106 @@ def decoder(
     embed_dim: int,
     intermediate_dim: int,
     tie_word_embeddings: bool,
-    max_seq_len: int = 32768,
+    vision_intermediate_dim: int,
+    max_seq_len: int,
     attn_dropout: float = 0.0,
     norm_eps: float = 1e-6,
     rope_base: float = 1e6,
     mrope_sections: tuple[int, int, int] = (16, 24, 24),
-    linear: LinearBuilder,
-) -> Decoder:
-    """Build a decoder; the defaults are what most published ones share.
-
-    Args:
-        vocab_size: rows of the token embedding.
-        num_layers: layers.
-        num_heads: query heads.
-        num_kv_heads: key and value heads.
-        embed_dim: width.
-        intermediate_dim: width of the feed-forward.
-        tie_word_embeddings: whether the output layer is the token embedding.
-        max_seq_len: tokens of the longest sequence that it takes.
-        attn_dropout: dropout of attention weights.
-        norm_eps: epsilon of normalisations.
-        rope_base: base of rotary frequencies.
-        mrope_sections: frequencies that turn with the temporal, height and width position.
-        linear: builds linear layers.
-
-    Returns:
-        The decoder.
-
-    Raises:
-        ValueError: if the dimensions do not fit each other.
-    """
-    size = head_dim(embed_dim, num_heads)
-
-    def layer() -> DecoderLayer:
-        return DecoderLayer(
-            attn=Attention(
-                q_proj=linear("q_proj", embed_dim, num_heads * size, True),
-                k_proj=linear("k_proj", embed_dim, num_kv_heads * size, True),
-                v_proj=linear("v_proj", embed_dim, num_kv_heads * size, True),
-                output_proj=linear("output_proj", num_heads * size, embed_dim, False),
-                head_dim=size,
-                dropout=attn_dropout,
-            ),
-            mlp=FeedForward(
-                w1=linear("w1", embed_dim, intermediate_dim, False),
-                w2=linear("w2", intermediate_dim, embed_dim, False),
-                w3=linear("w3", embed_dim, intermediate_dim, False),
-            ),
-            sa_norm=nn.RMSNorm(embed_dim, eps=norm_eps),
-            mlp_norm=nn.RMSNorm(embed_dim, eps=norm_eps),
-        )
-
-    return Decoder(
-        tok_embeddings=nn.Embedding(vocab_size, embed_dim),
-        layers=[layer() for _ in range(num_layers)],
-        norm=nn.RMSNorm(embed_dim, eps=norm_eps),
-        output=None if tie_word_embeddings else linear("output", embed_dim, vocab_size, False),
-        rope=MultimodalRotaryTable(size, rope_base, mrope_sections),
-        max_seq_len=max_seq_len,
-    )
-
-
-def vision_encoder(
-    *,
-    geometry: Geometry,
-    embed_dim: int,
-    num_layers: int,
-    num_heads: int,
-    in_channels: int,
-    out_dim: int,
-    full_attention_layers: Sequence[int],
-    norm: Callable[[int], nn.Module],
-    mlp: Callable[[], FeedForward],
-    linear: LinearBuilder,
-    merger_linear: LinearBuilder,
-) -> VisionEncoder:
-    """Build a vision encoder with its merger.
-
-    Args:
-        geometry: sizes of patches, units and windows.
-        embed_dim: width.
-        num_layers: layers.
-        num_heads: heads.
-        in_channels: colour channels.
-        out_dim: width of the decoder.
-        full_attention_layers: indices of the layers that attend over whole frames.
-        norm: builds a normalisation of a width.
-        mlp: builds a layer's feed-forward.
-        linear: builds linear layers.
-        merger_linear: likewise of the merger.
-
-    Returns:
-        The encoder.
-
-    Raises:
-        ValueError: if the dimensions do not fit each other.
-    """
-    size, unit_size = head_dim(embed_dim, num_heads), geometry.merge_size**2
-
-    def layer() -> VisionLayer:
-        attn = VisionAttention(
-            qkv=linear("qkv", embed_dim, 3 * embed_dim, True),
-            output_proj=linear("output_proj", embed_dim, embed_dim, True),
-            head_dim=size,
-        )
-        return VisionLayer(attn=attn, mlp=mlp(), sa_norm=norm(embed_dim), mlp_norm=norm(embed_dim))
-
-    unit_dim = embed_dim * unit_size
-    return VisionEncoder(
-        geometry=geometry,
-        patch_embed=PatchEmbedding(geometry=geometry, in_channels=in_channels, embed_dim=embed_dim),
-        layers=[layer() for _ in range(num_layers)],
-        merger=PatchMerger(
-            norm=norm(embed_dim),
-            mlp=FeedForward(
-                w1=merger_linear("w1", unit_dim, unit_dim, True),
-                w2=merger_linear("w2", unit_dim, out_dim, True),
-                activation=nn.GELU(),
-            ),
-            unit_size=unit_size,
-        ),
-        rope=VisionRotaryTable(size, geometry.merge_size),
-        full_attention_layers=full_attention_layers,
-    )
-
-
-def head_dim(embed_dim: int, num_heads: int) -> int:
-    """Return the dimension of a head, or raise ``ValueError``."""
-    if embed_dim % num_heads:
-        raise ValueError(f"a width of {embed_dim} does not divide into {num_heads} heads")
-    return embed_dim // num_heads
-
-
-def train_parts(
-    model: VisionLanguageModel, *, decoder: bool, encoder: bool, merger: bool
+    vision_embed_dim: int = 1280,
+    vision_num_layers: int = 32,
+    vision_num_heads: int = 16,
+    vision_in_channels: int = 3,
+    patch_size: int = 14,
+    temporal_patch_size: int = 2,
+    full_attention_layers: Sequence[int] = (),
+    image_token_id: int = 151655,
+    video_token_id: int = 151656,
+    decoder_trainable: bool = True,
+    encoder_trainable: bool = True,
+    fusion_trainable: bool = True,
+    linear: Callable[..., nn.Module] = build_linear,
 ) -> VisionLanguageModel:
-    """Set which parameters require gradients.
+    """Build a model with fresh weights from its dimensions, whose defaults all published ones have.
 
     Args:
-        model: the model.
-        decoder: whether those of the decoder, with its token embedding, do.
-        encoder: likewise, of the encoder without its merger.
-        merger: likewise.
+        geometry: sizes of units and windows, and how pixels are normalized.
+        vision_norm: builds the normalisations of the encoder.
+        vision_activation: activation of its feed-forward.
+        vision_gated: whether that is gated.
+        vocab_size: rows of the token embedding.
+        num_layers: layers of the decoder.
+        num_heads: its query heads.
+        num_kv_heads: its key and value heads.
+        embed_dim: its width.
+        intermediate_dim: width of its feed-forward.
+        tie_word_embeddings: whether the output layer is the token embedding.
+        vision_intermediate_dim: width of the encoder's feed-forward.
+        max_seq_len: tokens of the longest sequence that the decoder takes.
+        attn_dropout: dropout of its attention weights.
+        norm_eps: epsilon of its normalisations.
+        rope_base: base of its rotary frequencies.
+        mrope_sections: frequencies that turn with the temporal, height and width position.
+        vision_embed_dim: width of the encoder.
+        vision_num_layers: its layers.
+        vision_num_heads: its heads.
+        vision_in_channels: colour channels.
+        patch_size: pixels along a side of a patch.
+        temporal_patch_size: frames of a patch.
+        full_attention_layers: indices of the encoder's layers that attend over whole frames, where
+            others attend in windows.
+        image_token_id: id of the placeholder of images.
+        video_token_id: id of the placeholder of videos.
+        decoder_trainable: whether the decoder, with its token embedding, is trained.
+        encoder_trainable: whether the encoder without its merger is trained.
+        fusion_trainable: whether the merger is trained.
+        linear: builds linear layers as :func:`~torchtune_vl.modules.adapters.build_linear` does;
+            adapters are trained.
 
-    Returns:
-        The model.
+    Raises:
+        ValueError: if the dimensions do not fit each other.
     """
-    trained = {"decoder": decoder, "encoder": encoder, "merger": merger}
+    decoder = Decoder(
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        embed_dim=embed_dim,
+        intermediate_dim=intermediate_dim,
+        tie_word_embeddings=tie_word_embeddings,
+        max_seq_len=max_seq_len,
+        attn_dropout=attn_dropout,
+        norm_eps=norm_eps,
+        rope_base=rope_base,
+        mrope_sections=mrope_sections,
+        linear=partial(linear, "decoder"),
+    )
+    encoder = VisionEncoder(
+        geometry=replace(geometry, patch_size=patch_size, temporal_patch_size=temporal_patch_size),
+        embed_dim=vision_embed_dim,
+        num_layers=vision_num_layers,
+        num_heads=vision_num_heads,
+        intermediate_dim=vision_intermediate_dim,
+        in_channels=vision_in_channels,
+        out_dim=embed_dim,
+        full_attention_layers=full_attention_layers,
+        norm=vision_norm,
+        activation=vision_activation,
+        gated=vision_gated,
+        linear=partial(linear, "encoder"),
+        merger_linear=partial(linear, "merger"),
+    )
+    placeholder_ids = (image_token_id, video_token_id)
+    model = VisionLanguageModel(
+        decoder=decoder, vision_encoder=encoder, placeholder_ids=placeholder_ids
+    )
+    trained = {
+        "decoder": decoder_trainable,
+        "encoder": encoder_trainable,
+        "merger": fusion_trainable,
+    }
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained[part_of(name)])
+        parameter.requires_grad_(is_adapter(name) or trained[part_of(name)])
     return model
 
 
@@ -205,7 +149,6 @@ def part_of(name: str) -> str:
 
 
 def with_adapters(
-    build: Callable[..., VisionLanguageModel],
     lora_attn_modules: Sequence[str],
     apply_lora_to_mlp: bool = False,
     apply_lora_to_output: bool = False,
@@ -221,10 +164,9 @@ def with_adapters(
     fusion_trainable: Trainable = "frozen",
     **dimensions: Any,
 ) -> VisionLanguageModel:
-    """Build a model with low-rank adapters.
+    """Build a model in which only low-rank adapters, and parts that are "full", are trained.
 
     Args:
-        build: the family's builder, from dimensions.
         lora_attn_modules: attention layers that get adapters: ``q_proj``, ``k_proj`` and
             ``v_proj`` of the decoder, ``qkv`` of the vision encoder, where these three are one
             layer, and ``output_proj`` of both.
@@ -244,10 +186,7 @@ def with_adapters(
             token embedding.
         encoder_trainable: likewise for the vision encoder without its merger.
         fusion_trainable: likewise for the merger.
-        **dimensions: other arguments of the builder.
-
-    Returns:
-        The model, in which only adapters and parts that are "full" require gradients.
+        **dimensions: other arguments of :func:`vision_language_model`.
 
     Raises:
         ValueError: if nothing would be trained, a name matches no layer of a part with adapters, a
@@ -258,38 +197,30 @@ def with_adapters(
         "encoder_trainable": encoder_trainable,
         "fusion_trainable": fusion_trainable,
     }
-    names = frozenset(lora_attn_modules)
-    if apply_lora_to_mlp:
-        names |= {*_MLP}
-    if apply_lora_to_output:
-        names |= {"output"}
+    names = {*lora_attn_modules, *(_MLP if apply_lora_to_mlp else ())}
+    names |= {"output"} if apply_lora_to_output else set()
     _check_adapters(names, parts)
     if apply_lora_to_output and dimensions["tie_word_embeddings"]:
         raise ValueError(
             "apply_lora_to_output: the output layer of this size is its token embedding, and an "
             "adapter on one of both cannot be merged; leave it out"
         )
-    linears = [
-        AdapterLinears(
-            trainable=trainable,
-            names=names,
-            rank=lora_rank,
-            alpha=lora_alpha,
-            dropout=lora_dropout,
-            use_dora=use_dora,
-            quantize_base=quantize_base,
-            never_quantized=frozenset({"output"}),
-        )
-        for trainable in parts.values()
-    ]
-    model = build(
-        **dimensions,
-        decoder_linear=linears[0],
-        encoder_linear=linears[1],
-        merger_linear=linears[2],
+    in_full = [part for part, how in parts.items() if how == "full"]
+    linear = partial(
+        build_linear,
+        trainable=dict(zip(("decoder", "encoder", "merger"), parts.values(), strict=True)),
+        adapted=names,
+        quantize_base=quantize_base,
+        use_dora=use_dora,
+        rank=lora_rank,
+        alpha=lora_alpha,
+        dropout=lora_dropout,
     )
-    in_full = [name for name, how in parts.items() if how == "full"]
-    _train_adapters_and(model, in_full)
+    trained: Any = {part: part in in_full for part in parts}
+    model = vision_language_model(**dimensions, **trained, linear=linear)
+    # What torchtune's recipes train is what modules list by this method
+    own = [n for n, p in model.named_parameters() if p.requires_grad and not is_adapter(n)]
+    model.adapter_params = partial(list, own)  # type: ignore[assignment]
     if quantize_base:
         # State dicts, which checkpoints are made of, hold no NF4
         model._register_state_dict_hook(_dequantize)
@@ -304,49 +235,24 @@ def with_adapters(
     return model
 
 
-def _check_adapters(names: frozenset[str], parts: Mapping[str, Trainable]) -> None:
+def _check_adapters(names: Collection[str], parts: Mapping[str, Trainable]) -> None:
     for part, trainable in parts.items():
         if trainable not in get_args(Trainable):
             raise ValueError(f"unknown {part} {trainable!r}: use one of {get_args(Trainable)}")
-    if set(parts.values()) == {"frozen"}:
+    if {*parts.values()} == {"frozen"}:
         raise ValueError(f"nothing would be trained: {', '.join(parts)} are all 'frozen'")
-    adapted = [part for part, trainable in parts.items() if trainable == "lora"]
-    for part in adapted:
-        if names.isdisjoint(_LAYERS[part]):
-            raise ValueError(
-                f"{part} is 'lora', but of its layers {', '.join(_LAYERS[part])} none is among "
-                f"{sorted(names)}: name some, or make it 'frozen' or 'full'"
-            )
-    layers_of_parts = frozenset[str]().union(*(_LAYERS[part] for part in adapted))
-    unmatched = names - layers_of_parts
-    if layers_of_parts & names & {*_MLP}:
-        unmatched -= {*_MLP}  # they are named together, and the merger has two of the three
-    if unmatched:
-        layers = "; ".join(f"{part} {', '.join(_LAYERS[part])}" for part in _LAYERS)
+    found = {part: _LAYERS[part] & {*names} for part, how in parts.items() if how == "lora"}
+    unmatched = {*names}.difference(*found.values())
+    if any("w1" in layers for layers in found.values()):
+        unmatched -= _MLP  # they are named together, and the merger has two of the three
+    problems = [f"{part} is 'lora', but has none of them" for part in found if not found[part]]
+    problems += [f"{name} is no layer of a part that is 'lora'" for name in sorted(unmatched)]
+    if problems:
+        layers = "; ".join(f"{part} {', '.join(sorted(_LAYERS[part]))}" for part in _LAYERS)
         raise ValueError(
-            f"{', '.join(sorted(unmatched))} match no layer of a part that is 'lora': leave them "
-            f"out, or make their part 'lora'. There are: {layers}"
+            f"adapters on {sorted(names)}: {'; '.join(problems)}: name others, or make parts "
+            f"'lora', 'frozen' or 'full'. There are: {layers}"
         )
-
-
-def _train_adapters_and(model: VisionLanguageModel, in_full: Sequence[str]) -> None:
-    """Let gradients go to adapters and to these parts, for torchtune's recipes too."""
-    encoder = model.encoders["vision"]
-    parts: dict[str, tuple[nn.Module, str]] = {
-        "decoder_trainable": (model.decoder, "decoder"),
-        "encoder_trainable": (encoder, "encoder"),
-        "fusion_trainable": (encoder.merger, "merger"),
-    }
-    for name in in_full:
-        module, part = parts[name]
-        # The merger is in the encoder, and a part of its own
-        train_with_adapters(
-            module,
-            [n for n, _ in module.named_parameters() if part != "encoder" or "merger." not in n],
-        )
-    trained = {parts[name][1] for name in in_full}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_adapter(name) or part_of(name) in trained)
 
 
 def _shown_part(name: str) -> str:

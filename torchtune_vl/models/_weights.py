@@ -14,8 +14,8 @@ from torchtune_vl._torchtune import DoRALinear, LoRALinear
 from torchtune_vl.files._directory import check_manifest
 from torchtune_vl.files._names import published_name
 from torchtune_vl.files._safetensors import Stored, read_tensors, stored_tensors, weight_files
-from torchtune_vl.models._config import read_config
-from torchtune_vl.models._families import family_of
+from torchtune_vl.models._builders import vision_language_model
+from torchtune_vl.models._registry import described
 
 _OUTPUT_LAYER = "lm_head.weight"
 _TOKEN_EMBEDDING = "model.embed_tokens.weight"
@@ -25,21 +25,14 @@ _LISTED = 20  # tensors in an error
 def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Read the weights of a checkpoint and compare them with its config and its checksums.
 
-    Args:
-        directory: has ``config.json``, and ``checksums.json`` perhaps.
-        files: its files of weights.
-
-    Returns:
-        The tensors by our names, as stored, on the CPU and mapped from the files.
-
-    Raises:
-        ValueError: if files are missing or damaged, or tensors are unknown, missing or of another
-            shape than the config says; it lists all of them.
+    Returns the tensors by our names, as stored, on the CPU and mapped from the files. Raises
+    ``ValueError`` if files are missing or damaged, or tensors are unknown, missing or of another
+    shape than the config says; it lists all of them.
     """
     check_manifest(directory)
-    family = family_of(directory)
+    family, dimensions = described(directory)
     with torch.device("meta"):
-        model = family.build(**family.dimensions(read_config(directory)))
+        model = vision_language_model(**{**family.architecture, **dimensions})
     expected = {
         name: tuple(tensor.shape)
         for name, tensor in family.names.to_published(model.state_dict()).items()
@@ -51,17 +44,9 @@ def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tens
 
 
 def with_weights(build: Callable[[], nn.Module], directory: Path) -> Any:
-    """Build a model and load the weights of a checkpoint, without making weights first.
+    """Build a model, with adapters or without, on the CPU with the weights of a checkpoint.
 
-    Args:
-        build: builds it, with adapters or without.
-        directory: of the checkpoint.
-
-    Returns:
-        The model, on the CPU.
-
-    Raises:
-        ValueError: as :func:`load_weights` does.
+    None are made first. Raises ``ValueError`` as :func:`load_weights` does.
     """
     with torch.device("meta"):
         model = build()
@@ -76,10 +61,8 @@ def load_weights_into(
 ) -> None:
     """Give a model on the meta device its weights: each process takes its own part of them.
 
-    Args:
-        model: the model, sharded or not.
-        weights: all of its parameters, whole, on the CPU.
-        device: where they go; the CPU if they are offloaded.
+    ``weights`` are all of its parameters, whole, on the CPU; ``device`` is where they go, the CPU
+    if they are offloaded.
     """
     placed = {name: _like(weights[name], p, device) for name, p in model.named_parameters()}
     model.load_state_dict(placed, assign=True)
@@ -92,10 +75,13 @@ def _like(weight: torch.Tensor, parameter: nn.Parameter, device: torch.device) -
         layout = parameter.device_mesh, parameter.placements
         part = distribute_tensor(weight.to(parameter.dtype), *layout, src_data_rank=None)
         return part.clone().to(device)
-    weight = weight.to(device, parameter.dtype, copy=True)
-    if isinstance(parameter.data, NF4Tensor):
-        return to_nf4(weight, parameter.data.block_size, parameter.data.scaler_block_size)
-    return weight
+    return _quantized_like(weight.to(device, parameter.dtype, copy=True), parameter)
+
+
+def _quantized_like(weight: torch.Tensor, parameter: Any) -> torch.Tensor:
+    nf4 = parameter.data
+    is_quantized = isinstance(nf4, NF4Tensor)
+    return to_nf4(weight, nf4.block_size, nf4.scaler_block_size) if is_quantized else weight
 
 
 def initial_adapters(
@@ -103,14 +89,9 @@ def initial_adapters(
 ) -> dict[str, torch.Tensor]:
     """Make the adapters that change nothing yet, the same for any number of devices.
 
-    Args:
-        model: has the adapters, perhaps on the meta device.
-        weights: of the base model, by the model's names.
-        seed: of the random ones.
-
-    Returns:
-        The adapters' parameters, float32 on the CPU, by the model's names; those of which
-        ``weights`` has some, not.
+    The model, which has them, may be on the meta device; ``weights`` are those of its base, by the
+    model's names. Returns the adapters' parameters, float32 on the CPU, by these names, but for
+    those that ``weights`` has.
     """
     generator = torch.Generator().manual_seed(seed)
     adapters: dict[str, torch.Tensor] = {}
@@ -123,10 +104,8 @@ def initial_adapters(
         adapters[f"{name}.lora_a.weight"] = a
         adapters[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape)
         if isinstance(module, DoRALinear):
-            base = weights[f"{name}.weight"]
-            if isinstance(module.weight.data, NF4Tensor):
-                blocks = module.weight.data.block_size, module.weight.data.scaler_block_size
-                base = to_nf4(base, *blocks).get_original_weight()
+            base = _quantized_like(weights[f"{name}.weight"], module.weight)
+            base = base.get_original_weight() if isinstance(base, NF4Tensor) else base
             adapters[f"{name}.magnitude"] = torch.linalg.norm(base.float(), dim=1)
     return {name: tensor for name, tensor in adapters.items() if name not in weights}
 
@@ -135,12 +114,11 @@ def _drop_tied_output_layer(
     stored: dict[str, Stored], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Accept an output layer beside tied embeddings, which some trainers write, if it is equal."""
-    if _OUTPUT_LAYER in expected or _OUTPUT_LAYER not in stored or _TOKEN_EMBEDDING not in stored:
+    if _OUTPUT_LAYER in expected or not {_OUTPUT_LAYER, _TOKEN_EMBEDDING} <= stored.keys():
         return
-    names = (_OUTPUT_LAYER, _TOKEN_EMBEDDING)
-    values = read_tensors({name: stored[name] for name in names})
+    values = read_tensors({name: stored[name] for name in (_OUTPUT_LAYER, _TOKEN_EMBEDDING)})
     output = stored.pop(_OUTPUT_LAYER)
-    if not torch.equal(values[_OUTPUT_LAYER], values[_TOKEN_EMBEDDING]):
+    if not torch.equal(*values.values()):
         raise ValueError(
             f"{output.path}: {output.name} differs from the token embedding, but config.json says "
             "tie_word_embeddings: set it to false if the output layer was trained on its own"
@@ -150,18 +128,16 @@ def _drop_tied_output_layer(
 def _refuse_differences(
     stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], directory: Path
 ) -> None:
-    unknown = [
-        f"{place.name} ({place.path.name})"
-        for name, place in stored.items()
-        if name not in expected
-    ]
-    missing = [name for name in expected if name not in stored]
-    misshapen = [
-        f"{name} is {list(stored[name].shape)} in {stored[name].path.name}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in stored and stored[name].shape != shape
-    ]
-    problems = {"unknown": unknown, "missing": missing, "of another shape": misshapen}
+    problems = {
+        "unknown": [f"{x.name} ({x.path.name})" for n, x in stored.items() if n not in expected],
+        "missing": [name for name in expected if name not in stored],
+        "of another shape": [
+            f"{name} is {list(stored[name].shape)} in {stored[name].path.name}, expected "
+            f"{list(shape)}"
+            for name, shape in expected.items()
+            if name in stored and stored[name].shape != shape
+        ],
+    }
     lines = [
         f"{len(found)} tensors {what}:\n  " + "\n  ".join(found[:_LISTED])
         for what, found in problems.items()

@@ -1,22 +1,21 @@
-"""Pieces of networks that no model family owns.
+"""Pieces of networks that no model family owns; decoder and encoder are imported from their files.
 
-Decoder, encoder and attention are imported from their files: they take seconds, which data workers
-and transforms need not spend.
+These take seconds to import, which data workers and transforms need not spend.
 """
 
-from torchtune_vl.modules.loss import (
-    IGNORE_INDEX,
-    SupervisedCrossEntropyLoss,
-    chunked_cross_entropy,
-)
-from torchtune_vl.modules.patches import concatenate_patches
-from torchtune_vl.modules.positions import (
+from torchtune_vl.modules.layout import (
+    Segments,
+    concatenate_patches,
     encoder_index,
     join_vision_indices,
     mrope_positions,
     vision_index,
 )
-from torchtune_vl.modules.segments import Segments
+from torchtune_vl.modules.loss import (
+    IGNORE_INDEX,
+    SupervisedCrossEntropyLoss,
+    chunked_cross_entropy,
+)
 
 __all__ = [
     "IGNORE_INDEX",

@@ -1,25 +1,19 @@
-"""Attention within the segments of a packed sequence.
+"""Attention within the segments of a packed sequence."""
 
-Shape suffixes: N rows of the packed sequence, G segments of equal length, L rows of a segment,
-H heads of queries, K heads of keys and values, D dimension of a head.
-"""
+# Shape suffixes: N rows of the packed sequence, G segments of equal length, L rows of a segment,
+# H heads of queries, K heads of keys and values, D dimension of a head
 
 import inspect
-from itertools import groupby
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from torchtune_vl.modules.segments import Segments
+from torchtune_vl.modules.layout import Segments
 
-_OPTIONS = inspect.signature(varlen_attn).parameters
-# By another name in torch 2.10, and without heads that several queries share
-_CAUSAL: dict[str, Any] = (
-    {"window_size": (-1, 0)} if "window_size" in _OPTIONS else {"is_causal": True}
-)
-_SHARES_HEADS = "enable_gqa" in _OPTIONS
+# Whether its heads of keys and values may be shared by several of queries: not in early releases
+_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class _PermuteRows(torch.autograd.Function):
@@ -37,17 +31,9 @@ class _PermuteRows(torch.autograd.Function):
 
 
 def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Return ``x[order]`` for a permutation, with a gather for its gradient too.
+    """Return ``x[order]`` for a permutation [N] and its inverse, with a gather for its gradient.
 
     The gradient of plain indexing adds row after row, since rows may repeat in general.
-
-    Args:
-        x: tensor of shape [N, ...].
-        order: permutation of the N rows, int64 [N].
-        inverse: the inverse permutation, int64 [N].
-
-    Returns:
-        Tensor of the shape of ``x``.
     """
     return _PermuteRows.apply(x, order, inverse)
 
@@ -63,39 +49,24 @@ def attend_within_segments(
 ) -> torch.Tensor:
     """Scaled dot-product attention in which each row sees the rows of its own segment.
 
-    Time and memory grow with the sum of squared segment lengths; no mask is built. In half
-    precision on CUDA it is one variable-length kernel, elsewhere one call of
-    ``scaled_dot_product_attention`` for each length that occurs. Keys and values may have fewer
-    heads than queries, which then share them.
-
-    Args:
-        q_NHD: queries [N, H, D].
-        k_NKD: keys [N, K, D].
-        v_NKD: values [N, K, D].
-        segments: the segments of the N rows.
-        is_causal: whether a row sees only itself and those before it.
-
-    Returns:
-        Tensor of shape [N, H, D].
+    If it is causal, only itself and those before it. Time and memory grow with the sum of squared
+    segment lengths; no mask is built. In half precision on CUDA it is one variable-length kernel,
+    elsewhere one call of ``scaled_dot_product_attention`` for each length that occurs. Keys and
+    values may have fewer heads than queries, which then share them. Returns [N, H, D].
     """
     if q_NHD.is_cuda and q_NHD.dtype in (torch.float16, torch.bfloat16):
         return _attend_by_one_kernel(q_NHD, k_NKD, v_NKD, segments, is_causal)
-    rows = (q_NHD, k_NKD, v_NKD)
-    if segments.by_length is not None:
-        order, inverse = segments.by_length
-        rows = tuple(permute_rows(x, order, inverse) for x in rows)  # type: ignore[assignment]
-        runs = [(length, len([*run])) for length, run in groupby(sorted(segments.lengths))]
-    else:
-        runs = segments.runs
+    runs, order = segments.by_length
+    rows: tuple[torch.Tensor, ...] = (q_NHD, k_NKD, v_NKD)
+    if order is not None:
+        rows = tuple(permute_rows(x, *order) for x in rows)
     groups = [x.split([length * count for length, count in runs]) for x in rows]
     attended = [
         _attend_within_equal_segments(q, k, v, length, is_causal)
         for (length, _), q, k, v in zip(runs, *groups, strict=True)
     ]
     out_NHD = torch.cat(attended) if len(attended) > 1 else attended[0]
-    if segments.by_length is not None:
-        out_NHD = permute_rows(out_NHD, inverse, order)
-    return out_NHD
+    return out_NHD if order is None else permute_rows(out_NHD, *reversed(order))
 
 
 def _attend_by_one_kernel(
@@ -105,7 +76,7 @@ def _attend_by_one_kernel(
     segments: Segments,
     is_causal: bool,
 ) -> torch.Tensor:
-    options = dict(_CAUSAL) if is_causal else {}
+    options: dict[str, Any] = {"window_size": (-1, 0)} if is_causal else {}
     groups = q_NHD.shape[1] // k_NKD.shape[1]
     if groups > 1 and _SHARES_HEADS:
         options["enable_gqa"] = True

@@ -1,14 +1,14 @@
-"""The decoder, from top to bottom: layers of attention and feed-forward, norm and output.
+"""The decoder, from top to bottom: embedding, layers of attention and feed-forward, output.
 
-Parameters have torchtune's names, and layers are torchtune layers by type, so that its recipes
-compile, checkpoint and shard them.
-
-Shape suffixes: B sequences, S tokens of a sequence, M tokens that are looked at (S, or those in the
-cache), E width, H heads of queries, K heads of keys and values, D dimension of a head, V
-vocabulary, P positions whose logits or losses are wanted.
+Parameters have torchtune's names, and layers are its layers by type, for its recipes.
 """
 
+# Shape suffixes: B sequences, S tokens of a sequence, M tokens that are looked at (S, or those in
+# the cache), E width, H heads of queries, K heads of keys and values, D dimension of a head, V
+# vocabulary, P positions whose logits or losses are wanted
+
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,45 +17,65 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from torchtune_vl._torchtune import TransformerSelfAttentionLayer
+from torchtune_vl.modules.adapters import LinearBuilder
 from torchtune_vl.modules.attention import attend_within_segments
+from torchtune_vl.modules.layout import Segments
 from torchtune_vl.modules.loss import chunked_cross_entropy
-from torchtune_vl.modules.rotary import MultimodalRotaryTable, rotate
-from torchtune_vl.modules.segments import Segments
+from torchtune_vl.modules.rotary import inverse_frequencies, rotary_table, rotate
 
 # What attends to what: bool [B, S, M], the documents of a packed row, or causal attention
 Mask = torch.Tensor | Segments | BlockMask | None
 
 
 class Decoder(nn.Module):
-    """The language model: embedding, layers, norm and output.
+    """The language model; its sizes are those of ``vision_language_model``.
 
-    Args:
-        tok_embeddings: embedding of tokens.
-        layers: its layers.
-        norm: what follows them.
-        output: from hidden states to logits; None where the token embedding does that too.
-        rope: makes the rotary table of all layers.
-        max_seq_len: tokens of the longest sequence.
+    ``linear`` builds its linear layers. Raises ``ValueError`` if the sizes do not fit each other.
     """
 
     def __init__(
         self,
         *,
-        tok_embeddings: nn.Embedding,
-        layers: list["DecoderLayer"],
-        norm: nn.Module,
-        output: nn.Module | None,
-        rope: MultimodalRotaryTable,
+        vocab_size: int,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        embed_dim: int,
+        intermediate_dim: int,
+        tie_word_embeddings: bool,
         max_seq_len: int,
+        attn_dropout: float,
+        norm_eps: float,
+        rope_base: float,
+        mrope_sections: tuple[int, int, int],
+        linear: LinearBuilder,
     ) -> None:
         super().__init__()
-        self.tok_embeddings = tok_embeddings
-        self.layers: Any = nn.ModuleList(layers)
-        self.norm = norm
-        self.output = output
-        self.rope = rope
+        self.head_dim = 2 * sum(mrope_sections)
+        if embed_dim != num_heads * self.head_dim:
+            raise ValueError(
+                f"a width of {embed_dim} does not divide into {num_heads} heads of twice the sum "
+                f"of the M-RoPE sections {list(mrope_sections)}"
+            )
+        self.rope_base = rope_base
+        self.mrope_sections = mrope_sections
         self.max_seq_len = max_seq_len
         self.num_output_chunks = 0
+        norm = partial(nn.RMSNorm, embed_dim, eps=norm_eps)
+        self.tok_embeddings = nn.Embedding(vocab_size, embed_dim)
+        self.layers: Any = nn.ModuleList(
+            TransformerLayer(
+                Attention(embed_dim, num_heads, num_kv_heads, attn_dropout, linear),
+                FeedForward(embed_dim, intermediate_dim, linear),
+                sa_norm=norm(),
+                mlp_norm=norm(),
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = norm()
+        self.output = (
+            None if tie_word_embeddings else linear("output", embed_dim, vocab_size, False)
+        )
 
     def forward(
         self,
@@ -95,7 +115,8 @@ class Decoder(nn.Module):
             )
         if self.caches_are_setup() and (mask is None or input_pos is None):
             raise ValueError("with a KV cache the decoder needs a mask and positions")
-        rope = self.rope(_three_axes(input_pos, x_BSE))
+        frequencies = inverse_frequencies(self.head_dim, self.rope_base, x_BSE.device)
+        rope = rotary_table(_three_axes(input_pos, x_BSE), frequencies.split(self.mrope_sections))
         for layer in self.layers:
             x_BSE = layer(x_BSE, mask=mask, rope=rope)
         if output_positions is not None:
@@ -114,11 +135,7 @@ class Decoder(nn.Module):
         return self.output(x)
 
     def set_num_output_chunks(self, num_output_chunks: int) -> None:
-        """Return logits in parts, as torchtune's losses that make them chunk by chunk ask for.
-
-        Args:
-            num_output_chunks: how many.
-        """
+        """Return logits in parts, as torchtune's losses that make them chunk by chunk ask for."""
         self.num_output_chunks = num_output_chunks
 
     def setup_caches(
@@ -129,13 +146,9 @@ class Decoder(nn.Module):
         encoder_max_seq_len: int | None = None,
         decoder_max_seq_len: int | None = None,
     ) -> None:
-        """Keep keys and values of what is read, on the device of the layers.
+        """Keep keys and values of so many sequences, of ``max_seq_len`` tokens by default.
 
-        Args:
-            batch_size: number of sequences.
-            dtype: dtype of the caches.
-            encoder_max_seq_len: ignored, torchtune's generation passes it.
-            decoder_max_seq_len: tokens that they hold, by default ``max_seq_len``.
+        Those of an encoder, which torchtune's generation passes, are ignored.
         """
         max_seq_len = decoder_max_seq_len or self.max_seq_len
         for layer in self.layers:
@@ -161,69 +174,37 @@ def _three_axes(input_pos: torch.Tensor | None, x_BSE: torch.Tensor) -> torch.Te
     return input_pos
 
 
-class DecoderLayer(TransformerSelfAttentionLayer):
-    """Attention and feed-forward, each with its norm before it.
+class TransformerLayer(TransformerSelfAttentionLayer):
+    """Attention and feed-forward, each with its norm before it, of decoder and encoder."""
 
-    Args:
-        attn: attention.
-        mlp: feed-forward.
-        sa_norm: norm before attention.
-        mlp_norm: norm before the feed-forward.
-    """
-
-    def __init__(
-        self, *, attn: "Attention", mlp: "FeedForward", sa_norm: nn.Module, mlp_norm: nn.Module
-    ) -> None:
-        super().__init__(attn, mlp, sa_norm=sa_norm, mlp_norm=mlp_norm)
-
-    def forward(self, x_BSE: torch.Tensor, *, mask: Mask, rope: torch.Tensor) -> torch.Tensor:
-        """Apply the layer.
-
-        Args:
-            x_BSE: hidden states.
-            mask: as in :meth:`Decoder.forward`.
-            rope: rotary table, float32 [B, S, 2, D/2].
-
-        Returns:
-            Hidden states.
-        """
-        x_BSE = x_BSE + self.attn(self.sa_norm(x_BSE), mask=mask, rope=rope)
-        return x_BSE + self.mlp(self.mlp_norm(x_BSE))
+    def forward(self, x: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Apply the layer to hidden states; other ``inputs`` are those of its attention."""
+        x = x + self.attn(self.sa_norm(x), **inputs)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Attention(nn.Module):
-    """Attention with heads of keys and values that several heads of queries share.
-
-    Args:
-        q_proj: projection to queries.
-        k_proj: projection to keys.
-        v_proj: projection to values.
-        output_proj: projection of the heads' outputs.
-        head_dim: dimension of a head.
-        dropout: dropout of attention weights in training.
-    """
+    """Attention with heads of keys and values that several heads of queries share."""
 
     def __init__(
         self,
-        *,
-        q_proj: nn.Module,
-        k_proj: nn.Module,
-        v_proj: nn.Module,
-        output_proj: nn.Module,
-        head_dim: int,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
         dropout: float,
+        linear: LinearBuilder,
     ) -> None:
         super().__init__()
-        self.q_proj = q_proj
-        self.k_proj = k_proj
-        self.v_proj = v_proj
-        self.output_proj = output_proj
-        self.head_dim = head_dim
+        self.head_dim = embed_dim // num_heads
+        self.q_proj = linear("q_proj", embed_dim, embed_dim, True)
+        self.k_proj = linear("k_proj", embed_dim, num_kv_heads * self.head_dim, True)
+        self.v_proj = linear("v_proj", embed_dim, num_kv_heads * self.head_dim, True)
+        self.output_proj = linear("output_proj", embed_dim, embed_dim, False)
         self.dropout = dropout
         self.kv_cache: KVCache | None = None
 
     def forward(self, x_BSE: torch.Tensor, *, mask: Mask, rope: torch.Tensor) -> torch.Tensor:
-        """Attend; see :meth:`DecoderLayer.forward`."""
+        """Attend with a mask as in :meth:`Decoder.forward` and a rotary table [B, S, 2, D/2]."""
         q_BSHD, k_BSKD, v_BSKD = (
             projection(x_BSE).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -266,14 +247,9 @@ def _attend(
 
 
 class KVCache(nn.Module):
-    """Keys and values of all tokens that a layer has read.
+    """Keys and values of all tokens that a layer has read, with room for ``max_seq_len``.
 
     Their number is known to the host, so that attention looks at no more than there is.
-
-    Args:
-        batch_size: number of sequences.
-        max_seq_len: tokens of each that find room.
-        dtype: dtype of what is kept.
     """
 
     def __init__(self, batch_size: int, max_seq_len: int, dtype: torch.dtype) -> None:
@@ -286,15 +262,7 @@ class KVCache(nn.Module):
     def append(
         self, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add tokens.
-
-        Args:
-            k_BKSD: their keys.
-            v_BKSD: their values.
-
-        Returns:
-            Keys and values of all tokens so far, [B, K, M, D].
-        """
+        """Add those of new tokens, and return those of all so far, [B, K, M, D]."""
         if self.kept is None:
             batch_size, max_seq_len = self.size
             shape = (batch_size, k_BKSD.shape[1], max_seq_len, k_BKSD.shape[3])
@@ -311,27 +279,23 @@ class KVCache(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A feed-forward, gated where it has a third layer (SwiGLU, arXiv 2002.05202).
-
-    Args:
-        w1: from the width to that of the hidden layer, before the activation.
-        w2: back to the width.
-        w3: the gate's partner, likewise from the width; None for none.
-        activation: the activation.
-    """
+    """A feed-forward, gated by a third layer (SwiGLU, arXiv 2002.05202) or not."""
 
     def __init__(
         self,
+        embed_dim: int,
+        intermediate_dim: int,
+        linear: LinearBuilder,
         *,
-        w1: nn.Module,
-        w2: nn.Module,
-        w3: nn.Module | None = None,
+        out_dim: int | None = None,
+        bias: bool = False,
+        gated: bool = True,
         activation: Callable[[torch.Tensor], torch.Tensor] = F.silu,
     ) -> None:
         super().__init__()
-        self.w1 = w1
-        self.w2 = w2
-        self.w3 = w3
+        self.w1 = linear("w1", embed_dim, intermediate_dim, bias)
+        self.w2 = linear("w2", intermediate_dim, out_dim or embed_dim, bias)
+        self.w3 = linear("w3", embed_dim, intermediate_dim, bias) if gated else None
         self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -17,18 +17,11 @@ IGNORE_INDEX = -100
 def chunked_cross_entropy(
     hidden: torch.Tensor, output: Callable[[torch.Tensor], torch.Tensor], targets: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy of an output layer, whose logits are made chunk by chunk.
+    """Cross-entropy of an output layer, whose logits are made chunk by chunk, float32 [n].
 
-    Gradients make them anew, but for the last chunk, with which they begin: memory is that of one
-    chunk, at the price of a second product of the others.
-
-    Args:
-        hidden: what the output layer takes, [n, d].
-        output: the output layer, to logits [rows, vocabulary].
-        targets: the right entries, int64 [n].
-
-    Returns:
-        float32 [n].
+    ``hidden`` [n, d] is what the layer takes, ``targets``, int64 [n], are the right entries.
+    Gradients make logits anew, but for the last chunk, with which they begin: memory is that of
+    one chunk, at the price of a second product of the others.
     """
 
     def losses(rows: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -47,10 +40,7 @@ class SupervisedCrossEntropyLoss(nn.Module):
 
     The counterpart of :func:`~torchtune_vl.data.padded_collate_vision_supervised`: most tokens of
     a vision-language batch carry no loss, and their logits over 150,000 entries cost more than the
-    rest of a small model.
-
-    Args:
-        ignore_index: label of positions without loss.
+    rest of a small model. ``ignore_index`` is the label of positions without loss.
     """
 
     def __init__(self, ignore_index: int = IGNORE_INDEX) -> None:
@@ -58,17 +48,10 @@ class SupervisedCrossEntropyLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Compute the loss.
+        """Compute the loss, a float32 scalar, of logits [n, vocabulary].
 
-        Args:
-            logits: [n, vocabulary], for the n supervised positions in their order.
-            labels: [b * s] or [b, s], shifted so that ``labels[i]`` is the token after position i.
-
-        Returns:
-            Scalar, float32.
-
-        Raises:
-            RuntimeError: if the labels do not have n supervised positions.
+        They are of the n supervised positions of ``labels``, [b, s] or flat, which are shifted so
+        that the label of a position is the token behind it; other labels are a ``RuntimeError``.
         """
         supervised = labels.flatten() != self.ignore_index
         torch._assert_async(

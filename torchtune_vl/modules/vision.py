@@ -1,11 +1,10 @@
-"""The vision encoder, and how what it makes of media comes into the decoder's text.
+"""The vision encoder, and how what it makes of media comes into the decoder's text."""
 
-Shape suffixes: B sequences, S tokens of a sequence, N patches, U units of patches that become one
-embedding, E width of the decoder (of B and S) or of the encoder (of N), H heads, D dimension of a
-head.
-"""
+# Shape suffixes: B sequences, S tokens of a sequence, N patches, U units of patches that become one
+# embedding, E width of the decoder (of B and S) or of the encoder (of N), H heads, D dimension of a
+# head
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,25 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map
 
-from torchtune_vl._torchtune import TransformerSelfAttentionLayer
 from torchtune_vl.media import CHANNELS, Geometry
+from torchtune_vl.modules.adapters import LinearBuilder
 from torchtune_vl.modules.attention import attend_within_segments, permute_rows
-from torchtune_vl.modules.decoder import Decoder, FeedForward, Mask
-from torchtune_vl.modules.positions import encoder_index, vision_index
-from torchtune_vl.modules.rotary import VisionRotaryTable, rotate
-from torchtune_vl.modules.segments import Segments
+from torchtune_vl.modules.decoder import Decoder, FeedForward, Mask, TransformerLayer
+from torchtune_vl.modules.layout import Segments, encoder_index, vision_index
+from torchtune_vl.modules.rotary import inverse_frequencies, rotary_table, rotate
+
+_ROPE_BASE = 10000.0
 
 
 class VisionLanguageModel(nn.Module):
-    """A decoder whose placeholder tokens are replaced by embeddings of images and videos.
+    """A decoder whose placeholder tokens are replaced by embeddings of images and videos, in order.
 
     Early fusion, without a host synchronisation.
-
-    Args:
-        decoder: the language model.
-        vision_encoder: from patches to embeddings of the decoder's width.
-        placeholder_ids: ids of the tokens that embeddings of media replace, in order.
     """
 
     def __init__(
@@ -52,7 +48,7 @@ class VisionLanguageModel(nn.Module):
         output_positions: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute logits, or losses, of text with media.
+        """Compute logits, or losses, of text with media, as :meth:`Decoder.forward` does.
 
         Without media the encoder has no part in it, and its gradients are missing. Where other
         processes, which may have media, would wait for this one in it, it takes a blank image, and
@@ -61,16 +57,13 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             tokens: ids with placeholders expanded, int64 [B, S].
-            mask: as in :meth:`~torchtune_vl.modules.Decoder.forward`.
+            mask: as in :meth:`Decoder.forward`.
             encoder_input: ``{"vision": {...}}`` with the arguments of
-                :meth:`VisionEncoder.forward` for the media of all
-                sequences in order; None for text alone.
+                :meth:`VisionEncoder.forward` for the media of all sequences in order; None for
+                text alone.
             input_pos: M-RoPE positions, int64 [B, S, 3].
-            output_positions: as in :meth:`~torchtune_vl.modules.Decoder.forward`.
+            output_positions: as in :meth:`Decoder.forward`.
             targets: likewise.
-
-        Returns:
-            Logits or losses as in :meth:`~torchtune_vl.modules.Decoder.forward`.
 
         Raises:
             ValueError: if ``encoder_input`` has another key than ``vision``.
@@ -78,16 +71,15 @@ class VisionLanguageModel(nn.Module):
                 device-side assert).
         """
         x_BSE = self.decoder.tok_embeddings(tokens)
+        encoder = self.encoders["vision"]
         if encoder_input is not None:
             if encoder_input.keys() != {"vision"}:
                 raise ValueError(
                     f"encoder_input has the keys {sorted(encoder_input)}, expected ['vision']"
                 )
-            media = self.encoders["vision"](**encoder_input["vision"])
-            x_BSE = self._fuse(tokens, x_BSE, media)
+            x_BSE = self._fuse(tokens, x_BSE, encoder(**encoder_input["vision"]))
         elif self._is_awaited(tokens):
-            encoder = self.encoders["vision"]
-            blank = encoder(**encoder.blank(tokens.device))
+            blank = encoder(**_blank(encoder.geometry, tokens.device))
             x_BSE = x_BSE + 0 * blank.sum().to(x_BSE.dtype)
         return self.decoder(
             x_BSE,
@@ -121,25 +113,14 @@ class VisionLanguageModel(nn.Module):
             isinstance(m, FSDPModule) for m in self.encoders["vision"].modules()
         )
 
-    def set_num_output_chunks(self, num_output_chunks: int) -> None:
-        """See :meth:`Decoder.set_num_output_chunks`."""
-        self.decoder.set_num_output_chunks(num_output_chunks)
-
-    def setup_caches(self, batch_size: int, dtype: torch.dtype, **lengths: int | None) -> None:
-        """See :meth:`Decoder.setup_caches`."""
-        self.decoder.setup_caches(batch_size, dtype, **lengths)
-
-    def caches_are_setup(self) -> bool:
-        """Whether the decoder keeps what it has read."""
-        return self.decoder.caches_are_setup()
-
-    caches_are_enabled = caches_are_setup  # torchtune's generation asks for these, too
+    # What torchtune's recipes and generation ask the decoder for
     tok_embeddings = property(lambda self: self.decoder.tok_embeddings)
+    set_num_output_chunks = property(lambda self: self.decoder.set_num_output_chunks)
+    setup_caches = property(lambda self: self.decoder.setup_caches)
+    caches_are_setup = property(lambda self: self.decoder.caches_are_setup)
+    caches_are_enabled = caches_are_setup
     decoder_max_cache_seq_len = property(lambda self: self.decoder.layers[0].attn.kv_cache.size[1])
-
-    def delete_caches(self) -> None:
-        """See :meth:`Decoder.delete_caches`."""
-        self.decoder.delete_caches()
+    delete_caches = property(lambda self: self.decoder.delete_caches)
 
 
 class VisionEncoder(nn.Module):
@@ -147,33 +128,56 @@ class VisionEncoder(nn.Module):
 
     After "Qwen2.5-VL Technical Report" (arXiv 2502.13923, section 2.1.1) and transformers'
     ``Qwen2_5_VisionTransformerPretrainedModel``. Cost grows linearly with the number of media.
-
-    Args:
-        geometry: sizes of patches, units and windows.
-        patch_embed: embedding of patches.
-        layers: the layers.
-        merger: joins units of patches.
-        rope: makes the rotary table.
-        full_attention_layers: indices of the layers that attend over whole frames.
+    ``norm`` builds a normalisation of a width, the two ``linear`` build linear layers. Raises
+    ``ValueError`` if the width does not divide into the heads.
     """
 
     def __init__(
         self,
         *,
         geometry: Geometry,
-        patch_embed: "PatchEmbedding",
-        layers: list["VisionLayer"],
-        merger: "PatchMerger",
-        rope: VisionRotaryTable,
+        embed_dim: int,
+        num_layers: int,
+        num_heads: int,
+        intermediate_dim: int,
+        in_channels: int,
+        out_dim: int,
         full_attention_layers: Sequence[int],
+        norm: Callable[[int], nn.Module],
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        gated: bool,
+        linear: LinearBuilder,
+        merger_linear: LinearBuilder,
     ) -> None:
         super().__init__()
+        if embed_dim % (4 * num_heads):
+            raise ValueError(
+                f"the encoder's width of {embed_dim} does not divide into {num_heads} heads of a "
+                "dimension divisible by 4"
+            )
         self.geometry = geometry
-        self.patch_embed = patch_embed
-        self.layers = nn.ModuleList(layers)
-        self.merger = merger
-        self.rope = rope
+        self.head_dim = embed_dim // num_heads
         self.full_attention_layers = frozenset(full_attention_layers)
+        self.patch_embed = PatchEmbedding(geometry, in_channels, embed_dim)
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                VisionAttention(embed_dim, self.head_dim, linear),
+                FeedForward(
+                    embed_dim,
+                    intermediate_dim,
+                    linear,
+                    bias=True,
+                    gated=gated,
+                    activation=activation,
+                ),
+                sa_norm=norm(embed_dim),
+                mlp_norm=norm(embed_dim),
+            )
+            for _ in range(num_layers)
+        )
+        self.merger = PatchMerger(
+            norm(embed_dim), embed_dim, geometry.merge_size**2, out_dim, merger_linear
+        )
 
     def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor, **index: Any) -> torch.Tensor:
         """Encode media.
@@ -187,67 +191,60 @@ class VisionEncoder(nn.Module):
         Returns:
             Embeddings of the units, in the order of ``patches`` [U, width of the decoder].
         """
-        index = index or self._index_of(grid_thw)
+        index = index or _index(grid_thw, self.geometry)
         segments = {k: Segments(*next(iter(index[k].items()))) for k in ("windows", "frames")}
-        order_U = index["unit_order"]
-        back_U = order_U.argsort()
-        rope = self.rope(index["unit_positions"])
+        rope = self._rope(index["unit_positions"])
         x_NE = self.patch_embed(patches)
-        x_NE = permute_rows(x_NE.unflatten(0, (len(order_U), -1)), order_U, back_U).flatten(0, 1)
+        has_windows = self.geometry.window_size is not None
+        if has_windows:
+            order_U = index["unit_order"]
+            back_U = order_U.argsort()
+            x_NE = x_NE.unflatten(0, (len(order_U), -1))
+            x_NE = permute_rows(x_NE, order_U, back_U).flatten(0, 1)
         for number, layer in enumerate(self.layers):
             kind = "frames" if number in self.full_attention_layers else "windows"
             x_NE = layer(x_NE, segments=segments[kind], rope=rope)
-        return permute_rows(self.merger(x_NE), back_U, order_U)
+        x_UE = self.merger(x_NE)
+        return permute_rows(x_UE, back_U, order_U) if has_windows else x_UE
 
-    def _index_of(self, grid_thw: torch.Tensor) -> dict[str, Any]:
-        index = encoder_index(vision_index(grid_thw.cpu(), self.geometry))
-        return _on_device(index, grid_thw.device)
+    def _rope(self, unit_positions: torch.Tensor) -> torch.Tensor:
+        """Make the rotary table of all patches [N, 2, D/2] from row and column of units [U, 2]."""
+        size, device = self.geometry.merge_size, unit_positions.device
+        steps = torch.arange(size, device=device)
+        positions = unit_positions[:, None] * size + torch.cartesian_prod(steps, steps)
+        frequencies = inverse_frequencies(self.head_dim // 2, _ROPE_BASE, device)
+        return rotary_table(positions.flatten(0, 1), [frequencies] * 2)
 
-    def blank(self, device: torch.device) -> dict[str, Any]:
-        """Return what :meth:`forward` takes for the smallest image, all zeros."""
-        return _blank(self.geometry, device)
+
+def _index(grid_thw: torch.Tensor, geometry: Geometry) -> dict[str, Any]:
+    index = encoder_index(vision_index(grid_thw.cpu(), geometry))
+    return tree_map(lambda tensor: tensor.to(grid_thw.device), index)
 
 
 @lru_cache
 @torch.inference_mode(False)  # kept, it serves training after generation
 def _blank(geometry: Geometry, device: torch.device) -> dict[str, Any]:
+    """What the encoder takes for the smallest image, all zeros."""
     size = geometry.merge_size
-    grid_thw = torch.tensor([[1, size, size]])
-    patches = torch.zeros(size**2, CHANNELS * geometry.patch_size**2, dtype=torch.uint8)
-    index = encoder_index(vision_index(grid_thw, geometry))
-    return _on_device({"patches": patches, "grid_thw": grid_thw, **index}, device)
-
-
-def _on_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {key: _on_device(entry, device) for key, entry in value.items()}
-    return value.to(device)
+    shape = (size**2, CHANNELS * geometry.patch_size**2)
+    patches = torch.zeros(shape, dtype=torch.uint8, device=device)
+    grid_thw = torch.tensor([[1, size, size]], device=device)
+    return {"patches": patches, "grid_thw": grid_thw, **_index(grid_thw, geometry)}
 
 
 class PatchEmbedding(nn.Module):
-    """Linear embedding of patches (transformers' ``PatchEmbed`` of Qwen2-VL).
+    """Linear embedding of patches (transformers' ``PatchEmbed`` of Qwen2-VL)."""
 
-    Args:
-        geometry: sizes of patches, and how uint8 patches are normalized.
-        in_channels: colour channels.
-        embed_dim: width of the encoder.
-    """
-
-    def __init__(self, *, geometry: Geometry, in_channels: int, embed_dim: int) -> None:
+    def __init__(self, geometry: Geometry, in_channels: int, embed_dim: int) -> None:
         super().__init__()
         self.geometry = geometry
         kernel = (geometry.temporal_patch_size, geometry.patch_size, geometry.patch_size)
         self.proj = nn.Conv3d(in_channels, embed_dim, kernel, stride=kernel, bias=False)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Embed.
+        """Embed patches [N, values of a patch] as [N, E] in the dtype of the weights.
 
-        Args:
-            patches: float [N, values of a patch], or uint8 before normalization of that width, or
-                uint8 with a single frame each, of images alone.
-
-        Returns:
-            Embeddings [N, E] in the dtype of the weights.
+        They are float, or uint8 before normalization, where images alone may have a single frame.
         """
         if patches.dtype == torch.uint8:
             patches = self._normalize(patches)
@@ -274,75 +271,36 @@ def _constant(values: Sequence[float], device: torch.device) -> torch.Tensor:
     )
 
 
-class VisionLayer(TransformerSelfAttentionLayer):
-    """A layer of the encoder (transformers' ``Qwen2_5_VLVisionBlock``).
-
-    Args:
-        attn: attention.
-        mlp: feed-forward.
-        sa_norm: norm before attention.
-        mlp_norm: norm before the feed-forward.
-    """
-
-    def __init__(
-        self, *, attn: "VisionAttention", mlp: FeedForward, sa_norm: nn.Module, mlp_norm: nn.Module
-    ) -> None:
-        super().__init__(attn, mlp, sa_norm=sa_norm, mlp_norm=mlp_norm)
-
-    def forward(
-        self, x_NE: torch.Tensor, *, segments: Segments, rope: torch.Tensor
-    ) -> torch.Tensor:
-        """Apply the layer.
-
-        Args:
-            x_NE: hidden states.
-            segments: what attends to what.
-            rope: rotary table, float32 [N, 2, D/2].
-
-        Returns:
-            Hidden states.
-        """
-        x_NE = x_NE + self.attn(self.sa_norm(x_NE), segments=segments, rope=rope)
-        return x_NE + self.mlp(self.mlp_norm(x_NE))
-
-
 class VisionAttention(nn.Module):
-    """Attention within segments (transformers' ``VisionAttention`` of Qwen2-VL).
+    """Attention within segments (transformers' ``VisionAttention`` of Qwen2-VL)."""
 
-    Args:
-        qkv: projection to queries, keys and values, in this order.
-        output_proj: projection of the heads' outputs.
-        head_dim: dimension of a head.
-    """
-
-    def __init__(self, *, qkv: nn.Module, output_proj: nn.Module, head_dim: int) -> None:
+    def __init__(self, embed_dim: int, head_dim: int, linear: LinearBuilder) -> None:
         super().__init__()
-        self.qkv = qkv
-        self.output_proj = output_proj
+        self.qkv = linear("qkv", embed_dim, 3 * embed_dim, True)
+        self.output_proj = linear("output_proj", embed_dim, embed_dim, True)
         self.head_dim = head_dim
 
     def forward(
         self, x_NE: torch.Tensor, *, segments: Segments, rope: torch.Tensor
     ) -> torch.Tensor:
-        """Attend; see :meth:`VisionLayer.forward`."""
+        """Attend within segments, with a rotary table, float32 [N, 2, D/2]."""
         q_NHD, k_NHD, v_NHD = self.qkv(x_NE).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         q_NHD, k_NHD = rotate(q_NHD, rope), rotate(k_NHD, rope)
         return self.output_proj(attend_within_segments(q_NHD, k_NHD, v_NHD, segments).flatten(1))
 
 
 class PatchMerger(nn.Module):
-    """Joins the patches of a unit into one embedding (transformers' ``PatchMerger``).
+    """Joins the patches of a unit into one embedding (transformers' ``PatchMerger``)."""
 
-    Args:
-        norm: normalisation of each patch.
-        mlp: from a unit's patches, concatenated, to the decoder's width.
-        unit_size: patches of a unit.
-    """
-
-    def __init__(self, *, norm: nn.Module, mlp: FeedForward, unit_size: int) -> None:
+    def __init__(
+        self, norm: nn.Module, embed_dim: int, unit_size: int, out_dim: int, linear: LinearBuilder
+    ) -> None:
         super().__init__()
+        width = embed_dim * unit_size
         self.norm = norm
-        self.mlp = mlp
+        self.mlp = FeedForward(
+            width, width, linear, out_dim=out_dim, bias=True, gated=False, activation=F.gelu
+        )
         self.unit_size = unit_size
 
     def forward(self, x_NE: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ from torchtune_vl.data._loading import loading
 from torchtune_vl.datasets import SamplesError, measure_all
 from torchtune_vl.files._directory import epochs
 from torchtune_vl.models._builders import part_of
-from torchtune_vl.models._families import family_of
+from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import initial_adapters, load_weights_into
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import DoRA, is_adapter

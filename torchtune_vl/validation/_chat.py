@@ -14,7 +14,7 @@ from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.files._names import published_name
 from torchtune_vl.files._safetensors import weight_files
 from torchtune_vl.models import model_from_pretrained
-from torchtune_vl.models._families import family_of
+from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import load_weights
 from torchtune_vl.validation import _report as report
 from torchtune_vl.validation._inputs import Conversation

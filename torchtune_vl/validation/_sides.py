@@ -12,8 +12,7 @@ import torch
 
 from torchtune_vl.chat import QwenTokenizer
 from torchtune_vl.media import Geometry, ImageTransform
-from torchtune_vl.models._families import families, family_of
-from torchtune_vl.models._family import Family
+from torchtune_vl.models._registry import Family, families, family_of
 from torchtune_vl.validation._inputs import Conversation
 from torchtune_vl.validation._report import Outcome, attempt, attempted
 from torchtune_vl.validation._torchvision import import_torchvision

@@ -2,24 +2,22 @@
 
 from typing import Any
 
-from torchtune_vl.models._names import builder_names
-from torchtune_vl.models.qwen2_vl._transform import GEOMETRY, Qwen2VLTransform, boxes_in_original
+from torchtune_vl.models.qwen2_vl._qwen2_vl import (
+    FAMILY,
+    GEOMETRY,
+    Qwen2VLTransform,
+    boxes_in_original,
+)
 
-__all__ = [
-    "GEOMETRY",
-    "Qwen2VLTransform",
-    "boxes_in_original",
-    *builder_names("qwen2_vl", ("2b", "7b", "72b")),
-]
+_FUNCTIONS = FAMILY.functions()
+
+__all__ = ["GEOMETRY", "Qwen2VLTransform", "boxes_in_original", *_FUNCTIONS]
 
 
 def __getattr__(name: str) -> Any:
-    """Import builders when they are asked for: torchtune, on which they stand, takes seconds."""
-    if name not in __all__:
+    if name not in _FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from torchtune_vl.models.qwen2_vl._family import BUILDERS
-
-    return BUILDERS[name]
+    return _FUNCTIONS[name]()
 
 
 def __dir__() -> list[str]:

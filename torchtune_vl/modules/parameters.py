@@ -1,4 +1,4 @@
-"""What of a model is trained, as a table."""
+"""The bytes of parameters, and a table of which are trained."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -9,29 +9,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-# AdamW keeps two numbers of each trained parameter, in its dtype
-_OPTIMIZER_STATES = 2
-_GB = 1e9
-
 
 def trained_parts(model: nn.Module, part_of: Callable[[str], str]) -> str:
-    """Tabulate the parts of a model: parameters, dtypes and memory of training.
+    """Tabulate parameters, dtypes and memory of training by part, which ``part_of`` a name says.
 
-    Memory is computed: weights as they are stored, gradients of what is trained, and the state of
-    AdamW. Activations are not in it.
-
-    Args:
-        model: the model.
-        part_of: from a parameter's name to that of its part.
-
-    Returns:
-        The table as text, memory in GB of 1e9 bytes.
+    Memory, in GB of 1e9 bytes, is computed: weights as they are stored, gradients of what is
+    trained, and the state of AdamW, two numbers in their dtype. Activations are not in it.
     """
     parts: dict[str, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         parts[part_of(name)].append(parameter)
     parts["all"] = list(model.parameters())
-    table = Table("part", *("parameters", "trained", "dtype", "weights", "gradients", "AdamW"))
+    table = Table("part", "parameters", "trained", "dtype", "weights", "gradients", "AdamW")
     for column in table.columns[1:]:
         column.justify = "right"
     for part, parameters in parts.items():
@@ -39,16 +28,11 @@ def trained_parts(model: nn.Module, part_of: Callable[[str], str]) -> str:
         gradients = sum(p.nbytes for p in trained)
         table.add_row(
             part,
-            f"{sum(p.numel() for p in parameters):,}",
-            f"{sum(p.numel() for p in trained):,}",
+            *(f"{sum(p.numel() for p in some):,}" for some in (parameters, trained)),
             ", ".join(sorted({_dtype(p) for p in parameters})),
             *(
-                f"{size / _GB:.2f} GB"
-                for size in (
-                    sum(map(num_bytes, parameters)),
-                    gradients,
-                    _OPTIMIZER_STATES * gradients,
-                )
+                f"{size / 1e9:.2f} GB"
+                for size in (sum(map(num_bytes, parameters)), gradients, 2 * gradients)
             ),
         )
     text = StringIO()

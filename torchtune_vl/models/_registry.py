@@ -1,0 +1,117 @@
+"""Which family a checkpoint is of, the one place that knows, and what there is of each family."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torchtune_vl.chat import ChatTransform
+from torchtune_vl.files._json import JsonObject
+from torchtune_vl.files._names import TensorNames
+from torchtune_vl.media import Geometry
+from torchtune_vl.models import lora_model_from_pretrained, model_from_pretrained
+from torchtune_vl.models._config_json import read_config
+
+# The file of the FAMILY of each model_type of a config.json
+_FILES = {
+    "qwen2_5_vl": "torchtune_vl.models.qwen2_5_vl._qwen2_5_vl",
+    "qwen2_vl": "torchtune_vl.models.qwen2_vl._qwen2_vl",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is a family's own, as checkpoints, reports and recipes ask for it.
+
+    Args:
+        name: its name, as people write it.
+        package: its folder, with which the names of its functions begin.
+        names: of its tensors.
+        geometry: how it sees images and videos.
+        architecture: arguments of :func:`~torchtune_vl.models._builders.vision_language_model` that
+            are the same for all of its sizes.
+        sizes: the others, of the published sizes.
+        dimensions: from a ``config.json`` to the others, and those of ``architecture`` that differ.
+        transform: its transform of conversations.
+    """
+
+    name: str
+    package: str
+    names: TensorNames
+    geometry: Geometry
+    architecture: Mapping[str, Any]
+    sizes: Mapping[str, Mapping[str, Any]]
+    dimensions: Callable[[JsonObject], dict[str, Any]]
+    transform: type[ChatTransform]
+
+    def functions(self) -> dict[str, Callable[[], Any]]:
+        """Return the functions that its package gives to others, each made when it is asked for.
+
+        Builders from dimensions, from a checkpoint's config and of published sizes, each plain,
+        with adapters (``lora_``) and, of sizes, with adapters of NF4 weights (``qlora_``); renaming
+        of tensors from and to published checkpoints (``_hf_to_tune``) and peft's files
+        (``_peft_to_tune``); and ``_tp_plan``, how the decoder divides over devices.
+        """
+
+        def builder(name: str, **settings: Any) -> Callable[[], Any]:
+            settings = {**self.architecture, **settings}
+            return lambda: partial(_imported("models._builders", name), **settings)
+
+        p, sizes = self.package, self.sizes.items()
+        plain, adapted = "vision_language_model", "with_adapters"
+        qlora = partial(builder, adapted, quantize_base=True)
+        return {
+            p: builder(plain),
+            f"lora_{p}": builder(adapted),
+            f"{p}_from_config": lambda: partial(model_from_pretrained, weights=False),
+            f"lora_{p}_from_config": lambda: partial(lora_model_from_pretrained, weights=False),
+            f"{p}_hf_to_tune": lambda: self.names.from_published,
+            f"{p}_tune_to_hf": lambda: self.names.to_published,
+            f"{p}_peft_to_tune": lambda: self.names.from_peft,
+            f"{p}_tune_to_peft": lambda: self.names.to_peft,
+            f"{p}_tp_plan": lambda: _imported("modules.parallelism", "decoder_tp_plan"),
+            **{f"{p}_{size}": builder(plain, **own) for size, own in sizes},
+            **{f"lora_{p}_{size}": builder(adapted, **own) for size, own in sizes},
+            **{f"qlora_{p}_{size}": qlora(**own) for size, own in sizes},
+        }
+
+
+def _imported(module: str, name: str) -> Any:
+    """Import a function late: torchtune, on which models stand, takes seconds."""
+    return getattr(import_module(f"torchtune_vl.{module}"), name)
+
+
+def described(directory: str | Path) -> tuple[Family, dict[str, Any]]:
+    """Return the family of a checkpoint, and its dimensions by its ``config.json``.
+
+    Raises ``ValueError`` as :func:`family_of` does, and if the model does not have what it says.
+    """
+    config = read_config(directory)
+    family = _family(config)
+    return family, family.dimensions(config)
+
+
+def family_of(directory: str | Path) -> Family:
+    """Return the family of a checkpoint.
+
+    Raises ``ValueError`` if it has no ``config.json``, or one of a model that is not known here.
+    """
+    return _family(read_config(directory))
+
+
+def families() -> list[Family]:
+    """Return all families, in the order in which they came to be."""
+    return [import_module(file).FAMILY for file in _FILES.values()]
+
+
+def _family(config: JsonObject) -> Family:
+    model_type = config.content.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _FILES:
+        known = " or ".join(repr(name) for name in _FILES)
+        raise config.over({"model_type": None}).error(
+            "model_type", f"{known}: this is a checkpoint of another model"
+        )
+    family: Family = import_module(_FILES[model_type]).FAMILY
+    return family

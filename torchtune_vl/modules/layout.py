@@ -1,0 +1,217 @@
+"""What lies where in a row: positions of tokens, order of patches, segments of both.
+
+Integer maths that depends on shapes, done once, in the data workers.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchtune_vl.media import CHANNELS, Geometry
+
+# Few shapes recur in a data set, and those of the largest image take half a megabyte
+_SHAPES = 64
+
+
+def mrope_positions(
+    tokens: Sequence[int],
+    grid_thw: torch.Tensor,
+    intervals: Sequence[float],
+    *,
+    placeholder_ids: Sequence[int],
+    merge_size: int,
+) -> torch.Tensor:
+    """Positions of M-RoPE: equal on all axes for text, temporal, height and width for media.
+
+    ``grid_thw``, int64 [k, 3], has the patches of each medium in the order of ``tokens``, whose
+    placeholders are expanded; ``intervals`` its temporal positions from one step to the next.
+    Returns int64 [tokens, 3]. Raises ``ValueError`` if the placeholders do not fit the grids.
+
+    What follows a medium begins at the largest position so far + 1, as "Qwen2-VL" (arXiv
+    2409.12191, section 2.1) defines it. So transformers numbered until release 4.51, and so vLLM
+    and SGLang do. transformers >= 5.3 goes on at half the larger side of the medium's grid, which
+    is less behind a video of many seconds.
+    """
+    grids = grid_thw.tolist()
+    placeholders = sum(tokens.count(token_id) for token_id in placeholder_ids)
+    expected = sum(t * h * w for t, h, w in grids) // merge_size**2
+    if placeholders != expected:
+        raise ValueError(
+            f"the text has {placeholders} placeholder tokens of images and videos, "
+            f"but its {len(grids)} media have {expected} embeddings"
+        )
+    positions = np.empty((len(tokens), 3), np.int64)
+    end = position = 0
+    for (t, h, w), interval in zip(grids, intervals, strict=True):
+        start = next(i for i in range(end, len(tokens)) if tokens[i] in placeholder_ids)
+        positions[end:start] = np.arange(position, position + start - end)[:, None]
+        position += start - end
+        grid = _grid_positions(t, h // merge_size, w // merge_size, interval)
+        end = start + len(grid)
+        positions[start:end] = grid + position
+        position += int(grid[-1].max()) + 1
+    positions[end:] = np.arange(position, position + len(tokens) - end)[:, None]
+    return torch.from_numpy(positions)
+
+
+@lru_cache(_SHAPES)
+def _grid_positions(t: int, h: int, w: int, interval: float) -> np.ndarray:
+    """M-RoPE positions of t x h x w units from 0, int64 [t * h * w, 3]; never to be changed."""
+    positions = np.empty((t, h, w, 3), np.int64)
+    # float32 and truncated, as transformers has it
+    steps = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int64)
+    positions[..., 0] = steps[:, None, None]
+    positions[..., 1] = np.arange(h)[:, None]
+    positions[..., 2] = np.arange(w)
+    return positions.reshape(-1, 3)
+
+
+def vision_index(grid_thw: torch.Tensor, geometry: Geometry) -> dict[str, torch.Tensor]:
+    """Order, positions and segments of media, which a vision encoder works by.
+
+    A unit is the square of patches that becomes one embedding. Patches come unit by unit, so that
+    windows are permutations of units. After transformers' ``get_vision_window_index`` and
+    ``get_vision_position_ids``.
+
+    ``grid_thw``, int64 [k, 3] on the CPU, has the patches of each medium along time, height and
+    width. Returns ``unit_order``, int64 [units]: the units, window after window, where there are
+    windows, or as they come; ``unit_positions``, int32 [units, 2]: row and column of each unit, in
+    that order; ``window_lengths``, int64 [windows], and ``frame_lengths``, int64 [frames]: patches
+    of each. Without windows the frames are the windows.
+    """
+    size = geometry.merge_size
+    return join_vision_indices(
+        [_index_of_medium(t, h // size, w // size, geometry) for t, h, w in grid_thw.tolist()]
+    )
+
+
+def _index_of_medium(t: int, h: int, w: int, geometry: Geometry) -> dict[str, torch.Tensor]:
+    """The index of one medium of t frames of h x w units."""
+    order, positions, window_lengths = _index_of_frame(h, w, geometry)
+    index = {
+        "unit_order": (order + np.arange(t)[:, None] * (h * w)).ravel(),
+        "unit_positions": np.concatenate([positions] * t),
+        "window_lengths": np.concatenate([window_lengths] * t),
+        "frame_lengths": np.full(t, h * w * geometry.merge_size**2),
+    }
+    return {name: torch.from_numpy(array) for name, array in index.items()}
+
+
+@lru_cache(_SHAPES)
+def _index_of_frame(
+    h: int, w: int, geometry: Geometry
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Order, positions and window lengths of h x w units; to be copied, never changed."""
+    rows, columns = np.indices((h, w)).reshape(2, -1)
+    size = geometry.window_size or max(h, w)
+    window = rows // size * -(-w // size) + columns // size
+    order = window.argsort(kind="stable")
+    positions = np.stack([rows, columns], axis=1)[order].astype(np.int32)
+    return order, positions, np.bincount(window) * geometry.merge_size**2
+
+
+def join_vision_indices(indices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Join the indices of media, or of samples, that the encoder sees as one batch.
+
+    Takes one or more of :func:`vision_index`, whose other keys are ignored, and returns one.
+    """
+    keys = ("unit_order", "unit_positions", "window_lengths", "frame_lengths")
+    if len(indices) == 1:
+        return {key: indices[0][key] for key in keys}  # what torch.cat would copy
+    joined = {key: torch.cat([index[key] for index in indices]) for key in keys}
+    sizes = torch.tensor([len(index["unit_order"]) for index in indices])
+    joined["unit_order"] += (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return joined
+
+
+def encoder_index(index: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Turn the lengths of an index into segments: what a vision encoder takes.
+
+    Returns ``unit_order``, int32 [units]; ``unit_positions``; ``windows`` and ``frames``, each a
+    dict from the lengths of all segments to their boundaries, the two arguments of
+    :class:`Segments`: a key stays known to the host when tensors move to another device, and
+    torchtune's recipes take nothing but dicts and tensors.
+    """
+    kinds = ("window", "frame")
+    segments = {f"{kind}s": Segments.of(index[f"{kind}_lengths"].tolist()) for kind in kinds}
+    return {
+        "unit_order": index["unit_order"].to(torch.int32),
+        "unit_positions": index["unit_positions"],
+        **{kind: {some.lengths: some.boundaries} for kind, some in segments.items()},
+    }
+
+
+class Segments:
+    """Segments of a sequence that lie end to end, whose rows see each other and nothing else.
+
+    Windows and frames of a vision encoder are segments, and the documents of a packed row.
+    ``lengths``, the rows of each, are known to the host, so that nothing waits for the device to
+    tell them; ``boundaries``, int32 [segments + 1], are where they start, and the end of the last.
+    An object, since torch.compile would look into a dict or a list, and compile anew for each
+    batch.
+    """
+
+    def __init__(self, lengths: Sequence[int], boundaries: torch.Tensor) -> None:
+        self.lengths = tuple(lengths)
+        self.boundaries = boundaries
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> "Segments":
+        """Make them of their lengths, on the CPU."""
+        return cls(lengths, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Segments":
+        """Return them with boundaries on a device, as :meth:`torch.Tensor.to` does."""
+        return Segments(self.lengths, self.boundaries.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Segments":
+        """Return them with boundaries in pinned memory, as data loaders ask for."""
+        return Segments(self.lengths, self.boundaries.pin_memory())
+
+    @cached_property
+    def by_length(self) -> tuple[list[tuple[int, int]], tuple[torch.Tensor, torch.Tensor] | None]:
+        """Length and number of the segments of each length, and the order of rows that joins them.
+
+        The order and its inverse, int64 [rows] on the device of the boundaries, are None where
+        segments of one length are neighbours already.
+        """
+        runs = _runs(self.lengths)
+        if len(runs) == len({*self.lengths}):
+            return runs, None
+        lengths = torch.tensor(self.lengths)
+        order = lengths.repeat_interleave(lengths).argsort(stable=True)
+        order = order.to(self.boundaries.device)
+        return _runs(sorted(self.lengths)), (order, order.argsort())
+
+
+def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    return [(length, len([*run])) for length, run in groupby(lengths)]
+
+
+def concatenate_patches(patches: Sequence[torch.Tensor], shared: bool = False) -> torch.Tensor:
+    """Join patches of images and videos, [n, channels * frames * pixels] each, of one dtype.
+
+    uint8 patches of an image hold one frame, those of a video two. Where both meet, the frame of
+    an image is repeated. A single medium's patches are returned as they are; others, if they are
+    to be ``shared``, in memory that other processes can map.
+    """
+    if len(patches) == 1:
+        return patches[0]  # what torch.cat would copy
+    widest = max(p.shape[1] for p in patches)
+    repeated = [_repeat_frame(p, widest // p.shape[1]) for p in patches]
+    out = None
+    if shared:
+        shape = torch.Size([sum(map(len, patches)), widest])
+        storage = torch.UntypedStorage._new_shared(shape.numel() * patches[0].itemsize)
+        out = torch.empty(0, dtype=patches[0].dtype).set_(storage).view(shape)
+    return torch.cat(repeated, out=out)
+
+
+def _repeat_frame(patches: torch.Tensor, times: int) -> torch.Tensor:
+    if times == 1:
+        return patches
+    return patches.unflatten(1, (CHANNELS, 1, -1)).expand(-1, -1, times, -1).flatten(1)
