@@ -24,8 +24,7 @@ from torchtune_vl.models.qwen2_5_vl import (
     qlora_qwen2_5_vl_7b,
     qwen2_5_vl_from_config,
 )
-from torchtune_vl.modules.adapters import DoRA, build_linear, is_adapter
-from torchtune_vl.modules.parameters import num_bytes
+from torchtune_vl.modules.adapters import DoRA, build_linear, is_adapter, num_bytes
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 
 ALL = ["q_proj", "k_proj", "v_proj", "qkv", "output_proj"]
@@ -64,7 +63,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         ({"lora_attn_modules": ["q_proj"], "fusion_trainable": "lora"}, "fusion_trainable is"),
         (
             {"lora_attn_modules": [], "decoder_trainable": "lora"},
-            "has none of them",
+            "has none",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from quickstart.checkpoint import CONFIG
 from tests.reference import Conversation
 from torchtune_vl.cli import main
 from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.modules.parameters import num_bytes
+from torchtune_vl.modules.adapters import num_bytes
 from torchtune_vl.recipes import config_path
 from torchtune_vl.training._memory import estimate_memory
 

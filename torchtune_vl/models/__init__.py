@@ -29,9 +29,12 @@ def model_from_pretrained(
     encoder without its merger, and the merger (``fusion``). Raises ``ValueError`` if a file is
     missing or damaged, describes another architecture, or asks for what this model does not have.
     """
-    return _from_pretrained(
-        "vision_language_model",
+    from torchtune_vl.models._builders import vision_language_model
+    from torchtune_vl.models._weights import model_of
+
+    return model_of(
         checkpoint_dir,
+        vision_language_model,
         weights,
         decoder_trainable=decoder_trainable,
         encoder_trainable=encoder_trainable,
@@ -52,27 +55,11 @@ def lora_model_from_pretrained(
     ``settings`` are arguments of :func:`~torchtune_vl.models._builders.with_adapters`, which raises
     ``ValueError`` too.
     """
-    return _from_pretrained(
-        "with_adapters", checkpoint_dir, weights, lora_attn_modules=lora_attn_modules, **settings
-    )
+    from torchtune_vl.models._builders import with_adapters
+    from torchtune_vl.models._weights import model_of
 
-
-def _from_pretrained(
-    builder: str, checkpoint_dir: str | Path, weights: bool, **settings: Any
-) -> "VisionLanguageModel":
-    from torchtune_vl.models import _builders
-    from torchtune_vl.models._registry import described
-    from torchtune_vl.models._weights import with_weights
-
-    family, dimensions = described(checkpoint_dir)
-
-    def build() -> "VisionLanguageModel":
-        # A setting that is a dimension, too, is an error
-        sizes = {**family.architecture, **dimensions}
-        model: VisionLanguageModel = getattr(_builders, builder)(**sizes, **settings)
-        return model
-
-    return with_weights(build, Path(checkpoint_dir)) if weights else build()
+    settings["lora_attn_modules"] = lora_attn_modules
+    return model_of(checkpoint_dir, with_adapters, weights, **settings)
 
 
 def transform_from_pretrained(checkpoint_dir: str | Path, **settings: Any) -> "ChatTransform":

@@ -1,27 +1,30 @@
 """From dimensions to models, plain or with adapters."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from typing import Any, get_args
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from torchtune_vl._torchao import NF4Tensor
 from torchtune_vl._torchtune import get_logger
 from torchtune_vl.media import Geometry
-from torchtune_vl.modules.adapters import Trainable, build_linear, is_adapter
+from torchtune_vl.modules.adapters import Trainable, build_linear, is_adapter, num_bytes
 from torchtune_vl.modules.decoder import Decoder
-from torchtune_vl.modules.parameters import trained_parts
 from torchtune_vl.modules.vision import VisionEncoder, VisionLanguageModel
 
 _MLP = {"w1", "w2", "w3"}
-# Layers that can be adapted, by the argument that says how their part is trained
+# Layers of each part that can be adapted
 _LAYERS = {
-    "decoder_trainable": {"q_proj", "k_proj", "v_proj", "output_proj", *_MLP, "output"},
-    "encoder_trainable": {"qkv", "output_proj", *_MLP},
-    "fusion_trainable": {"w1", "w2"},
+    "decoder": {"q_proj", "k_proj", "v_proj", "output_proj", *_MLP, "output"},
+    "encoder": {"qkv", "output_proj", *_MLP},
+    "fusion": {"w1", "w2"},
 }
 
 
@@ -60,42 +63,15 @@ def vision_language_model(
 ) -> VisionLanguageModel:
     """Build a model with fresh weights from its dimensions, whose defaults all published ones have.
 
-    Args:
-        geometry: sizes of units and windows, and how pixels are normalized.
-        vision_norm: builds the normalisations of the encoder.
-        vision_activation: activation of its feed-forward.
-        vision_gated: whether that is gated.
-        vocab_size: rows of the token embedding.
-        num_layers: layers of the decoder.
-        num_heads: its query heads.
-        num_kv_heads: its key and value heads.
-        embed_dim: its width.
-        intermediate_dim: width of its feed-forward.
-        tie_word_embeddings: whether the output layer is the token embedding.
-        vision_intermediate_dim: width of the encoder's feed-forward.
-        max_seq_len: tokens of the longest sequence that the decoder takes.
-        attn_dropout: dropout of its attention weights.
-        norm_eps: epsilon of its normalisations.
-        rope_base: base of its rotary frequencies.
-        mrope_sections: frequencies that turn with the temporal, height and width position.
-        vision_embed_dim: width of the encoder.
-        vision_num_layers: its layers.
-        vision_num_heads: its heads.
-        vision_in_channels: colour channels.
-        patch_size: pixels along a side of a patch.
-        temporal_patch_size: frames of a patch.
-        full_attention_layers: indices of the encoder's layers that attend over whole frames, where
-            others attend in windows.
-        image_token_id: id of the placeholder of images.
-        video_token_id: id of the placeholder of videos.
-        decoder_trainable: whether the decoder, with its token embedding, is trained.
-        encoder_trainable: whether the encoder without its merger is trained.
-        fusion_trainable: whether the merger is trained.
-        linear: builds linear layers as :func:`~torchtune_vl.modules.adapters.build_linear` does;
-            adapters are trained.
+    ``vision_`` ones are the encoder's, ``full_attention_layers`` the indices of its layers that
+    attend over whole frames, where others attend in windows. ``mrope_sections`` are the numbers of
+    frequencies that turn with the temporal, height and width position. ``geometry`` has the sizes
+    of units and windows, and how pixels are normalized.
 
-    Raises:
-        ValueError: if the dimensions do not fit each other.
+    Each part is trained or not: the decoder, with its token embedding, the encoder without its
+    merger, and the merger (``fusion``); adapters are. ``linear`` builds linear layers as
+    :func:`~torchtune_vl.modules.adapters.build_linear` does. Raises ``ValueError`` if the
+    dimensions do not fit each other.
     """
     decoder = Decoder(
         vocab_size=vocab_size,
@@ -125,19 +101,13 @@ def vision_language_model(
         activation=vision_activation,
         gated=vision_gated,
         linear=partial(linear, "encoder"),
-        merger_linear=partial(linear, "merger"),
+        merger_linear=partial(linear, "fusion"),
     )
-    placeholder_ids = (image_token_id, video_token_id)
-    model = VisionLanguageModel(
-        decoder=decoder, vision_encoder=encoder, placeholder_ids=placeholder_ids
-    )
-    trained = {
-        "decoder": decoder_trainable,
-        "encoder": encoder_trainable,
-        "merger": fusion_trainable,
-    }
+    ids = (image_token_id, video_token_id)
+    model = VisionLanguageModel(decoder=decoder, vision_encoder=encoder, placeholder_ids=ids)
+    full = {"decoder": decoder_trainable, "encoder": encoder_trainable, "merger": fusion_trainable}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_adapter(name) or trained[part_of(name)])
+        parameter.requires_grad_(is_adapter(name) or full[part_of(name)])
     return model
 
 
@@ -166,37 +136,24 @@ def with_adapters(
 ) -> VisionLanguageModel:
     """Build a model in which only low-rank adapters, and parts that are "full", are trained.
 
-    Args:
-        lora_attn_modules: attention layers that get adapters: ``q_proj``, ``k_proj`` and
-            ``v_proj`` of the decoder, ``qkv`` of the vision encoder, where these three are one
-            layer, and ``output_proj`` of both.
-        apply_lora_to_mlp: whether the layers of feed-forwards get adapters, the merger's too.
-        apply_lora_to_output: whether the output layer gets one.
-        lora_rank: rank of the adapters.
-        lora_alpha: their products are scaled by lora_alpha / lora_rank.
-        lora_dropout: dropout before them.
-        use_dora: whether to train magnitudes of weights beside (DoRA).
-        quantize_base: whether to store the weights of linear layers as NF4 (QLoRA), unless they
-            are trained in full. The output layer, as in the paper, keeps its dtype.
-        trained_in_float32: whether what is trained is float32, whatever dtype the frozen weights
-            have: updates of bfloat16 are lost where they are below half a unit in the last place.
-            A layer then holds two dtypes, which our recipe computes with in one, and torchtune's
-            recipes do not.
-        decoder_trainable: "frozen", "lora", or "full" for training of the decoder itself, with its
-            token embedding.
-        encoder_trainable: likewise for the vision encoder without its merger.
-        fusion_trainable: likewise for the merger.
-        **dimensions: other arguments of :func:`vision_language_model`.
+    Parts are the decoder, with its token embedding, the encoder without its merger, and the merger
+    (``fusion``). Of those that are "lora", attention layers get adapters that
+    ``lora_attn_modules`` names: ``q_proj``, ``k_proj`` and ``v_proj`` of the decoder, ``qkv`` of
+    the encoder, where these three are one layer, and ``output_proj`` of both. Feed-forwards, the
+    merger's too, and the output layer get them by flags of their own. Products of adapters are
+    scaled by lora_alpha / lora_rank; DoRA trains magnitudes of weights beside.
 
-    Raises:
-        ValueError: if nothing would be trained, a name matches no layer of a part with adapters, a
-            part gets none, or the output layer is the token embedding and is to get one.
+    With ``quantize_base`` the weights of linear layers are NF4 (QLoRA), unless they are trained in
+    full. The output layer, as in the paper, keeps its dtype. With ``trained_in_float32`` what is
+    trained is float32, whatever dtype the frozen weights have: updates of bfloat16 are lost where
+    they are below half a unit in the last place. A layer then holds two dtypes, which our recipe
+    computes with in one, and torchtune's recipes do not.
+
+    ``dimensions`` are other arguments of :func:`vision_language_model`. Raises ``ValueError`` if
+    nothing would be trained, a name matches no layer of a part with adapters, a part gets none, or
+    the output layer is the token embedding and is to get one.
     """
-    parts: dict[str, Trainable] = {
-        "decoder_trainable": decoder_trainable,
-        "encoder_trainable": encoder_trainable,
-        "fusion_trainable": fusion_trainable,
-    }
+    parts = {"decoder": decoder_trainable, "encoder": encoder_trainable, "fusion": fusion_trainable}
     names = {*lora_attn_modules, *(_MLP if apply_lora_to_mlp else ())}
     names |= {"output"} if apply_lora_to_output else set()
     _check_adapters(names, parts)
@@ -205,10 +162,9 @@ def with_adapters(
             "apply_lora_to_output: the output layer of this size is its token embedding, and an "
             "adapter on one of both cannot be merged; leave it out"
         )
-    in_full = [part for part, how in parts.items() if how == "full"]
     linear = partial(
         build_linear,
-        trainable=dict(zip(("decoder", "encoder", "merger"), parts.values(), strict=True)),
+        trainable=parts,
         adapted=names,
         quantize_base=quantize_base,
         use_dora=use_dora,
@@ -216,8 +172,8 @@ def with_adapters(
         alpha=lora_alpha,
         dropout=lora_dropout,
     )
-    trained: Any = {part: part in in_full for part in parts}
-    model = vision_language_model(**dimensions, **trained, linear=linear)
+    full: Any = {f"{part}_trainable": how == "full" for part, how in parts.items()}
+    model = vision_language_model(**dimensions, **full, linear=linear)
     # What torchtune's recipes train is what modules list by this method
     own = [n for n, p in model.named_parameters() if p.requires_grad and not is_adapter(n)]
     model.adapter_params = partial(list, own)  # type: ignore[assignment]
@@ -229,36 +185,58 @@ def with_adapters(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     log = get_logger("INFO")
-    log.info("What is trained:\n%s", trained_parts(model, _shown_part))
-    if in_full:
-        log.info("%s 'full': save_adapter_weights_only would lose it", " and ".join(in_full))
+    log.info("What is trained:\n%s", _trained_parts(model))
+    if own:
+        in_full = " and ".join(name for name in full if full[name])
+        log.info("%s 'full': save_adapter_weights_only would lose it", in_full)
     return model
 
 
-def _check_adapters(names: Collection[str], parts: Mapping[str, Trainable]) -> None:
-    for part, trainable in parts.items():
-        if trainable not in get_args(Trainable):
-            raise ValueError(f"unknown {part} {trainable!r}: use one of {get_args(Trainable)}")
+def _check_adapters(names: set[str], parts: Mapping[str, Trainable]) -> None:
+    for part, how in parts.items():
+        if how not in get_args(Trainable):
+            raise ValueError(f"unknown {part}_trainable {how!r}: use one of {get_args(Trainable)}")
     if {*parts.values()} == {"frozen"}:
-        raise ValueError(f"nothing would be trained: {', '.join(parts)} are all 'frozen'")
-    found = {part: _LAYERS[part] & {*names} for part, how in parts.items() if how == "lora"}
-    unmatched = {*names}.difference(*found.values())
+        raise ValueError("nothing would be trained: decoder, encoder and fusion are all 'frozen'")
+    found = {part: _LAYERS[part] & names for part, how in parts.items() if how == "lora"}
+    unmatched = names.difference(*found.values())
     if any("w1" in layers for layers in found.values()):
         unmatched -= _MLP  # they are named together, and the merger has two of the three
-    problems = [f"{part} is 'lora', but has none of them" for part in found if not found[part]]
+    problems = [f"{part}_trainable is 'lora', but has none" for part in found if not found[part]]
     problems += [f"{name} is no layer of a part that is 'lora'" for name in sorted(unmatched)]
     if problems:
-        layers = "; ".join(f"{part} {', '.join(sorted(_LAYERS[part]))}" for part in _LAYERS)
+        layers = "; ".join(f"{part}: {', '.join(sorted(_LAYERS[part]))}" for part in _LAYERS)
         raise ValueError(
-            f"adapters on {sorted(names)}: {'; '.join(problems)}: name others, or make parts "
-            f"'lora', 'frozen' or 'full'. There are: {layers}"
+            f"adapters on {sorted(names)}: {'; '.join(problems)}. Name others, or make parts "
+            f"'lora', 'frozen' or 'full'. There are {layers}"
         )
 
 
-def _shown_part(name: str) -> str:
-    part = "token embedding" if "tok_embeddings" in name else part_of(name)
-    part = "vision encoder" if part == "encoder" else part
-    return f"{part}, adapters" if is_adapter(name) else part
+def _trained_parts(model: nn.Module) -> str:
+    """A table of parameters, dtypes and computed memory of training, without activations."""
+    parts: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        part = "token embedding" if "tok_embeddings" in name else part_of(name)
+        part = "vision encoder" if part == "encoder" else part
+        parts[f"{part}, adapters" if is_adapter(name) else part].append(parameter)
+    table = Table("part", "parameters", "trained", "dtype", "weights", "gradients", "AdamW")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part, parameters in {**parts, "all": list(model.parameters())}.items():
+        trained = [p for p in parameters if p.requires_grad]
+        gradients = sum(p.nbytes for p in trained)
+        counts = [f"{sum(p.numel() for p in some):,}" for some in (parameters, trained)]
+        dtypes = {
+            "nf4" if isinstance(p.data, NF4Tensor) else str(p.dtype).removeprefix("torch.")
+            for p in parameters
+        }
+        # AdamW keeps two numbers of each trained parameter, in its dtype
+        memory = sum(map(num_bytes, parameters)), gradients, 2 * gradients
+        gigabytes = [f"{size / 1e9:.2f} GB" for size in memory]
+        table.add_row(part, *counts, ", ".join(sorted(dtypes)), *gigabytes)
+    text = StringIO()
+    Console(file=text, width=110).print(table)
+    return text.getvalue()
 
 
 def _dequantize(model: nn.Module, state_dict: dict[str, Any], *args: Any) -> None:

@@ -14,6 +14,11 @@ from torchtune_vl.media import Geometry
 from torchtune_vl.models import lora_model_from_pretrained, model_from_pretrained
 from torchtune_vl.models._config_json import read_config
 
+# What differs between sizes, in the order of the tables of families
+_COLUMNS = (
+    *("num_layers", "num_heads", "num_kv_heads", "embed_dim", "intermediate_dim", "vocab_size"),
+    *("tie_word_embeddings", "vision_intermediate_dim"),
+)
 # The file of the FAMILY of each model_type of a config.json
 _FILES = {
     "qwen2_5_vl": "torchtune_vl.models.qwen2_5_vl._qwen2_5_vl",
@@ -23,27 +28,15 @@ _FILES = {
 
 @dataclass(frozen=True)
 class Family:
-    """What is a family's own, as checkpoints, reports and recipes ask for it.
+    """What is a family's own, as checkpoints, reports and recipes ask for it."""
 
-    Args:
-        name: its name, as people write it.
-        package: its folder, with which the names of its functions begin.
-        names: of its tensors.
-        geometry: how it sees images and videos.
-        architecture: arguments of :func:`~torchtune_vl.models._builders.vision_language_model` that
-            are the same for all of its sizes.
-        sizes: the others, of the published sizes.
-        dimensions: from a ``config.json`` to the others, and those of ``architecture`` that differ.
-        transform: its transform of conversations.
-    """
-
-    name: str
-    package: str
+    name: str  # as people write it
+    package: str  # its folder, with which the names of its functions begin
     names: TensorNames
     geometry: Geometry
-    architecture: Mapping[str, Any]
-    sizes: Mapping[str, Mapping[str, Any]]
-    dimensions: Callable[[JsonObject], dict[str, Any]]
+    architecture: Mapping[str, Any]  # arguments of vision_language_model that its sizes share
+    sizes: Mapping[str, tuple[Any, ...]]  # others, by what names of the published sizes end in
+    dimensions: Callable[[JsonObject], dict[str, Any]]  # these of a config.json
     transform: type[ChatTransform]
 
     def functions(self) -> dict[str, Callable[[], Any]]:
@@ -59,7 +52,8 @@ class Family:
             settings = {**self.architecture, **settings}
             return lambda: partial(_imported("models._builders", name), **settings)
 
-        p, sizes = self.package, self.sizes.items()
+        p = self.package
+        sizes = [(size, dict(zip(_COLUMNS, own, strict=True))) for size, own in self.sizes.items()]
         plain, adapted = "vision_language_model", "with_adapters"
         qlora = partial(builder, adapted, quantize_base=True)
         return {
@@ -84,13 +78,13 @@ def _imported(module: str, name: str) -> Any:
 
 
 def described(directory: str | Path) -> tuple[Family, dict[str, Any]]:
-    """Return the family of a checkpoint, and its dimensions by its ``config.json``.
+    """Return the family of a checkpoint, and what its builder takes to build the model.
 
-    Raises ``ValueError`` as :func:`family_of` does, and if the model does not have what it says.
+    Raises ``ValueError`` as :func:`family_of` does, and if there is no model of that config.
     """
     config = read_config(directory)
     family = _family(config)
-    return family, family.dimensions(config)
+    return family, {**family.architecture, **family.dimensions(config)}
 
 
 def family_of(directory: str | Path) -> Family:

@@ -16,10 +16,34 @@ from torchtune_vl.files._names import published_name
 from torchtune_vl.files._safetensors import Stored, read_tensors, stored_tensors, weight_files
 from torchtune_vl.models._builders import vision_language_model
 from torchtune_vl.models._registry import described
+from torchtune_vl.modules.vision import VisionLanguageModel
 
 _OUTPUT_LAYER = "lm_head.weight"
 _TOKEN_EMBEDDING = "model.embed_tokens.weight"
 _LISTED = 20  # tensors in an error
+
+
+def model_of(
+    checkpoint_dir: str | Path,
+    build: Callable[..., VisionLanguageModel],
+    weights: bool,
+    **settings: Any,
+) -> VisionLanguageModel:
+    """Build the model of a checkpoint, plain or with adapters, with its weights or with fresh ones.
+
+    Raises ``ValueError`` as :func:`described` and :func:`load_weights` do.
+    """
+    _, dimensions = described(checkpoint_dir)
+    # A setting that is a dimension too has two values, which Python refuses
+    if not weights:
+        return build(**dimensions, **settings)
+    with torch.device("meta"):
+        model = build(**dimensions, **settings)
+    directory = Path(checkpoint_dir)
+    loaded = load_weights(directory, weight_files(directory))
+    adapters = initial_adapters(model, loaded, torch.initial_seed())
+    load_weights_into(model, {**loaded, **adapters}, torch.device("cpu"))
+    return model
 
 
 def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tensor]:
@@ -32,7 +56,7 @@ def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tens
     check_manifest(directory)
     family, dimensions = described(directory)
     with torch.device("meta"):
-        model = vision_language_model(**{**family.architecture, **dimensions})
+        model = vision_language_model(**dimensions)
     expected = {
         name: tuple(tensor.shape)
         for name, tensor in family.names.to_published(model.state_dict()).items()
@@ -41,19 +65,6 @@ def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tens
     _drop_tied_output_layer(stored, expected)
     _refuse_differences(stored, expected, directory)
     return family.names.from_published(read_tensors(stored))
-
-
-def with_weights(build: Callable[[], nn.Module], directory: Path) -> Any:
-    """Build a model, with adapters or without, on the CPU with the weights of a checkpoint.
-
-    None are made first. Raises ``ValueError`` as :func:`load_weights` does.
-    """
-    with torch.device("meta"):
-        model = build()
-    weights = load_weights(directory, weight_files(directory))
-    weights = {**weights, **initial_adapters(model, weights, torch.initial_seed())}
-    load_weights_into(model, weights, torch.device("cpu"))
-    return model
 
 
 def load_weights_into(

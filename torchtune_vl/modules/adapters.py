@@ -16,7 +16,7 @@ from torchtune_vl._torchtune import DoRALinear, FrozenNF4Linear, LoRALinear
 Trainable = Literal["frozen", "lora", "full"]
 
 # A linear layer of a part of a model, from its name in the part, its dimensions and its bias
-LinearBuilder = Callable[[str, int, int, bool], nn.Module]
+MakeLinear = Callable[[str, int, int, bool], nn.Module]
 
 NF4_BLOCK = 64  # weights that share a scale
 NF4_SCALER_BLOCK = 256  # most scales that share one of their own
@@ -72,6 +72,14 @@ def _nf4_blocks(name: str, in_dim: int, out_dim: int) -> dict[str, int]:
         )
     scales = next(size for size in range(NF4_SCALER_BLOCK, 0, -1) if blocks % size == 0)
     return {"block_size": NF4_BLOCK, "scaler_block_size": scales}
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes that a tensor takes, also one that is made of others, such as NF4."""
+    if not hasattr(tensor.data, "__tensor_flatten__"):
+        return tensor.nbytes
+    inner, _ = tensor.data.__tensor_flatten__()
+    return sum(getattr(tensor.data, name).nbytes for name in inner)
 
 
 class DoRA(DoRALinear):

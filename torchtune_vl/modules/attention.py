@@ -1,9 +1,13 @@
-"""Attention within the segments of a packed sequence."""
+"""Attention within the segments of a packed sequence, and rotary position embeddings.
+
+The latter (RoFormer, arXiv 2104.09864) turn by a float32 table that is made once per forward.
+"""
 
 # Shape suffixes: N rows of the packed sequence, G segments of equal length, L rows of a segment,
 # H heads of queries, K heads of keys and values, D dimension of a head
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +18,36 @@ from torchtune_vl.modules.layout import Segments
 
 # Whether its heads of keys and values may be shared by several of queries: not in early releases
 _SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def inverse_frequencies(dim: int, base: float, device: torch.device) -> torch.Tensor:
+    """Return the frequencies of rotary embeddings of a dimension, float32 [dim/2].
+
+    Computed in each forward: a buffer would lose its precision in ``model.to(torch.bfloat16)``.
+    """
+    return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
+
+
+def rotary_table(positions: torch.Tensor, frequencies: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Make the cosines and sines, float32 [..., 2, D/2], of positions [..., axes].
+
+    Of all D/2 frequencies the first part turns with the position on the first axis, and so on
+    (transformers' ``Qwen2VLRotaryEmbedding`` and ``VisionRotaryEmbedding``).
+    """
+    axes = zip(positions.unbind(-1), frequencies, strict=True)
+    angles = torch.cat([position[..., None].float() * part for position, part in axes], dim=-1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-2)
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair (x[i], x[i + D/2]) of heads [..., H, D] by its angle, in float32.
+
+    The pairing of transformers' ``rotate_half``. Returns the dtype of ``x``.
+    """
+    cos, sin = table.unsqueeze(-3).unbind(-2)
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x.dtype)
 
 
 class _PermuteRows(torch.autograd.Function):
@@ -30,12 +64,9 @@ class _PermuteRows(torch.autograd.Function):
         return permute_rows(grad, inverse, order), None, None
 
 
-def permute_rows(x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Return ``x[order]`` for a permutation [N] and its inverse, with a gather for its gradient.
-
-    The gradient of plain indexing adds row after row, since rows may repeat in general.
-    """
-    return _PermuteRows.apply(x, order, inverse)
+# Of rows, a permutation of them and its inverse: x[order], but its gradient gathers too, where that
+# of indexing adds row after row, since rows may repeat in general
+permute_rows: Callable[..., torch.Tensor] = _PermuteRows.apply
 
 
 @torch.compiler.disable  # its loop depends on the data: traced, it would recompile for each batch
@@ -55,45 +86,24 @@ def attend_within_segments(
     values may have fewer heads than queries, which then share them. Returns [N, H, D].
     """
     if q_NHD.is_cuda and q_NHD.dtype in (torch.float16, torch.bfloat16):
-        return _attend_by_one_kernel(q_NHD, k_NKD, v_NKD, segments, is_causal)
+        options: dict[str, Any] = {"window_size": (-1, 0)} if is_causal else {}
+        groups = q_NHD.shape[1] // k_NKD.shape[1]
+        if groups > 1 and _SHARES_HEADS:
+            options["enable_gqa"] = True
+        elif groups > 1:
+            k_NKD, v_NKD = (x.repeat_interleave(groups, dim=1) for x in (k_NKD, v_NKD))
+        ends, longest = segments.boundaries, max(segments.lengths)
+        out_NHD = varlen_attn(q_NHD, k_NKD, v_NKD, ends, ends, longest, longest, **options)
+        return cast(torch.Tensor, out_NHD)  # a pair only where the log-sum-exp is asked for
     runs, order = segments.by_length
     rows: tuple[torch.Tensor, ...] = (q_NHD, k_NKD, v_NKD)
     if order is not None:
         rows = tuple(permute_rows(x, *order) for x in rows)
-    groups = [x.split([length * count for length, count in runs]) for x in rows]
-    attended = [
-        _attend_within_equal_segments(q, k, v, length, is_causal)
-        for (length, _), q, k, v in zip(runs, *groups, strict=True)
-    ]
-    out_NHD = torch.cat(attended) if len(attended) > 1 else attended[0]
-    return out_NHD if order is None else permute_rows(out_NHD, *reversed(order))
-
-
-def _attend_by_one_kernel(
-    q_NHD: torch.Tensor,
-    k_NKD: torch.Tensor,
-    v_NKD: torch.Tensor,
-    segments: Segments,
-    is_causal: bool,
-) -> torch.Tensor:
-    options: dict[str, Any] = {"window_size": (-1, 0)} if is_causal else {}
-    groups = q_NHD.shape[1] // k_NKD.shape[1]
-    if groups > 1 and _SHARES_HEADS:
-        options["enable_gqa"] = True
-    elif groups > 1:
-        k_NKD, v_NKD = (x.repeat_interleave(groups, dim=1) for x in (k_NKD, v_NKD))
-    ends, longest = segments.boundaries, max(segments.lengths)
-    out = varlen_attn(q_NHD, k_NKD, v_NKD, ends, ends, longest, longest, **options)
-    return cast(torch.Tensor, out)  # a pair only where the log-sum-exp is asked for
-
-
-def _attend_within_equal_segments(
-    q_NHD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, length: int, is_causal: bool
-) -> torch.Tensor:
-    q_GHLD, k_GKLD, v_GKLD = (
-        x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD)
-    )
-    out_GHLD = F.scaled_dot_product_attention(
-        q_GHLD, k_GKLD, v_GKLD, is_causal=is_causal, enable_gqa=True
-    )
-    return out_GHLD.transpose(1, 2).flatten(0, 1)
+    of_lengths = [x.split([length * count for length, count in runs]) for x in rows]
+    attended = []
+    for (length, _), *qkv in zip(runs, *of_lengths, strict=True):
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in qkv)  # [G, H, L, D]
+        out_GHLD = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+        attended.append(out_GHLD.transpose(1, 2).flatten(0, 1))
+    joined_NHD = torch.cat(attended) if len(attended) > 1 else attended[0]
+    return joined_NHD if order is None else permute_rows(joined_NHD, *reversed(order))

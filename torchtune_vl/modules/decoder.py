@@ -17,11 +17,15 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from torchtune_vl._torchtune import TransformerSelfAttentionLayer
-from torchtune_vl.modules.adapters import LinearBuilder
-from torchtune_vl.modules.attention import attend_within_segments
+from torchtune_vl.modules.adapters import MakeLinear
+from torchtune_vl.modules.attention import (
+    attend_within_segments,
+    inverse_frequencies,
+    rotary_table,
+    rotate,
+)
 from torchtune_vl.modules.layout import Segments
 from torchtune_vl.modules.loss import chunked_cross_entropy
-from torchtune_vl.modules.rotary import inverse_frequencies, rotary_table, rotate
 
 # What attends to what: bool [B, S, M], the documents of a packed row, or causal attention
 Mask = torch.Tensor | Segments | BlockMask | None
@@ -48,7 +52,7 @@ class Decoder(nn.Module):
         norm_eps: float,
         rope_base: float,
         mrope_sections: tuple[int, int, int],
-        linear: LinearBuilder,
+        linear: MakeLinear,
     ) -> None:
         super().__init__()
         self.head_dim = 2 * sum(mrope_sections)
@@ -86,27 +90,18 @@ class Decoder(nn.Module):
         output_positions: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute logits, or losses.
+        """Compute logits, or losses, of embeddings of tokens and media.
 
-        Args:
-            x_BSE: embeddings of tokens and media.
-            mask: which token attends to which, bool [B, S, S] (with a KV cache [B, S, length of
-                the cache]), a BlockMask, or the :class:`~torchtune_vl.modules.Segments` of the
-                flattened batch. Causal by default.
-            input_pos: positions, int64 [B, S, 3] or, equal on all axes, [B, S]; 0, 1, 2, ... by
-                default.
-            output_positions: positions in the flattened batch whose logits are wanted, int64 [P].
-            targets: the right entries at these positions, int64 [P], if it is their losses that
-                are wanted.
+        ``mask`` says which token attends to which: bool [B, S, S] (with a KV cache [B, S, length of
+        the cache]), a BlockMask, or the :class:`~torchtune_vl.modules.Segments` of the flattened
+        batch; causal by default. Positions are int64 [B, S, 3] or, equal on all axes, [B, S]; 0, 1,
+        2, ... by default. ``output_positions``, int64 [P] in the flattened batch, are those whose
+        logits are wanted, ``targets``, int64 [P], the right entries there, if it is losses.
 
-        Returns:
-            Logits, float32 [B, S, V], or [P, V] with ``output_positions``; a list of their chunks
-            after ``set_num_output_chunks``. With ``targets`` the cross-entropy of each, float32
-            [P].
-
-        Raises:
-            ValueError: if a sequence is longer than ``max_seq_len``, or there is a cache and no
-                mask or positions.
+        Returns logits, float32 [B, S, V] or [P, V], or a list of their chunks after
+        :meth:`set_num_output_chunks`; with ``targets`` the cross-entropy of each, float32 [P].
+        Raises ``ValueError`` if a sequence is longer than ``max_seq_len``, or there is a cache and
+        no mask or positions.
         """
         if x_BSE.shape[1] > self.max_seq_len:
             raise ValueError(
@@ -187,12 +182,7 @@ class Attention(nn.Module):
     """Attention with heads of keys and values that several heads of queries share."""
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        dropout: float,
-        linear: LinearBuilder,
+        self, embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float, linear: MakeLinear
     ) -> None:
         super().__init__()
         self.head_dim = embed_dim // num_heads
@@ -215,35 +205,19 @@ class Attention(nn.Module):
             if dropout:
                 raise ValueError("packed rows have no attn_dropout: set it to 0, or pad instead")
             rows = (x.flatten(0, 1) for x in (q_BSHD, k_BSKD, v_BSKD))
-            out = attend_within_segments(*rows, mask, is_causal=True).view_as(q_BSHD)
+            out = attend_within_segments(*rows, mask, is_causal=True)
+            return self.output_proj(out.view_as(q_BSHD).flatten(2))
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSKD, v_BSKD))
+        if self.kv_cache is not None:
+            k, v = self.kv_cache.append(k, v)
+        if isinstance(mask, BlockMask):
+            out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
         else:
-            q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSKD, v_BSKD))
-            if self.kv_cache is not None:
-                k, v = self.kv_cache.append(k, v)
-            out = _attend(q, k, v, mask, dropout).transpose(1, 2)
-        return self.output_proj(out.flatten(2))
-
-
-def _attend(
-    q_BHSD: torch.Tensor,
-    k_BKMD: torch.Tensor,
-    v_BKMD: torch.Tensor,
-    mask: torch.Tensor | BlockMask | None,
-    dropout: float,
-) -> torch.Tensor:
-    if isinstance(mask, BlockMask):
-        return flex_attention(q_BHSD, k_BKMD, v_BKMD, block_mask=mask, enable_gqa=True)
-    if mask is not None:
-        mask = mask[:, None, :, : k_BKMD.shape[2]]
-    return F.scaled_dot_product_attention(
-        q_BHSD,
-        k_BKMD,
-        v_BKMD,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        enable_gqa=True,
-    )
+            attends = None if mask is None else mask[:, None, :, : k.shape[2]]
+            out = F.scaled_dot_product_attention(
+                q, k, v, attends, dropout, is_causal=mask is None, enable_gqa=True
+            )
+        return self.output_proj(out.transpose(1, 2).flatten(2))
 
 
 class KVCache(nn.Module):
@@ -257,25 +231,19 @@ class KVCache(nn.Module):
         self.size = (batch_size, max_seq_len)
         self.dtype = dtype
         self.length = 0
-        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.kept: torch.Tensor | None = None
 
-    def append(
-        self, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Add those of new tokens, and return those of all so far, [B, K, M, D]."""
         if self.kept is None:
             batch_size, max_seq_len = self.size
-            shape = (batch_size, k_BKSD.shape[1], max_seq_len, k_BKSD.shape[3])
-            self.kept = (
-                k_BKSD.new_zeros(shape, dtype=self.dtype),
-                k_BKSD.new_zeros(shape, dtype=self.dtype),
-            )
+            shape = (2, batch_size, k_BKSD.shape[1], max_seq_len, k_BKSD.shape[3])
+            self.kept = k_BKSD.new_zeros(shape, dtype=self.dtype)
         end = self.length + k_BKSD.shape[2]
         for kept, new in zip(self.kept, (k_BKSD, v_BKSD), strict=True):
             kept[:, :, self.length : end] = new
         self.length = end
-        k, v = (kept[:, :, :end] for kept in self.kept)
-        return k, v
+        return self.kept[..., :end, :].unbind()
 
 
 class FeedForward(nn.Module):
@@ -285,7 +253,7 @@ class FeedForward(nn.Module):
         self,
         embed_dim: int,
         intermediate_dim: int,
-        linear: LinearBuilder,
+        linear: MakeLinear,
         *,
         out_dim: int | None = None,
         bias: bool = False,

@@ -25,11 +25,11 @@ def mrope_positions(
     placeholder_ids: Sequence[int],
     merge_size: int,
 ) -> torch.Tensor:
-    """Positions of M-RoPE: equal on all axes for text, temporal, height and width for media.
+    """Positions of M-RoPE, int64 [tokens, 3]: equal on all axes for text, of a grid for media.
 
-    ``grid_thw``, int64 [k, 3], has the patches of each medium in the order of ``tokens``, whose
-    placeholders are expanded; ``intervals`` its temporal positions from one step to the next.
-    Returns int64 [tokens, 3]. Raises ``ValueError`` if the placeholders do not fit the grids.
+    ``grid_thw``, int64 [k, 3], has the patches of each medium along time, height and width in the
+    order of ``tokens``, whose placeholders are expanded, or else there is a ``ValueError``;
+    ``intervals`` are the temporal positions from one of its steps to the next.
 
     What follows a medium begins at the largest position so far + 1, as "Qwen2-VL" (arXiv
     2409.12191, section 2.1) defines it. So transformers numbered until release 4.51, and so vLLM
@@ -77,11 +77,10 @@ def vision_index(grid_thw: torch.Tensor, geometry: Geometry) -> dict[str, torch.
     windows are permutations of units. After transformers' ``get_vision_window_index`` and
     ``get_vision_position_ids``.
 
-    ``grid_thw``, int64 [k, 3] on the CPU, has the patches of each medium along time, height and
-    width. Returns ``unit_order``, int64 [units]: the units, window after window, where there are
-    windows, or as they come; ``unit_positions``, int32 [units, 2]: row and column of each unit, in
-    that order; ``window_lengths``, int64 [windows], and ``frame_lengths``, int64 [frames]: patches
-    of each. Without windows the frames are the windows.
+    Takes the patches of each medium along time, height and width, int64 [k, 3] on the CPU. Returns
+    ``unit_order``, int64 [units], where each comes from, window after window; ``unit_positions``,
+    int32 [units, 2], its row and column, in that order; ``window_lengths`` and ``frame_lengths``,
+    int64, patches of each window and frame. Without windows the frames are the windows.
     """
     size = geometry.merge_size
     return join_vision_indices(

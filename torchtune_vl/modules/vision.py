@@ -15,11 +15,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map
 
 from torchtune_vl.media import CHANNELS, Geometry
-from torchtune_vl.modules.adapters import LinearBuilder
-from torchtune_vl.modules.attention import attend_within_segments, permute_rows
-from torchtune_vl.modules.decoder import Decoder, FeedForward, Mask, TransformerLayer
+from torchtune_vl.modules.adapters import MakeLinear
+from torchtune_vl.modules.attention import (
+    attend_within_segments,
+    inverse_frequencies,
+    permute_rows,
+    rotary_table,
+    rotate,
+)
+from torchtune_vl.modules.decoder import Decoder, FeedForward, TransformerLayer
 from torchtune_vl.modules.layout import Segments, encoder_index, vision_index
-from torchtune_vl.modules.rotary import inverse_frequencies, rotary_table, rotate
 
 _ROPE_BASE = 10000.0
 
@@ -42,33 +47,22 @@ class VisionLanguageModel(nn.Module):
         self,
         tokens: torch.Tensor,
         *,
-        mask: Mask = None,
         encoder_input: dict[str, dict[str, Any]] | None = None,
-        input_pos: torch.Tensor | None = None,
-        output_positions: torch.Tensor | None = None,
-        targets: torch.Tensor | None = None,
+        **inputs: Any,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute logits, or losses, of text with media, as :meth:`Decoder.forward` does.
+        """Compute logits, or losses, of tokens with placeholders expanded, int64 [B, S].
+
+        ``encoder_input``, None for text alone, is ``{"vision": {...}}`` with the arguments of
+        :meth:`VisionEncoder.forward` for the media of all sequences in order. Other ``inputs``, and
+        what is returned, are those of :meth:`Decoder.forward`.
 
         Without media the encoder has no part in it, and its gradients are missing. Where other
         processes, which may have media, would wait for this one in it, it takes a blank image, and
         its gradients are zero: a step in which no process has media has to drop them, or else
         momentum and weight decay act on it.
 
-        Args:
-            tokens: ids with placeholders expanded, int64 [B, S].
-            mask: as in :meth:`Decoder.forward`.
-            encoder_input: ``{"vision": {...}}`` with the arguments of
-                :meth:`VisionEncoder.forward` for the media of all sequences in order; None for
-                text alone.
-            input_pos: M-RoPE positions, int64 [B, S, 3].
-            output_positions: as in :meth:`Decoder.forward`.
-            targets: likewise.
-
-        Raises:
-            ValueError: if ``encoder_input`` has another key than ``vision``.
-            RuntimeError: if the number of embeddings is not that of the placeholders (on a GPU a
-                device-side assert).
+        Raises ``ValueError`` if ``encoder_input`` has another key, and ``RuntimeError`` if the
+        number of embeddings is not that of the placeholders (on a GPU a device-side assert).
         """
         x_BSE = self.decoder.tok_embeddings(tokens)
         encoder = self.encoders["vision"]
@@ -81,13 +75,7 @@ class VisionLanguageModel(nn.Module):
         elif self._is_awaited(tokens):
             blank = encoder(**_blank(encoder.geometry, tokens.device))
             x_BSE = x_BSE + 0 * blank.sum().to(x_BSE.dtype)
-        return self.decoder(
-            x_BSE,
-            mask=mask,
-            input_pos=input_pos,
-            output_positions=output_positions,
-            targets=targets,
-        )
+        return self.decoder(x_BSE, **inputs)
 
     def _fuse(self, tokens: torch.Tensor, x_BSE: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
         is_placeholder = torch.zeros_like(tokens, dtype=torch.bool)
@@ -146,8 +134,8 @@ class VisionEncoder(nn.Module):
         norm: Callable[[int], nn.Module],
         activation: Callable[[torch.Tensor], torch.Tensor],
         gated: bool,
-        linear: LinearBuilder,
-        merger_linear: LinearBuilder,
+        linear: MakeLinear,
+        merger_linear: MakeLinear,
     ) -> None:
         super().__init__()
         if embed_dim % (4 * num_heads):
@@ -180,16 +168,12 @@ class VisionEncoder(nn.Module):
         )
 
     def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor, **index: Any) -> torch.Tensor:
-        """Encode media.
+        """Encode media, as [U, width of the decoder] in their order.
 
-        Args:
-            patches: of all media, as :class:`PatchEmbedding` takes them.
-            grid_thw: patches of each medium along time, height and width, int64 [k, 3].
-            **index: from :func:`~torchtune_vl.modules.encoder_index`, as the collate function
-                gives it. Without it it is computed from ``grid_thw``, which waits for the device.
-
-        Returns:
-            Embeddings of the units, in the order of ``patches`` [U, width of the decoder].
+        ``patches`` are those of all, as :class:`PatchEmbedding` takes them, ``grid_thw``, int64
+        [k, 3], their numbers along time, height and width. The index is that of
+        :func:`~torchtune_vl.modules.encoder_index`, as the collate function gives it; without it
+        it is computed from ``grid_thw``, which waits for the device.
         """
         index = index or _index(grid_thw, self.geometry)
         segments = {k: Segments(*next(iter(index[k].items()))) for k in ("windows", "frames")}
@@ -274,7 +258,7 @@ def _constant(values: Sequence[float], device: torch.device) -> torch.Tensor:
 class VisionAttention(nn.Module):
     """Attention within segments (transformers' ``VisionAttention`` of Qwen2-VL)."""
 
-    def __init__(self, embed_dim: int, head_dim: int, linear: LinearBuilder) -> None:
+    def __init__(self, embed_dim: int, head_dim: int, linear: MakeLinear) -> None:
         super().__init__()
         self.qkv = linear("qkv", embed_dim, 3 * embed_dim, True)
         self.output_proj = linear("output_proj", embed_dim, embed_dim, True)
@@ -293,7 +277,7 @@ class PatchMerger(nn.Module):
     """Joins the patches of a unit into one embedding (transformers' ``PatchMerger``)."""
 
     def __init__(
-        self, norm: nn.Module, embed_dim: int, unit_size: int, out_dim: int, linear: LinearBuilder
+        self, norm: nn.Module, embed_dim: int, unit_size: int, out_dim: int, linear: MakeLinear
     ) -> None:
         super().__init__()
         width = embed_dim * unit_size

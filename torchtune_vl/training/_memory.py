@@ -16,8 +16,8 @@ from torch.func import functional_call
 from torchtune_vl._torchao import NF4Tensor
 from torchtune_vl._torchtune import instantiate
 from torchtune_vl.modules import Segments
+from torchtune_vl.modules.adapters import num_bytes
 from torchtune_vl.modules.loss import CHUNK
-from torchtune_vl.modules.parameters import num_bytes
 from torchtune_vl.training._parallel import DTYPES, default_dtype, dtypes_of
 
 # Logits of a chunk in the dtype of the model and in float32, and the float32 gradient

@@ -62,10 +62,7 @@ _ARCHITECTURE: dict[str, Any] = {
     "vision_activation": F.silu,
     "vision_gated": True,
 }
-_COLUMNS = (
-    *("num_layers", "num_heads", "num_kv_heads", "embed_dim", "intermediate_dim"),
-    *("vocab_size", "tie_word_embeddings", "vision_intermediate_dim"),
-)
+# Layers, heads, of keys and values, width, feed-forward, vocabulary, tied, encoder's feed-forward
 _SIZES = {
     "3b": (36, 16, 2, 2048, 11008, 151936, True, 3420),
     "7b": (28, 28, 4, 3584, 18944, 152064, False, 3420),
@@ -165,7 +162,7 @@ FAMILY = Family(
     names=_NAMES,
     geometry=GEOMETRY,
     architecture=_ARCHITECTURE,
-    sizes={size: dict(zip(_COLUMNS, row, strict=True)) for size, row in _SIZES.items()},
+    sizes=_SIZES,
     dimensions=_dimensions,
     transform=Qwen2_5_VLTransform,
 )

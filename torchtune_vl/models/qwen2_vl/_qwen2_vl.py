@@ -63,14 +63,11 @@ _ARCHITECTURE: dict[str, Any] = {
     "vision_activation": _quick_gelu,
     "vision_gated": False,
 }
-_COLUMNS = (
-    *("num_layers", "num_heads", "num_kv_heads", "embed_dim", "intermediate_dim"),
-    *("vocab_size", "tie_word_embeddings"),
-)
+# Layers, heads, of keys and values, width, feed-forward, vocabulary, tied, encoder's feed-forward
 _SIZES = {
-    "2b": (28, 12, 2, 1536, 8960, 151936, True),
-    "7b": (28, 28, 4, 3584, 18944, 152064, False),
-    "72b": (80, 64, 8, 8192, 29568, 152064, False),
+    "2b": (28, 12, 2, 1536, 8960, 151936, True, 5120),
+    "7b": (28, 28, 4, 3584, 18944, 152064, False, 5120),
+    "72b": (80, 64, 8, 8192, 29568, 152064, False, 5120),
 }
 _VISION_DEFAULTS: dict[str, Any] = {
     **VISION_DEFAULTS,
@@ -169,7 +166,7 @@ FAMILY = Family(
     names=_NAMES,
     geometry=GEOMETRY,
     architecture=_ARCHITECTURE,
-    sizes={size: dict(zip(_COLUMNS, row, strict=True)) for size, row in _SIZES.items()},
+    sizes=_SIZES,
     dimensions=_dimensions,
     transform=Qwen2VLTransform,
 )
