@@ -17,10 +17,9 @@ from transformers import (
 )
 
 from torchtune_vl.files._names import published_name
-from torchtune_vl.models import model_from_pretrained
+from torchtune_vl.models import model_from_pretrained, qwen2_5_vl, qwen2_vl
 from torchtune_vl.models._config_json import TEXT_DEFAULTS
 from torchtune_vl.models.qwen2_5_vl import (
-    _qwen2_5_vl,
     qwen2_5_vl_3b,
     qwen2_5_vl_7b,
     qwen2_5_vl_32b,
@@ -28,7 +27,6 @@ from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_tune_to_hf,
 )
 from torchtune_vl.models.qwen2_vl import (
-    _qwen2_vl,
     qwen2_vl_2b,
     qwen2_vl_7b,
     qwen2_vl_72b,
@@ -212,7 +210,7 @@ def test_model_from_either_config_is_the_builders(size: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("config", "family"), [(Qwen2_5_VLConfig(), _qwen2_5_vl), (Qwen2VLConfig(), _qwen2_vl)]
+    ("config", "family"), [(Qwen2_5_VLConfig(), qwen2_5_vl), (Qwen2VLConfig(), qwen2_vl)]
 )
 def test_defaults_of_missing_keys_are_the_references(config: Any, family: Any) -> None:
     for part, defaults in (

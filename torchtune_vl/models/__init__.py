@@ -23,7 +23,6 @@ def model_from_pretrained(
 ) -> "VisionLanguageModel":
     """Build the model that a checkpoint's ``config.json`` describes, and load its weights.
 
-    The config has the flat layout of the published checkpoints or the nested one of transformers 5.
     Without ``weights``, whose dtype is the default one, they are fresh: recipes say so, whose
     checkpointers load them. Each part is trained or not: the decoder, with its token embedding, the
     encoder without its merger, and the merger (``fusion``). Raises ``ValueError`` if a file is
@@ -51,9 +50,8 @@ def lora_model_from_pretrained(
 ) -> "VisionLanguageModel":
     """Build the model that a checkpoint's ``config.json`` describes, with adapters.
 
-    As :func:`model_from_pretrained`; adapters are fresh in any case. ``lora_attn_modules`` and
-    ``settings`` are arguments of :func:`~torchtune_vl.models._builders.with_adapters`, which raises
-    ``ValueError`` too.
+    As :func:`model_from_pretrained`; adapters are fresh in any case. ``settings`` are arguments of
+    :func:`~torchtune_vl.models._builders.with_adapters`, which raises ``ValueError`` too.
     """
     from torchtune_vl.models._builders import with_adapters
     from torchtune_vl.models._weights import model_of

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from torchtune_vl.chat import ChatTransform
 from torchtune_vl.files._json import JsonObject
 from torchtune_vl.files._names import TensorNames
 from torchtune_vl.media import Geometry
-from torchtune_vl.models import lora_model_from_pretrained, model_from_pretrained
 from torchtune_vl.models._config_json import read_config
 
 # What differs between sizes, in the order of the tables of families
@@ -19,10 +18,10 @@ _COLUMNS = (
     *("num_layers", "num_heads", "num_kv_heads", "embed_dim", "intermediate_dim", "vocab_size"),
     *("tie_word_embeddings", "vision_intermediate_dim"),
 )
-# The file of the FAMILY of each model_type of a config.json
-_FILES = {
-    "qwen2_5_vl": "torchtune_vl.models.qwen2_5_vl._qwen2_5_vl",
-    "qwen2_vl": "torchtune_vl.models.qwen2_vl._qwen2_vl",
+# The package of the FAMILY of each model_type of a config.json
+_PACKAGES = {
+    "qwen2_5_vl": "torchtune_vl.models.qwen2_5_vl",
+    "qwen2_vl": "torchtune_vl.models.qwen2_vl",
 }
 
 
@@ -39,8 +38,15 @@ class Family:
     dimensions: Callable[[JsonObject], dict[str, Any]]  # these of a config.json
     transform: type[ChatTransform]
 
+    def function(self, name: str) -> Any:
+        """Return a function of the package, which asks for it by a ``__getattr__`` of its own."""
+        if name not in self.functions:
+            raise AttributeError(f"module {_PACKAGES[self.package]!r} has no attribute {name!r}")
+        return self.functions[name]()
+
+    @cached_property
     def functions(self) -> dict[str, Callable[[], Any]]:
-        """Return the functions that its package gives to others, each made when it is asked for.
+        """What the package gives to others by name, each made when it is asked for.
 
         Builders from dimensions, from a checkpoint's config and of published sizes, each plain,
         with adapters (``lora_``) and, of sizes, with adapters of NF4 weights (``qlora_``); renaming
@@ -48,33 +54,33 @@ class Family:
         (``_peft_to_tune``); and ``_tp_plan``, how the decoder divides over devices.
         """
 
-        def builder(name: str, **settings: Any) -> Callable[[], Any]:
-            settings = {**self.architecture, **settings}
-            return lambda: partial(_imported("models._builders", name), **settings)
+        def of(module: str, name: str, **settings: Any) -> Callable[[], Any]:
+            # torchtune, on which models stand, takes seconds to import
+            def make() -> Any:
+                function = getattr(import_module(f"torchtune_vl.{module}"), name)
+                return partial(function, **settings) if settings else function
 
+            return make
+
+        plain = partial(of, "models._builders", "vision_language_model", **self.architecture)
+        lora = partial(of, "models._builders", "with_adapters", **self.architecture)
+        qlora = partial(lora, quantize_base=True)
         p = self.package
         sizes = [(size, dict(zip(_COLUMNS, own, strict=True))) for size, own in self.sizes.items()]
-        plain, adapted = "vision_language_model", "with_adapters"
-        qlora = partial(builder, adapted, quantize_base=True)
         return {
-            p: builder(plain),
-            f"lora_{p}": builder(adapted),
-            f"{p}_from_config": lambda: partial(model_from_pretrained, weights=False),
-            f"lora_{p}_from_config": lambda: partial(lora_model_from_pretrained, weights=False),
+            p: plain(),
+            f"lora_{p}": lora(),
+            f"{p}_from_config": of("models", "model_from_pretrained", weights=False),
+            f"lora_{p}_from_config": of("models", "lora_model_from_pretrained", weights=False),
             f"{p}_hf_to_tune": lambda: self.names.from_published,
             f"{p}_tune_to_hf": lambda: self.names.to_published,
             f"{p}_peft_to_tune": lambda: self.names.from_peft,
             f"{p}_tune_to_peft": lambda: self.names.to_peft,
-            f"{p}_tp_plan": lambda: _imported("modules.parallelism", "decoder_tp_plan"),
-            **{f"{p}_{size}": builder(plain, **own) for size, own in sizes},
-            **{f"lora_{p}_{size}": builder(adapted, **own) for size, own in sizes},
+            f"{p}_tp_plan": of("modules.parallelism", "decoder_tp_plan"),
+            **{f"{p}_{size}": plain(**own) for size, own in sizes},
+            **{f"lora_{p}_{size}": lora(**own) for size, own in sizes},
             **{f"qlora_{p}_{size}": qlora(**own) for size, own in sizes},
         }
-
-
-def _imported(module: str, name: str) -> Any:
-    """Import a function late: torchtune, on which models stand, takes seconds."""
-    return getattr(import_module(f"torchtune_vl.{module}"), name)
 
 
 def described(directory: str | Path) -> tuple[Family, dict[str, Any]]:
@@ -97,15 +103,15 @@ def family_of(directory: str | Path) -> Family:
 
 def families() -> list[Family]:
     """Return all families, in the order in which they came to be."""
-    return [import_module(file).FAMILY for file in _FILES.values()]
+    return [import_module(package).FAMILY for package in _PACKAGES.values()]
 
 
 def _family(config: JsonObject) -> Family:
     model_type = config.content.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _FILES:
-        known = " or ".join(repr(name) for name in _FILES)
+    if not isinstance(model_type, str) or model_type not in _PACKAGES:
+        known = " or ".join(repr(name) for name in _PACKAGES)
         raise config.over({"model_type": None}).error(
             "model_type", f"{known}: this is a checkpoint of another model"
         )
-    family: Family = import_module(_FILES[model_type]).FAMILY
+    family: Family = import_module(_PACKAGES[model_type]).FAMILY
     return family

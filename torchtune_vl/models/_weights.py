@@ -57,12 +57,10 @@ def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tens
     family, dimensions = described(directory)
     with torch.device("meta"):
         model = vision_language_model(**dimensions)
-    expected = {
-        name: tuple(tensor.shape)
-        for name, tensor in family.names.to_published(model.state_dict()).items()
-    }
+    expected = {n: t.shape for n, t in family.names.to_published(model.state_dict()).items()}
     stored = stored_tensors(files, published_name)
-    _drop_tied_output_layer(stored, expected)
+    if _OUTPUT_LAYER not in expected and {_OUTPUT_LAYER, _TOKEN_EMBEDDING} <= stored.keys():
+        _drop_tied_output_layer(stored)
     _refuse_differences(stored, expected, directory)
     return family.names.from_published(read_tensors(stored))
 
@@ -121,12 +119,8 @@ def initial_adapters(
     return {name: tensor for name, tensor in adapters.items() if name not in weights}
 
 
-def _drop_tied_output_layer(
-    stored: dict[str, Stored], expected: Mapping[str, tuple[int, ...]]
-) -> None:
+def _drop_tied_output_layer(stored: dict[str, Stored]) -> None:
     """Accept an output layer beside tied embeddings, which some trainers write, if it is equal."""
-    if _OUTPUT_LAYER in expected or not {_OUTPUT_LAYER, _TOKEN_EMBEDDING} <= stored.keys():
-        return
     values = read_tensors({name: stored[name] for name in (_OUTPUT_LAYER, _TOKEN_EMBEDDING)})
     output = stored.pop(_OUTPUT_LAYER)
     if not torch.equal(*values.values()):
@@ -137,22 +131,22 @@ def _drop_tied_output_layer(
 
 
 def _refuse_differences(
-    stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], directory: Path
+    stored: Mapping[str, Stored], expected: Mapping[str, torch.Size], directory: Path
 ) -> None:
-    problems = {
-        "unknown": [f"{x.name} ({x.path.name})" for n, x in stored.items() if n not in expected],
-        "missing": [name for name in expected if name not in stored],
-        "of another shape": [
-            f"{name} is {list(stored[name].shape)} in {stored[name].path.name}, expected "
-            f"{list(shape)}"
-            for name, shape in expected.items()
-            if name in stored and stored[name].shape != shape
-        ],
-    }
+    problems: dict[str, list[str]] = {"unknown": [], "missing": [], "of another shape": []}
+    for name in {**stored, **expected}:
+        place, shape = stored.get(name), expected.get(name)
+        if place is None:
+            problems["missing"].append(name)
+        elif shape is None:
+            problems["unknown"].append(f"{place.name} ({place.path.name})")
+        elif place.shape != shape:
+            found = f"{name} is {list(place.shape)} in {place.path.name}, expected {list(shape)}"
+            problems["of another shape"].append(found)
     lines = [
-        f"{len(found)} tensors {what}:\n  " + "\n  ".join(found[:_LISTED])
-        for what, found in problems.items()
-        if found
+        f"{len(names)} tensors {what}:\n  " + "\n  ".join(names[:_LISTED])
+        for what, names in problems.items()
+        if names
     ]
     if lines:
         raise ValueError(f"the weights do not fit {directory / 'config.json'}\n" + "\n".join(lines))

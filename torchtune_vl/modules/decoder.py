@@ -32,9 +32,9 @@ Mask = torch.Tensor | Segments | BlockMask | None
 
 
 class Decoder(nn.Module):
-    """The language model; its sizes are those of ``vision_language_model``.
+    """The language model; its arguments are those of ``vision_language_model``.
 
-    ``linear`` builds its linear layers. Raises ``ValueError`` if the sizes do not fit each other.
+    Raises ``ValueError`` if these do not fit each other.
     """
 
     def __init__(
@@ -104,10 +104,8 @@ class Decoder(nn.Module):
         no mask or positions.
         """
         if x_BSE.shape[1] > self.max_seq_len:
-            raise ValueError(
-                f"a sequence of {x_BSE.shape[1]} tokens is longer than max_seq_len, "
-                f"{self.max_seq_len}"
-            )
+            too_long = f"a sequence of {x_BSE.shape[1]} tokens is longer than max_seq_len"
+            raise ValueError(f"{too_long}, {self.max_seq_len}")
         if self.caches_are_setup() and (mask is None or input_pos is None):
             raise ValueError("with a KV cache the decoder needs a mask and positions")
         frequencies = inverse_frequencies(self.head_dim, self.rope_base, x_BSE.device)

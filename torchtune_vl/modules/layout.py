@@ -61,13 +61,10 @@ def mrope_positions(
 @lru_cache(_SHAPES)
 def _grid_positions(t: int, h: int, w: int, interval: float) -> np.ndarray:
     """M-RoPE positions of t x h x w units from 0, int64 [t * h * w, 3]; never to be changed."""
-    positions = np.empty((t, h, w, 3), np.int64)
     # float32 and truncated, as transformers has it
     steps = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int64)
-    positions[..., 0] = steps[:, None, None]
-    positions[..., 1] = np.arange(h)[:, None]
-    positions[..., 2] = np.arange(w)
-    return positions.reshape(-1, 3)
+    grid = np.meshgrid(steps, np.arange(h), np.arange(w), indexing="ij")
+    return np.stack(grid, axis=-1).reshape(-1, 3)
 
 
 def vision_index(grid_thw: torch.Tensor, geometry: Geometry) -> dict[str, torch.Tensor]:
@@ -77,10 +74,10 @@ def vision_index(grid_thw: torch.Tensor, geometry: Geometry) -> dict[str, torch.
     windows are permutations of units. After transformers' ``get_vision_window_index`` and
     ``get_vision_position_ids``.
 
-    Takes the patches of each medium along time, height and width, int64 [k, 3] on the CPU. Returns
-    ``unit_order``, int64 [units], where each comes from, window after window; ``unit_positions``,
-    int32 [units, 2], its row and column, in that order; ``window_lengths`` and ``frame_lengths``,
-    int64, patches of each window and frame. Without windows the frames are the windows.
+    Of the patches of each medium along time, height and width, int64 [k, 3] on the CPU, returns
+    ``unit_order``, int64 [units], where each unit comes from, window after window; its row and
+    column, ``unit_positions``, int32 [units, 2]; and the patches of each window and frame,
+    ``window_lengths`` and ``frame_lengths``, int64. Without windows the frames are the windows.
     """
     size = geometry.merge_size
     return join_vision_indices(
@@ -128,12 +125,11 @@ def join_vision_indices(indices: Sequence[Mapping[str, torch.Tensor]]) -> dict[s
 
 
 def encoder_index(index: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Turn the lengths of an index into segments: what a vision encoder takes.
+    """Turn the lengths of an index, of :func:`vision_index`, into what a vision encoder takes.
 
-    Returns ``unit_order``, int32 [units]; ``unit_positions``; ``windows`` and ``frames``, each a
-    dict from the lengths of all segments to their boundaries, the two arguments of
-    :class:`Segments`: a key stays known to the host when tensors move to another device, and
-    torchtune's recipes take nothing but dicts and tensors.
+    ``windows`` and ``frames`` are each a dict from the lengths of all segments to their boundaries,
+    the two arguments of :class:`Segments`: a key stays known to the host when tensors move to
+    another device, and torchtune's recipes take nothing but dicts and tensors.
     """
     kinds = ("window", "frame")
     segments = {f"{kind}s": Segments.of(index[f"{kind}_lengths"].tolist()) for kind in kinds}
@@ -201,16 +197,13 @@ def concatenate_patches(patches: Sequence[torch.Tensor], shared: bool = False) -
     if len(patches) == 1:
         return patches[0]  # what torch.cat would copy
     widest = max(p.shape[1] for p in patches)
-    repeated = [_repeat_frame(p, widest // p.shape[1]) for p in patches]
     out = None
     if shared:
         shape = torch.Size([sum(map(len, patches)), widest])
         storage = torch.UntypedStorage._new_shared(shape.numel() * patches[0].itemsize)
         out = torch.empty(0, dtype=patches[0].dtype).set_(storage).view(shape)
+    repeated = [
+        p.unflatten(1, (CHANNELS, 1, -1)).expand(-1, -1, widest // p.shape[1], -1).flatten(1)
+        for p in patches
+    ]
     return torch.cat(repeated, out=out)
-
-
-def _repeat_frame(patches: torch.Tensor, times: int) -> torch.Tensor:
-    if times == 1:
-        return patches
-    return patches.unflatten(1, (CHANNELS, 1, -1)).expand(-1, -1, times, -1).flatten(1)

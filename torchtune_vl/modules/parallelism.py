@@ -16,10 +16,9 @@ def decoder_tp_plan(model: VisionLanguageModel) -> dict[str, ParallelStyle]:
     """Plan tensor parallelism (Megatron-LM, arXiv 1909.08053) of the decoder.
 
     Heads and feed-forward are divided, and the output layer where it is not the token embedding.
-    Each device has the whole vision encoder, which is small beside the decoder, and computes all of
-    it. Returns styles by module, for
-    :func:`torch.distributed.tensor.parallel.parallelize_module`. Raises ``ValueError`` if the
-    model has adapters or quantized weights.
+    Each device has and computes the whole vision encoder, which is small beside the decoder.
+    Returns styles by module, for torch's ``parallelize_module``. Raises ``ValueError`` if the model
+    has adapters or quantized weights.
     """
     plan: dict[str, ParallelStyle] = {
         f"decoder.layers.{i}.{name}": style()

@@ -5,7 +5,7 @@
 # head
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -68,9 +68,7 @@ class VisionLanguageModel(nn.Module):
         encoder = self.encoders["vision"]
         if encoder_input is not None:
             if encoder_input.keys() != {"vision"}:
-                raise ValueError(
-                    f"encoder_input has the keys {sorted(encoder_input)}, expected ['vision']"
-                )
+                raise ValueError(f"encoder_input has {sorted(encoder_input)}, expected ['vision']")
             x_BSE = self._fuse(tokens, x_BSE, encoder(**encoder_input["vision"]))
         elif self._is_awaited(tokens):
             blank = encoder(**_blank(encoder.geometry, tokens.device))
@@ -95,11 +93,10 @@ class VisionLanguageModel(nn.Module):
             # A backward needs something that is trained
             alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2
             return not (alone and any(p.requires_grad for p in self.decoder.parameters()))
-        # And no process has media then. An empty row has one token, too, and no cache
+        # No process has media where tokens are decoded. An empty row has one token, and no cache
         is_decoded = tokens.shape[1] == 1 and self.caches_are_setup()
-        return not is_decoded and any(
-            isinstance(m, FSDPModule) for m in self.encoders["vision"].modules()
-        )
+        is_sharded = (isinstance(m, FSDPModule) for m in self.encoders["vision"].modules())
+        return not is_decoded and any(is_sharded)
 
     # What torchtune's recipes and generation ask the decoder for
     tok_embeddings = property(lambda self: self.decoder.tok_embeddings)
@@ -139,33 +136,24 @@ class VisionEncoder(nn.Module):
     ) -> None:
         super().__init__()
         if embed_dim % (4 * num_heads):
-            raise ValueError(
-                f"the encoder's width of {embed_dim} does not divide into {num_heads} heads of a "
-                "dimension divisible by 4"
-            )
+            heads = f"{num_heads} heads of a dimension divisible by 4"
+            raise ValueError(f"the encoder's width of {embed_dim} does not divide into {heads}")
         self.geometry = geometry
         self.head_dim = embed_dim // num_heads
         self.full_attention_layers = frozenset(full_attention_layers)
         self.patch_embed = PatchEmbedding(geometry, in_channels, embed_dim)
+        mlp = partial(FeedForward, bias=True, gated=gated, activation=activation)
         self.layers = nn.ModuleList(
             TransformerLayer(
                 VisionAttention(embed_dim, self.head_dim, linear),
-                FeedForward(
-                    embed_dim,
-                    intermediate_dim,
-                    linear,
-                    bias=True,
-                    gated=gated,
-                    activation=activation,
-                ),
+                mlp(embed_dim, intermediate_dim, linear),
                 sa_norm=norm(embed_dim),
                 mlp_norm=norm(embed_dim),
             )
             for _ in range(num_layers)
         )
-        self.merger = PatchMerger(
-            norm(embed_dim), embed_dim, geometry.merge_size**2, out_dim, merger_linear
-        )
+        unit_size = geometry.merge_size**2
+        self.merger = PatchMerger(norm(embed_dim), embed_dim, unit_size, out_dim, merger_linear)
 
     def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor, **index: Any) -> torch.Tensor:
         """Encode media, as [U, width of the decoder] in their order.
@@ -183,8 +171,8 @@ class VisionEncoder(nn.Module):
         if has_windows:
             order_U = index["unit_order"]
             back_U = order_U.argsort()
-            x_NE = x_NE.unflatten(0, (len(order_U), -1))
-            x_NE = permute_rows(x_NE, order_U, back_U).flatten(0, 1)
+            x_UNE = x_NE.unflatten(0, (len(order_U), -1))
+            x_NE = permute_rows(x_UNE, order_U, back_U).flatten(0, 1)
         for number, layer in enumerate(self.layers):
             kind = "frames" if number in self.full_attention_layers else "windows"
             x_NE = layer(x_NE, segments=segments[kind], rope=rope)
@@ -250,9 +238,8 @@ class PatchEmbedding(nn.Module):
 
 def _constant(values: Sequence[float], device: torch.device) -> torch.Tensor:
     # Filled on the device: a tensor made from a list would be copied there, and waited for
-    return torch.stack(
-        [torch.full((), value, dtype=torch.float32, device=device) for value in values]
-    )
+    full = partial(torch.full, (), dtype=torch.float32, device=device)
+    return torch.stack([full(value) for value in values])
 
 
 class VisionAttention(nn.Module):

@@ -1,20 +1,173 @@
-"""Qwen2.5-VL (arXiv 2502.13923)."""
+"""What Qwen2.5-VL (arXiv 2502.13923) is: its geometry, tensors, dimensions and transforms."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchtune_vl.chat import ChatTransform, ProcessorClasses
 from torchtune_vl.chat import QwenTokenizer as Qwen2_5_VLTokenizer
-from torchtune_vl.models.qwen2_5_vl._qwen2_5_vl import (
-    FAMILY,
-    GEOMETRY,
-    Qwen2_5_VLImageTransform,
-    Qwen2_5_VLTransform,
-    Qwen2_5_VLVideoTransform,
-    boxes_in_original,
+from torchtune_vl.chat import boxes_in_original as boxes_by_sizes
+from torchtune_vl.chat._pretrained import read_if_there
+from torchtune_vl.files._json import JsonObject
+from torchtune_vl.files._names import TensorNames
+from torchtune_vl.media import Geometry, ImageTransform, VideoTransform
+from torchtune_vl.models._config_json import (
+    VISION_DEFAULTS,
+    WIDEST,
+    decoder_dimensions,
+    support_only,
+    vision_dimensions,
+    whole_numbers,
 )
+from torchtune_vl.models._registry import Family
 
+# Of every published checkpoint; transformers' class default for max_pixels is smaller (1,003,520)
+GEOMETRY = Geometry(
+    patch_size=14,
+    temporal_patch_size=2,
+    merge_size=2,
+    window_size=4,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    min_pixels=3136,
+    max_pixels=12845056,
+)
+_NAMES = TensorNames(
+    "Qwen2.5-VL",
+    {
+        "patch_embed.proj": "patch_embed.proj",
+        "blocks.{}.norm1": "layers.{}.sa_norm",
+        "blocks.{}.norm2": "layers.{}.mlp_norm",
+        "blocks.{}.attn.qkv": "layers.{}.attn.qkv",
+        "blocks.{}.attn.proj": "layers.{}.attn.output_proj",
+        "blocks.{}.mlp.gate_proj": "layers.{}.mlp.w1",
+        "blocks.{}.mlp.down_proj": "layers.{}.mlp.w2",
+        "blocks.{}.mlp.up_proj": "layers.{}.mlp.w3",
+        "merger.ln_q": "merger.norm",
+        "merger.mlp.0": "merger.mlp.w1",
+        "merger.mlp.2": "merger.mlp.w2",
+    },
+    without_bias=frozenset(
+        {"patch_embed.proj", "blocks.{}.norm1", "blocks.{}.norm2", "merger.ln_q"}
+    ),
+)
+_ARCHITECTURE: dict[str, Any] = {
+    "geometry": GEOMETRY,
+    "max_seq_len": 128000,
+    "full_attention_layers": (7, 15, 23, 31),
+    "vision_norm": partial(nn.RMSNorm, eps=1e-6),
+    "vision_activation": F.silu,
+    "vision_gated": True,
+}
+# Layers, heads, of keys and values, width, feed-forward, vocabulary, tied, encoder's feed-forward
+_SIZES = {
+    "3b": (36, 16, 2, 2048, 11008, 151936, True, 3420),
+    "7b": (28, 28, 4, 3584, 18944, 152064, False, 3420),
+    "32b": (64, 40, 8, 5120, 27648, 152064, False, 3456),
+    "72b": (80, 64, 8, 8192, 29568, 152064, False, 3456),
+}
+_VISION_DEFAULTS: dict[str, Any] = {
+    **VISION_DEFAULTS,
+    "hidden_act": "silu",
+    "intermediate_size": 3420,
+    "window_size": 112,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": (7, 15, 23, 31),
+}
+
+
+def _dimensions(config: JsonObject) -> dict[str, Any]:
+    text = decoder_dimensions(config)
+    vision = config.part("vision_config").over(_VISION_DEFAULTS)
+    encoder = vision_dimensions(
+        vision,
+        text["embed_dim"],
+        width="hidden_size",
+        out_width="out_hidden_size",
+        channels="in_channels",
+    )
+    size = GEOMETRY.merge_size
+    window = (GEOMETRY.window_size or 1) * size * encoder["patch_size"]
+    support_only(vision, hidden_act="silu", spatial_merge_size=size, window_size=window)
+    last = encoder["vision_num_layers"] - 1
+    return {
+        **text,
+        **encoder,
+        "vision_intermediate_dim": vision.whole("intermediate_size", most=WIDEST),
+        "full_attention_layers": whole_numbers(vision, "fullatt_block_indexes", 0, last),
+    }
+
+
+class Qwen2_5_VLImageTransform(ImageTransform):
+    """:class:`~torchtune_vl.media.ImageTransform` with Qwen2.5-VL's sizes of patches."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(GEOMETRY, **settings)
+
+
+class Qwen2_5_VLVideoTransform(VideoTransform):
+    """:class:`~torchtune_vl.media.VideoTransform` with Qwen2.5-VL's sizes of patches."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(GEOMETRY, **settings)
+
+
+class Qwen2_5_VLTransform(ChatTransform):
+    """The transform of conversations for Qwen2.5-VL, whose positions of videos follow the clock.
+
+    "Qwen2.5-VL Technical Report" (arXiv 2502.13923, section 2.1.3). Arguments are those of
+    :class:`~torchtune_vl.chat.ChatTransform`; boxes are written in pixels of the resized image
+    (section 2.2).
+    """
+
+    geometry = GEOMETRY
+    processors = ProcessorClasses(
+        processor="Qwen2_5_VLProcessor",
+        images="Qwen2VLImageProcessor",
+        videos="Qwen2VLVideoProcessor",
+    )
+    default_tokens_per_second = 2
+
+    @classmethod
+    def settings_of(cls, directory: Path) -> dict[str, Any]:
+        """Read the settings of a checkpoint directory, ``tokens_per_second`` of its config too."""
+        settings = super().settings_of(directory)
+        config = read_if_there(directory / "config.json")
+        if config is not None:
+            # transformers' default of its config is not what is published
+            vision = config.part("vision_config").over({"tokens_per_second": 4})
+            settings["tokens_per_second"] = vision.whole("tokens_per_second", most=1_000)
+        return settings
+
+
+def boxes_in_original(
+    text: str, original_size: tuple[int, int], grid_thw: torch.Tensor
+) -> list[dict[str, Any]]:
+    """Find the boxes and points in a generated text, in pixels of the user's upright image.
+
+    ``original_size`` is its height and width, ``grid_thw``, int64 [3], the patches that the model
+    saw, from the sample's ``encoder_input``. Returns each entry that has ``bbox_2d`` or
+    ``point_2d``, with these as float pixels.
+    """
+    rows, columns = (int(side) * GEOMETRY.patch_size for side in grid_thw[1:])
+    return boxes_by_sizes(text, original_size, (rows, columns))
+
+
+FAMILY = Family(
+    name="Qwen2.5-VL",
+    package="qwen2_5_vl",
+    names=_NAMES,
+    geometry=GEOMETRY,
+    architecture=_ARCHITECTURE,
+    sizes=_SIZES,
+    dimensions=_dimensions,
+    transform=Qwen2_5_VLTransform,
+)
 qwen2_5_vl_transform = Qwen2_5_VLTransform
-_FUNCTIONS = FAMILY.functions()
-
 __all__ = [
     "GEOMETRY",
     "Qwen2_5_VLImageTransform",
@@ -23,14 +176,12 @@ __all__ = [
     "Qwen2_5_VLVideoTransform",
     "boxes_in_original",
     "qwen2_5_vl_transform",
-    *_FUNCTIONS,
+    *FAMILY.functions,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FUNCTIONS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _FUNCTIONS[name]()
+    return FAMILY.function(name)
 
 
 def __dir__() -> list[str]:

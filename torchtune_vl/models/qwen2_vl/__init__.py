@@ -1,23 +1,180 @@
-"""Qwen2-VL (arXiv 2409.12191)."""
+"""What Qwen2-VL (arXiv 2409.12191) is: its geometry, tensors, dimensions, transform and boxes."""
 
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torchtune_vl.models.qwen2_vl._qwen2_vl import (
-    FAMILY,
-    GEOMETRY,
-    Qwen2VLTransform,
-    boxes_in_original,
+import torch
+from torch import nn
+
+from torchtune_vl.chat import ChatTransform, ProcessorClasses
+from torchtune_vl.files._json import JsonObject
+from torchtune_vl.files._names import TensorNames
+from torchtune_vl.media import Geometry
+from torchtune_vl.models._config_json import (
+    VISION_DEFAULTS,
+    decoder_dimensions,
+    support_only,
+    vision_dimensions,
+)
+from torchtune_vl.models._registry import Family
+
+# Of every published checkpoint
+GEOMETRY = Geometry(
+    patch_size=14,
+    temporal_patch_size=2,
+    merge_size=2,
+    window_size=None,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    min_pixels=3136,
+    max_pixels=12845056,
+)
+_NAMES = TensorNames(
+    "Qwen2-VL",
+    {
+        "patch_embed.proj": "patch_embed.proj",
+        "blocks.{}.norm1": "layers.{}.sa_norm",
+        "blocks.{}.norm2": "layers.{}.mlp_norm",
+        "blocks.{}.attn.qkv": "layers.{}.attn.qkv",
+        "blocks.{}.attn.proj": "layers.{}.attn.output_proj",
+        "blocks.{}.mlp.fc1": "layers.{}.mlp.w1",
+        "blocks.{}.mlp.fc2": "layers.{}.mlp.w2",
+        "merger.ln_q": "merger.norm",
+        "merger.mlp.0": "merger.mlp.w1",
+        "merger.mlp.2": "merger.mlp.w2",
+    },
+    without_bias=frozenset({"patch_embed.proj"}),
 )
 
-_FUNCTIONS = FAMILY.functions()
 
-__all__ = ["GEOMETRY", "Qwen2VLTransform", "boxes_in_original", *_FUNCTIONS]
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU by a sigmoid (arXiv 1606.08415, section 2; transformers' ``QuickGELUActivation``)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+# After transformers' Qwen2VisionTransformerPretrainedModel
+_ARCHITECTURE: dict[str, Any] = {
+    "geometry": GEOMETRY,
+    "max_seq_len": 32768,
+    "vision_intermediate_dim": 5120,
+    "vision_norm": partial(nn.LayerNorm, eps=1e-6),
+    "vision_activation": _quick_gelu,
+    "vision_gated": False,
+}
+# Layers, heads, of keys and values, width, feed-forward, vocabulary, tied, encoder's feed-forward
+_SIZES = {
+    "2b": (28, 12, 2, 1536, 8960, 151936, True, 5120),
+    "7b": (28, 28, 4, 3584, 18944, 152064, False, 5120),
+    "72b": (80, 64, 8, 8192, 29568, 152064, False, 5120),
+}
+_VISION_DEFAULTS: dict[str, Any] = {
+    **VISION_DEFAULTS,
+    "embed_dim": 1280,
+    "hidden_act": "quick_gelu",
+    "mlp_ratio": 4,
+}
+
+
+def _dimensions(config: JsonObject) -> dict[str, Any]:
+    text = decoder_dimensions(config)
+    vision = config.part("vision_config").over(_VISION_DEFAULTS)
+    encoder = vision_dimensions(
+        vision,
+        text["embed_dim"],
+        width="embed_dim",
+        out_width="hidden_size",
+        # The published files say in_chans, transformers' class in_channels
+        channels="in_chans" if "in_chans" in vision else "in_channels",
+    )
+    support_only(vision, hidden_act="quick_gelu", spatial_merge_size=GEOMETRY.merge_size)
+    hidden = int(encoder["vision_embed_dim"] * vision.number("mlp_ratio", 0.1, 100))
+    return {**text, **encoder, "vision_intermediate_dim": hidden}
+
+
+# What the width and the height of any image are in boxes (arXiv 2409.12191, section 2.2)
+_EXTENT = 1000
+_PAIR = r"\((\d+),\s*(\d+)\)"
+_WRITTEN = re.compile(
+    r"(?:<\|object_ref_start\|>(?P<label>.*?)<\|object_ref_end\|>)?"
+    rf"<\|box_start\|>{_PAIR}(?:,\s*{_PAIR})?<\|box_end\|>",
+    re.DOTALL,
+)
+
+
+class Qwen2VLTransform(ChatTransform):
+    """The transform of conversations for Qwen2-VL: one temporal position for each step of a video.
+
+    Arguments are those of :class:`~torchtune_vl.chat.ChatTransform`. Boxes are written in
+    thousandths of the image between ``<|box_start|>`` and ``<|box_end|>``, behind their label
+    between ``<|object_ref_start|>`` and ``<|object_ref_end|>`` (arXiv 2409.12191, section 2.2).
+    """
+
+    geometry = GEOMETRY
+    processors = ProcessorClasses(
+        processor="Qwen2VLProcessor",
+        images="Qwen2VLImageProcessor",
+        videos="Qwen2VLVideoProcessor",
+    )
+
+    def box_extent(self, height: int, width: int) -> tuple[int, int]:
+        """Return 1,000 for both sides of any image."""
+        return _EXTENT, _EXTENT
+
+    def write_coordinates(self, coordinates: Sequence[int]) -> str:
+        """Write ``(x1,y1),(x2,y2)`` of a box, or ``(x,y)`` of a point."""
+        pairs = zip(coordinates[::2], coordinates[1::2], strict=True)
+        return ",".join(f"({x},{y})" for x, y in pairs)
+
+    def write_boxes(self, entries: Sequence[Mapping[str, Any]]) -> str:
+        """Write boxes and points one after another, each behind its ``label`` if it has one.
+
+        Raises ``ValueError`` if an entry has anything else, for which there is no place.
+        """
+        written = []
+        for entry in entries:
+            other = entry.keys() - {"bbox_2d", "point_2d", "label"}
+            if other:
+                raise ValueError(f"Qwen2-VL's boxes have no place for {sorted(other)}: remove them")
+            label = entry.get("label")
+            coordinates = self.write_coordinates(entry.get("bbox_2d") or entry["point_2d"])
+            ref = "" if label is None else f"<|object_ref_start|>{label}<|object_ref_end|>"
+            written.append(f"{ref}<|box_start|>{coordinates}<|box_end|>")
+        return "".join(written)
+
+
+def boxes_in_original(text: str, original_size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Find the boxes and points in a generated text, in pixels of the user's upright image.
+
+    ``original_size`` is its height and width. Returns for each ``bbox_2d`` [x1, y1, x2, y2] or
+    ``point_2d`` [x, y], float, and its ``label`` if it has one.
+    """
+    height, width = original_size
+    found = []
+    for match in _WRITTEN.finditer(text):
+        numbers = [int(n) for n in match.groups()[1:] if n is not None]
+        values = [n * (height if i % 2 else width) / _EXTENT for i, n in enumerate(numbers)]
+        label = {} if match["label"] is None else {"label": match["label"]}
+        found.append({"bbox_2d" if len(values) == 4 else "point_2d": values, **label})
+    return found
+
+
+FAMILY = Family(
+    name="Qwen2-VL",
+    package="qwen2_vl",
+    names=_NAMES,
+    geometry=GEOMETRY,
+    architecture=_ARCHITECTURE,
+    sizes=_SIZES,
+    dimensions=_dimensions,
+    transform=Qwen2VLTransform,
+)
+__all__ = ["GEOMETRY", "Qwen2VLTransform", "boxes_in_original", *FAMILY.functions]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FUNCTIONS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _FUNCTIONS[name]()
+    return FAMILY.function(name)
 
 
 def __dir__() -> list[str]:
