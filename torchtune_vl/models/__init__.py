@@ -63,10 +63,9 @@ def lora_model_from_pretrained(
 def transform_from_pretrained(checkpoint_dir: str | Path, **settings: Any) -> "ChatTransform":
     """Read vocabulary, chat template and settings of media from a checkpoint directory.
 
-    It has ``tokenizer.json`` (or ``vocab.json`` and ``merges.txt``), ``preprocessor_config.json``
-    and ``config.json``. ``settings``, those of :class:`~torchtune_vl.chat.ChatTransform`, go before
-    the directory's; None counts as absent. Raises ``ValueError`` if a file is missing, asks for
-    what the transform does not do, or a setting is unknown.
+    ``settings``, those of :class:`~torchtune_vl.chat.ChatTransform`, go before the directory's;
+    None counts as absent. Raises ``ValueError`` if a file is missing, asks for what the transform
+    does not do, or a setting is unknown.
     """
     from torchtune_vl.models._registry import family_of
 

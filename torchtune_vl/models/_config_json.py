@@ -61,6 +61,8 @@ def decoder_dimensions(config: JsonObject) -> dict[str, Any]:
     kv_heads = text.whole("num_key_value_heads") if "num_key_value_heads" in text else num_heads
     if num_heads % kv_heads:
         raise text.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
+    is_tied = any(part.over(_UNTIED).flag("tie_word_embeddings") for part in (config, text))
+    special = config.over(_SPECIAL_TOKENS)
     return {
         "vocab_size": vocab_size,
         "num_layers": text.whole("num_hidden_layers", most=DEEPEST),
@@ -68,17 +70,12 @@ def decoder_dimensions(config: JsonObject) -> dict[str, Any]:
         "num_kv_heads": kv_heads,
         "embed_dim": width,
         "intermediate_dim": text.whole("intermediate_size", most=WIDEST),
-        "tie_word_embeddings": any(
-            part.over(_UNTIED).flag("tie_word_embeddings") for part in (config, text)
-        ),
+        "tie_word_embeddings": is_tied,
         "max_seq_len": text.whole("max_position_embeddings"),
         "attn_dropout": text.number("attention_dropout", 0, 0.99),
         "norm_eps": text.number("rms_norm_eps", 1e-20, 0.1),
         **_rope(given, width // num_heads),
-        **{
-            name: config.over(_SPECIAL_TOKENS).whole(name, 0, vocab_size - 1)
-            for name in _SPECIAL_TOKENS
-        },
+        **{name: special.whole(name, 0, vocab_size - 1) for name in _SPECIAL_TOKENS},
     }
 
 
@@ -100,20 +97,15 @@ def _rope(text: JsonObject, head_dim: int) -> dict[str, Any]:
 
 
 def vision_dimensions(
-    vision: JsonObject,
-    decoder_width: int,
-    *,
-    width: str,
-    out_width: str,
-    channels: str,
+    vision: JsonObject, decoder_width: int, *, width: str, out: str, channels: str = "in_channels"
 ) -> dict[str, Any]:
     """Translate a ``vision_config`` to the arguments that all families' encoders have.
 
-    ``width``, ``out_width`` and ``channels`` are keys by which families differ. Raises
-    ``ValueError`` if a value is impossible, or does not fit the decoder.
+    ``width``, ``out`` and ``channels`` are keys by which families differ. Raises ``ValueError`` if
+    a value is impossible, or does not fit the decoder.
     """
-    if vision.content[out_width] != decoder_width:
-        raise vision.error(out_width, f"the hidden_size of the decoder, {decoder_width}")
+    if vision.content[out] != decoder_width:
+        raise vision.error(out, f"the hidden_size of the decoder, {decoder_width}")
     return {
         "vision_num_heads": _heads(vision, "num_heads", width, axes=2),
         "vision_embed_dim": vision.whole(width, most=WIDEST),

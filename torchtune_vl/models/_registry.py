@@ -11,6 +11,7 @@ from torchtune_vl.chat import ChatTransform
 from torchtune_vl.files._json import JsonObject
 from torchtune_vl.files._names import TensorNames
 from torchtune_vl.media import Geometry
+from torchtune_vl.models import lora_model_from_pretrained, model_from_pretrained
 from torchtune_vl.models._config_json import read_config
 
 # What differs between sizes, in the order of the tables of families
@@ -18,6 +19,17 @@ _COLUMNS = (
     *("num_layers", "num_heads", "num_kv_heads", "embed_dim", "intermediate_dim", "vocab_size"),
     *("tie_word_embeddings", "vision_intermediate_dim"),
 )
+# Modules of all vision encoders, published and ours
+_ENCODER = {
+    "patch_embed.proj": "patch_embed.proj",
+    "blocks.{}.norm1": "layers.{}.sa_norm",
+    "blocks.{}.norm2": "layers.{}.mlp_norm",
+    "blocks.{}.attn.qkv": "layers.{}.attn.qkv",
+    "blocks.{}.attn.proj": "layers.{}.attn.output_proj",
+    "merger.ln_q": "merger.norm",
+    "merger.mlp.0": "merger.mlp.w1",
+    "merger.mlp.2": "merger.mlp.w2",
+}
 # The package of the FAMILY of each model_type of a config.json
 _PACKAGES = {
     "qwen2_5_vl": "torchtune_vl.models.qwen2_5_vl",
@@ -34,7 +46,7 @@ class Family:
     names: TensorNames
     geometry: Geometry
     architecture: Mapping[str, Any]  # arguments of vision_language_model that its sizes share
-    sizes: Mapping[str, tuple[Any, ...]]  # others, by what names of the published sizes end in
+    sizes: Mapping[str, tuple[Any, ...]]  # others, by what names of published sizes end in
     dimensions: Callable[[JsonObject], dict[str, Any]]  # these of a config.json
     transform: type[ChatTransform]
 
@@ -50,41 +62,46 @@ class Family:
 
         Builders from dimensions, from a checkpoint's config and of published sizes, each plain,
         with adapters (``lora_``) and, of sizes, with adapters of NF4 weights (``qlora_``); renaming
-        of tensors from and to published checkpoints (``_hf_to_tune``) and peft's files
-        (``_peft_to_tune``); and ``_tp_plan``, how the decoder divides over devices.
+        of tensors, from and to published checkpoints and peft's files; and ``_tp_plan``, how the
+        decoder divides over devices.
         """
 
-        def of(module: str, name: str, **settings: Any) -> Callable[[], Any]:
+        def builder(name: str, **settings: Any) -> Callable[[], Any]:
             # torchtune, on which models stand, takes seconds to import
-            def make() -> Any:
-                function = getattr(import_module(f"torchtune_vl.{module}"), name)
-                return partial(function, **settings) if settings else function
+            module = partial(import_module, "torchtune_vl.models._builders")
+            return lambda: partial(getattr(module(), name), **{**self.architecture, **settings})
 
-            return make
-
-        plain = partial(of, "models._builders", "vision_language_model", **self.architecture)
-        lora = partial(of, "models._builders", "with_adapters", **self.architecture)
+        plain, lora = partial(builder, "vision_language_model"), partial(builder, "with_adapters")
         qlora = partial(lora, quantize_base=True)
         p = self.package
         sizes = [(size, dict(zip(_COLUMNS, own, strict=True))) for size, own in self.sizes.items()]
         return {
             p: plain(),
             f"lora_{p}": lora(),
-            f"{p}_from_config": of("models", "model_from_pretrained", weights=False),
-            f"lora_{p}_from_config": of("models", "lora_model_from_pretrained", weights=False),
+            f"{p}_from_config": lambda: partial(model_from_pretrained, weights=False),
+            f"lora_{p}_from_config": lambda: partial(lora_model_from_pretrained, weights=False),
             f"{p}_hf_to_tune": lambda: self.names.from_published,
             f"{p}_tune_to_hf": lambda: self.names.to_published,
             f"{p}_peft_to_tune": lambda: self.names.from_peft,
             f"{p}_tune_to_peft": lambda: self.names.to_peft,
-            f"{p}_tp_plan": of("modules.parallelism", "decoder_tp_plan"),
+            f"{p}_tp_plan": lambda: (
+                import_module("torchtune_vl.modules.parallelism").decoder_tp_plan
+            ),
             **{f"{p}_{size}": plain(**own) for size, own in sizes},
             **{f"lora_{p}_{size}": lora(**own) for size, own in sizes},
             **{f"qlora_{p}_{size}": qlora(**own) for size, own in sizes},
         }
 
 
-def described(directory: str | Path) -> tuple[Family, dict[str, Any]]:
-    """Return the family of a checkpoint, and what its builder takes to build the model.
+def tensor_names(family: str, mlp: Mapping[str, str], *, norm_bias: bool) -> TensorNames:
+    """Name a family's tensors, by its published names of the layers of its encoder's ``mlp``."""
+    layers = {f"blocks.{{}}.mlp.{name}": f"layers.{{}}.mlp.{ours}" for name, ours in mlp.items()}
+    norms = () if norm_bias else ("blocks.{}.norm1", "blocks.{}.norm2", "merger.ln_q")
+    return TensorNames(family, {**_ENCODER, **layers}, frozenset({"patch_embed.proj", *norms}))
+
+
+def family_and_dimensions(directory: str | Path) -> tuple[Family, dict[str, Any]]:
+    """Return the family of a checkpoint, and what its builder takes by ``config.json``.
 
     Raises ``ValueError`` as :func:`family_of` does, and if there is no model of that config.
     """
@@ -94,10 +111,7 @@ def described(directory: str | Path) -> tuple[Family, dict[str, Any]]:
 
 
 def family_of(directory: str | Path) -> Family:
-    """Return the family of a checkpoint.
-
-    Raises ``ValueError`` if it has no ``config.json``, or one of a model that is not known here.
-    """
+    """Return the family of a checkpoint, or raise ``ValueError`` if that is not known here."""
     return _family(read_config(directory))
 
 

@@ -15,7 +15,7 @@ from torchtune_vl.files._directory import check_manifest
 from torchtune_vl.files._names import published_name
 from torchtune_vl.files._safetensors import Stored, read_tensors, stored_tensors, weight_files
 from torchtune_vl.models._builders import vision_language_model
-from torchtune_vl.models._registry import described
+from torchtune_vl.models._registry import family_and_dimensions
 from torchtune_vl.modules.vision import VisionLanguageModel
 
 _OUTPUT_LAYER = "lm_head.weight"
@@ -24,23 +24,19 @@ _LISTED = 20  # tensors in an error
 
 
 def model_of(
-    checkpoint_dir: str | Path,
-    build: Callable[..., VisionLanguageModel],
-    weights: bool,
-    **settings: Any,
+    directory: str | Path, build: Callable[..., VisionLanguageModel], weights: bool, **settings: Any
 ) -> VisionLanguageModel:
     """Build the model of a checkpoint, plain or with adapters, with its weights or with fresh ones.
 
-    Raises ``ValueError`` as :func:`described` and :func:`load_weights` do.
+    Raises ``ValueError`` as :func:`family_and_dimensions` and :func:`load_weights` do.
     """
-    _, dimensions = described(checkpoint_dir)
+    _, dimensions = family_and_dimensions(directory)
     # A setting that is a dimension too has two values, which Python refuses
     if not weights:
         return build(**dimensions, **settings)
     with torch.device("meta"):
         model = build(**dimensions, **settings)
-    directory = Path(checkpoint_dir)
-    loaded = load_weights(directory, weight_files(directory))
+    loaded = load_weights(Path(directory), weight_files(Path(directory)))
     adapters = initial_adapters(model, loaded, torch.initial_seed())
     load_weights_into(model, {**loaded, **adapters}, torch.device("cpu"))
     return model
@@ -54,7 +50,7 @@ def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tens
     shape than the config says; it lists all of them.
     """
     check_manifest(directory)
-    family, dimensions = described(directory)
+    family, dimensions = family_and_dimensions(directory)
     with torch.device("meta"):
         model = vision_language_model(**dimensions)
     expected = {n: t.shape for n, t in family.names.to_published(model.state_dict()).items()}
@@ -68,10 +64,9 @@ def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tens
 def load_weights_into(
     model: nn.Module, weights: Mapping[str, torch.Tensor], device: torch.device
 ) -> None:
-    """Give a model on the meta device its weights: each process takes its own part of them.
+    """Give a model on the meta device its weights, all of which are on the CPU, and whole.
 
-    ``weights`` are all of its parameters, whole, on the CPU; ``device`` is where they go, the CPU
-    if they are offloaded.
+    Each process takes its own part of them to ``device``, the CPU if they are offloaded.
     """
     placed = {name: _like(weights[name], p, device) for name, p in model.named_parameters()}
     model.load_state_dict(placed, assign=True)
@@ -96,11 +91,10 @@ def _quantized_like(weight: torch.Tensor, parameter: Any) -> torch.Tensor:
 def initial_adapters(
     model: nn.Module, weights: Mapping[str, torch.Tensor], seed: int
 ) -> dict[str, torch.Tensor]:
-    """Make the adapters that change nothing yet, the same for any number of devices.
+    """Make a model's adapters that change nothing yet, the same for any number of devices.
 
-    The model, which has them, may be on the meta device; ``weights`` are those of its base, by the
-    model's names. Returns the adapters' parameters, float32 on the CPU, by these names, but for
-    those that ``weights`` has.
+    The model may be on the meta device; ``weights`` are those of its base. Returns the adapters'
+    parameters, float32 on the CPU, but for those that ``weights`` has.
     """
     generator = torch.Generator().manual_seed(seed)
     adapters: dict[str, torch.Tensor] = {}

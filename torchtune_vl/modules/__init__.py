@@ -1,7 +1,4 @@
-"""Pieces of networks that no model family owns; decoder and encoder are imported from their files.
-
-These take seconds to import, which data workers and transforms need not spend.
-"""
+"""Pieces of networks that no model family owns; those that stand on torchtune are not here."""
 
 from torchtune_vl.modules.layout import (
     Segments,

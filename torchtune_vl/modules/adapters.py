@@ -45,10 +45,9 @@ def build_linear(
 ) -> nn.Module:
     """Build a linear layer, such as ``q_proj`` of the ``decoder``.
 
-    It gets an adapter if its part is "lora" in ``trainable`` and its name among ``adapted``:
-    ``adapter`` has ``rank``, ``alpha`` and ``dropout``. With ``quantize_base`` its weight is stored
-    as NF4, unless it is trained or of the output layer, as in the paper. Raises ``ValueError`` if
-    such a weight does not divide into blocks.
+    It gets an adapter (of ``rank``, ``alpha`` and ``dropout``) if its part is "lora" and its name
+    among ``adapted``. With ``quantize_base`` its weight is NF4, unless it is trained or of the
+    output layer, as in the paper; one that does not divide into blocks is a ``ValueError``.
     """
     how = (trainable or {}).get(part, "full")
     is_quantized = quantize_base and how != "full" and name != "output"
@@ -89,10 +88,8 @@ class DoRA(DoRALinear):
     magnitudes after loading weights, also where these include trained ones.
     """
 
-    def __init__(
-        self, in_dim: int, out_dim: int, rank: int, alpha: float, *args: Any, **kwargs: Any
-    ) -> None:
-        super().__init__(in_dim, out_dim, rank, alpha, *args, **kwargs)
+    def __init__(self, in_dim: int, out_dim: int, rank: int, alpha: float, **kwargs: Any) -> None:
+        super().__init__(in_dim, out_dim, rank, alpha, **kwargs)
         self.rank = rank
         self.alpha = alpha
         self._is_loaded = False

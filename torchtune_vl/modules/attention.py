@@ -1,7 +1,4 @@
-"""Attention within the segments of a packed sequence, and rotary position embeddings.
-
-The latter (RoFormer, arXiv 2104.09864) turn by a float32 table that is made once per forward.
-"""
+"""Attention within the segments of a packed sequence, and rotary position embeddings."""
 
 # Shape suffixes: N rows of the packed sequence, G segments of equal length, L rows of a segment,
 # H heads of queries, K heads of keys and values, D dimension of a head
@@ -29,10 +26,10 @@ def inverse_frequencies(dim: int, base: float, device: torch.device) -> torch.Te
 
 
 def rotary_table(positions: torch.Tensor, frequencies: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Make the cosines and sines, float32 [..., 2, D/2], of positions [..., axes].
+    """Make the cosines and sines, float32 [..., 2, D/2], of positions [..., axes], for all layers.
 
-    Of all D/2 frequencies the first part turns with the position on the first axis, and so on
-    (transformers' ``Qwen2VLRotaryEmbedding`` and ``VisionRotaryEmbedding``).
+    Rotary embeddings (RoFormer, arXiv 2104.09864) whose frequencies turn with several positions,
+    as transformers' ``Qwen2VLRotaryEmbedding`` and ``VisionRotaryEmbedding`` have them.
     """
     axes = zip(positions.unbind(-1), frequencies, strict=True)
     angles = torch.cat([position[..., None].float() * part for position, part in axes], dim=-1)

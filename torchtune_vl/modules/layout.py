@@ -1,7 +1,4 @@
-"""What lies where in a row: positions of tokens, order of patches, segments of both.
-
-Integer maths that depends on shapes, done once, in the data workers.
-"""
+"""What lies where in a row: integer maths on shapes of media, done once, in the data workers."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -98,9 +95,7 @@ def _index_of_medium(t: int, h: int, w: int, geometry: Geometry) -> dict[str, to
 
 
 @lru_cache(_SHAPES)
-def _index_of_frame(
-    h: int, w: int, geometry: Geometry
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _index_of_frame(h: int, w: int, geometry: Geometry) -> tuple[np.ndarray, ...]:
     """Order, positions and window lengths of h x w units; to be copied, never changed."""
     rows, columns = np.indices((h, w)).reshape(2, -1)
     size = geometry.window_size or max(h, w)
@@ -111,9 +106,9 @@ def _index_of_frame(
 
 
 def join_vision_indices(indices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Join the indices of media, or of samples, that the encoder sees as one batch.
+    """Join indices of :func:`vision_index`, of media that the encoder sees as one batch.
 
-    Takes one or more of :func:`vision_index`, whose other keys are ignored, and returns one.
+    Other keys, which samples have, are ignored.
     """
     keys = ("unit_order", "unit_positions", "window_lengths", "frame_lengths")
     if len(indices) == 1:
@@ -169,10 +164,9 @@ class Segments:
 
     @cached_property
     def by_length(self) -> tuple[list[tuple[int, int]], tuple[torch.Tensor, torch.Tensor] | None]:
-        """Length and number of the segments of each length, and the order of rows that joins them.
+        """Length and number of the segments of each length, and what order of rows joins them.
 
-        The order and its inverse, int64 [rows] on the device of the boundaries, are None where
-        segments of one length are neighbours already.
+        This and its inverse, int64 [rows], are None where those of one length are neighbours.
         """
         runs = _runs(self.lengths)
         if len(runs) == len({*self.lengths}):
@@ -191,8 +185,7 @@ def concatenate_patches(patches: Sequence[torch.Tensor], shared: bool = False) -
     """Join patches of images and videos, [n, channels * frames * pixels] each, of one dtype.
 
     uint8 patches of an image hold one frame, those of a video two. Where both meet, the frame of
-    an image is repeated. A single medium's patches are returned as they are; others, if they are
-    to be ``shared``, in memory that other processes can map.
+    an image is repeated. If several are to be ``shared``, other processes can map their memory.
     """
     if len(patches) == 1:
         return patches[0]  # what torch.cat would copy

@@ -39,8 +39,8 @@ class SupervisedCrossEntropyLoss(nn.Module):
     """Mean cross-entropy of logits that the model computed for supervised positions only.
 
     The counterpart of :func:`~torchtune_vl.data.padded_collate_vision_supervised`: most tokens of
-    a vision-language batch carry no loss, and their logits over 150,000 entries cost more than the
-    rest of a small model. ``ignore_index`` is the label of positions without loss.
+    a batch have ``ignore_index`` as their label, and their logits over 150,000 entries cost more
+    than the rest of a small model.
     """
 
     def __init__(self, ignore_index: int = IGNORE_INDEX) -> None:

@@ -26,8 +26,6 @@ from torchtune_vl.modules.attention import (
 from torchtune_vl.modules.decoder import Decoder, FeedForward, TransformerLayer
 from torchtune_vl.modules.layout import Segments, encoder_index, vision_index
 
-_ROPE_BASE = 10000.0
-
 
 class VisionLanguageModel(nn.Module):
     """A decoder whose placeholder tokens are replaced by embeddings of images and videos, in order.
@@ -113,8 +111,7 @@ class VisionEncoder(nn.Module):
 
     After "Qwen2.5-VL Technical Report" (arXiv 2502.13923, section 2.1.1) and transformers'
     ``Qwen2_5_VisionTransformerPretrainedModel``. Cost grows linearly with the number of media.
-    ``norm`` builds a normalisation of a width, the two ``linear`` build linear layers. Raises
-    ``ValueError`` if the width does not divide into the heads.
+    Raises ``ValueError`` if the width does not divide into the heads.
     """
 
     def __init__(
@@ -184,7 +181,7 @@ class VisionEncoder(nn.Module):
         size, device = self.geometry.merge_size, unit_positions.device
         steps = torch.arange(size, device=device)
         positions = unit_positions[:, None] * size + torch.cartesian_prod(steps, steps)
-        frequencies = inverse_frequencies(self.head_dim // 2, _ROPE_BASE, device)
+        frequencies = inverse_frequencies(self.head_dim // 2, 10000.0, device)
         return rotary_table(positions.flatten(0, 1), [frequencies] * 2)
 
 

@@ -13,7 +13,6 @@ from torchtune_vl.chat import QwenTokenizer as Qwen2_5_VLTokenizer
 from torchtune_vl.chat import boxes_in_original as boxes_by_sizes
 from torchtune_vl.chat._pretrained import read_if_there
 from torchtune_vl.files._json import JsonObject
-from torchtune_vl.files._names import TensorNames
 from torchtune_vl.media import Geometry, ImageTransform, VideoTransform
 from torchtune_vl.models._config_json import (
     VISION_DEFAULTS,
@@ -23,7 +22,7 @@ from torchtune_vl.models._config_json import (
     vision_dimensions,
     whole_numbers,
 )
-from torchtune_vl.models._registry import Family
+from torchtune_vl.models._registry import Family, tensor_names
 
 # Of every published checkpoint; transformers' class default for max_pixels is smaller (1,003,520)
 GEOMETRY = Geometry(
@@ -36,40 +35,7 @@ GEOMETRY = Geometry(
     min_pixels=3136,
     max_pixels=12845056,
 )
-_NAMES = TensorNames(
-    "Qwen2.5-VL",
-    {
-        "patch_embed.proj": "patch_embed.proj",
-        "blocks.{}.norm1": "layers.{}.sa_norm",
-        "blocks.{}.norm2": "layers.{}.mlp_norm",
-        "blocks.{}.attn.qkv": "layers.{}.attn.qkv",
-        "blocks.{}.attn.proj": "layers.{}.attn.output_proj",
-        "blocks.{}.mlp.gate_proj": "layers.{}.mlp.w1",
-        "blocks.{}.mlp.down_proj": "layers.{}.mlp.w2",
-        "blocks.{}.mlp.up_proj": "layers.{}.mlp.w3",
-        "merger.ln_q": "merger.norm",
-        "merger.mlp.0": "merger.mlp.w1",
-        "merger.mlp.2": "merger.mlp.w2",
-    },
-    without_bias=frozenset(
-        {"patch_embed.proj", "blocks.{}.norm1", "blocks.{}.norm2", "merger.ln_q"}
-    ),
-)
-_ARCHITECTURE: dict[str, Any] = {
-    "geometry": GEOMETRY,
-    "max_seq_len": 128000,
-    "full_attention_layers": (7, 15, 23, 31),
-    "vision_norm": partial(nn.RMSNorm, eps=1e-6),
-    "vision_activation": F.silu,
-    "vision_gated": True,
-}
-# Layers, heads, of keys and values, width, feed-forward, vocabulary, tied, encoder's feed-forward
-_SIZES = {
-    "3b": (36, 16, 2, 2048, 11008, 151936, True, 3420),
-    "7b": (28, 28, 4, 3584, 18944, 152064, False, 3420),
-    "32b": (64, 40, 8, 5120, 27648, 152064, False, 3456),
-    "72b": (80, 64, 8, 8192, 29568, 152064, False, 3456),
-}
+_MLP = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _VISION_DEFAULTS: dict[str, Any] = {
     **VISION_DEFAULTS,
     "hidden_act": "silu",
@@ -83,13 +49,8 @@ _VISION_DEFAULTS: dict[str, Any] = {
 def _dimensions(config: JsonObject) -> dict[str, Any]:
     text = decoder_dimensions(config)
     vision = config.part("vision_config").over(_VISION_DEFAULTS)
-    encoder = vision_dimensions(
-        vision,
-        text["embed_dim"],
-        width="hidden_size",
-        out_width="out_hidden_size",
-        channels="in_channels",
-    )
+    keys = {"width": "hidden_size", "out": "out_hidden_size"}
+    encoder = vision_dimensions(vision, text["embed_dim"], **keys)
     size = GEOMETRY.merge_size
     window = (GEOMETRY.window_size or 1) * size * encoder["patch_size"]
     support_only(vision, hidden_act="silu", spatial_merge_size=size, window_size=window)
@@ -160,10 +121,23 @@ def boxes_in_original(
 FAMILY = Family(
     name="Qwen2.5-VL",
     package="qwen2_5_vl",
-    names=_NAMES,
+    names=tensor_names("Qwen2.5-VL", _MLP, norm_bias=False),
     geometry=GEOMETRY,
-    architecture=_ARCHITECTURE,
-    sizes=_SIZES,
+    architecture={
+        "geometry": GEOMETRY,
+        "max_seq_len": 128000,
+        "full_attention_layers": (7, 15, 23, 31),
+        "vision_norm": partial(nn.RMSNorm, eps=1e-6),
+        "vision_activation": F.silu,
+        "vision_gated": True,
+    },
+    # Layers, heads, of keys, width, feed-forward, vocabulary, tied, encoder's feed-forward
+    sizes={
+        "3b": (36, 16, 2, 2048, 11008, 151936, True, 3420),
+        "7b": (28, 28, 4, 3584, 18944, 152064, False, 3420),
+        "32b": (64, 40, 8, 5120, 27648, 152064, False, 3456),
+        "72b": (80, 64, 8, 8192, 29568, 152064, False, 3456),
+    },
     dimensions=_dimensions,
     transform=Qwen2_5_VLTransform,
 )
@@ -178,10 +152,7 @@ __all__ = [
     "qwen2_5_vl_transform",
     *FAMILY.functions,
 ]
-
-
-def __getattr__(name: str) -> Any:
-    return FAMILY.function(name)
+__getattr__ = FAMILY.function
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,6 @@ from torch import nn
 
 from torchtune_vl.chat import ChatTransform, ProcessorClasses
 from torchtune_vl.files._json import JsonObject
-from torchtune_vl.files._names import TensorNames
 from torchtune_vl.media import Geometry
 from torchtune_vl.models._config_json import (
     VISION_DEFAULTS,
@@ -18,7 +17,7 @@ from torchtune_vl.models._config_json import (
     support_only,
     vision_dimensions,
 )
-from torchtune_vl.models._registry import Family
+from torchtune_vl.models._registry import Family, tensor_names
 
 # Of every published checkpoint
 GEOMETRY = Geometry(
@@ -31,22 +30,6 @@ GEOMETRY = Geometry(
     min_pixels=3136,
     max_pixels=12845056,
 )
-_NAMES = TensorNames(
-    "Qwen2-VL",
-    {
-        "patch_embed.proj": "patch_embed.proj",
-        "blocks.{}.norm1": "layers.{}.sa_norm",
-        "blocks.{}.norm2": "layers.{}.mlp_norm",
-        "blocks.{}.attn.qkv": "layers.{}.attn.qkv",
-        "blocks.{}.attn.proj": "layers.{}.attn.output_proj",
-        "blocks.{}.mlp.fc1": "layers.{}.mlp.w1",
-        "blocks.{}.mlp.fc2": "layers.{}.mlp.w2",
-        "merger.ln_q": "merger.norm",
-        "merger.mlp.0": "merger.mlp.w1",
-        "merger.mlp.2": "merger.mlp.w2",
-    },
-    without_bias=frozenset({"patch_embed.proj"}),
-)
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -54,27 +37,7 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-# After transformers' Qwen2VisionTransformerPretrainedModel
-_ARCHITECTURE: dict[str, Any] = {
-    "geometry": GEOMETRY,
-    "max_seq_len": 32768,
-    "vision_intermediate_dim": 5120,
-    "vision_norm": partial(nn.LayerNorm, eps=1e-6),
-    "vision_activation": _quick_gelu,
-    "vision_gated": False,
-}
-# Layers, heads, of keys and values, width, feed-forward, vocabulary, tied, encoder's feed-forward
-_SIZES = {
-    "2b": (28, 12, 2, 1536, 8960, 151936, True, 5120),
-    "7b": (28, 28, 4, 3584, 18944, 152064, False, 5120),
-    "72b": (80, 64, 8, 8192, 29568, 152064, False, 5120),
-}
-_VISION_DEFAULTS: dict[str, Any] = {
-    **VISION_DEFAULTS,
-    "embed_dim": 1280,
-    "hidden_act": "quick_gelu",
-    "mlp_ratio": 4,
-}
+_VISION_DEFAULTS = VISION_DEFAULTS | {"embed_dim": 1280, "hidden_act": "quick_gelu", "mlp_ratio": 4}
 
 
 def _dimensions(config: JsonObject) -> dict[str, Any]:
@@ -84,7 +47,7 @@ def _dimensions(config: JsonObject) -> dict[str, Any]:
         vision,
         text["embed_dim"],
         width="embed_dim",
-        out_width="hidden_size",
+        out="hidden_size",
         # The published files say in_chans, transformers' class in_channels
         channels="in_chans" if "in_chans" in vision else "in_channels",
     )
@@ -163,18 +126,28 @@ def boxes_in_original(text: str, original_size: tuple[int, int]) -> list[dict[st
 FAMILY = Family(
     name="Qwen2-VL",
     package="qwen2_vl",
-    names=_NAMES,
+    names=tensor_names("Qwen2-VL", {"fc1": "w1", "fc2": "w2"}, norm_bias=True),
     geometry=GEOMETRY,
-    architecture=_ARCHITECTURE,
-    sizes=_SIZES,
+    # After transformers' Qwen2VisionTransformerPretrainedModel
+    architecture={
+        "geometry": GEOMETRY,
+        "max_seq_len": 32768,
+        "vision_intermediate_dim": 5120,
+        "vision_norm": partial(nn.LayerNorm, eps=1e-6),
+        "vision_activation": _quick_gelu,
+        "vision_gated": False,
+    },
+    # Layers, heads, of keys, width, feed-forward, vocabulary, tied, encoder's feed-forward
+    sizes={
+        "2b": (28, 12, 2, 1536, 8960, 151936, True, 5120),
+        "7b": (28, 28, 4, 3584, 18944, 152064, False, 5120),
+        "72b": (80, 64, 8, 8192, 29568, 152064, False, 5120),
+    },
     dimensions=_dimensions,
     transform=Qwen2VLTransform,
 )
 __all__ = ["GEOMETRY", "Qwen2VLTransform", "boxes_in_original", *FAMILY.functions]
-
-
-def __getattr__(name: str) -> Any:
-    return FAMILY.function(name)
+__getattr__ = FAMILY.function
 
 
 def __dir__() -> list[str]:
