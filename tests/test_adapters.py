@@ -74,6 +74,11 @@ def test_what_matches_nothing_is_refused(
         lora_qwen2_5_vl_from_config(base, **settings)
 
 
+def test_a_dimension_is_that_of_the_config(base: Path) -> None:
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'num_layers'"):
+        lora_qwen2_5_vl_from_config(base, ["q_proj"], num_layers=1)
+
+
 def test_a_tied_output_layer_gets_no_adapter() -> None:
     with pytest.raises(ValueError, match="output layer of this size is its token embedding"):
         lora_qwen2_5_vl_3b(["q_proj"], apply_lora_to_output=True)

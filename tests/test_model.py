@@ -1,5 +1,6 @@
 """What the model offers beside logits: switches, positions, chunks, errors of dimensions."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from tests.reference import Conversation, reference_config
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.media._patches import normalized_patches, patchify
+from torchtune_vl.models._registry import families
 from torchtune_vl.models.qwen2_5_vl import (
     GEOMETRY,
     Qwen2_5_VLImageTransform,
@@ -57,6 +59,19 @@ def test_switches(directory: Path, switches: dict[str, bool], trained: set[str])
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (part(name) in trained), name
         assert (parameter.grad is not None) == (part(name) in trained), name
+
+
+@pytest.mark.parametrize("family", [f.package for f in families()])
+def test_a_family_gives_what_it_names(family: str) -> None:
+    package = import_module(f"torchtune_vl.models.{family}")
+    assert dir(package) == sorted(package.__all__)
+    given = {name: getattr(package, name) for name in package.__all__}
+    assert all(callable(function) for name, function in given.items() if name != "GEOMETRY")
+    assert {family, f"lora_{family}_from_config", f"qlora_{family}_7b", f"{family}_tune_to_hf"} <= {
+        *given
+    }
+    with pytest.raises(AttributeError, match=f"'torchtune_vl.models.{family}' has no .* 'of_9b'"):
+        package.of_9b  # noqa: B018
 
 
 def test_layers_are_torchtunes_to_its_recipes(directory: Path) -> None:

@@ -5,6 +5,7 @@ import torchtune_vl._torchao  # noqa: F401 # isort: skip (before torchtune, in p
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,29 @@ def test_devices_share_heads_equally(queries: int, keys: int, devices: int, fitt
                 assert weight.to_local().shape == (heads // devices * 32, 32 * queries)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [
+        (["v_proj"], {}),
+        (
+            ["qkv"],
+            {
+                "decoder_trainable": "frozen",
+                "encoder_trainable": "lora",
+                "quantize_base": True,
+            },
+        ),
+    ],
+)
+def test_layers_with_adapters_or_quantized_do_not_divide(
+    base: Path, names: list[str], settings: dict[str, Any]
+) -> None:
+    with torch.device("meta"):
+        model = lora_qwen2_5_vl_from_config(base, names, **settings)
+    with pytest.raises(ValueError, match="adapters or quantized weights do not divide"):
+        decoder_tp_plan(model)
 
 
 @pytest.mark.parametrize("dtypes", [["dtype=bf16"], ["dtype=fp32", "compute_dtype=bf16"]])
