@@ -200,7 +200,7 @@ def _check_adapters(names: set[str], parts: Mapping[str, Trainable]) -> None:
         raise ValueError("nothing would be trained: decoder, encoder and fusion are all 'frozen'")
     found = {part: _LAYERS[part] & names for part, how in parts.items() if how == "lora"}
     unmatched = names.difference(*found.values())
-    if any("w1" in layers for layers in found.values()):
+    if any(layers & _MLP for layers in found.values()):
         unmatched -= _MLP  # they are named together, and the merger has two of the three
     problems = [f"{part}_trainable is 'lora', but has none" for part in found if not found[part]]
     problems += [f"{name} is no layer of a part that is 'lora'" for name in sorted(unmatched)]
