@@ -76,7 +76,7 @@ def test_unreadable_file(path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(ValueError, match=r"cannot be read \(Permission denied\)"):
+    with pytest.raises(ValueError, match=r"cannot be read \(PermissionError: Permission denied\)"):
         read_bytes(path)
 
 
@@ -197,7 +197,7 @@ def test_handle_that_never_ends(monkeypatch):
 def test_text_handle(path):
     with path.open(encoding="latin-1") as handle:
         for text in (handle, io.StringIO("abc")):
-            with pytest.raises(ValueError, match="open it in binary mode"):
+            with pytest.raises(ValueError, match="open for reading in binary mode"):
                 read_bytes(text)
 
 
@@ -208,7 +208,9 @@ def test_broken_handle(path):
     damaged = gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(DATA)[:-20]))
     with write_only, damaged:
         for handle in (closed, write_only, damaged):
-            with pytest.raises(ValueError, match=r"cannot be read \(.+\); pass an open"):
+            with pytest.raises(
+                ValueError, match=r"cannot be read \(.+\); pass a file that is open"
+            ):
                 read_bytes(handle)
         assert damaged.tell() == 0
 
