@@ -1,7 +1,4 @@
-"""Any image, whatever holds it, to uint8 RGB.
-
-Shapes: C channels (3), H height and W width in pixels.
-"""
+"""Any image, whatever holds it, to uint8 RGB: C channels (3), H height and W width in pixels."""
 
 import os
 import warnings
@@ -29,8 +26,8 @@ ImageSource = Source | Image.Image | np.ndarray | torch.Tensor
 Backend = Literal["torchvision", "pil"]
 Alpha = Literal["reference", "white"]
 
-# Formats whose header says how large the decoded image is
-_TOLD_BY_HEADER = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")
+# Formats whose header says how large the decoded image is; None of images without a file
+_TOLD_BY_HEADER = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", None)
 _PLAIN_HEAD_BYTES = 4096  # more than the tables of a plain JPEG
 _PNG_SIGNATURE_BYTES = 8
 _PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
@@ -51,32 +48,25 @@ def to_rgb(
     alpha: Alpha = "reference",
     remote: RemoteLimits | None = None,
 ) -> torch.Tensor:
-    """Decode an image, whatever holds it, to RGB.
+    """Decode an image, whatever holds it, to RGB: uint8 [C, H, W], perhaps a view of the input.
 
     Equal to ``process_image`` of transformers' ``TorchvisionBackend`` or ``PilBackend``, which
     encoded images reach by way of ``transformers.image_utils.load_image``: turned upright by their
-    EXIF orientation, then converted by Pillow, which drops an alpha channel. Of an animation the
-    first frame is taken, and levels of images of 16 and more bits are cut off at 0 and 255, each
-    with a warning, once per process.
+    EXIF orientation, then converted by Pillow. Of an animation the first frame is taken, and levels
+    of images of 16 and more bits are cut off at 0 and 255, each with a warning, once per process.
 
     Args:
         image: PIL image of any mode; uint8 array or tensor [H, W], [H, W, c] or [c, H, W] with c of
-            1, 3 or 4 (read as [c, H, W] where both fit); or an encoded image that
-            :func:`open_bytes` opens.
+            1, 3 or 4 (read as [c, H, W] where both fit); or what :func:`open_bytes` opens.
         backend: which transformers backend's alpha compositing arrays get.
         alpha: "reference" for what transformers does with transparency: an alpha channel is dropped
             in encoded images, and composited over white in PIL images, arrays and tensors; a single
             transparent colour becomes white. "white" for compositing over white in all of them.
-            qwen-vl-utils does so for mode RGBA only.
         remote: limits of ``https://`` URLs, which are refused without.
 
-    Returns:
-        uint8 [C, H, W], often a view of [H, W, C] memory, or of the input.
-
     Raises:
-        ValueError: if the image cannot be read, is no uint8 image of 1, 3 or 4 channels, or has
-            more than twice the pixels of ``PIL.Image.MAX_IMAGE_PIXELS``. The message leaves it to
-            the caller to name the image.
+        ValueError: if the image cannot be read, or is no uint8 image of 1, 3 or 4 channels. The
+            message leaves it to the caller to name the image.
     """
     if isinstance(image, np.ndarray | torch.Tensor):
         return _array_to_rgb(image, backend, alpha)
@@ -92,8 +82,7 @@ def to_rgb(
 def rgb_size(image: ImageSource, remote: RemoteLimits | None = None) -> tuple[int, int]:
     """Find height and width of what :func:`to_rgb` returns, from a file's header if that tells it.
 
-    So it is in JPEG, PNG, WebP, GIF and BMP files; others are decoded. A handle that cannot seek is
-    read to its end. Raises ``ValueError`` as :func:`to_rgb` does, but for what only decoding shows.
+    So it is in JPEG, PNG, WebP, GIF and BMP files; others are decoded.
     """
     if isinstance(image, np.ndarray | torch.Tensor):
         height, width = _channels_first(image).shape[1:]
@@ -102,7 +91,7 @@ def rgb_size(image: ImageSource, remote: RemoteLimits | None = None) -> tuple[in
         with open_bytes(image, remote) as file:
             return _encoded_size(file)
     with decoding():
-        if not _header_tells(image):
+        if image.format not in _TOLD_BY_HEADER:
             image.load()
         return image.height, image.width
 
@@ -118,14 +107,14 @@ def naming(kind: str, medium: object, before: str = "") -> Iterator[None]:
 
 def describe(kind: str, medium: object) -> str:
     """Name an image or a video, such as ``image file 'cat.jpg'``, in a few hundred characters."""
+    name = type(medium).__name__
     if isinstance(medium, Image.Image):
-        name, size = getattr(medium, "filename", ""), f"{medium.width} x {medium.height}"
-        return f"PIL image {name!r}, mode {medium.mode}, {size} pixels"
+        file, size = getattr(medium, "filename", ""), f"{medium.width} x {medium.height}"
+        return f"PIL image {file!r}, mode {medium.mode}, {size} pixels"
     if isinstance(medium, np.ndarray | torch.Tensor):
-        name = type(medium).__name__
         return f"{kind} {name} of shape {tuple(medium.shape)} and dtype {medium.dtype}"
     if isinstance(medium, list | tuple):
-        return f"{kind} {type(medium).__name__} of {len(medium)} images"
+        return f"{kind} {name} of {len(medium)} images"
     return f"{kind} {describe_source(medium)}"
 
 
@@ -176,9 +165,8 @@ def _decode(data: bytes, alpha: Alpha, source: Any) -> np.ndarray:
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Height and width of an RGB or gray JPEG to which Pillow has nothing to object or to add.
 
-    So it is if before the first scan there are a JFIF header of the usual length, tables, comments
-    and a frame, and nothing else, such as an EXIF orientation. Otherwise None is returned. Opening
-    an image with Pillow takes 20 to 80 microseconds.
+    That has before its first scan a JFIF header of the usual length, tables, comments and a frame,
+    and no EXIF orientation. Opening an image with Pillow takes 20 to 80 microseconds.
     """
     if not data.startswith(b"\xff\xd8\xff\xe0\x00\x10"):
         return None
@@ -224,15 +212,12 @@ def _encoded_size(file: BinaryIO) -> tuple[int, int]:
     if size:
         return size
     with _open(file) as image, decoding():
-        if not _header_tells(image) or (image.format == "PNG" and _has_late_metadata(file)):
+        is_late = image.format == "PNG" and _has_late_metadata(file)
+        if is_late or image.format not in _TOLD_BY_HEADER:
             ImageOps.exif_transpose(image, in_place=True)
         elif _orientation(image) > 4:
             return image.width, image.height
         return image.height, image.width
-
-
-def _header_tells(image: Image.Image) -> bool:
-    return image.format is None or image.format in _TOLD_BY_HEADER
 
 
 def _has_late_metadata(png: BinaryIO) -> bool:
@@ -262,10 +247,7 @@ def _open(file: BinaryIO) -> Image.Image:
 
 
 def _over_white(image: Image.Image, alpha: Alpha) -> Image.Image:
-    """Converts to RGB: ``transformers.image_transforms.convert_to_rgb``.
-
-    The pixels over white are also those of qwen-vl-utils' ``to_rgb``.
-    """
+    """``transformers.image_transforms.convert_to_rgb``, and ``to_rgb`` of qwen-vl-utils."""
     if alpha == "white":
         transparent = image.has_transparency_data
     else:  # transformers overlooks premultiplied alpha and that of palettes
@@ -279,12 +261,9 @@ def _over_white(image: Image.Image, alpha: Alpha) -> Image.Image:
 
 def _warn_of_lost_levels(image: Image.Image, source: Any) -> None:
     if image.mode[0] in "IF":
-        _warn_once(
-            "levels",
-            f"{describe('image', source)} has levels of more than 8 bits (mode {image.mode}), "
-            "which are cut off at 0 and 255, not scaled, as in transformers: scale such images to "
-            "0 ... 255 before.",
-        )
+        lost = f"has levels of more than 8 bits (mode {image.mode}), which are cut off at 0 and 255"
+        remedy = "not scaled, as in transformers: scale such images to 0 ... 255 before"
+        _warn_once("levels", source, f"{lost}, {remedy}")
 
 
 def _warn_of_lost_frames(image: Image.Image, data: bytes, source: Any) -> None:
@@ -295,17 +274,14 @@ def _warn_of_lost_frames(image: Image.Image, data: bytes, source: Any) -> None:
         if getattr(image, "is_animated", False):
             frames = image.n_frames if len(data) <= _COUNTED_BYTES else "many"  # type: ignore[attr-defined]
     if frames != 1:
-        _warn_once(
-            "frames",
-            f"{describe('image', source)} has {frames} frames, of which the first is taken: pass "
-            "an animation as a video, or its frames one by one.",
-        )
+        remedy = "pass an animation as a video, or its frames one by one"
+        _warn_once("frames", source, f"has {frames} frames, of which the first is taken: {remedy}")
 
 
-def _warn_once(kind: str, text: str) -> None:
+def _warn_once(kind: str, source: Any, text: str) -> None:
     if kind not in _warned:
         _warned.add(kind)
-        warnings.warn(f"{text} This is said once.", stacklevel=3)
+        warnings.warn(f"{describe('image', source)} {text}. This is said once.", stacklevel=3)
 
 
 def _array_to_rgb(image: np.ndarray | torch.Tensor, backend: Backend, alpha: Alpha) -> torch.Tensor:
@@ -330,10 +306,9 @@ def _channels_first(image: np.ndarray | torch.Tensor) -> torch.Tensor:
     pixels = uint8_tensor(image)
     if pixels.ndim == 2:
         return pixels.unsqueeze(0)
-    channels = (1, 3, 4)
-    if pixels.ndim == 3 and pixels.shape[0] in channels:
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4):
         return pixels
-    if pixels.ndim == 3 and pixels.shape[2] in channels:
+    if pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4):
         return pixels.permute(2, 0, 1)
     raise ValueError(
         "the shape must be [H, W], [H, W, c] or [c, H, W], with c of 1, 3 or 4 channels; pass the "

@@ -54,10 +54,9 @@ def smart_resize(
 ) -> Size:
     """Find the size that an image is resized to: transformers' ``smart_resize``.
 
-    Both sides, of at least a pixel, become multiples of ``factor``, the area moves between
-    ``min_pixels`` and ``max_pixels``, and the aspect ratio stays as near as these allow. One
-    ``factor`` per side is kept in any case. ``ValueError`` if one side is more than 200 times the
-    other.
+    Both sides become multiples of ``factor``, at least one of it, the area moves between
+    ``min_pixels`` and ``max_pixels``, and the aspect ratio stays as near as these allow.
+    ``ValueError`` if one side is more than 200 times the other.
     """
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise ValueError(
@@ -84,8 +83,7 @@ def resize(
 ) -> torch.Tensor:
     """Resize uint8 by bicubic interpolation with antialiasing, as the transformers backend does.
 
-    "torchvision" interpolates with torch, "pil" with Pillow. [H, W, C] is the fastest layout of the
-    memory. An image that has the size is itself returned.
+    [H, W, C] is the fastest layout of memory. An image of that size is itself returned.
     """
     if image_CHW.shape[1:] == (height, width):
         return image_CHW
@@ -111,8 +109,8 @@ def normalization_by(
     """The float32 operations of transformers, in their order, for mean and deviation of [0, 1].
 
     ``TorchvisionBackend.rescale_and_normalize`` folds the factor 255 into mean and deviation,
-    ``PilBackend`` divides the pixels by it. (It multiplies by 1 / 255 in float64 and rounds to
-    float32, which for all 256 levels is the same number.)
+    ``PilBackend`` multiplies pixels by 1 / 255 in float64 and rounds to float32, which for all 256
+    levels is the same number as a division.
     """
     white, one = np.float32(255), np.float32(1)
     divisor, factor = (white, one) if backend == "pil" else (one, white)
@@ -133,15 +131,15 @@ def patchify(
     The patches of a unit, which become one token, are neighbours; units follow row by row.
 
     Args:
-        frames_THWC: uint8 [T, H, W, 3]; T is 1 for an image or a multiple of
-            ``temporal_patch_size`` for a video, H and W are multiples of ``unit``.
+        frames_THWC: uint8; T is 1 for an image or a multiple of ``temporal_patch_size`` for a
+            video, H and W are multiples of ``unit``.
         geometry: sizes of patches.
         normalization: what is done to the pixels, if anything.
         out: contiguous memory for the result.
 
     Returns:
-        float32 [N, 3 * R * F * P], an image repeated along time; without normalization
-        uint8 [N, 3 * F * P], an image only once.
+        float32 [N, C * R * F * P], an image repeated along time; without normalization uint8
+        [N, C * F * P], an image only once.
     """
     frames, height, width, _ = frames_THWC.shape
     size = geometry.patch_size
@@ -151,11 +149,9 @@ def patchify(
     values = CHANNELS * per_patch * size**2
     if out is None:
         out = np.empty((count, repeats * values), np.float32 if normalization else np.uint8)
-    if normalization:  # in rows of units, which stay in the processor's cache
-        pixels = np.empty(geometry.merge_size * width // size * values, np.uint8)
-        normalized = out
-    else:
-        pixels, normalized = out, np.empty(0, np.float32)
+    pixels, normalized = out, np.empty(0, np.float32)
+    if normalization:  # of a row of units at a time, which stays in the processor's cache
+        pixels, normalized = np.empty(geometry.merge_size * width // size * values, np.uint8), out
     _loops(size, geometry.merge_size)(
         np.ascontiguousarray(frames_THWC),
         pixels.reshape(-1, CHANNELS, per_patch, size, size),
@@ -172,7 +168,6 @@ def _loops(patch_size: int, merge_size: int) -> Callable[..., None]:
     Sizes that the compiler knows make the innermost loops, over the pixels of a line, vector
     instructions; as arguments they would cost a third of the speed.
     """
-    unit = merge_size * patch_size
     half = patch_size // 2
 
     @numba.njit(nogil=True, cache=True)
@@ -201,7 +196,7 @@ def _loops(patch_size: int, merge_size: int) -> Callable[..., None]:
         count = merge_size * width // patch_size
         done = 0
         for t in range(0, frames, pixels_NCFYX.shape[2]):
-            for y in range(0, height, unit):
+            for y in range(0, height, merge_size * patch_size):
                 start = done % len(pixels_NCFYX)
                 units = pixels_NCFYX[start : start + count]
                 cut_units(frames_THWC, t, y, units)

@@ -35,25 +35,17 @@ HEADERS = {"User-Agent": "torchtune-vl"}
 URL_CHARACTERS = "%/?:@!$&'()*+,;=[]"  # beside letters and digits; all others are escaped
 
 # IPv6 addresses that stand for the IPv4 address in their last 32 bits (RFC 6052, RFC 4291)
-_EMBEDDED_IPV4 = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "::ffff:0:0/96")]
+_EMBEDDED_IPV4 = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "::ffff:0:0/96")))
 # Older ones of IPv4 addresses (RFC 4291), and those of a network's own translators (RFC 8215)
-_NOT_PUBLIC = [ipaddress.ip_network(network) for network in ("::/96", "64:ff9b:1::/48")]
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("::/96", "64:ff9b:1::/48")))
 
 
 @dataclass(frozen=True)
 class RemoteLimits:
-    """Allows https URLs, within limits.
+    """Allows https URLs, within limits; ``ValueError`` if one is not positive."""
 
-    Args:
-        max_bytes: largest file to fetch, in bytes.
-        timeout_seconds: longest time for one file, redirects included. The system's name look-up
-            has its own limit.
-
-    Raises:
-        ValueError: if a limit is not positive.
-    """
-
-    max_bytes: int = 50 * 2**20
+    max_bytes: int = 50 * 2**20  # of a file
+    # Of a file, redirects included. The system's name look-up has its own limit
     timeout_seconds: float = 20
 
     def __post_init__(self) -> None:
@@ -70,19 +62,16 @@ def read_bytes(source: Source, remote: RemoteLimits | None = None) -> bytes:
 def open_bytes(
     source: Source, remote: RemoteLimits | None = None, max_bytes: float = MAX_BYTES
 ) -> BinaryIO:
-    """Open a file, wherever it is; a path or ``file://`` URL without reading it.
+    """Open a file, wherever it is, at its start; a path or ``file://`` URL without reading it.
 
     Args:
         source: bytes; a path; a ``file://``, ``data:`` or ``https://`` URL; base64 too long to be a
-            path; or a binary file handle, which is read from its start, left at the position where
-            it was, and not closed. One that cannot seek is read from where it is.
+            path; or a binary file handle, which is read from its start (if it cannot seek, from
+            where it is), left at the position where it was, and not closed.
         remote: limits of ``https://`` URLs, which are refused without. The certificate is verified,
             the address has to be on the public internet, and so does that of every redirect.
             Proxies are not used.
         max_bytes: largest file of a path. Of a handle 1 GiB is read.
-
-    Returns:
-        The file at its start, of at least one byte, which the caller closes.
 
     Raises:
         ValueError: if it cannot be read, is empty, too large, or not allowed. The message leaves
@@ -124,8 +113,8 @@ def describe_source(source: object) -> str:
 def path_of_file_url(url: str) -> str:
     """Find the path of a ``file://`` URL.
 
-    It is what is behind ``file://`` as it stands, as qwen-vl-utils takes it, if there is such a
-    file, and with its escapes resolved, which pathlib's ``as_uri()`` writes, if there is not.
+    As it stands, which is how qwen-vl-utils takes it, if there is such a file; otherwise with its
+    escapes resolved, which pathlib's ``as_uri()`` writes.
     """
     path = url[len("file://") :]
     with contextlib.suppress(ValueError):  # no file can have such a name
@@ -276,14 +265,21 @@ class _CheckedConnection(http.client.HTTPSConnection):
         self.deadline = deadline
 
     def connect(self) -> None:
-        *others, last = _public_addresses(self.host, self.port)
-        for address in others:
-            with contextlib.suppress(OSError):
-                return self._connect_to(address)
-        self._connect_to(last)
-
-    def _connect_to(self, address: tuple) -> None:
-        plain = socket.create_connection(address, timeout=_seconds_until(self.deadline))
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        addresses = [(str(info[4][0]), self.port) for info in found]
+        for host, _ in addresses:
+            if not _is_public(host):
+                raise ValueError(
+                    f"leads to {self.host} at {host}, which is not on the public internet; "
+                    "download it first"
+                )
+        for address in addresses:
+            try:
+                plain = socket.create_connection(address, timeout=_seconds_until(self.deadline))
+                break
+            except OSError:
+                if address == addresses[-1]:
+                    raise
         tls = cast(_DeadlineSocket, _tls_context().wrap_socket(plain, server_hostname=self.host))
         tls.deadline = self.deadline
         self.sock = tls
@@ -295,17 +291,6 @@ def _tls_context() -> ssl.SSLContext:
     context.set_alpn_protocols(["http/1.1"])
     context.sslsocket_class = _DeadlineSocket
     return context
-
-
-def _public_addresses(host: str, port: int) -> list[tuple]:
-    addresses = [info[4][:2] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    for address, _ in addresses:
-        if not _is_public(str(address)):
-            raise ValueError(
-                f"leads to {host} at {address}, which is not on the public internet; download it "
-                "first"
-            )
-    return addresses
 
 
 def _is_public(address: str) -> bool:

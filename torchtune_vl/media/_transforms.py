@@ -50,13 +50,11 @@ TOTAL_UNITS = 128000 * 0.9
 # The settings that a sample may have
 SIDES = ("resized_height", "resized_width")
 SIZING = ("min_pixels", "max_pixels", *SIDES)
-SAMPLING = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
+TIMES = ("video_start", "video_end")
+SAMPLING = ("fps", "nframes", "min_frames", "max_frames", *TIMES)
 # The least values of integers (of sides a unit), and what other numbers are above
 LEAST = {"nframes": 1, "min_frames": 0, "max_frames": 1, "min_pixels": 1, "max_pixels": 1}
-ABOVE = {
-    **dict.fromkeys(("fps", "sample_fps", "total_pixels"), 0),
-    **dict.fromkeys(("video_start", "video_end"), -math.inf),
-}
+ABOVE = {"fps": 0, "sample_fps": 0, "total_pixels": 0, **dict.fromkeys(TIMES, -math.inf)}
 
 
 class MediumTransform:
@@ -97,14 +95,10 @@ class MediumTransform:
         _check_areas(min_pixels, max_pixels)
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
-        """Give a sample with the patches and the grid of its image or video, as the class says.
+        """Give a sample with patches and grid of its image or video, as the class says.
 
-        Args:
-            sample: is not changed.
-            inference: part of torchtune's transform interface; makes no difference here.
-
-        Raises:
-            ValueError: if the medium cannot be read or a setting is unusable. Names the medium.
+        ``inference`` is part of torchtune's transform interface and makes no difference here.
+        ``ValueError`` names the medium that cannot be read, or whose setting is unusable.
         """
         return self._transform(sample, decode=True)
 
@@ -113,7 +107,6 @@ class MediumTransform:
 
         Of videos that are turned by a quarter height and width of the grid change places. A video
         file whose timestamps do not put its frames in order is decoded after all, to count them.
-        ``ValueError`` as of a call, but for what only decoding shows.
         """
         return self._transform(sample, decode=False)
 
@@ -122,7 +115,8 @@ class MediumTransform:
 
     def _areas(self, settings: Mapping[str, Any], steps: int) -> tuple[float, float]:
         """Smallest and largest area of a frame after resizing."""
-        raise NotImplementedError
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, **settings}
+        return limits["min_pixels"], limits["max_pixels"]
 
     def _settings_of(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         settings = {name: sample[name] for name in self.settings if sample.get(name) is not None}
@@ -142,21 +136,19 @@ class MediumTransform:
                 f"height {size[0]} and width {size[1]}: it needs at least one pixel each way; "
                 "remove it from the data"
             )
-        given, unit = [name in settings for name in SIDES], self.geometry.unit
-        if any(given) and not all(given):
+        if (SIDES[0] in settings) != (SIDES[1] in settings):
             raise ValueError("has one of resized_height and resized_width: give both or none")
-        if any(given):
+        if SIDES[0] in settings:
             size = (settings["resized_height"], settings["resized_width"])
             areas: tuple[float, float] = (self.geometry.min_pixels, self.geometry.max_pixels)
         else:
             areas = self._areas(settings, steps)
             _check_areas(*areas)
-        height, width = smart_resize(*size, unit, *areas)
-        area = steps * height * width
-        if area > LARGEST_AREA:
+        height, width = smart_resize(*size, self.geometry.unit, *areas)
+        if steps * height * width > LARGEST_AREA:
             raise ValueError(
-                f"resized to {steps} x {height} x {width} pixels it would have "
-                f"{area // unit**2:,} tokens: lower min_pixels"
+                f"resized to {steps} x {height} x {width} pixels it would have more tokens than "
+                "any context: lower min_pixels"
             )
         return steps, height // self.geometry.patch_size, width // self.geometry.patch_size
 
@@ -171,8 +163,7 @@ class MediumTransform:
             values = self.geometry.values_per_patch
             normalization = normalization_by(self.image_mean, self.image_std, self.backend)
         if not decode:
-            for _ in frames_CHW:  # which looks at their sizes
-                pass
+            list(frames_CHW)  # looks at their sizes
             dtype = getattr(torch, self.patch_dtype)
             return torch.empty(steps * rows * columns, values, dtype=dtype, device="meta")
         patches = np.empty((steps, rows * columns, values), self.patch_dtype)
@@ -191,9 +182,8 @@ class MediumTransform:
 class ImageTransform(MediumTransform):
     """Turns one image into normalized patches, as transformers' image processor does.
 
-    The result is bit-identical to transformers' ``Qwen2VLImageProcessor`` (``torchvision``) or
-    ``Qwen2VLImageProcessorPil`` (``pil``), for encoded images after
-    ``transformers.image_utils.load_image``.
+    They are bit-identical to those of transformers' ``Qwen2VLImageProcessor`` (``torchvision``) or
+    ``Qwen2VLImageProcessorPil`` (``pil``), encoded images loaded by its ``load_image``.
 
     A sample's "image" is a PIL image of any mode; a uint8 array or tensor [H, W], [H, W, c] or
     [c, H, W] with c of 1, 3 or 4 (read as [c, H, W] where both fit); or an encoded image: bytes,
@@ -204,30 +194,27 @@ class ImageTransform(MediumTransform):
 
     A call adds ``pixel_values`` float32 [grid_h * grid_w, 1176], or uint8 [grid_h * grid_w, 588];
     ``image_grid_thw`` int64 [1, 3] (patches along time, height and width); ``num_image_tokens``,
-    of the text's placeholders; and ``original_size``, height and width of the upright image in
-    pixels. One side of at most 200 times the other is taken. (With
-    ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` Pillow fills what is missing of a truncated file.)
+    of placeholders in the text; and ``original_size``, height and width of the upright image in
+    pixels. No side may have more than 200 times the other's pixels.
 
     Args:
-        geometry: sizes of patches, and defaults of the settings.
+        geometry: sizes of patches, and defaults of ``min_pixels`` and ``max_pixels``, the smallest
+            and largest area after resizing, and of ``image_mean`` and ``image_std``, of each RGB
+            channel for values in [0, 1].
         backend: whose pixels to reproduce, "torchvision" or "pil". They resize, composite alpha
             channels of arrays and round differently.
-        alpha: what becomes of transparency. "reference": what transformers makes of it, dropped in
-            encoded images, composited over white in PIL images, arrays and tensors. "white":
-            composited over white in all of them, as qwen-vl-utils does with RGBA.
+        alpha: "reference": what transformers makes of transparency, dropped in encoded images,
+            composited over white in PIL images, arrays and tensors; "white": composited over white
+            in all of them, as qwen-vl-utils does with RGBA.
         remote: limits of ``https://`` URLs, which are refused without.
-        min_pixels: smallest area after resizing, in pixels; None: the geometry's.
-        max_pixels: largest area, likewise.
-        image_mean: mean of each RGB channel, for values in [0, 1]; None: the geometry's.
-        image_std: standard deviation of each, likewise.
         patch_dtype: "float32", or "uint8" for patches before normalization and without their copy
-            along time, an eighth of the bytes. The model does the rest on its device, with the
+            along time, an eighth of the bytes. The model does the rest on its device, by the
             geometry's mean and deviation and in the order of the ``torchvision`` backend; that of
             the ``pil`` backend rounds otherwise in the last bit.
 
     Raises:
-        ValueError: if a setting is unknown, not 1 <= ``min_pixels`` <= ``max_pixels``, or uint8
-            patches are to have another mean or deviation.
+        ValueError: if a setting is unknown or out of its range, or uint8 patches are to have
+            another mean or deviation.
     """
 
     settings = SIZING
@@ -266,67 +253,47 @@ class ImageTransform(MediumTransform):
             "original_size": size,
         }
 
-    def _areas(self, settings: Mapping[str, Any], steps: int) -> tuple[float, float]:
-        return settings.get("min_pixels", self.min_pixels), settings.get(
-            "max_pixels", self.max_pixels
-        )
-
 
 class VideoTransform(MediumTransform):
     """Turns one video into normalized patches, as qwen-vl-utils and transformers do together.
 
     Which frames are taken and the size they get are those of qwen-vl-utils 0.0.14's
     ``fetch_video``; the pixels are bit-identical to transformers' ``Qwen2VLVideoProcessor`` for the
-    same frames, which knows torchvision's operations only. (``fetch_video`` resizes before, in
-    float32: about a seventh of the values differ, by up to 15 levels of 255 at sharp edges. Frames
-    that are given as images it resizes twice.)
+    same frames. (``fetch_video`` resizes before, in float32: about a seventh of the values differ,
+    by up to 15 levels of 255 at sharp edges. Frames that are given as images it resizes twice.)
 
-    Only the chosen frames and those that they are predicted from are decoded, and each is resized
-    and cut into patches before the next. Decoding and resizing take the threads that torch has,
-    which is 1 inside a data worker.
+    Only the chosen frames and those that they are predicted from are decoded, on the threads that
+    torch has, and each is resized and cut into patches before the next.
 
     A sample's "video" is a video file, from all that an image comes from; or frames: a uint8 array
     or tensor [T, H, W, 3] or [T, 3, H, W] (read as the latter where both fit), or a list of images
-    of one size, each anything that the image transform takes. Settings of its own have the names
-    and the meaning of qwen-vl-utils; None counts as absent:
+    of one size. Settings of its own have the names and the meaning of qwen-vl-utils:
 
     - of a file, either "fps", with "min_frames" and "max_frames", or "nframes", a number of frames,
       which is rounded to an even one; and the part to take them from, "video_start" and "video_end"
-      in seconds. Or "frame_indices", increasing numbers of frames from 0, counted in the order in
-      which they are shown.
-    - of frames, all of which are taken: "sample_fps", how many of them make a second (2 by
-      default).
-    - of both, "min_pixels", "max_pixels" (which ends where the transform's does) and
-      "total_pixels"; or "resized_height" and "resized_width", as those of an image.
+      in seconds. Or "frame_indices", increasing numbers of frames as they are shown, from 0.
+    - of frames, all of which are taken: "sample_fps", how many make a second (2 by default).
+    - of both, "min_pixels", "max_pixels" (which ends where the transform's does), "total_pixels",
+      and "resized_height" and "resized_width", as those of an image.
 
-    A call adds
-
-    - ``pixel_values_videos``: float32 or uint8 [grid_t * grid_h * grid_w, 1176]
-    - ``video_grid_thw``: int64 [1, 3], steps of two frames, and patches along height and width. The
-      last of an odd number of frames is repeated.
-    - ``num_video_tokens``: how many placeholders the video takes in the text
-    - ``seconds_per_step``: seconds from a step of the grid to the next, transformers'
-      ``second_per_grid_ts``: 2 / ``sample_fps``, of files by ``sample_fps`` = frames taken / frames
-      in the part * frames per second of the file. With "frame_indices" the part is the whole video.
-    - ``frame_indices``: the numbers of the frames, without a repeated one
+    A call adds ``pixel_values_videos`` float32 or uint8 [grid_t * grid_h * grid_w, 1176];
+    ``video_grid_thw`` int64 [1, 3] (steps of two frames, of which the last may be a frame twice,
+    and patches along height and width); ``num_video_tokens``, of placeholders in the text;
+    ``seconds_per_step`` of the grid, transformers' ``second_per_grid_ts``: 2 / ``sample_fps``, of
+    files by ``sample_fps`` = frames taken / frames in the part * frames per second of the file
+    (with "frame_indices" the part is the whole video); and ``frame_indices``.
 
     Args:
-        geometry: sizes of patches, and defaults of settings.
-        fps: frames to take of each second.
-        min_frames: fewest frames to take, if the video has as many.
-        max_frames: most frames to take.
+        geometry: sizes of patches. All arguments that are not listed are as of
+            :class:`ImageTransform`, but that uint8 patches have a quarter of the bytes.
+        fps: frames to take of each second, ``min_frames`` to ``max_frames`` in all.
         min_pixels: smallest area of a frame after resizing, in pixels; None: 128 tokens.
         max_pixels: largest area of a frame, in pixels; None: 768 tokens.
         total_pixels: largest area of all steps of two frames together, in pixels; None: 115,200
             tokens. It limits the area of a frame, but not below 1.05 * ``min_pixels``.
-        image_mean: as of images.
-        image_std: as of images.
-        patch_dtype: "float32", or "uint8" for patches before normalization, a quarter of the bytes,
-            which the model normalizes on its device by the geometry's mean and deviation.
-        remote: limits of ``https://`` URLs, which are refused without.
 
     Raises:
-        ValueError: as of images, or if a number is out of its range.
+        ValueError: as of :class:`ImageTransform`.
     """
 
     settings = (*SIZING, "total_pixels", *SAMPLING, "frame_indices", "sample_fps")
@@ -359,23 +326,22 @@ class VideoTransform(MediumTransform):
         video, per_step = sample["video"], self.geometry.temporal_patch_size
         with naming("video", video), ExitStack() as stack:
             settings = self._settings_of(sample)
+            frames: Iterable[torch.Tensor]
             is_given = isinstance(video, list | tuple | np.ndarray | torch.Tensor)
             for name in settings:
                 if is_given and name in (*SAMPLING, "frame_indices"):
                     raise ValueError(f"{name} chooses among frames of a file: set sample_fps")
                 if not is_given and name == "sample_fps":
                     raise ValueError("sample_fps is of given frames: for a file, set fps")
-            frames: Iterable[torch.Tensor]
             if is_given:
                 frames = self._given_frames(video, decode)
                 indices, fps = list(range(len(video))), settings.get("sample_fps", FPS)
             else:
                 file = stack.enter_context(open_video(video, self.remote))
                 indices, fps = self._sample(file.num_frames, file.fps, settings)
+                frames = repeat(torch.empty(CHANNELS, *file.size, device="meta"), len(indices))
                 if decode:
                     frames = (torch.from_numpy(f).permute(2, 0, 1) for f in file.frames(indices))
-                else:
-                    frames = repeat(torch.empty(CHANNELS, *file.size, device="meta"), len(indices))
             if not indices:
                 raise ValueError("has no frames; remove it from the data")
             frames = _of_one_size(frames, indices)
@@ -394,31 +360,36 @@ class VideoTransform(MediumTransform):
 
     def _given_frames(self, video: Any, decode: bool) -> Iterator[torch.Tensor]:
         """The frames of a list of images or of an array [C, H, W]."""
+
+        def read(number: int) -> torch.Tensor:
+            with naming("image", video[number], f"frame {number}, "):
+                return self._read(video[number], decode)
+
         if isinstance(video, list | tuple):
-            return (self._read_frame(i, image, decode) for i, image in enumerate(video))
+            return map(read, range(len(video)))
         if video.ndim != 4 or 3 not in (video.shape[1], video.shape[3]):
             raise ValueError("the shape must be [T, H, W, 3] or [T, 3, H, W]; convert it")
         frames = map(uint8_tensor, video)
         return frames if video.shape[1] == 3 else (frame.permute(2, 0, 1) for frame in frames)
-
-    def _read_frame(self, number: int, image: Any, decode: bool) -> torch.Tensor:
-        with naming("image", image, f"frame {number}, "):
-            return self._read(image, decode)
 
     def _sample(
         self, num_frames: int, video_fps: float, settings: Mapping[str, Any]
     ) -> tuple[list[int], float]:
         """Chooses frames of a file, and finds how many of them make a second.
 
-        ``calculate_video_frame_range`` and ``smart_nframes`` of qwen-vl-utils, which computes in
-        float32 and rounds halves to even numbers.
+        ``calculate_video_frame_range`` and ``smart_nframes`` of qwen-vl-utils.
         """
         for one, others in (("frame_indices", SAMPLING), ("fps", ("nframes",))):
             for other in others:
                 if one in settings and other in settings:
                     raise ValueError(f"has both {one} and {other}: give one of them")
         if "frame_indices" in settings:
-            indices = _check_indices(settings["frame_indices"], num_frames)
+            given = settings["frame_indices"]
+            with refusing(f"frame_indices is {given!r}", "make it a list of integers", TypeError):
+                indices = [operator.index(index) for index in given]
+            if not indices or indices != sorted({i for i in indices if 0 <= i < num_frames}):
+                wanted = f"increasing numbers from 0 to {num_frames - 1}"
+                raise ValueError(f"frame_indices begins with {indices[:8]}: make it {wanted}")
             return indices, len(indices) / num_frames * video_fps
         if num_frames < FRAME_FACTOR:
             raise ValueError(
@@ -436,18 +407,19 @@ class VideoTransform(MediumTransform):
             )
         frames = last - first + 1
         if "nframes" in settings:
-            asked = f"nframes {settings['nframes']} asks"
             count = round(settings["nframes"] / FRAME_FACTOR) * FRAME_FACTOR
         else:
             names = ("fps", "min_frames", "max_frames")
             fps, fewest, most = (settings.get(name, getattr(self, name)) for name in names)
-            asked = f"fps {fps}, min_frames {fewest} and max_frames {most} ask"
             even = math.ceil(fewest / FRAME_FACTOR) * FRAME_FACTOR
-            wanted = min(max(frames / video_fps * fps, even), most, frames)
-            count = math.floor(wanted / FRAME_FACTOR) * FRAME_FACTOR
+            count = min(max(frames / video_fps * fps, even), most, frames)
+            count = math.floor(count / FRAME_FACTOR) * FRAME_FACTOR
         if not FRAME_FACTOR <= count <= frames:
-            remedy = "at most that many" if count > frames else "at least 2 of them"
-            raise ValueError(f"{asked} for {count} of {frames} frames: ask for {remedy}")
+            raise ValueError(
+                f"{count} of {frames} frames are asked for: ask for 2 to {frames} by nframes, or "
+                "by fps, min_frames and max_frames"
+            )
+        # qwen-vl-utils computes in float32 and rounds halves to even numbers
         indices = torch.linspace(first, last, count).round().long().tolist()
         return indices, count / frames * video_fps
 
@@ -459,11 +431,8 @@ class VideoTransform(MediumTransform):
         allowed = max(min(self.max_pixels, share), int(least * 1.05))
         limit = settings.get("max_pixels", math.inf)
         if allowed < limit < math.inf:
-            warnings.warn(
-                "max_pixels of a video is more than max_pixels and total_pixels of the transform "
-                "allow: these hold",
-                stacklevel=2,
-            )
+            own = "max_pixels and total_pixels of the transform allow"
+            warnings.warn(f"max_pixels of a video is more than {own}: these hold", stacklevel=2)
         return least, min(limit, allowed)
 
 
@@ -476,9 +445,8 @@ def _check_numbers(settings: Mapping[str, Any], unit: int) -> None:
         elif name in ABOVE:
             is_finite = isinstance(value, Real) and math.isfinite(value)
             if not (is_finite and value > ABOVE[name]):
-                raise ValueError(
-                    f"{name} is {value!r}: make it a number, {ABOVE[name]} < {name} < inf"
-                )
+                limits = f"{ABOVE[name]} < {name} < inf"
+                raise ValueError(f"{name} is {value!r}: make it a number, {limits}")
 
 
 def _check_areas(least: float, most: float) -> None:
@@ -487,18 +455,6 @@ def _check_areas(least: float, most: float) -> None:
             f"min_pixels is {least} and max_pixels {most}: make them min_pixels <= max_pixels (for "
             "videos a config has video_min_pixels and video_max_pixels)"
         )
-
-
-def _check_indices(indices: Sequence[int], num_frames: int) -> list[int]:
-    with refusing(f"frame_indices is {indices!r}", "make it a list of integers", TypeError):
-        numbers = [operator.index(index) for index in indices]
-    increase = numbers == sorted(set(numbers))
-    if not (numbers and increase and numbers[0] >= 0 and numbers[-1] < num_frames):
-        shown = f"{numbers[:8]}{'...' if len(numbers) > 8 else ''}"
-        raise ValueError(
-            f"frame_indices is {shown}: make it increasing numbers from 0 to {num_frames - 1}"
-        )
-    return numbers
 
 
 def _of_one_size(frames: Iterable[torch.Tensor], indices: Sequence[int]) -> Iterator[torch.Tensor]:

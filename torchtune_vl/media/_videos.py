@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from av.packet import Packet
 from av.sidedata.sidedata import SideData
-from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -31,12 +30,14 @@ MAX_PIXELS = 2**26
 MAX_HELD_BACK = 16
 # Formats whose files begin wherever a recording began
 BROADCASTS = ("mpegts", "mpeg")
-# Decoders that see in one packet that no other frame is predicted from its frame
-SKIPPING_DECODERS = ("h264", "mpeg4", "mpeg2video")
+# Decoders that see in one packet that no other frame is predicted from its frame, and give the
+# others the same pixels without it
+SKIPPING = ("h264", "mpeg4", "mpeg2video")
 # From version 17 on PyAV converts on one thread per processor unless told otherwise
 RGB: dict[str, Any] = {"format": "rgb24"}
 if int(av.__version__.split(".")[0]) >= 17:
     RGB["threads"] = 1
+DURATION = r"(\d+):(\d+):(\d+(?:\.\d+)?)"
 READ_ERRORS = (av.FFmpegError, OSError)
 MISSING = "the decoder gives no frame"
 DAMAGED = "the decoder finds errors in it"
@@ -101,11 +102,17 @@ class Video:
         be decoded without errors.
         """
         numbers = list(indices)
-        if not self._timed:
-            yield from self._decode_by_number(numbers)
+        if self._timed:
+            for key, group in groupby(self._shown[numbers].tolist(), self._key_before):
+                yield from self._decode_from_key(key, list(group))
             return
-        for key, group in groupby(self._shown[numbers].tolist(), self._key_before):
-            yield from self._decode_from_key(key, list(group))
+        for number, frame in enumerate(self._decoded_from_start()):
+            if number == numbers[0]:
+                yield self._upright_rgb(frame)
+                del numbers[0]
+                if not numbers:
+                    return
+        raise self._undecodable(numbers[0], MISSING)
 
     def _open(self) -> None:
         self._file.seek(0)
@@ -136,6 +143,11 @@ class Video:
             # decoder marks such frames, and would object to frames that need others from before a
             # seek
             context.options["err_detect"] = "explode"
+        # H.265 marks frames from which no other of the same temporal layer is predicted. The number
+        # of layers is in the decoder configuration record of ISO/IEC 14496-15, section 8.3.3.1
+        record = context.extradata or b""
+        one_layer = len(record) > 21 and record[0] == 1 and record[21] >> 3 & 7 == 1
+        self._can_skip = context.name in SKIPPING or (context.name == "hevc" and one_layer)
         self._stream = stream
 
     def _index_packets(self) -> None:
@@ -166,7 +178,6 @@ class Video:
         }
         self._next_place = len(self._pts)
         self._by_time = self._pts.argsort(kind="stable")
-        self._can_skip = _skips_exactly(self._stream.codec_context)
         self._timed = timed and self._times_order_frames()
         if self._timed:
             self._hide_undecodable_beginning()
@@ -183,9 +194,13 @@ class Video:
         if not self.num_frames:
             raise ValueError(f"holds no frames; {REMOVE}")
 
+        tag = re.fullmatch(DURATION, self._stream.metadata.get("DURATION", ""))  # of Matroska
+        hours, minutes, seconds = tag.groups() if tag else (0, 0, 0)
+        stated = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        last = end * seconds_per_tick
         longest_frame = np.diff(self.times).max(initial=1 / self.fps)
-        if cut or end * seconds_per_tick + 2 * longest_frame < _stated_duration(self._stream):
-            raise ValueError(f"is cut off after {end * seconds_per_tick:.2f} s; {REMOVE}")
+        if cut or last + 2 * longest_frame < stated:
+            raise ValueError(f"is cut off after {last:.2f} s; {REMOVE}")
 
     def _times_order_frames(self) -> bool:
         """Whether timestamps say which frame is shown when: concatenated streams repeat them."""
@@ -286,16 +301,6 @@ class Video:
                 self._next_place = place + 1
                 yield place, packet
 
-    def _decode_by_number(self, numbers: list[int]) -> Iterator[np.ndarray]:
-        """Decodes frames by counting, which needs no timestamps."""
-        for number, frame in enumerate(self._decoded_from_start()):
-            if number == numbers[0]:
-                yield self._upright_rgb(frame)
-                del numbers[0]
-                if not numbers:
-                    return
-        raise self._undecodable(numbers[0], MISSING)
-
     def _decoded_from_start(self) -> Iterator[VideoFrame]:
         self._reopen()
         number = 0
@@ -333,26 +338,6 @@ class Video:
         sideways = abs(b) > abs(a)  # to the nearest quarter
         x, y = (c, b) if sideways else (a, d)
         return turned(rgb, sideways, y < 0, x < 0)
-
-
-def _skips_exactly(context: VideoCodecContext) -> bool:
-    """Whether a decoder can leave out frames and give the others the same pixels.
-
-    H.265 marks frames from which no other of the same temporal layer is predicted. The number of
-    layers is in the decoder configuration record of ISO/IEC 14496-15, section 8.3.3.1.
-    """
-    record = context.extradata or b""
-    one_layer = len(record) > 21 and record[0] == 1 and record[21] >> 3 & 7 == 1
-    return context.name in SKIPPING_DECODERS or (context.name == "hevc" and one_layer)
-
-
-def _stated_duration(stream: VideoStream) -> float:
-    """Seconds that a Matroska file states for a stream, 0 where it states none."""
-    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    if not tag:
-        return 0
-    hours, minutes, seconds = tag.groups()
-    return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
 class WebPAnimation:
