@@ -14,13 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from torchtune_vl.media._errors import refusing
-from torchtune_vl.media._sources import (
-    RemoteLimits,
-    Source,
-    describe_source,
-    open_bytes,
-    read_bytes,
-)
+from torchtune_vl.media._sources import RemoteLimits, Source, open_bytes, read_bytes, scheme_of
 
 ImageSource = Source | Image.Image | np.ndarray | torch.Tensor
 Backend = Literal["torchvision", "pil"]
@@ -29,7 +23,6 @@ Alpha = Literal["reference", "white"]
 # Formats whose header says how large the decoded image is; None of images without a file
 _TOLD_BY_HEADER = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", None)
 _PLAIN_HEAD_BYTES = 4096  # more than the tables of a plain JPEG
-_PNG_SIGNATURE_BYTES = 8
 _PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 # Of the files that phones write (ISO/IEC 23008-12)
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -115,7 +108,17 @@ def describe(kind: str, medium: object) -> str:
         return f"{kind} {name} of shape {tuple(medium.shape)} and dtype {medium.dtype}"
     if isinstance(medium, list | tuple):
         return f"{kind} {name} of {len(medium)} images"
-    return f"{kind} {describe_source(medium)}"
+    if isinstance(medium, bytes | bytearray | memoryview):
+        return f"{kind} data of {memoryview(medium).nbytes} bytes"
+    if isinstance(medium, str) and scheme_of(medium) == "data":
+        return f"{kind} data URL {medium[:40]!r}... of {len(medium)} characters"
+    if isinstance(medium, str | os.PathLike):
+        path = os.fsdecode(medium)
+        shown = path if len(path) <= 500 else f"{path[:500]}..."
+        return f"{kind} {'URL' if scheme_of(path) else 'file'} {shown!r}"
+    if hasattr(medium, "read"):
+        return f"{kind} file handle {getattr(medium, 'name', name)!r}"
+    return f"{kind} object of type {name}"
 
 
 def decoding(what: str = "it") -> AbstractContextManager[None]:
@@ -223,7 +226,7 @@ def _encoded_size(file: BinaryIO) -> tuple[int, int]:
 def _has_late_metadata(png: BinaryIO) -> bool:
     """Whether texts or EXIF come after the pixels of a PNG, where Pillow sees them in decoding."""
     back = png.tell()
-    png.seek(_PNG_SIGNATURE_BYTES)
+    png.seek(8)  # behind the signature
     pixels = found = False
     while not found and len(head := png.read(8)) == 8:
         pixels |= head[4:] == b"IDAT"

@@ -30,13 +30,11 @@ class Geometry:
     patch_size: int  # pixels along a side of a patch, an even number
     temporal_patch_size: int  # frames of a patch
     merge_size: int  # patches along a side of a unit, the square that becomes one token
-    # Units along a side of a window of attention; None where all layers attend over whole frames
-    window_size: int | None
+    window_size: int | None  # units along a side of a window of attention; None: whole frames
     mean: tuple[float, ...]  # of each RGB channel, for values in [0, 1]
     std: tuple[float, ...]  # standard deviation of each, likewise
-    # Smallest and largest area of an image after resizing, unless a setting says otherwise
-    min_pixels: int
-    max_pixels: int
+    min_pixels: int  # smallest area of an image after resizing, unless a setting says otherwise
+    max_pixels: int  # largest area, likewise
 
     @property
     def unit(self) -> int:
@@ -134,12 +132,9 @@ def patchify(
         frames_THWC: uint8; T is 1 for an image or a multiple of ``temporal_patch_size`` for a
             video, H and W are multiples of ``unit``.
         geometry: sizes of patches.
-        normalization: what is done to the pixels, if anything.
+        normalization: what is done to the pixels: float32 [N, C * R * F * P], an image repeated
+            along time. Without it the result is uint8 [N, C * F * P], an image only once.
         out: contiguous memory for the result.
-
-    Returns:
-        float32 [N, C * R * F * P], an image repeated along time; without normalization uint8
-        [N, C * F * P], an image only once.
     """
     frames, height, width, _ = frames_THWC.shape
     size = geometry.patch_size

@@ -35,9 +35,10 @@ HEADERS = {"User-Agent": "torchtune-vl"}
 URL_CHARACTERS = "%/?:@!$&'()*+,;=[]"  # beside letters and digits; all others are escaped
 
 # IPv6 addresses that stand for the IPv4 address in their last 32 bits (RFC 6052, RFC 4291)
-_EMBEDDED_IPV4 = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "::ffff:0:0/96")))
-# Older ones of IPv4 addresses (RFC 4291), and those of a network's own translators (RFC 8215)
-_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("::/96", "64:ff9b:1::/48")))
+_EMBEDDED_IPV4 = ("64:ff9b::/96", "::ffff:0:0/96")
+# Older ones of IPv4 addresses (RFC 4291), those of a network's own translators (RFC 8215), tunnels
+# of 6to4 (which is_global takes for public before Python 3.13) and multicast (which it always does)
+_NOT_PUBLIC = ("::/96", "64:ff9b:1::/48", "2002::/16", "224.0.0.0/4", "ff00::/8")
 
 
 @dataclass(frozen=True)
@@ -93,23 +94,6 @@ def open_bytes(
     return io.BytesIO(data)
 
 
-def describe_source(source: object) -> str:
-    """Name a source in errors, such as ``file 'cat.jpg'``, in a few hundred characters."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        return f"data of {memoryview(source).nbytes} bytes"
-    if isinstance(source, str):
-        scheme = _scheme(source)
-        if scheme == "data":
-            return f"data URL {source[:40]!r}... of {len(source)} characters"
-        shown = source if len(source) <= 500 else f"{source[:500]}..."
-        return f"{'URL' if scheme else 'file'} {shown!r}"
-    if isinstance(source, os.PathLike):
-        return f"file {os.fsdecode(source)!r}"
-    if hasattr(source, "read"):
-        return f"file handle {getattr(source, 'name', type(source).__name__)!r}"
-    return f"object of type {type(source).__name__}"
-
-
 def path_of_file_url(url: str) -> str:
     """Find the path of a ``file://`` URL.
 
@@ -123,14 +107,14 @@ def path_of_file_url(url: str) -> str:
     return parse.unquote(path)
 
 
-def _scheme(text: str) -> str:
-    """Scheme of a URL in lower case, "" for a path."""
+def scheme_of(text: str) -> str:
+    """Find the scheme of a URL in lower case, "" for a path."""
     found = re.match(r"data(?=:)|[a-z][a-z0-9+.-]*(?=://)", text, re.IGNORECASE)
     return found.group().lower() if found else ""
 
 
 def _path_or_bytes(text: str, remote: RemoteLimits | None) -> str | bytes:
-    scheme = _scheme(text)
+    scheme = scheme_of(text)
     if not scheme:
         return text
     if scheme == "file":
@@ -138,18 +122,14 @@ def _path_or_bytes(text: str, remote: RemoteLimits | None) -> str | bytes:
     if scheme == "data":  # RFC 2397
         header, comma, payload = text.partition(",")
         if not comma:
-            raise ValueError(
-                "has no comma between header and data; write data:image/png;base64,..."
-            )
+            raise ValueError("has no comma before its data; write data:image/png;base64,...")
         if not header.lower().endswith(";base64"):
             return parse.unquote_to_bytes(payload)
         return _decode_base64(parse.unquote(payload), "is not valid base64")
     if scheme != "https":
         raise ValueError(f"is a {scheme}:// URL, of which only https:// is read; download it first")
     if remote is None:
-        raise ValueError(
-            "is a remote URL; download it first, or allow https by remote=RemoteLimits()"
-        )
+        raise ValueError("is a remote URL; download it first, or set remote=RemoteLimits()")
     return _fetch(text, remote)
 
 
@@ -228,9 +208,8 @@ def _checked_url(base: str, url: str) -> parse.SplitResult:
         parts = parse.urlsplit(parse.urljoin(base, url))
         _ = parts.port  # raises for an invalid one
     if parts.scheme != "https" or not parts.hostname or parts.username is not None:
-        raise ValueError(
-            f"leads to {url[:500]!r}; only https://host/path is fetched, without a user's name"
-        )
+        fetched = "only https://host/path is fetched, without a user's name"
+        raise ValueError(f"leads to {url[:500]!r}; {fetched}")
     return parts
 
 
@@ -295,12 +274,9 @@ def _tls_context() -> ssl.SSLContext:
 
 def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address)
-    if any(ip in network for network in _EMBEDDED_IPV4):
+    if any(ip in ipaddress.ip_network(n) for n in _EMBEDDED_IPV4):
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    # is_global holds for multicast, and before Python 3.13 for the tunnels of 6to4
-    tunnel = isinstance(ip, ipaddress.IPv6Address) and ip.sixtofour
-    is_local = any(ip in network for network in _NOT_PUBLIC)
-    return ip.is_global and not (ip.is_multicast or tunnel or is_local)
+    return ip.is_global and not any(ip in ipaddress.ip_network(n) for n in _NOT_PUBLIC)
 
 
 def _seconds_until(deadline: float) -> float:

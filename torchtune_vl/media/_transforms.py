@@ -261,7 +261,6 @@ class VideoTransform(MediumTransform):
     ``fetch_video``; the pixels are bit-identical to transformers' ``Qwen2VLVideoProcessor`` for the
     same frames. (``fetch_video`` resizes before, in float32: about a seventh of the values differ,
     by up to 15 levels of 255 at sharp edges. Frames that are given as images it resizes twice.)
-
     Only the chosen frames and those that they are predicted from are decoded, on the threads that
     torch has, and each is resized and cut into patches before the next.
 
@@ -280,12 +279,12 @@ class VideoTransform(MediumTransform):
     ``video_grid_thw`` int64 [1, 3] (steps of two frames, of which the last may be a frame twice,
     and patches along height and width); ``num_video_tokens``, of placeholders in the text;
     ``seconds_per_step`` of the grid, transformers' ``second_per_grid_ts``: 2 / ``sample_fps``, of
-    files by ``sample_fps`` = frames taken / frames in the part * frames per second of the file
-    (with "frame_indices" the part is the whole video); and ``frame_indices``.
+    files by ``sample_fps`` = frames taken / frames in the part (with "frame_indices" the whole
+    video) * frames per second of the file; and ``frame_indices``.
 
     Args:
         geometry: sizes of patches. All arguments that are not listed are as of
-            :class:`ImageTransform`, but that uint8 patches have a quarter of the bytes.
+            :class:`ImageTransform`; uint8 patches of videos have a quarter of the bytes.
         fps: frames to take of each second, ``min_frames`` to ``max_frames`` in all.
         min_pixels: smallest area of a frame after resizing, in pixels; None: 128 tokens.
         max_pixels: largest area of a frame, in pixels; None: 768 tokens.
@@ -391,19 +390,15 @@ class VideoTransform(MediumTransform):
                 wanted = f"increasing numbers from 0 to {num_frames - 1}"
                 raise ValueError(f"frame_indices begins with {indices[:8]}: make it {wanted}")
             return indices, len(indices) / num_frames * video_fps
-        if num_frames < FRAME_FACTOR:
-            raise ValueError(
-                "has 1 frame, and a step of the grid takes 2: pass it as an image, or set "
-                "frame_indices to [0], which repeats it"
-            )
         duration = num_frames / video_fps
         start, end = settings.get("video_start", 0), settings.get("video_end", math.inf)
         first = math.ceil(max(0.0, min(start, duration)) * video_fps)
         last = min(num_frames - 1, math.floor(max(0.0, min(end, duration)) * video_fps))
         if first >= last:
             raise ValueError(
-                f"video_start {start} and video_end {end} leave less than two of its {num_frames} "
-                f"frames ({duration:.2f} s): set them further apart, within the video"
+                f"has {num_frames} frames ({duration:.2f} s), less than the two of a step from "
+                f"video_start {start} to video_end {end}: set them further apart, or for one frame "
+                "pass an image, or set frame_indices to [0], which repeats it"
             )
         frames = last - first + 1
         if "nframes" in settings:

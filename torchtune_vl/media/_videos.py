@@ -51,9 +51,7 @@ def open_video(
 ) -> Iterator["Video | WebPAnimation"]:
     """Open a video file as ``open_bytes`` does, of any size; it is read piece by piece.
 
-    Raises:
-        ValueError: if the source cannot be read, is cut off, or holds no video that FFmpeg can
-            decode. The message leaves it to the caller to name the source.
+    ``ValueError`` if it is cut off, or holds no video that FFmpeg can decode.
     """
     remedy = f"the file is damaged, cut off or no video: {REMOVE}"
     with open_bytes(source, remote, max_bytes=math.inf) as file:
@@ -139,9 +137,8 @@ class Video:
         context.thread_type = "AUTO"
         context.options = {"max_pixels": str(MAX_PIXELS)}
         if context.name != "h264":
-            # An error in place of a guess at what a damaged part of a frame showed. The H.264
-            # decoder marks such frames, and would object to frames that need others from before a
-            # seek
+            # An error, not a guess at what a damaged part of a frame showed. H.264's decoder marks
+            # such frames, and would object to frames that need others from before a seek
             context.options["err_detect"] = "explode"
         # H.265 marks frames from which no other of the same temporal layer is predicted. The number
         # of layers is in the decoder configuration record of ISO/IEC 14496-15, section 8.3.3.1
@@ -173,12 +170,16 @@ class Video:
 
         self._pts, self._keys = np.array(pts), np.array(keys, np.int64)
         self._hidden = np.array(hidden, bool)
-        self._places: dict[int | None, int] = {
-            pts: place for place, pts in enumerate(self._pts.tolist())
-        }
+        self._places: dict[Any, int] = {time: place for place, time in enumerate(pts)}
         self._next_place = len(self._pts)
         self._by_time = self._pts.argsort(kind="stable")
-        self._timed = timed and self._times_order_frames()
+        # Whether timestamps say which frame is shown when. Concatenated streams repeat them; AVI
+        # holds none, and FFmpeg's follow the order of the file
+        moved = self._by_time - np.arange(len(pts))
+        distinct = (np.diff(self._pts[self._by_time]) > 0).all()
+        has_b_frames = self._stream.codec_context.has_b_frames
+        made_up = self._container.format.name == "avi" and has_b_frames and not moved.any()
+        self._timed = timed and distinct and np.abs(moved).max() <= MAX_HELD_BACK and not made_up
         if self._timed:
             self._hide_undecodable_beginning()
         self._shown = self._by_time[~self._hidden[self._by_time]]
@@ -201,16 +202,6 @@ class Video:
         longest_frame = np.diff(self.times).max(initial=1 / self.fps)
         if cut or last + 2 * longest_frame < stated:
             raise ValueError(f"is cut off after {last:.2f} s; {REMOVE}")
-
-    def _times_order_frames(self) -> bool:
-        """Whether timestamps say which frame is shown when: concatenated streams repeat them."""
-        moved = self._by_time - np.arange(len(self._by_time))
-        # AVI holds no timestamps, and FFmpeg's follow the order of the file
-        made_up = self._container.format.name == "avi" and self._stream.codec_context.has_b_frames
-        distinct = (np.diff(self._pts[self._by_time]) > 0).all()
-        return bool(
-            distinct and np.abs(moved).max() <= MAX_HELD_BACK and (moved.any() or not made_up)
-        )
 
     def _hide_undecodable_beginning(self) -> None:
         """Does not count frames that need some from before the file, as a whole decode does not."""
@@ -359,10 +350,7 @@ class WebPAnimation:
         with decoding("frame 0"):
             self._image = Image.open(file)
         self.size = (self._image.height, self._image.width)
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._image.close()
+        self.close = self._image.close
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Decode frames of increasing numbers, one at a time, without their transparency."""
