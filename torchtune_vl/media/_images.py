@@ -80,13 +80,22 @@ def rgb_size(image: ImageSource, remote: RemoteLimits | None = None) -> tuple[in
     if isinstance(image, np.ndarray | torch.Tensor):
         height, width = _channels_first(image).shape[1:]
         return height, width
-    if not isinstance(image, Image.Image):
-        with open_bytes(image, remote) as file:
-            return _encoded_size(file)
-    with decoding():
-        if image.format not in _TOLD_BY_HEADER:
-            image.load()
-        return image.height, image.width
+    if isinstance(image, Image.Image):
+        with decoding():
+            if image.format not in _TOLD_BY_HEADER:
+                image.load()
+            return image.height, image.width
+    with open_bytes(image, remote) as file:
+        size = _plain_jpeg_size(file.read(_PLAIN_HEAD_BYTES))
+        if size:
+            return size
+        with _open(file) as opened, decoding():
+            is_late = opened.format == "PNG" and _has_late_metadata(file)
+            if is_late or opened.format not in _TOLD_BY_HEADER:
+                ImageOps.exif_transpose(opened, in_place=True)
+            elif _orientation(opened) > 4:
+                return opened.width, opened.height
+            return opened.height, opened.width
 
 
 @contextmanager
@@ -208,19 +217,6 @@ def _orientation(image: Image.Image) -> int:
     if "exif" in image.info:
         exif.tobytes()  # what Pillow writes after turning an image; fails where EXIF is corrupt
     return orientation
-
-
-def _encoded_size(file: BinaryIO) -> tuple[int, int]:
-    size = _plain_jpeg_size(file.read(_PLAIN_HEAD_BYTES))
-    if size:
-        return size
-    with _open(file) as image, decoding():
-        is_late = image.format == "PNG" and _has_late_metadata(file)
-        if is_late or image.format not in _TOLD_BY_HEADER:
-            ImageOps.exif_transpose(image, in_place=True)
-        elif _orientation(image) > 4:
-            return image.width, image.height
-        return image.height, image.width
 
 
 def _has_late_metadata(png: BinaryIO) -> bool:

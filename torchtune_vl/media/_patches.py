@@ -76,24 +76,22 @@ def smart_resize(
     return new_height, new_width
 
 
-def resize(
-    image_CHW: torch.Tensor, height: int, width: int, backend: Backend = "torchvision"
-) -> torch.Tensor:
+def resize(image_CHW: torch.Tensor, height: int, width: int, backend: Backend) -> np.ndarray:
     """Resize uint8 by bicubic interpolation with antialiasing, as the transformers backend does.
 
-    [H, W, C] is the fastest layout of memory. An image of that size is itself returned.
+    The result is [H, W, C], which is also the fastest layout of the input's memory.
     """
-    if image_CHW.shape[1:] == (height, width):
-        return image_CHW
     image_HWC = image_CHW.permute(1, 2, 0)
+    if image_HWC.shape[:2] == (height, width):
+        return image_HWC.numpy()
     if backend == "pil":
         image = Image.fromarray(image_HWC.numpy())
-        resized = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
-        return torch.from_numpy(resized).permute(2, 0, 1)
+        return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
     # Only a batch dimension that was added in front of HWC has the strides by which torch
     # recognizes channels-last memory, where it needs half the time for the same pixels
     batch_NCHW = image_HWC.unsqueeze(0).permute(0, 3, 1, 2)
-    return F.interpolate(batch_NCHW, (height, width), mode="bicubic", antialias=True)[0]
+    resized = F.interpolate(batch_NCHW, (height, width), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 # What pixels are divided by, what is then subtracted [C], and what the rest is divided by [C]
@@ -170,13 +168,18 @@ def _loops(patch_size: int, merge_size: int) -> Callable[..., None]:
         """Cuts a row of units, which begins at frame t and line y."""
         width = frames_THWC.shape[2]
         planes_CYX = np.empty((CHANNELS, patch_size, width), np.uint8)
-        # Two pixels at a time: a patch has an even number of them in a line
+        # Unsigned indices: numba would let signed ones count from the end, and LLVM not vectorize
+        # the loop. Two pixels at a time: a patch has an even number of them in a line
         pairs, patch_pairs = planes_CYX.view(np.uint16), patches_NCFYX.view(np.uint16)
         for f in range(patches_NCFYX.shape[2]):
             for i in range(merge_size):
                 for line in range(patch_size):
                     row = frames_THWC[t + f, y + i * patch_size + line].reshape(-1)
-                    _separate(row, planes_CYX[0, line], planes_CYX[1, line], planes_CYX[2, line])
+                    for x in range(np.uintp(width)):
+                        first = np.uintp(CHANNELS) * x
+                        planes_CYX[0, line, x] = row[first]
+                        planes_CYX[1, line, x] = row[first + np.uintp(1)]
+                        planes_CYX[2, line, x] = row[first + np.uintp(2)]
                 for j in range(width // patch_size):
                     n = j // merge_size * merge_size**2 + i * merge_size + j % merge_size
                     for c in range(CHANNELS):
@@ -201,16 +204,6 @@ def _loops(patch_size: int, merge_size: int) -> Callable[..., None]:
                 done += count
 
     return cut
-
-
-# Unsigned indices: numba would let signed ones count from the end, and LLVM not vectorize the loop
-@numba.njit(nogil=True, cache=True)
-def _separate(row, red, green, blue):  # type: ignore[no-untyped-def]
-    for x in range(np.uintp(len(red))):
-        first = np.uintp(CHANNELS) * x
-        red[x] = row[first]
-        green[x] = row[first + np.uintp(1)]
-        blue[x] = row[first + np.uintp(2)]
 
 
 # The operations of IEEE 754 and no check for zero, without which the loops are not vectorized

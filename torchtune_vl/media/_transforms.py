@@ -41,11 +41,6 @@ FPS = 2.0
 MIN_FRAMES = 4
 MAX_FRAMES = 768
 FRAME_FACTOR = 2  # what numbers of frames are multiples of
-# Units of a frame, and of all frames together, of which two are counted once: nine tenths of a
-# context of 128,000 tokens
-MIN_UNITS = 128
-MAX_UNITS = 768
-TOTAL_UNITS = 128000 * 0.9
 
 # The settings that a sample may have
 SIDES = ("resized_height", "resized_width")
@@ -60,7 +55,7 @@ ABOVE = {"fps": 0, "sample_fps": 0, "total_pixels": 0, **dict.fromkeys(TIMES, -m
 class MediumTransform:
     """What the transforms of images and of videos share."""
 
-    settings: ClassVar[Sequence[str]]  # that a sample may have
+    _settings: ClassVar[Sequence[str]]  # that a sample may have
     backend: Backend = "torchvision"
     alpha: Alpha = "reference"
 
@@ -119,7 +114,7 @@ class MediumTransform:
         return limits["min_pixels"], limits["max_pixels"]
 
     def _settings_of(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        settings = {name: sample[name] for name in self.settings if sample.get(name) is not None}
+        settings = {name: sample[name] for name in self._settings if sample.get(name) is not None}
         _check_numbers(settings, self.geometry.unit)
         return settings
 
@@ -167,10 +162,8 @@ class MediumTransform:
             dtype = getattr(torch, self.patch_dtype)
             return torch.empty(steps * rows * columns, values, dtype=dtype, device="meta")
         patches = np.empty((steps, rows * columns, values), self.patch_dtype)
-        resized = (
-            resize(frame, rows * size, columns * size, self.backend).permute(1, 2, 0).numpy()
-            for frame in frames_CHW
-        )
+        height, width = rows * size, columns * size
+        resized = (resize(frame, height, width, self.backend) for frame in frames_CHW)
         for step in patches:
             frames = list(islice(resized, per_patch))
             frames += frames[-1:] * (per_patch - len(frames))  # the last of an odd number
@@ -217,7 +210,7 @@ class ImageTransform(MediumTransform):
             another mean or deviation.
     """
 
-    settings = SIZING
+    _settings = SIZING
 
     def __init__(
         self,
@@ -295,7 +288,7 @@ class VideoTransform(MediumTransform):
         ValueError: as of :class:`ImageTransform`.
     """
 
-    settings = (*SIZING, "total_pixels", *SAMPLING, "frame_indices", "sample_fps")
+    _settings = (*SIZING, "total_pixels", *SAMPLING, "frame_indices", "sample_fps")
 
     def __init__(
         self,
@@ -312,13 +305,14 @@ class VideoTransform(MediumTransform):
         patch_dtype: PatchDtype = "float32",
         remote: RemoteLimits | None = None,
     ) -> None:
-        area = geometry.unit**2
         self.fps = fps
         self.min_frames = min_frames
         self.max_frames = max_frames
-        self.total_pixels = int(TOTAL_UNITS * area) if total_pixels is None else total_pixels
-        least = MIN_UNITS * area if min_pixels is None else min_pixels
-        most = MAX_UNITS * area if max_pixels is None else max_pixels
+        # The defaults are qwen-vl-utils': in all, nine tenths of a context of 128,000 tokens
+        token = geometry.unit**2
+        self.total_pixels = int(128000 * 0.9 * token) if total_pixels is None else total_pixels
+        least = 128 * token if min_pixels is None else min_pixels
+        most = 768 * token if max_pixels is None else max_pixels
         super().__init__(geometry, least, most, image_mean, image_std, patch_dtype, remote)
 
     def _transform(self, sample: Mapping[str, Any], decode: bool) -> dict[str, Any]:

@@ -335,12 +335,14 @@ class WebPAnimation:
     """An animation in WebP, which FFmpeg does not decode, with what is used of :class:`Video`."""
 
     def __init__(self, file: BinaryIO) -> None:
-        milliseconds = []
-        # Each chunk has 4 bytes of name, 4 of size and its content, of an even length
-        while len(head := file.read(8)) == 8:
-            content = file.read((int.from_bytes(head[4:], "little") + 1) // 2 * 2)
-            if head[:4] == b"ANMF":  # a frame
-                milliseconds.append(int.from_bytes(content[12:15], "little"))
+        milliseconds, start = [], file.tell()
+        # A chunk has 4 bytes of name, 4 of size and its content, of an even length. That of a frame
+        # has 12 bytes before the 3 of its duration
+        while len(head := file.read(23)) >= 8:
+            if head[:4] == b"ANMF":
+                milliseconds.append(int.from_bytes(head[20:], "little"))
+            start += 8 + (int.from_bytes(head[4:8], "little") + 1) // 2 * 2
+            file.seek(start)
         if not milliseconds:
             raise ValueError("is a WebP image without an animation: pass it as an image")
         if not sum(milliseconds):
