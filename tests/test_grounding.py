@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchtune_vl.chat._boxes import rescaled, to_json
-from torchtune_vl.media._image_transform import smart_resize
+from torchtune_vl.media._patches import smart_resize
 from torchtune_vl.models.qwen2_5_vl import boxes_in_original
 
 SIDES = st.integers(1, 5000)

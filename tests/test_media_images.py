@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageFile
 
 from torchtune_vl.media import _images
-from torchtune_vl.media._images import describe_image, rgb_size, to_rgb
+from torchtune_vl.media._images import describe, rgb_size, to_rgb
 
 
 def noise(*shape):
@@ -58,13 +58,26 @@ def test_truncated_anywhere_is_an_error_or_changes_nothing(file_format):
         (Path("a/b.jpg"), "image file 'a/b.jpg'"),
         ("https://a.org/b.jpg", "image URL 'https://a.org/b.jpg'"),
         (Image.new("L", (3, 2)), "PIL image '', mode L, 3 x 2 pixels"),
-        (np.zeros((2, 3), bool), "ndarray of shape (2, 3) and dtype bool"),
-        (torch.zeros(2, 3), "Tensor of shape (2, 3) and dtype torch.float32"),
+        (np.zeros((2, 3), bool), "image ndarray of shape (2, 3) and dtype bool"),
+        (torch.zeros(2, 3), "image Tensor of shape (2, 3) and dtype torch.float32"),
+        ("file:///a/b", "image URL 'file:///a/b'"),
+        (io.BytesIO(b"a"), "image file handle 'BytesIO'"),
+        ([1, 2], "image list of 2 images"),
         (None, "image object of type NoneType"),
     ],
 )
 def test_names(image, name):
-    assert describe_image(image) == name
+    assert describe("image", image) == name
+
+
+def test_names_are_short(tmp_path):
+    url = f"data:image/png;base64,{'QUJD' * 300}"
+    assert describe("video", url) == f"video data URL {url[:40]!r}... of {len(url)} characters"
+    assert len(describe("video", "a" * 10**6)) < 600
+    path = tmp_path / "clip"
+    path.touch()
+    with path.open("rb") as handle:
+        assert describe("video", handle) == f"video file handle {str(path)!r}"
 
 
 # What is said once

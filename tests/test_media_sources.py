@@ -11,14 +11,13 @@ import time
 import warnings
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from torchtune_vl.media import _sources
-from torchtune_vl.media._sources import RemoteLimits, describe_source, read_bytes
+from torchtune_vl.media._sources import RemoteLimits, read_bytes
 
 DATA = bytes(range(256)) * 3
 
@@ -76,7 +75,7 @@ def test_unreadable_file(path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(ValueError, match=r"cannot be read \(Permission denied\)"):
+    with pytest.raises(ValueError, match=r"cannot be read \(PermissionError: Permission denied\)"):
         read_bytes(path)
 
 
@@ -197,7 +196,7 @@ def test_handle_that_never_ends(monkeypatch):
 def test_text_handle(path):
     with path.open(encoding="latin-1") as handle:
         for text in (handle, io.StringIO("abc")):
-            with pytest.raises(ValueError, match="open it in binary mode"):
+            with pytest.raises(ValueError, match="open for reading in binary mode"):
                 read_bytes(text)
 
 
@@ -208,7 +207,9 @@ def test_broken_handle(path):
     damaged = gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(DATA)[:-20]))
     with write_only, damaged:
         for handle in (closed, write_only, damaged):
-            with pytest.raises(ValueError, match=r"cannot be read \(.+\); pass an open"):
+            with pytest.raises(
+                ValueError, match=r"cannot be read \(.+\); pass a file that is open"
+            ):
                 read_bytes(handle)
         assert damaged.tell() == 0
 
@@ -216,33 +217,6 @@ def test_broken_handle(path):
 def test_closes_every_file(path):
     read_bytes(path)
     assert str(path) not in {file.path for file in psutil.Process().open_files()}
-
-
-# Names
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        (b"1234", "data of 4 bytes"),
-        ("a/b.jpg", "file 'a/b.jpg'"),
-        (Path("a/b.jpg"), "file 'a/b.jpg'"),
-        ("https://a.org/b", "URL 'https://a.org/b'"),
-        ("file:///a/b", "URL 'file:///a/b'"),
-        (io.BytesIO(b"a"), "file handle 'BytesIO'"),
-        (None, "object of type NoneType"),
-    ],
-)
-def test_names(source, name):
-    assert describe_source(source) == name
-
-
-def test_names_are_short(path):
-    url = data_url()
-    assert describe_source(url) == f"data URL {url[:40]!r}... of {len(url)} characters"
-    assert len(describe_source("a" * 10**6)) < 600
-    with path.open("rb") as handle:
-        assert describe_source(handle) == f"file handle {str(path)!r}"
 
 
 # Remote
@@ -263,7 +237,7 @@ def test_other_schemes(scheme, remote):
 
 @pytest.mark.parametrize("url", ["https://images.test/photo.jpg", "HTTPS://images.test"])
 def test_refused_unless_enabled(url):
-    with pytest.raises(ValueError, match=r"download it first, or allow https by remote="):
+    with pytest.raises(ValueError, match="download it first, or set remote="):
         read_bytes(url)
 
 

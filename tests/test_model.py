@@ -11,7 +11,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 
 from tests.reference import Conversation, reference_config
 from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.media._patches import normalized_patches, patchify
+from torchtune_vl.media._patches import normalization_by, patchify
 from torchtune_vl.models._registry import families
 from torchtune_vl.models.qwen2_5_vl import (
     GEOMETRY,
@@ -126,11 +126,9 @@ def test_uint8_patches_of_images_and_videos_together(directory: Path) -> None:
         for shape in ((1, 56, 84, 3), (4, 84, 56, 3), (1, 28, 28, 3))
     ]
     grids = torch.tensor([[1, 4, 6], [2, 6, 4], [1, 2, 2]])
+    normalization = normalization_by(GEOMETRY.mean, GEOMETRY.std)
     as_float = torch.cat(
-        [
-            torch.from_numpy(normalized_patches(frames, GEOMETRY, GEOMETRY.mean, GEOMETRY.std))
-            for frames in media
-        ]
+        [torch.from_numpy(patchify(frames, GEOMETRY, normalization)) for frames in media]
     )
     as_uint8 = [torch.from_numpy(patchify(frames, GEOMETRY)) for frames in media]
     assert [p.shape[1] for p in as_uint8] == [588, 1176, 588]

@@ -515,7 +515,7 @@ def test_pixel_off_by_one_level_is_shown(
 
 
 def test_wrong_grid(ours: Ours, reference: Reference, monkeypatch: pytest.MonkeyPatch, builtin):
-    monkeypatch.setattr("torchtune_vl.media._image_transform.MAX_ASPECT_RATIO", 300, raising=True)
+    monkeypatch.setattr("torchtune_vl.media._patches.MAX_ASPECT_RATIO", 300, raising=True)
     name = "built-in thread, 2 x 500 PNG"
     rows = image_rows(ours, reference, {name: builtin.images[name]}, all_of)
     (case,) = rows[1].failed

@@ -74,9 +74,9 @@ def export(base: Path, transform: Qwen2_5_VLTransform, directory: Path) -> Path:
 
 
 def frames_of(path: Path, indices: list[int]) -> torch.Tensor:
-    from torchtune_vl.media._videos import Video
+    from torchtune_vl.media._videos import open_video
 
-    with Video(path) as video:
+    with open_video(path) as video:
         return torch.from_numpy(np.stack(list(video.frames(indices)))).permute(0, 3, 1, 2)
 
 

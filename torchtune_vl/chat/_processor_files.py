@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torchtune_vl.chat._pretrained import sizes_of_patches
 from torchtune_vl.media import ImageTransform, VideoTransform
-from torchtune_vl.media._video_transform import FRAME_FACTOR
+from torchtune_vl.media._transforms import FRAME_FACTOR
 
 
 class ProcessorClasses(NamedTuple):

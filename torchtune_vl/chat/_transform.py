@@ -29,9 +29,8 @@ from torchtune_vl.chat._tokenizer import QwenTokenizer, check_surrogates
 from torchtune_vl.chat._truncation import Truncation, difference, remedy, truncate
 from torchtune_vl.media import Geometry, ImageTransform, RemoteLimits, VideoTransform
 from torchtune_vl.media._errors import reraise
-from torchtune_vl.media._image_transform import PatchDtype
 from torchtune_vl.media._images import Alpha, Backend
-from torchtune_vl.media._video_transform import FPS, MAX_FRAMES, MIN_FRAMES
+from torchtune_vl.media._transforms import FPS, MAX_FRAMES, MIN_FRAMES, PatchDtype
 from torchtune_vl.modules.layout import concatenate_patches, mrope_positions, vision_index
 
 Turns = Literal["all", "last"]

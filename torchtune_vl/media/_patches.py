@@ -1,107 +1,166 @@
-"""Pixels to the flat patches that a vision encoder reads.
+"""Resized frames, and the flat patches of them that a vision encoder reads.
 
-Shapes: T frames, H height and W width in pixels, C colour channels, N patches, P pixels of a patch
-along both sides, F frames of a patch that differ: 1 for an image, 2 for a video.
+Shapes: T frames, H height and W width in pixels, C colour channels, N patches, P pixels of a patch,
+F frames of a patch that differ: 1 for an image, 2 for a video; R copies of them along time.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
 
-from torchtune_vl.media._geometry import CHANNELS, Geometry
 from torchtune_vl.media._images import Backend
 
+CHANNELS = 3  # of RGB
+MAX_ASPECT_RATIO = 200
 
-def patchify(frames_THWC: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Cuts frames into flat patches: ``patchify`` of transformers' Qwen2-VL processors.
+Size = tuple[int, int]  # height and width in pixels
 
-    The patches of a unit, which become one token, are neighbours in the result; units follow each
-    other row by row.
 
-    Args:
-        frames_THWC (np.ndarray): uint8 [T, H, W, 3]; T is 1 for an image or a multiple of
-            ``temporal_patch_size`` for a video, H and W are multiples of ``unit``.
-        geometry (Geometry): sizes of patches.
+@dataclass(frozen=True)
+class Geometry:
+    """How a family of models cuts and normalizes images and videos."""
 
-    Returns:
-        np.ndarray: uint8 [N, 3 * F * P], where an image's patches hold one frame: the copy along
-        time is left out.
+    patch_size: int  # pixels along a side of a patch, an even number
+    temporal_patch_size: int  # frames of a patch
+    merge_size: int  # patches along a side of a unit, the square that becomes one token
+    window_size: int | None  # units along a side of a window of attention; None: whole frames
+    mean: tuple[float, ...]  # of each RGB channel, for values in [0, 1]
+    std: tuple[float, ...]  # standard deviation of each, likewise
+    min_pixels: int  # smallest area of an image after resizing, unless a setting says otherwise
+    max_pixels: int  # largest area, likewise
+
+    @property
+    def unit(self) -> int:
+        """Pixels along a side of a unit: what sides of resized images are multiples of."""
+        return self.merge_size * self.patch_size
+
+    @property
+    def values_per_patch(self) -> int:
+        """Numbers of a patch with all of its frames."""
+        return CHANNELS * self.temporal_patch_size * self.patch_size**2
+
+
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: float, max_pixels: float
+) -> Size:
+    """Find the size that an image is resized to: transformers' ``smart_resize``.
+
+    Both sides become multiples of ``factor``, at least one of it, the area moves between
+    ``min_pixels`` and ``max_pixels``, and the aspect ratio stays as near as these allow.
+    ``ValueError`` if one side is more than 200 times the other.
     """
-    frames, height, width, channels = frames_THWC.shape
-    size = geometry.patch_size
-    per_patch = min(frames, geometry.temporal_patch_size)
-    count = frames // per_patch * (height // size) * (width // size)
-    patches = np.empty((count, channels, per_patch, size, size), np.uint8)
-    _loops_of(geometry).patchify(np.ascontiguousarray(frames_THWC), patches)
-    return patches.reshape(count, -1)
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ValueError(
+            f"height {height} and width {width}: one side is more than {MAX_ASPECT_RATIO} times "
+            "the other; crop or pad the image"
+        )
+    sides = (height, width)
+    area = height * width
+    new_height, new_width = (round(side / factor) * factor for side in sides)
+    # The order of the float operations decides between two multiples of factor in close cases
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(area / max_pixels)
+        new_height, new_width = (
+            max(factor, math.floor(side / shrink / factor) * factor) for side in sides
+        )
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / area)
+        new_height, new_width = (math.ceil(side * grow / factor) * factor for side in sides)
+    return new_height, new_width
 
 
-def normalized_patches(
-    frames_THWC: np.ndarray,
-    geometry: Geometry,
-    mean: Sequence[float],
-    std: Sequence[float],
-    backend: Backend = "torchvision",
-) -> np.ndarray:
-    """Cuts frames into patches, scales them by mean and deviation and repeats an image along time.
+def resize(image_CHW: torch.Tensor, height: int, width: int, backend: Backend) -> np.ndarray:
+    """Resize uint8 by bicubic interpolation with antialiasing, as the transformers backend does.
 
-    The float32 operations are those of transformers, in their order:
-    ``TorchvisionBackend.rescale_and_normalize`` folds the factor 255 into mean and deviation,
-    ``PilBackend`` divides the pixels by it.
-
-    Args:
-        frames_THWC (np.ndarray): uint8 [T, H, W, 3] as in :func:`patchify`.
-        geometry (Geometry): sizes of patches.
-        mean (Sequence[float]): mean of each channel, for values in [0, 1].
-        std (Sequence[float]): standard deviation of each channel, likewise.
-        backend (Backend): which order of operations to follow.
-
-    Returns:
-        np.ndarray: float32 [N, values_per_patch].
+    The result is [H, W, C], which is also the fastest layout of the input's memory.
     """
-    frames, height, width, _ = frames_THWC.shape
-    per_patch = min(frames, geometry.temporal_patch_size)
-    divisor, means, stds = _scale(tuple(mean), tuple(std), backend)
-    count = frames // per_patch * (height // geometry.patch_size) * (width // geometry.patch_size)
-    normalized = np.empty((count, geometry.values_per_patch), np.float32)
-    _loops_of(geometry).normalize(
-        np.ascontiguousarray(frames_THWC), divisor, means, stds, normalized
-    )
-    return normalized
+    image_HWC = image_CHW.permute(1, 2, 0)
+    if image_HWC.shape[:2] == (height, width):
+        return image_HWC.numpy()
+    if backend == "pil":
+        image = Image.fromarray(image_HWC.numpy())
+        return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+    # Only a batch dimension that was added in front of HWC has the strides by which torch
+    # recognizes channels-last memory, where it needs half the time for the same pixels
+    batch_NCHW = image_HWC.unsqueeze(0).permute(0, 3, 1, 2)
+    resized = F.interpolate(batch_NCHW, (height, width), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+# What pixels are divided by, what is then subtracted [C], and what the rest is divided by [C]
+Normalization = tuple[np.float32, np.ndarray, np.ndarray]
 
 
 @lru_cache
-def _scale(
-    mean: tuple[float, ...], std: tuple[float, ...], backend: Backend
-) -> tuple[np.float32, np.ndarray, np.ndarray]:
-    """What pixels are divided by, what is then subtracted, and what the rest is divided by."""
-    # transformers' PIL backend multiplies by 1 / 255 in float64 and rounds to float32: for all 256
-    # levels the same number as a division by 255
-    white, unit = np.float32(255), np.float32(1)
-    divisor, factor = (white, unit) if backend == "pil" else (unit, white)
+def normalization_by(
+    mean: tuple[float, ...], std: tuple[float, ...], backend: Backend = "torchvision"
+) -> Normalization:
+    """The float32 operations of transformers, in their order, for mean and deviation of [0, 1].
+
+    ``TorchvisionBackend.rescale_and_normalize`` folds the factor 255 into mean and deviation,
+    ``PilBackend`` multiplies pixels by 1 / 255 in float64 and rounds to float32, which for all 256
+    levels is the same number as a division.
+    """
+    white, one = np.float32(255), np.float32(1)
+    divisor, factor = (white, one) if backend == "pil" else (one, white)
     return divisor, np.array(mean, np.float32) * factor, np.array(std, np.float32) * factor
 
 
-class _Loops(NamedTuple):
-    patchify: Callable[..., None]
-    normalize: Callable[..., None]
+_NONE = normalization_by((0,) * CHANNELS, (1,) * CHANNELS)
 
 
-def _loops_of(geometry: Geometry) -> _Loops:
-    return _compile_loops(geometry.patch_size, geometry.temporal_patch_size, geometry.merge_size)
+def patchify(
+    frames_THWC: np.ndarray,
+    geometry: Geometry,
+    normalization: Normalization | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Cut frames into flat patches: ``patchify`` of transformers' Qwen2-VL processors.
+
+    The patches of a unit, which become one token, are neighbours; units follow row by row.
+
+    Args:
+        frames_THWC: uint8; T is 1 for an image or a multiple of ``temporal_patch_size`` for a
+            video, H and W are multiples of ``unit``.
+        geometry: sizes of patches.
+        normalization: what is done to the pixels: float32 [N, C * R * F * P], an image repeated
+            along time. Without it the result is uint8 [N, C * F * P], an image only once.
+        out: contiguous memory for the result.
+    """
+    frames, height, width, _ = frames_THWC.shape
+    size = geometry.patch_size
+    per_patch = min(frames, geometry.temporal_patch_size)
+    repeats = geometry.temporal_patch_size // per_patch if normalization else 1
+    count = frames // per_patch * (height // size) * (width // size)
+    values = CHANNELS * per_patch * size**2
+    if out is None:
+        out = np.empty((count, repeats * values), np.float32 if normalization else np.uint8)
+    pixels, normalized = out, np.empty(0, np.float32)
+    if normalization:  # of a row of units at a time, which stays in the processor's cache
+        pixels, normalized = np.empty(geometry.merge_size * width // size * values, np.uint8), out
+    _loops(size, geometry.merge_size)(
+        np.ascontiguousarray(frames_THWC),
+        pixels.reshape(-1, CHANNELS, per_patch, size, size),
+        *(normalization or _NONE),
+        normalized.reshape(-1, CHANNELS, repeats, per_patch * size**2),
+    )
+    return out
 
 
 @lru_cache
-def _compile_loops(patch_size: int, temporal_patch_size: int, merge_size: int) -> Any:
-    """The loops for one size of patches.
+def _loops(patch_size: int, merge_size: int) -> Callable[..., None]:
+    """Compile the loops for one size of patches.
 
     Sizes that the compiler knows make the innermost loops, over the pixels of a line, vector
     instructions; as arguments they would cost a third of the speed.
     """
-    unit = merge_size * patch_size
     half = patch_size // 2
 
     @numba.njit(nogil=True, cache=True)
@@ -109,13 +168,18 @@ def _compile_loops(patch_size: int, temporal_patch_size: int, merge_size: int) -
         """Cuts a row of units, which begins at frame t and line y."""
         width = frames_THWC.shape[2]
         planes_CYX = np.empty((CHANNELS, patch_size, width), np.uint8)
-        # Two pixels at a time: a patch has an even number of them in a line
+        # Unsigned indices: numba would let signed ones count from the end, and LLVM not vectorize
+        # the loop. Two pixels at a time: a patch has an even number of them in a line
         pairs, patch_pairs = planes_CYX.view(np.uint16), patches_NCFYX.view(np.uint16)
         for f in range(patches_NCFYX.shape[2]):
             for i in range(merge_size):
                 for line in range(patch_size):
                     row = frames_THWC[t + f, y + i * patch_size + line].reshape(-1)
-                    _separate(row, planes_CYX[0, line], planes_CYX[1, line], planes_CYX[2, line])
+                    for x in range(np.uintp(width)):
+                        first = np.uintp(CHANNELS) * x
+                        planes_CYX[0, line, x] = row[first]
+                        planes_CYX[1, line, x] = row[first + np.uintp(1)]
+                        planes_CYX[2, line, x] = row[first + np.uintp(2)]
                 for j in range(width // patch_size):
                     n = j // merge_size * merge_size**2 + i * merge_size + j % merge_size
                     for c in range(CHANNELS):
@@ -124,66 +188,33 @@ def _compile_loops(patch_size: int, temporal_patch_size: int, merge_size: int) -
                                 patch_pairs[n, c, f, line, x] = pairs[c, line, j * half + x]
 
     @numba.njit(nogil=True, cache=True)
-    def patchify(frames_THWC, patches_NCFYX):  # type: ignore[no-untyped-def]
+    def cut(frames_THWC, pixels_NCFYX, divisor, means, stds, values_NCRP):  # type: ignore[no-untyped-def]
+        """Cuts frames into ``pixels``, again and again the same ones if they are normalized."""
         frames, height, width, _ = frames_THWC.shape
         count = merge_size * width // patch_size
         done = 0
-        for t in range(0, frames, patches_NCFYX.shape[2]):
-            for y in range(0, height, unit):
-                cut_units(frames_THWC, t, y, patches_NCFYX[done : done + count])
+        for t in range(0, frames, pixels_NCFYX.shape[2]):
+            for y in range(0, height, merge_size * patch_size):
+                start = done % len(pixels_NCFYX)
+                units = pixels_NCFYX[start : start + count]
+                cut_units(frames_THWC, t, y, units)
+                if len(values_NCRP):
+                    flat_NCP = units.reshape(count, CHANNELS, -1)
+                    _normalize(flat_NCP, divisor, means, stds, values_NCRP[done : done + count])
                 done += count
 
-    # The operations of IEEE 754 and no check for zero, without which the loops are not vectorized
-    @numba.njit(nogil=True, cache=True, error_model="numpy")
-    def normalize(frames_THWC, divisor, means, stds, normalized):  # type: ignore[no-untyped-def]
-        frames, height, width, _ = frames_THWC.shape
-        per_patch = min(frames, temporal_patch_size)
-        # A row of units at a time stays in the processor's cache between the two steps
-        units = np.empty(
-            (merge_size * width // patch_size, CHANNELS, per_patch, patch_size, patch_size),
-            np.uint8,
-        )
-        pixels, values = units.reshape(-1), normalized.reshape(-1)
-        per_channel = np.uintp(per_patch * patch_size**2)
-        repeats = np.uintp(temporal_patch_size // per_patch)
-        to = np.uintp(0)
-        for t in range(0, frames, per_patch):
-            for y in range(0, height, unit):
-                cut_units(frames_THWC, t, y, units)
-                start = np.uintp(0)
-                for _ in range(len(units)):
-                    for c in range(CHANNELS):
-                        _normalize(
-                            pixels,
-                            start,
-                            values,
-                            to,
-                            per_channel,
-                            repeats,
-                            divisor,
-                            means[c],
-                            stds[c],
-                        )
-                        start += per_channel
-                        to += repeats * per_channel
-
-    return _Loops(patchify, normalize)
+    return cut
 
 
-# Unsigned indices: numba would let signed ones count from the end, and LLVM not vectorize the loop
-@numba.njit(nogil=True, cache=True)
-def _separate(row, red, green, blue):  # type: ignore[no-untyped-def]
-    for x in range(np.uintp(len(red))):
-        first = np.uintp(CHANNELS) * x
-        red[x] = row[first]
-        green[x] = row[first + np.uintp(1)]
-        blue[x] = row[first + np.uintp(2)]
-
-
+# The operations of IEEE 754 and no check for zero, without which the loops are not vectorized
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _normalize(pixels, start, values, to, size, repeats, divisor, mean, std):  # type: ignore[no-untyped-def]
-    for i in range(size):
-        values[to + i] = (np.float32(pixels[start + i]) / divisor - mean) / std
-    for r in range(np.uintp(1), repeats):
-        for i in range(size):
-            values[to + r * size + i] = values[to + i]
+def _normalize(pixels_NCP, divisor, means, stds, values_NCRP):  # type: ignore[no-untyped-def]
+    size = np.uintp(pixels_NCP.shape[2])
+    for n in range(np.uintp(len(pixels_NCP))):
+        for c in range(np.uintp(CHANNELS)):
+            mean, std = means[c], stds[c]
+            for i in range(size):
+                values_NCRP[n, c, 0, i] = (np.float32(pixels_NCP[n, c, i]) / divisor - mean) / std
+            for r in range(np.uintp(1), np.uintp(values_NCRP.shape[2])):
+                for i in range(size):
+                    values_NCRP[n, c, r, i] = values_NCRP[n, c, 0, i]

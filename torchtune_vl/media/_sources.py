@@ -7,6 +7,7 @@ import functools
 import http.client
 import io
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -16,15 +17,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, cast
-from urllib.parse import (
-    SplitResult,
-    quote,
-    unquote,
-    unquote_to_bytes,
-    urljoin,
-    urlsplit,
-    urlunsplit,
-)
+from urllib import parse
+
+from torchtune_vl.media._errors import reason_of, refusing
 
 Source = bytes | bytearray | memoryview | str | os.PathLike | BinaryIO
 
@@ -32,31 +27,26 @@ Source = bytes | bytearray | memoryview | str | os.PathLike | BinaryIO
 MAX_BYTES = 2**30
 CHUNK = 2**20
 
+CORRECT_PATH = "correct the path or remove it from the data"
+
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 HEADERS = {"User-Agent": "torchtune-vl"}
 URL_CHARACTERS = "%/?:@!$&'()*+,;=[]"  # beside letters and digits; all others are escaped
 
 # IPv6 addresses that stand for the IPv4 address in their last 32 bits (RFC 6052, RFC 4291)
-_EMBEDDED_IPV4 = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "::ffff:0:0/96")]
-# Older ones of IPv4 addresses (RFC 4291), and those of a network's own translators (RFC 8215)
-_NOT_PUBLIC = [ipaddress.ip_network(network) for network in ("::/96", "64:ff9b:1::/48")]
+_EMBEDDED_IPV4 = ("64:ff9b::/96", "::ffff:0:0/96")
+# Older ones of IPv4 addresses (RFC 4291), those of a network's own translators (RFC 8215), tunnels
+# of 6to4 (which is_global takes for public before Python 3.13) and multicast (which it always does)
+_NOT_PUBLIC = ("::/96", "64:ff9b:1::/48", "2002::/16", "224.0.0.0/4", "ff00::/8")
 
 
 @dataclass(frozen=True)
 class RemoteLimits:
-    """Allows https URLs, within limits.
+    """Allows https URLs, within limits; ``ValueError`` if one is not positive."""
 
-    Args:
-        max_bytes (int): largest file to fetch, in bytes.
-        timeout_seconds (float): longest time for one file, redirects included. The system's name
-            look-up has its own limit.
-
-    Raises:
-        ValueError: if a limit is not positive.
-    """
-
-    max_bytes: int = 50 * 2**20
+    max_bytes: int = 50 * 2**20  # of a file
+    # Of a file, redirects included. The system's name look-up has its own limit
     timeout_seconds: float = 20
 
     def __post_init__(self) -> None:
@@ -65,176 +55,115 @@ class RemoteLimits:
 
 
 def read_bytes(source: Source, remote: RemoteLimits | None = None) -> bytes:
-    """Reads a whole file, wherever it is.
+    """Read a whole file of at most 1 GiB, as :func:`open_bytes` opens it."""
+    with open_bytes(source, remote, MAX_BYTES) as file:
+        return file.read()
+
+
+def open_bytes(
+    source: Source, remote: RemoteLimits | None = None, max_bytes: float = MAX_BYTES
+) -> BinaryIO:
+    """Open a file, wherever it is, at its start; a path or ``file://`` URL without reading it.
 
     Args:
-        source (Source): bytes; a path; a ``file://``, ``data:`` or ``https://`` URL; base64 too
-            long to be a path; or a binary file handle, which is read from its start, left at the
-            position where it was, and not closed. One that cannot seek is read from where it is.
-        remote (RemoteLimits | None): limits for ``https://`` URLs, which are refused without. The
-            certificate is verified, the address has to be on the public internet, and so does
-            that of every redirect. Proxies are not used.
-
-    Returns:
-        bytes: the content, at least one byte.
+        source: bytes; a path; a ``file://``, ``data:`` or ``https://`` URL; base64 too long to be a
+            path; or a binary file handle, which is read from its start (if it cannot seek, from
+            where it is), left at the position where it was, and not closed.
+        remote: limits of ``https://`` URLs, which are refused without. The certificate is verified,
+            the address has to be on the public internet, and so does that of every redirect.
+            Proxies are not used.
+        max_bytes: largest file of a path. Of a handle 1 GiB is read.
 
     Raises:
-        ValueError: if it cannot be read, is empty, larger than ``remote.max_bytes`` or than 1 GiB
-            from elsewhere, or is not allowed. The message leaves it to the caller to name the
-            source.
+        ValueError: if it cannot be read, is empty, too large, or not allowed. The message leaves
+            it to the caller to name the source.
     """
-    if isinstance(source, bytes | bytearray | memoryview):
-        data = bytes(source)
-    elif isinstance(source, str):
-        data = _read_text(source, remote)
-    elif isinstance(source, os.PathLike):
-        data = _read_file(source)
-    elif callable(getattr(source, "read", None)):
-        data = _read_handle(source)
-    else:
-        raise ValueError("is no source; pass bytes, a path, a URL or a binary file handle")
-    if not data:
-        raise ValueError("is empty (0 bytes); fetch it again or remove it from the data")
-    return data
-
-
-def open_bytes(source: Source, remote: RemoteLimits | None = None) -> BinaryIO:
-    """Opens what :func:`read_bytes` reads, files without reading them.
-
-    Args:
-        source (Source): as in :func:`read_bytes`.
-        remote (RemoteLimits | None): as there.
-
-    Returns:
-        BinaryIO: an open file at its start, which the caller closes.
-
-    Raises:
-        ValueError: as :func:`read_bytes` does.
-    """
-    if isinstance(source, os.PathLike) or (isinstance(source, str) and not _scheme(source)):
-        with contextlib.suppress(OSError, ValueError):  # read_bytes says what is wrong
-            status = os.stat(source)
-            if stat.S_ISREG(status.st_mode) and 0 < status.st_size <= MAX_BYTES:
-                return open(source, "rb")
-    return io.BytesIO(read_bytes(source, remote))
-
-
-def describe_source(source: object) -> str:
-    """Names a source in an error message, shortened: never whole data.
-
-    Args:
-        source (object): what :func:`read_bytes` takes, or anything else.
-
-    Returns:
-        str: such as ``file 'cat.jpg'`` or ``data of 12 bytes``, to follow "image" or "video".
-    """
-    if isinstance(source, bytes | bytearray | memoryview):
-        return f"data of {memoryview(source).nbytes} bytes"
     if isinstance(source, str):
-        scheme = _scheme(source)
-        if scheme == "data":
-            return f"data URL {source[:40]!r}... of {len(source)} characters"
-        shown = source if len(source) <= 500 else f"{source[:500]}..."
-        return f"{'URL' if scheme else 'file'} {shown!r}"
-    if isinstance(source, os.PathLike):
-        return f"file {os.fsdecode(source)!r}"
-    if hasattr(source, "read"):
-        return f"file handle {getattr(source, 'name', type(source).__name__)!r}"
-    return f"object of type {type(source).__name__}"
-
-
-def _scheme(text: str) -> str:
-    """Scheme of a URL in lower case, "" for a path."""
-    found = re.match(r"data(?=:)|[a-z][a-z0-9+.-]*(?=://)", text, re.IGNORECASE)
-    return found.group().lower() if found else ""
+        source = _path_or_bytes(source, remote)
+    if isinstance(source, str | os.PathLike):
+        return _open_path(source, max_bytes)
+    if callable(getattr(source, "read", None)):
+        source = _read_handle(cast(BinaryIO, source))
+    if not isinstance(source, bytes | bytearray | memoryview):
+        raise ValueError(
+            "is no image or video; pass bytes, a path, a URL or a binary file handle, or pixels: "
+            "a PIL image, or a uint8 array or tensor"
+        )
+    data = bytes(source)
+    _check_size(len(data))
+    return io.BytesIO(data)
 
 
 def path_of_file_url(url: str) -> str:
-    """Finds the path of a ``file://`` URL.
+    """Find the path of a ``file://`` URL.
 
-    Args:
-        url (str): the URL.
-
-    Returns:
-        str: what is behind ``file://`` as it stands, as qwen-vl-utils takes it, if there is such a
-        file, and with its escapes resolved, which pathlib's ``as_uri()`` writes, if there is not.
+    As it stands, which is how qwen-vl-utils takes it, if there is such a file; otherwise with its
+    escapes resolved, which pathlib's ``as_uri()`` writes.
     """
     path = url[len("file://") :]
     with contextlib.suppress(ValueError):  # no file can have such a name
         if os.path.exists(path):
             return path
-    return unquote(path)
+    return parse.unquote(path)
 
 
-def _read_text(text: str, remote: RemoteLimits | None) -> bytes:
-    scheme = _scheme(text)
+def scheme_of(text: str) -> str:
+    """Find the scheme of a URL in lower case, "" for a path."""
+    found = re.match(r"data(?=:)|[a-z][a-z0-9+.-]*(?=://)", text, re.IGNORECASE)
+    return found.group().lower() if found else ""
+
+
+def _path_or_bytes(text: str, remote: RemoteLimits | None) -> str | bytes:
+    scheme = scheme_of(text)
     if not scheme:
-        return _read_file(text)
+        return text
     if scheme == "file":
-        return _read_file(path_of_file_url(text))
-    if scheme == "data":
-        return _read_data_url(text)
+        return path_of_file_url(text)
+    if scheme == "data":  # RFC 2397
+        header, comma, payload = text.partition(",")
+        if not comma:
+            raise ValueError("has no comma before its data; write data:image/png;base64,...")
+        if not header.lower().endswith(";base64"):
+            return parse.unquote_to_bytes(payload)
+        return _decode_base64(parse.unquote(payload), "is not valid base64")
     if scheme != "https":
         raise ValueError(f"is a {scheme}:// URL, of which only https:// is read; download it first")
     if remote is None:
-        raise ValueError(
-            "is a remote URL; download it first, or allow https by remote=RemoteLimits()"
-        )
+        raise ValueError("is a remote URL; download it first, or set remote=RemoteLimits()")
     return _fetch(text, remote)
 
 
-def _read_file(path: str | os.PathLike) -> bytes:
+def _decode_base64(text: str, problem: str) -> bytes:
+    with refusing(problem, "encode it again", ValueError):
+        return base64.b64decode("".join(text.split()), validate=True)
+
+
+def _open_path(path: str | os.PathLike, max_bytes: float) -> BinaryIO:
     try:
         status = os.stat(path)
-        # reading a pipe or a device might never end
-        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
-            with open(path, "rb") as file:
-                return file.read()
     except (OSError, ValueError) as error:  # ValueError: no file can have such a name
         if getattr(error, "errno", 0) == errno.ENAMETOOLONG and isinstance(path, str):
-            return _decode_base64(path, "is neither a file, having too long a name, nor base64")
-        raise ValueError(
-            f"cannot be read ({getattr(error, 'strerror', error)}); correct the path or remove it "
-            "from the data"
-        ) from error
-    _check_size(status.st_size, MAX_BYTES)
-    raise ValueError("is a directory, pipe or device; correct the path or remove it from the data")
-
-
-def _read_data_url(url: str) -> bytes:
-    """Decodes a URL of RFC 2397."""
-    header, comma, payload = url.partition(",")
-    if not comma:
-        raise ValueError("has no comma between header and data; write data:image/png;base64,...")
-    if not header.lower().endswith(";base64"):
-        return unquote_to_bytes(payload)
-    return _decode_base64(unquote(payload), "is not valid base64")
-
-
-def _decode_base64(text: str, problem: str) -> bytes:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError as error:
-        raise ValueError(f"{problem} ({error}); encode it again") from error
+            problem = "is neither a file, having too long a name, nor base64"
+            return io.BytesIO(_decode_base64(path, problem))
+        raise ValueError(f"cannot be read ({reason_of(error)}); {CORRECT_PATH}") from error
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
+        raise ValueError(f"is a directory, pipe or device; {CORRECT_PATH}")
+    _check_size(status.st_size, max_bytes)
+    with refusing("cannot be read", CORRECT_PATH, OSError):
+        return open(path, "rb")
 
 
 def _read_handle(handle: BinaryIO) -> bytes:
-    if isinstance(handle, io.TextIOBase):
-        raise ValueError('reads text; open it in binary mode, open(path, "rb")')
-    try:
-        if handle.seekable():
-            position = handle.tell()
+    # Whatever is behind a handle raises what it likes
+    with refusing("cannot be read", "pass a file that is open for reading in binary mode"):
+        position = handle.tell() if handle.seekable() else None
+        if position is not None:
             handle.seek(0)
-            try:
-                data = _read_up_to(MAX_BYTES, handle.read)
-            finally:
-                handle.seek(position)
-        else:
+        try:
             data = _read_up_to(MAX_BYTES, handle.read)
-    except Exception as error:  # whatever is behind a handle raises what it likes
-        raise ValueError(
-            f"cannot be read ({type(error).__name__}: {error}); pass an open, readable file"
-        ) from error
+        finally:
+            if position is not None:
+                handle.seek(position)
     _check_size(len(data), MAX_BYTES)
     return data
 
@@ -249,7 +178,9 @@ def _read_up_to(limit: int, read: Callable[[int], bytes]) -> bytes:
     return b"".join(chunks)
 
 
-def _check_size(size: int, limit: int) -> None:
+def _check_size(size: int, limit: float = math.inf) -> None:
+    if not size:
+        raise ValueError("is empty (0 bytes); fetch it again or remove it from the data")
     if size > limit:
         raise ValueError(f"is larger than {limit:,} bytes; make it smaller or raise the limit")
 
@@ -257,45 +188,37 @@ def _check_size(size: int, limit: int) -> None:
 def _fetch(url: str, limits: RemoteLimits) -> bytes:
     deadline = time.monotonic() + limits.timeout_seconds
     base = ""
-    try:
+    remedy = "try again, raise the limits or download it first"
+    with refusing("cannot be fetched", remedy, (OSError, UnicodeError, http.client.HTTPException)):
         for _ in range(1 + MAX_REDIRECTS):
             parts = _checked_url(base, url)
             with contextlib.closing(_CheckedConnection(parts, deadline)) as connection:
-                target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
-                connection.request("GET", quote(target, safe=URL_CHARACTERS), headers=HEADERS)
+                target = parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+                connection.request("GET", parse.quote(target, safe=URL_CHARACTERS), headers=HEADERS)
                 response = connection.getresponse()
                 location = response.headers["Location"]
                 if response.status not in REDIRECTS or not location:
                     return _body(response, limits.max_bytes)
                 base, url = parts.geturl(), location
-    except (OSError, UnicodeError, http.client.HTTPException) as error:
-        raise ValueError(
-            f"cannot be fetched ({type(error).__name__}: {error}); try again, raise the limits or "
-            "download it first"
-        ) from error
     raise ValueError(f"redirects more than {MAX_REDIRECTS} times; download it first")
 
 
-def _checked_url(base: str, url: str) -> SplitResult:
-    try:
-        parts = urlsplit(urljoin(base, url))
+def _checked_url(base: str, url: str) -> parse.SplitResult:
+    with refusing(f"leads to {url[:500]!r}, no valid URL", "correct it", ValueError):
+        parts = parse.urlsplit(parse.urljoin(base, url))
         _ = parts.port  # raises for an invalid one
-    except ValueError as error:
-        raise ValueError(f"leads to {url[:500]!r}, no valid URL ({error}); correct it") from error
     if parts.scheme != "https" or not parts.hostname or parts.username is not None:
-        raise ValueError(
-            f"leads to {url[:500]!r}; only https://host/path is fetched, without a user's name"
-        )
+        fetched = "only https://host/path is fetched, without a user's name"
+        raise ValueError(f"leads to {url[:500]!r}; {fetched}")
     return parts
 
 
 def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     if response.status != 200:
-        raise ValueError(
-            f"is answered by {response.status} {response.reason}; correct the URL or remove it "
-            "from the data"
-        )
-    _check_size(response.length or 0, max_bytes)
+        answer = f"{response.status} {response.reason}"
+        raise ValueError(f"is answered by {answer}; correct the URL or remove it from the data")
+    if response.length:
+        _check_size(response.length, max_bytes)
     data = _read_up_to(max_bytes, response.read)
     _check_size(len(data), max_bytes)
     if response.length:
@@ -316,12 +239,26 @@ class _DeadlineSocket(ssl.SSLSocket):
 class _CheckedConnection(http.client.HTTPSConnection):
     """Connects to the very address that was checked, which a second look-up could replace."""
 
-    def __init__(self, parts: SplitResult, deadline: float) -> None:
+    def __init__(self, parts: parse.SplitResult, deadline: float) -> None:
         super().__init__(str(parts.hostname), parts.port or 443, context=_tls_context())
         self.deadline = deadline
 
     def connect(self) -> None:
-        plain = _connect(_public_addresses(self.host, self.port), self.deadline)
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        addresses = [(str(info[4][0]), self.port) for info in found]
+        for host, _ in addresses:
+            if not _is_public(host):
+                raise ValueError(
+                    f"leads to {self.host} at {host}, which is not on the public internet; "
+                    "download it first"
+                )
+        for address in addresses:
+            try:
+                plain = socket.create_connection(address, timeout=_seconds_until(self.deadline))
+                break
+            except OSError:
+                if address == addresses[-1]:
+                    raise
         tls = cast(_DeadlineSocket, _tls_context().wrap_socket(plain, server_hostname=self.host))
         tls.deadline = self.deadline
         self.sock = tls
@@ -335,33 +272,11 @@ def _tls_context() -> ssl.SSLContext:
     return context
 
 
-def _connect(addresses: list[tuple], deadline: float) -> socket.socket:
-    *others, last = addresses
-    for address in others:
-        with contextlib.suppress(OSError):
-            return socket.create_connection(address, timeout=_seconds_until(deadline))
-    return socket.create_connection(last, timeout=_seconds_until(deadline))
-
-
-def _public_addresses(host: str, port: int) -> list[tuple]:
-    addresses = [info[4][:2] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    for address, _ in addresses:
-        if not _is_public(str(address)):
-            raise ValueError(
-                f"leads to {host} at {address}, which is not on the public internet; download it "
-                "first"
-            )
-    return addresses
-
-
 def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address)
-    if any(ip in network for network in _EMBEDDED_IPV4):
+    if any(ip in ipaddress.ip_network(n) for n in _EMBEDDED_IPV4):
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    # is_global holds for multicast, and before Python 3.13 for the tunnels of 6to4
-    tunnel = isinstance(ip, ipaddress.IPv6Address) and ip.sixtofour
-    is_local = any(ip in network for network in _NOT_PUBLIC)
-    return ip.is_global and not (ip.is_multicast or tunnel or is_local)
+    return ip.is_global and not any(ip in ipaddress.ip_network(n) for n in _NOT_PUBLIC)
 
 
 def _seconds_until(deadline: float) -> float:

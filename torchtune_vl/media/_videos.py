@@ -1,29 +1,26 @@
 """Chosen frames of a video file, without decoding or holding the others."""
 
-import os
+import math
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from io import BytesIO
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from itertools import groupby
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import av
 import numpy as np
 import torch
-from av.container import InputContainer
 from av.packet import Packet
 from av.sidedata.sidedata import SideData
-from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
+from PIL import Image
 
-from torchtune_vl.media._sources import RemoteLimits, Source, read_bytes
-from torchtune_vl.media._webp import WEBP_HEAD, WebPAnimation, is_webp
-
-Skip = Literal["DEFAULT", "NONREF"]
+from torchtune_vl.media._errors import reason_of, refusing
+from torchtune_vl.media._images import decoding, turned
+from torchtune_vl.media._sources import RemoteLimits, Source, open_bytes
 
 # FFmpeg's own step of 32 KiB would call into Python, which reads the file, far more often
 READ_STEP = 2**20
@@ -33,37 +30,37 @@ MAX_PIXELS = 2**26
 MAX_HELD_BACK = 16
 # Formats whose files begin wherever a recording began
 BROADCASTS = ("mpegts", "mpeg")
-# Decoders that see in one packet that no other frame is predicted from its frame
-SKIPPING_DECODERS = ("h264", "mpeg4", "mpeg2video")
+# Decoders that see in one packet that no other frame is predicted from its frame, and give the
+# others the same pixels without it
+SKIPPING = ("h264", "mpeg4", "mpeg2video")
 # From version 17 on PyAV converts on one thread per processor unless told otherwise
 RGB: dict[str, Any] = {"format": "rgb24"}
 if int(av.__version__.split(".")[0]) >= 17:
     RGB["threads"] = 1
+DURATION = r"(\d+):(\d+):(\d+(?:\.\d+)?)"
 READ_ERRORS = (av.FFmpegError, OSError)
 MISSING = "the decoder gives no frame"
 DAMAGED = "the decoder finds errors in it"
+REMOVE = "fetch it again or remove it from the data"
+NO_RATE = "has no frame rate; convert it or pass its frames as a list"
 
 
-def open_video(source: Source, remote: RemoteLimits | None = None) -> "Video | WebPAnimation":
-    """Opens a video file, or an animation in WebP, which FFmpeg does not decode.
+@contextmanager
+def open_video(
+    source: Source, remote: RemoteLimits | None = None
+) -> Iterator["Video | WebPAnimation"]:
+    """Open a video file as ``open_bytes`` does, of any size; it is read piece by piece.
 
-    Args:
-        source (Source): as :class:`Video` takes it.
-        remote (RemoteLimits | None): as there.
-
-    Returns:
-        Video | WebPAnimation: its frames, to be closed by the caller.
-
-    Raises:
-        ValueError: as :class:`Video` does.
+    ``ValueError`` if it is cut off, or holds no video that FFmpeg can decode.
     """
-    if _local_path(source) is None:
-        source = read_bytes(source, remote)
-    with _open_file(source, remote) as file:
-        if is_webp(file.read(WEBP_HEAD)):
-            file.seek(0)
-            return WebPAnimation(file.read())
-    return Video(source, remote)
+    remedy = f"the file is damaged, cut off or no video: {REMOVE}"
+    with open_bytes(source, remote, max_bytes=math.inf) as file:
+        head = file.read(12)
+        with refusing("FFmpeg cannot read it", remedy, READ_ERRORS):
+            is_webp = head[:4] == b"RIFF" and head[8:] == b"WEBP"
+            video = WebPAnimation(file) if is_webp else Video(file)
+        with closing(video):
+            yield video
 
 
 class Video:
@@ -76,83 +73,79 @@ class Video:
     A frame is decoded from the last key frame before it. Frames in between from which no other is
     predicted are left out where the decoder is sure of that (H.264, MPEG-2, MPEG-4, and H.265 of
     one temporal layer). A file whose timestamps do not put its frames in order is decoded from its
-    start.
-
-    Decoding takes ``torch.get_num_threads()`` threads: the caller's choice, and 1 in a data worker.
-
-    Args:
-        source (Source): path of a video file, which is read piece by piece; or anything else that
-            ``read_bytes`` reads, which is then held as a whole.
-        remote (RemoteLimits | None): limits for ``https://`` URLs, which are refused without.
-
-    Attributes:
-        num_frames (int): how many frames a player shows, at least 1.
-        fps (float): average number of frames per second, as FFmpeg finds it.
-        times (np.ndarray): float64 [num_frames], seconds from the first frame to each.
-        size (tuple[int, int]): height and width of the frames in pixels as they are stored, before
-            they are turned upright.
-        num_decoded (int): how many frames the decoder gave out so far.
-
-    Raises:
-        ValueError: if the source cannot be read, is cut off, or holds no video that FFmpeg can
-            decode. The message leaves it to the caller to name the source.
-
-    Examples:
-        >>> with Video("clip.mp4") as video:
-        ...     first, last = video.frames([0, video.num_frames - 1])
+    start. Decoding takes ``torch.get_num_threads()`` threads.
     """
 
-    num_frames: int
-    fps: float
-    times: np.ndarray
-    size: tuple[int, int]
-    close: Callable[[], None]
+    num_frames: int  # how many a player shows, at least 1
+    fps: float  # average number of frames per second, as FFmpeg finds it
+    times: np.ndarray  # float64 [num_frames], seconds from the first frame to each
+    size: tuple[int, int]  # height and width in pixels, before frames are turned upright
 
-    def __init__(self, source: Source, remote: RemoteLimits | None = None) -> None:
-        self.num_decoded = 0
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._reformatter = VideoReformatter()
-        with ExitStack() as stack:
-            self._file = stack.enter_context(_open_file(source, remote))
-            try:
-                self._container = _open_container(self._file)
-                stack.callback(lambda: self._container.close())
-                self._stream = _video_stream(self._container)
-                self.size = (self._stream.height, self._stream.width)
-                self._index_packets()
-            except READ_ERRORS as error:
-                raise ValueError(
-                    f"FFmpeg cannot read it ({_reason(error)}); the file is damaged, cut off or no "
-                    "video: fetch it again or remove it from the data"
-                ) from error
-            self.close = stack.pop_all().close
+        self._open()
+        self.size = (self._stream.height, self._stream.width)
+        self._index_packets()
 
-    def __enter__(self) -> "Video":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def close(self) -> None:
+        """Close what FFmpeg holds, but not the file."""
+        self._container.close()
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """Decodes frames, one at a time.
+        """Decode frames of increasing numbers, one at a time: uint8 [H, W, 3].
 
         The pixels are those of PyAV's ``to_ndarray(format="rgb24")``, turned upright by quarters
-        and mirrored as the file's display matrix says.
-
-        Args:
-            indices (Sequence[int]): numbers of the frames, increasing, below ``num_frames``.
-
-        Yields:
-            np.ndarray: uint8 [H, W, 3] for each index.
-
-        Raises:
-            ValueError: if a frame cannot be decoded without errors. It says at which time.
+        and mirrored as the file's display matrix says. ``ValueError`` names the frame that cannot
+        be decoded without errors.
         """
         numbers = list(indices)
-        if not self._timed:
-            yield from self._decode_by_number(numbers)
+        if self._timed:
+            for key, group in groupby(self._shown[numbers].tolist(), self._key_before):
+                yield from self._decode_from_key(key, list(group))
             return
-        for key, group in groupby(self._shown[numbers].tolist(), self._key_before):
-            yield from self._decode_from_key(key, list(group))
+        for number, frame in enumerate(self._decoded_from_start()):
+            if number == numbers[0]:
+                yield self._upright_rgb(frame)
+                del numbers[0]
+                if not numbers:
+                    return
+        raise self._undecodable(numbers[0], MISSING)
+
+    def _open(self) -> None:
+        self._file.seek(0)
+        self._container = av.open(
+            self._file,
+            mode="r",
+            buffer_size=READ_STEP,
+            metadata_errors="replace",
+            # Keeps a playlist from opening other files and addresses
+            options={"protocol_whitelist": "", "max_pixels": str(MAX_PIXELS)},
+        )
+        stream = self._container.streams.best("video")
+        if not isinstance(stream, VideoStream):
+            raise ValueError("holds no video; remove it from the data")
+        context = stream.codec_context
+        if context is None:
+            raise ValueError("FFmpeg cannot decode its codec; convert it, to H.264 for example")
+        if stream.width * stream.height > MAX_PIXELS:
+            raise ValueError(
+                f"has frames of {stream.width} x {stream.height} pixels, more than {MAX_PIXELS:,}: "
+                "make it smaller or remove it from the data"
+            )
+        context.thread_count = torch.get_num_threads()
+        context.thread_type = "AUTO"
+        context.options = {"max_pixels": str(MAX_PIXELS)}
+        if context.name != "h264":
+            # An error, not a guess at what a damaged part of a frame showed. H.264's decoder marks
+            # such frames, and would object to frames that need others from before a seek
+            context.options["err_detect"] = "explode"
+        # H.265 marks frames from which no other of the same temporal layer is predicted. The number
+        # of layers is in the decoder configuration record of ISO/IEC 14496-15, section 8.3.3.1
+        record = context.extradata or b""
+        one_layer = len(record) > 21 and record[0] == 1 and record[21] >> 3 & 7 == 1
+        self._can_skip = context.name in SKIPPING or (context.name == "hevc" and one_layer)
+        self._stream = stream
 
     def _index_packets(self) -> None:
         """Finds the frames. A frame's place is its position in the file, not its number."""
@@ -170,54 +163,45 @@ class Video:
                 cut = packet.is_corrupt
                 end = max(end, pts[-1] + (packet.duration or 0))
         if not pts:
-            raise ValueError("holds no frames; fetch it again or remove it from the data")
+            raise ValueError(f"holds no frames; {REMOVE}")
         # The header of an MP4 file lists its packets
         cut |= stored < len(getattr(self._stream, "index_entries", ()))
         seconds_per_tick = float(self._stream.time_base or 0)
 
         self._pts, self._keys = np.array(pts), np.array(keys, np.int64)
         self._hidden = np.array(hidden, bool)
+        self._places: dict[Any, int] = {time: place for place, time in enumerate(pts)}
         self._next_place = len(self._pts)
         self._by_time = self._pts.argsort(kind="stable")
-        self._sorted_pts = self._pts[self._by_time]
-        self._skip: Skip = "NONREF" if _skips_exactly(self._stream.codec_context) else "DEFAULT"
-        self._timed = timed and self._times_order_frames()
+        # Whether timestamps say which frame is shown when. Concatenated streams repeat them; AVI
+        # holds none, and FFmpeg's follow the order of the file
+        moved = self._by_time - np.arange(len(pts))
+        distinct = (np.diff(self._pts[self._by_time]) > 0).all()
+        has_b_frames = self._stream.codec_context.has_b_frames
+        made_up = self._container.format.name == "avi" and has_b_frames and not moved.any()
+        self._timed = timed and distinct and np.abs(moved).max() <= MAX_HELD_BACK and not made_up
         if self._timed:
             self._hide_undecodable_beginning()
         self._shown = self._by_time[~self._hidden[self._by_time]]
         ticks = self._pts[self._shown]
         self.times = (ticks - ticks[:1]) * seconds_per_tick
-        self.fps = self._frame_rate()
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        if not rate and not self.times.any():
+            raise ValueError(NO_RATE)
+        self.fps = float(rate or (len(self.times) - 1) / self.times[-1])
         if not self._timed:
             self.times = np.arange(sum(1 for _ in self._decoded_from_start())) / self.fps
         self.num_frames = len(self.times)
         if not self.num_frames:
-            raise ValueError("holds no frames; fetch it again or remove it from the data")
+            raise ValueError(f"holds no frames; {REMOVE}")
 
+        tag = re.fullmatch(DURATION, self._stream.metadata.get("DURATION", ""))  # of Matroska
+        hours, minutes, seconds = tag.groups() if tag else (0, 0, 0)
+        stated = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        last = end * seconds_per_tick
         longest_frame = np.diff(self.times).max(initial=1 / self.fps)
-        if cut or end * seconds_per_tick + 2 * longest_frame < _stated_duration(self._stream):
-            raise ValueError(
-                f"is cut off after {end * seconds_per_tick:.2f} s; fetch it again or remove it "
-                "from the data"
-            )
-
-    def _frame_rate(self) -> float:
-        rate = self._stream.average_rate or self._stream.guessed_rate
-        if rate:
-            return float(rate)
-        if self.times.any():
-            return float((len(self.times) - 1) / self.times[-1])
-        raise ValueError("has no frame rate; convert it or pass its frames as a list")
-
-    def _times_order_frames(self) -> bool:
-        """Whether timestamps say which frame is shown when: concatenated streams repeat them."""
-        moved = self._by_time - np.arange(len(self._by_time))
-        # AVI holds no timestamps, and FFmpeg's follow the order of the file
-        made_up = self._container.format.name == "avi" and self._stream.codec_context.has_b_frames
-        distinct = (np.diff(self._sorted_pts) > 0).all()
-        return bool(
-            distinct and np.abs(moved).max() <= MAX_HELD_BACK and (moved.any() or not made_up)
-        )
+        if cut or last + 2 * longest_frame < stated:
+            raise ValueError(f"is cut off after {last:.2f} s; {REMOVE}")
 
     def _hide_undecodable_beginning(self) -> None:
         """Does not count frames that need some from before the file, as a whole decode does not."""
@@ -265,7 +249,7 @@ class Video:
                         del places[0]
                         yield self._upright_rgb(frame)
             except READ_ERRORS as error:
-                reason = _reason(error)
+                reason = reason_of(error)
             if begun:
                 break
             self._keys = self._keys[:0]
@@ -277,11 +261,12 @@ class Video:
         wanted, last = set(places), max(places)
         for place, packet in self._packets_from(start):
             context = self._stream.codec_context
-            context.skip_frame = "DEFAULT" if place in wanted else self._skip
-            yield from self._counted(context.decode(packet))
+            can_skip = self._can_skip and place not in wanted
+            context.skip_frame = "NONREF" if can_skip else "DEFAULT"
+            yield from context.decode(packet)
             if place == last:
                 break
-        yield from self._counted(self._stream.codec_context.decode(None))
+        yield from self._stream.codec_context.decode(None)
 
     def _packets_from(self, start: int) -> Iterator[tuple[int, Packet]]:
         """Reads on from a place, with the place of each packet."""
@@ -302,47 +287,29 @@ class Video:
 
     def _placed_packets(self) -> Iterator[tuple[int, Packet]]:
         for packet in self._container.demux(self._stream):
-            if packet.size and packet.pts is not None:
-                order = int(self._sorted_pts.searchsorted(packet.pts))
-                if order < len(self._pts) and self._sorted_pts[order] == packet.pts:
-                    place = int(self._by_time[order])
-                    self._next_place = place + 1
-                    yield place, packet
-
-    def _decode_by_number(self, numbers: list[int]) -> Iterator[np.ndarray]:
-        """Decodes frames by counting, which needs no timestamps."""
-        for number, frame in enumerate(self._decoded_from_start()):
-            if number == numbers[0]:
-                yield self._upright_rgb(frame)
-                del numbers[0]
-                if not numbers:
-                    return
-        raise self._undecodable(numbers[0], MISSING)
+            place = self._places.get(packet.pts) if packet.size else None
+            if place is not None:
+                self._next_place = place + 1
+                yield place, packet
 
     def _decoded_from_start(self) -> Iterator[VideoFrame]:
         self._reopen()
         number = 0
         try:
-            for frame in self._counted(self._container.decode(self._stream)):
+            for frame in self._container.decode(self._stream):
                 if frame.is_corrupt:
                     raise self._undecodable(number, DAMAGED)
                 yield frame
                 number += 1
         except READ_ERRORS as error:
-            raise self._undecodable(number, _reason(error)) from error
-
-    def _counted(self, frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
-        for frame in frames:
-            self.num_decoded += 1
-            yield frame
+            raise self._undecodable(number, reason_of(error)) from error
 
     def _number(self, pts: int) -> int:
         return int(self._pts[self._shown].searchsorted(pts))
 
     def _reopen(self) -> None:
         self._container.close()
-        self._container = _open_container(self._file)
-        self._stream = _video_stream(self._container)
+        self._open()
 
     def _undecodable(self, number: int, reason: str) -> ValueError:
         second = self.times[number] if self._timed else number / self.fps
@@ -355,88 +322,42 @@ class Video:
         # One reformatter saves setting up the conversion for each frame
         rgb = self._reformatter.reformat(frame, **RGB).to_ndarray()
         matrix = cast(SideData | None, frame.side_data.get("DISPLAYMATRIX"))
-        return rgb if matrix is None else _turn(rgb, np.frombuffer(bytes(matrix), np.int32))
+        if matrix is None:
+            return rgb
+        # Its elements show the stored point (x, y) at (a * x + c * y, b * x + d * y)
+        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+        sideways = abs(b) > abs(a)  # to the nearest quarter
+        x, y = (c, b) if sideways else (a, d)
+        return turned(rgb, sideways, y < 0, x < 0)
 
 
-def _open_file(source: Source, remote: RemoteLimits | None) -> BinaryIO:
-    path = _local_path(source)
-    if path is not None:
-        with suppress(OSError):  # read_bytes says what is wrong
-            return open(path, "rb")
-    return BytesIO(read_bytes(source, remote))
+class WebPAnimation:
+    """An animation in WebP, which FFmpeg does not decode, with what is used of :class:`Video`."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        milliseconds, start = [], file.tell()
+        # A chunk has 4 bytes of name, 4 of size and its content, of an even length. That of a frame
+        # has 12 bytes before the 3 of its duration
+        while len(head := file.read(23)) >= 8:
+            if head[:4] == b"ANMF":
+                milliseconds.append(int.from_bytes(head[20:], "little"))
+            start += 8 + (int.from_bytes(head[4:8], "little") + 1) // 2 * 2
+            file.seek(start)
+        if not milliseconds:
+            raise ValueError("is a WebP image without an animation: pass it as an image")
+        if not sum(milliseconds):
+            raise ValueError(NO_RATE)
+        self.num_frames = len(milliseconds)
+        self.fps = 1000 * len(milliseconds) / sum(milliseconds)
+        with decoding("frame 0"):
+            self._image = Image.open(file)
+        self.size = (self._image.height, self._image.width)
+        self.close = self._image.close
 
-def _local_path(source: Source) -> str | os.PathLike | None:
-    """The path of a file that is there."""
-    path = source.removeprefix("file://") if isinstance(source, str) else source
-    return path if isinstance(path, str | os.PathLike) and os.path.isfile(path) else None
-
-
-def _open_container(file: BinaryIO) -> InputContainer:
-    file.seek(0)
-    return av.open(
-        file,
-        mode="r",
-        buffer_size=READ_STEP,
-        metadata_errors="replace",
-        # Keeps a playlist from opening other files and addresses
-        options={"protocol_whitelist": "", "max_pixels": str(MAX_PIXELS)},
-    )
-
-
-def _video_stream(container: InputContainer) -> VideoStream:
-    stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream):
-        raise ValueError("holds no video; remove it from the data")
-    context = stream.codec_context
-    if context is None:
-        raise ValueError("FFmpeg cannot decode its codec; convert it, to H.264 for example")
-    if stream.width * stream.height > MAX_PIXELS:
-        raise ValueError(
-            f"has frames of {stream.width} x {stream.height} pixels, more than {MAX_PIXELS:,}: "
-            "make it smaller or remove it from the data"
-        )
-    context.thread_count = torch.get_num_threads()
-    context.thread_type = "AUTO"
-    context.options = {"max_pixels": str(MAX_PIXELS)}
-    if context.name != "h264":
-        # An error in place of a guess at what a damaged part of a frame showed. The H.264 decoder
-        # marks such frames, and would object to frames that need others from before a seek
-        context.options["err_detect"] = "explode"
-    return stream
-
-
-def _skips_exactly(context: VideoCodecContext) -> bool:
-    """Whether a decoder can leave out frames and give the others the same pixels.
-
-    H.265 marks frames from which no other of the same temporal layer is predicted. The number of
-    layers is in the decoder configuration record of ISO/IEC 14496-15, section 8.3.3.1.
-    """
-    record = context.extradata or b""
-    one_layer = len(record) > 21 and record[0] == 1 and record[21] >> 3 & 7 == 1
-    return context.name in SKIPPING_DECODERS or (context.name == "hevc" and one_layer)
-
-
-def _stated_duration(stream: VideoStream) -> float:
-    """Seconds that a Matroska file states for a stream, 0 where it states none."""
-    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    if not tag:
-        return 0
-    hours, minutes, seconds = tag.groups()
-    return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-
-
-def _turn(image_HWC: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Turns and mirrors an image by a display matrix, to the nearest quarter.
-
-    Its elements a, b, c, d show the stored point (x, y) at (a * x + c * y, b * x + d * y).
-    """
-    a, b, _, c, d = matrix[:5].tolist()
-    if abs(b) > abs(a):
-        image_HWC = image_HWC.transpose(1, 0, 2)
-        a, d = c, b
-    return image_HWC[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+    def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """Decode frames of increasing numbers, one at a time, without their transparency."""
+        for index in indices:
+            with decoding(f"frame {index}"):
+                self._image.seek(index)
+                pixels = np.array(self._image.convert("RGB"))
+            yield pixels

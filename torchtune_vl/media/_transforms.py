@@ -1,0 +1,458 @@
+"""One image or one video to the patches and the grid that a vision encoder reads.
+
+Shapes: T frames, C channels (3), H height and W width in pixels.
+"""
+
+import math
+import operator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import chain, islice, repeat
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import torch
+
+from torchtune_vl.media._errors import refusing
+from torchtune_vl.media._images import Alpha, Backend, naming, rgb_size, to_rgb, uint8_tensor
+from torchtune_vl.media._patches import (
+    CHANNELS,
+    Geometry,
+    Size,
+    normalization_by,
+    patchify,
+    resize,
+    smart_resize,
+)
+from torchtune_vl.media._sources import RemoteLimits
+from torchtune_vl.media._videos import open_video
+
+PatchDtype = Literal["float32", "uint8"]
+Grid = tuple[int, int, int]  # patches along time, height and width
+
+# After resizing, of all steps of a medium together: 342,392 tokens, more than any context holds,
+# and larger than images that Pillow opens
+LARGEST_AREA = 2**28
+
+# Of qwen-vl-utils
+FPS = 2.0
+MIN_FRAMES = 4
+MAX_FRAMES = 768
+FRAME_FACTOR = 2  # what numbers of frames are multiples of
+
+# The settings that a sample may have
+SIDES = ("resized_height", "resized_width")
+SIZING = ("min_pixels", "max_pixels", *SIDES)
+TIMES = ("video_start", "video_end")
+SAMPLING = ("fps", "nframes", "min_frames", "max_frames", *TIMES)
+# The least values of integers (of sides a unit), and what other numbers are above
+LEAST = {"nframes": 1, "min_frames": 0, "max_frames": 1, "min_pixels": 1, "max_pixels": 1}
+ABOVE = {"fps": 0, "sample_fps": 0, "total_pixels": 0, **dict.fromkeys(TIMES, -math.inf)}
+
+
+class MediumTransform:
+    """What the transforms of images and of videos share."""
+
+    _settings: ClassVar[Sequence[str]]  # that a sample may have
+    backend: Backend = "torchvision"
+    alpha: Alpha = "reference"
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        min_pixels: int,
+        max_pixels: int,
+        image_mean: Sequence[float] | None,
+        image_std: Sequence[float] | None,
+        patch_dtype: PatchDtype,
+        remote: RemoteLimits | None,
+    ) -> None:
+        self.geometry = geometry
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
+        self.image_mean = geometry.mean if image_mean is None else tuple(image_mean)
+        self.image_std = geometry.std if image_std is None else tuple(image_std)
+        self.patch_dtype = patch_dtype
+        self.remote = remote
+        for name, known in (("backend", Backend), ("alpha", Alpha), ("patch_dtype", PatchDtype)):
+            value, choices = getattr(self, name), get_args(known)
+            if value not in choices:
+                raise ValueError(f"unknown {name} {value!r}: use one of {choices}")
+        of_model = (geometry.mean, geometry.std)
+        if patch_dtype == "uint8" and (self.image_mean, self.image_std) != of_model:
+            raise ValueError(
+                f"the model normalizes uint8 patches by the mean {geometry.mean} and the deviation "
+                f"{geometry.std}, not by {self.image_mean} and {self.image_std}: use float32"
+            )
+        _check_numbers(vars(self), geometry.unit)
+        _check_areas(min_pixels, max_pixels)
+
+    def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
+        """Give a sample with patches and grid of its image or video, as the class says.
+
+        ``inference`` is part of torchtune's transform interface and makes no difference here.
+        ``ValueError`` names the medium that cannot be read, or whose setting is unusable.
+        """
+        return self._transform(sample, decode=True)
+
+    def measure(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """Find what a call gives without decoding: with patches on the meta device, without values.
+
+        Of videos that are turned by a quarter height and width of the grid change places. A video
+        file whose timestamps do not put its frames in order is decoded after all, to count them.
+        """
+        return self._transform(sample, decode=False)
+
+    def _transform(self, sample: Mapping[str, Any], decode: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _areas(self, settings: Mapping[str, Any], steps: int) -> tuple[float, float]:
+        """Smallest and largest area of a frame after resizing."""
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, **settings}
+        return limits["min_pixels"], limits["max_pixels"]
+
+    def _settings_of(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        settings = {name: sample[name] for name in self._settings if sample.get(name) is not None}
+        _check_numbers(settings, self.geometry.unit)
+        return settings
+
+    def _read(self, image: Any, decode: bool) -> torch.Tensor:
+        """An image, on the meta device if it is not decoded [C, H, W]."""
+        if decode:
+            return to_rgb(image, self.backend, self.alpha, self.remote)
+        return torch.empty(CHANNELS, *rgb_size(image, self.remote), device="meta")
+
+    def _grid(self, size: Size, steps: int, settings: Mapping[str, Any]) -> Grid:
+        """The grid of frames: that of ``fetch_image`` and ``fetch_video`` of qwen-vl-utils."""
+        if min(size) < 1:
+            raise ValueError(
+                f"height {size[0]} and width {size[1]}: it needs at least one pixel each way; "
+                "remove it from the data"
+            )
+        if (SIDES[0] in settings) != (SIDES[1] in settings):
+            raise ValueError("has one of resized_height and resized_width: give both or none")
+        if SIDES[0] in settings:
+            size = (settings["resized_height"], settings["resized_width"])
+            areas: tuple[float, float] = (self.geometry.min_pixels, self.geometry.max_pixels)
+        else:
+            areas = self._areas(settings, steps)
+            _check_areas(*areas)
+        height, width = smart_resize(*size, self.geometry.unit, *areas)
+        if steps * height * width > LARGEST_AREA:
+            raise ValueError(
+                f"resized to {steps} x {height} x {width} pixels it would have more tokens than "
+                "any context: lower min_pixels"
+            )
+        return steps, height // self.geometry.patch_size, width // self.geometry.patch_size
+
+    def _encode(
+        self, frames_CHW: Iterable[torch.Tensor], grid: Grid, per_patch: int, decode: bool
+    ) -> torch.Tensor:
+        """Resizes frames and cuts them, a few at a time: no others are held."""
+        steps, rows, columns = grid
+        size = self.geometry.patch_size
+        values, normalization = CHANNELS * per_patch * size**2, None
+        if self.patch_dtype == "float32":
+            values = self.geometry.values_per_patch
+            normalization = normalization_by(self.image_mean, self.image_std, self.backend)
+        if not decode:
+            list(frames_CHW)  # looks at their sizes
+            dtype = getattr(torch, self.patch_dtype)
+            return torch.empty(steps * rows * columns, values, dtype=dtype, device="meta")
+        patches = np.empty((steps, rows * columns, values), self.patch_dtype)
+        height, width = rows * size, columns * size
+        resized = (resize(frame, height, width, self.backend) for frame in frames_CHW)
+        for step in patches:
+            frames = list(islice(resized, per_patch))
+            frames += frames[-1:] * (per_patch - len(frames))  # the last of an odd number
+            frames_THWC = np.stack(frames) if per_patch > 1 else frames[0][None]
+            patchify(frames_THWC, self.geometry, normalization, step)
+        return torch.from_numpy(patches.reshape(-1, values))
+
+
+class ImageTransform(MediumTransform):
+    """Turns one image into normalized patches, as transformers' image processor does.
+
+    They are bit-identical to those of transformers' ``Qwen2VLImageProcessor`` (``torchvision``) or
+    ``Qwen2VLImageProcessorPil`` (``pil``), encoded images loaded by its ``load_image``.
+
+    A sample's "image" is a PIL image of any mode; a uint8 array or tensor [H, W], [H, W, c] or
+    [c, H, W] with c of 1, 3 or 4 (read as [c, H, W] where both fit); or an encoded image: bytes,
+    path, ``file://``, ``data:`` or ``https://`` URL, or binary file handle, which stays open and
+    where it is. The sample's own "min_pixels" and "max_pixels" go before those of the transform,
+    and "resized_height" and "resized_width" before all of them, moved to multiples of a unit with
+    an area within the geometry's, as in qwen-vl-utils. None counts as absent.
+
+    A call adds ``pixel_values`` float32 [grid_h * grid_w, 1176], or uint8 [grid_h * grid_w, 588];
+    ``image_grid_thw`` int64 [1, 3] (patches along time, height and width); ``num_image_tokens``,
+    of placeholders in the text; and ``original_size``, height and width of the upright image in
+    pixels. No side may have more than 200 times the other's pixels.
+
+    Args:
+        geometry: sizes of patches, and defaults of ``min_pixels`` and ``max_pixels``, the smallest
+            and largest area after resizing, and of ``image_mean`` and ``image_std``, of each RGB
+            channel for values in [0, 1].
+        backend: whose pixels to reproduce, "torchvision" or "pil". They resize, composite alpha
+            channels of arrays and round differently.
+        alpha: "reference": what transformers makes of transparency, dropped in encoded images,
+            composited over white in PIL images, arrays and tensors; "white": composited over white
+            in all of them, as qwen-vl-utils does with RGBA.
+        remote: limits of ``https://`` URLs, which are refused without.
+        patch_dtype: "float32", or "uint8" for patches before normalization and without their copy
+            along time, an eighth of the bytes. The model does the rest on its device, by the
+            geometry's mean and deviation and in the order of the ``torchvision`` backend; that of
+            the ``pil`` backend rounds otherwise in the last bit.
+
+    Raises:
+        ValueError: if a setting is unknown or out of its range, or uint8 patches are to have
+            another mean or deviation.
+    """
+
+    _settings = SIZING
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        backend: Backend = "torchvision",
+        alpha: Alpha = "reference",
+        remote: RemoteLimits | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        patch_dtype: PatchDtype = "float32",
+    ) -> None:
+        self.backend = backend
+        self.alpha = alpha
+        least = geometry.min_pixels if min_pixels is None else min_pixels
+        most = geometry.max_pixels if max_pixels is None else max_pixels
+        super().__init__(geometry, least, most, image_mean, image_std, patch_dtype, remote)
+
+    def _transform(self, sample: Mapping[str, Any], decode: bool) -> dict[str, Any]:
+        image = sample["image"]
+        with naming("image", image):
+            rgb_CHW = self._read(image, decode)
+            size = (rgb_CHW.shape[1], rgb_CHW.shape[2])
+            grid = self._grid(size, 1, self._settings_of(sample))
+        patches = self._encode(iter([rgb_CHW]), grid, 1, decode)
+        return {
+            **sample,
+            "pixel_values": patches,
+            "image_grid_thw": torch.from_numpy(np.array([grid])),
+            "num_image_tokens": len(patches) // self.geometry.merge_size**2,
+            "original_size": size,
+        }
+
+
+class VideoTransform(MediumTransform):
+    """Turns one video into normalized patches, as qwen-vl-utils and transformers do together.
+
+    Which frames are taken and the size they get are those of qwen-vl-utils 0.0.14's
+    ``fetch_video``; the pixels are bit-identical to transformers' ``Qwen2VLVideoProcessor`` for the
+    same frames. (``fetch_video`` resizes before, in float32: about a seventh of the values differ,
+    by up to 15 levels of 255 at sharp edges. Frames that are given as images it resizes twice.)
+    Only the chosen frames and those that they are predicted from are decoded, on the threads that
+    torch has, and each is resized and cut into patches before the next.
+
+    A sample's "video" is a video file, from all that an image comes from; or frames: a uint8 array
+    or tensor [T, H, W, 3] or [T, 3, H, W] (read as the latter where both fit), or a list of images
+    of one size. Settings of its own have the names and the meaning of qwen-vl-utils:
+
+    - of a file, either "fps", with "min_frames" and "max_frames", or "nframes", a number of frames,
+      which is rounded to an even one; and the part to take them from, "video_start" and "video_end"
+      in seconds. Or "frame_indices", increasing numbers of frames as they are shown, from 0.
+    - of frames, all of which are taken: "sample_fps", how many make a second (2 by default).
+    - of both, "min_pixels", "max_pixels" (which ends where the transform's does), "total_pixels",
+      and "resized_height" and "resized_width", as those of an image.
+
+    A call adds ``pixel_values_videos`` float32 or uint8 [grid_t * grid_h * grid_w, 1176];
+    ``video_grid_thw`` int64 [1, 3] (steps of two frames, of which the last may be a frame twice,
+    and patches along height and width); ``num_video_tokens``, of placeholders in the text;
+    ``seconds_per_step`` of the grid, transformers' ``second_per_grid_ts``: 2 / ``sample_fps``, of
+    files by ``sample_fps`` = frames taken / frames in the part (with "frame_indices" the whole
+    video) * frames per second of the file; and ``frame_indices``.
+
+    Args:
+        geometry: sizes of patches. All arguments that are not listed are as of
+            :class:`ImageTransform`; uint8 patches of videos have a quarter of the bytes.
+        fps: frames to take of each second, ``min_frames`` to ``max_frames`` in all.
+        min_pixels: smallest area of a frame after resizing, in pixels; None: 128 tokens.
+        max_pixels: largest area of a frame, in pixels; None: 768 tokens.
+        total_pixels: largest area of all steps of two frames together, in pixels; None: 115,200
+            tokens. It limits the area of a frame, but not below 1.05 * ``min_pixels``.
+
+    Raises:
+        ValueError: as of :class:`ImageTransform`.
+    """
+
+    _settings = (*SIZING, "total_pixels", *SAMPLING, "frame_indices", "sample_fps")
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        fps: float = FPS,
+        min_frames: int = MIN_FRAMES,
+        max_frames: int = MAX_FRAMES,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        total_pixels: float | None = None,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        patch_dtype: PatchDtype = "float32",
+        remote: RemoteLimits | None = None,
+    ) -> None:
+        self.fps = fps
+        self.min_frames = min_frames
+        self.max_frames = max_frames
+        # The defaults are qwen-vl-utils': in all, nine tenths of a context of 128,000 tokens
+        token = geometry.unit**2
+        self.total_pixels = int(128000 * 0.9 * token) if total_pixels is None else total_pixels
+        least = 128 * token if min_pixels is None else min_pixels
+        most = 768 * token if max_pixels is None else max_pixels
+        super().__init__(geometry, least, most, image_mean, image_std, patch_dtype, remote)
+
+    def _transform(self, sample: Mapping[str, Any], decode: bool) -> dict[str, Any]:
+        video, per_step = sample["video"], self.geometry.temporal_patch_size
+        with naming("video", video), ExitStack() as stack:
+            settings = self._settings_of(sample)
+            frames: Iterable[torch.Tensor]
+            is_given = isinstance(video, list | tuple | np.ndarray | torch.Tensor)
+            for name in settings:
+                if is_given and name in (*SAMPLING, "frame_indices"):
+                    raise ValueError(f"{name} chooses among frames of a file: set sample_fps")
+                if not is_given and name == "sample_fps":
+                    raise ValueError("sample_fps is of given frames: for a file, set fps")
+            if is_given:
+                frames = self._given_frames(video, decode)
+                indices, fps = list(range(len(video))), settings.get("sample_fps", FPS)
+            else:
+                file = stack.enter_context(open_video(video, self.remote))
+                indices, fps = self._sample(file.num_frames, file.fps, settings)
+                frames = repeat(torch.empty(CHANNELS, *file.size, device="meta"), len(indices))
+                if decode:
+                    frames = (torch.from_numpy(f).permute(2, 0, 1) for f in file.frames(indices))
+            if not indices:
+                raise ValueError("has no frames; remove it from the data")
+            frames = _of_one_size(frames, indices)
+            first = next(frames)
+            steps = math.ceil(len(indices) / per_step)
+            grid = self._grid((first.shape[1], first.shape[2]), steps, settings)
+            patches = self._encode(chain([first], frames), grid, per_step, decode)
+        return {
+            **sample,
+            "pixel_values_videos": patches,
+            "video_grid_thw": torch.from_numpy(np.array([grid])),
+            "num_video_tokens": len(patches) // self.geometry.merge_size**2,
+            "seconds_per_step": per_step / fps,
+            "frame_indices": indices,
+        }
+
+    def _given_frames(self, video: Any, decode: bool) -> Iterator[torch.Tensor]:
+        """The frames of a list of images or of an array [C, H, W]."""
+
+        def read(number: int) -> torch.Tensor:
+            with naming("image", video[number], f"frame {number}, "):
+                return self._read(video[number], decode)
+
+        if isinstance(video, list | tuple):
+            return map(read, range(len(video)))
+        if video.ndim != 4 or 3 not in (video.shape[1], video.shape[3]):
+            raise ValueError("the shape must be [T, H, W, 3] or [T, 3, H, W]; convert it")
+        frames = map(uint8_tensor, video)
+        return frames if video.shape[1] == 3 else (frame.permute(2, 0, 1) for frame in frames)
+
+    def _sample(
+        self, num_frames: int, video_fps: float, settings: Mapping[str, Any]
+    ) -> tuple[list[int], float]:
+        """Chooses frames of a file, and finds how many of them make a second.
+
+        ``calculate_video_frame_range`` and ``smart_nframes`` of qwen-vl-utils.
+        """
+        for one, others in (("frame_indices", SAMPLING), ("fps", ("nframes",))):
+            for other in others:
+                if one in settings and other in settings:
+                    raise ValueError(f"has both {one} and {other}: give one of them")
+        if "frame_indices" in settings:
+            given = settings["frame_indices"]
+            with refusing(f"frame_indices is {given!r}", "make it a list of integers", TypeError):
+                indices = [operator.index(index) for index in given]
+            if not indices or indices != sorted({i for i in indices if 0 <= i < num_frames}):
+                wanted = f"increasing numbers from 0 to {num_frames - 1}"
+                raise ValueError(f"frame_indices begins with {indices[:8]}: make it {wanted}")
+            return indices, len(indices) / num_frames * video_fps
+        duration = num_frames / video_fps
+        start, end = settings.get("video_start", 0), settings.get("video_end", math.inf)
+        first = math.ceil(max(0.0, min(start, duration)) * video_fps)
+        last = min(num_frames - 1, math.floor(max(0.0, min(end, duration)) * video_fps))
+        if first >= last:
+            raise ValueError(
+                f"has {num_frames} frames ({duration:.2f} s), less than the two of a step from "
+                f"video_start {start} to video_end {end}: set them further apart, or for one frame "
+                "pass an image, or set frame_indices to [0], which repeats it"
+            )
+        frames = last - first + 1
+        if "nframes" in settings:
+            count = round(settings["nframes"] / FRAME_FACTOR) * FRAME_FACTOR
+        else:
+            names = ("fps", "min_frames", "max_frames")
+            fps, fewest, most = (settings.get(name, getattr(self, name)) for name in names)
+            even = math.ceil(fewest / FRAME_FACTOR) * FRAME_FACTOR
+            count = min(max(frames / video_fps * fps, even), most, frames)
+            count = math.floor(count / FRAME_FACTOR) * FRAME_FACTOR
+        if not FRAME_FACTOR <= count <= frames:
+            raise ValueError(
+                f"{count} of {frames} frames are asked for: ask for 2 to {frames} by nframes, or "
+                "by fps, min_frames and max_frames"
+            )
+        # qwen-vl-utils computes in float32 and rounds halves to even numbers
+        indices = torch.linspace(first, last, count).round().long().tolist()
+        return indices, count / frames * video_fps
+
+    def _areas(self, settings: Mapping[str, Any], steps: int) -> tuple[float, float]:
+        """Those of ``fetch_video``, where a share of a pixel counts."""
+        frames = steps * self.geometry.temporal_patch_size
+        share = settings.get("total_pixels", self.total_pixels) / frames * FRAME_FACTOR
+        least = settings.get("min_pixels", self.min_pixels)
+        allowed = max(min(self.max_pixels, share), int(least * 1.05))
+        limit = settings.get("max_pixels", math.inf)
+        if allowed < limit < math.inf:
+            own = "max_pixels and total_pixels of the transform allow"
+            warnings.warn(f"max_pixels of a video is more than {own}: these hold", stacklevel=2)
+        return least, min(limit, allowed)
+
+
+def _check_numbers(settings: Mapping[str, Any], unit: int) -> None:
+    for name, value in settings.items():
+        if name in LEAST or name in SIDES:
+            least = LEAST.get(name, unit)
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}: make it an integer of at least {least}")
+        elif name in ABOVE:
+            is_finite = isinstance(value, Real) and math.isfinite(value)
+            if not (is_finite and value > ABOVE[name]):
+                limits = f"{ABOVE[name]} < {name} < inf"
+                raise ValueError(f"{name} is {value!r}: make it a number, {limits}")
+
+
+def _check_areas(least: float, most: float) -> None:
+    if least > most:
+        raise ValueError(
+            f"min_pixels is {least} and max_pixels {most}: make them min_pixels <= max_pixels (for "
+            "videos a config has video_min_pixels and video_max_pixels)"
+        )
+
+
+def _of_one_size(frames: Iterable[torch.Tensor], indices: Sequence[int]) -> Iterator[torch.Tensor]:
+    first = None
+    for index, frame in zip(indices, frames, strict=True):
+        first = first or frame.shape
+        if frame.shape != first:
+            raise ValueError(
+                f"frame {index} is {frame.shape[2]} x {frame.shape[1]} pixels, "
+                f"frame {indices[0]} {first[2]} x {first[1]}: give all one size"
+            )
+        yield frame
