@@ -3,20 +3,56 @@
 Shape notation: b samples, s tokens of the longest or of a packed row, n patches of all images.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from torchtune_vl.data._batch import Batch
 from torchtune_vl.modules import (
     Segments,
     concatenate_patches,
     encoder_index,
     join_vision_indices,
 )
+
+# A file of shared memory costs each side some half a millisecond, whatever its size; by value so
+# many bytes cost less
+LARGEST_BY_VALUE = 2**18
+
+
+class Batch(dict[str, Any]):
+    """A dict, also of dicts, whose small tensors go from process to process by value.
+
+    torch sends each tensor of a batch as a file of shared memory. That is right for patches, but a
+    batch has some ten small tensors of integers too, which would cost the trainer's Python
+    milliseconds of each step.
+    """
+
+    # How pickle, and so a queue between processes, takes it apart
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (_map_leaves(_to_send, self),)
+
+
+def _received(values: Mapping[str, Any]) -> Batch:
+    return Batch(
+        _map_leaves(lambda v: torch.from_numpy(v) if isinstance(v, np.ndarray) else v, values)
+    )
+
+
+def _to_send(value: Any) -> Any:
+    is_small = isinstance(value, torch.Tensor) and value.nbytes <= LARGEST_BY_VALUE
+    return value.numpy() if is_small and not value.is_floating_point() else value
+
+
+def _map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _map_leaves(change, entry) for key, entry in value.items()}
+    if isinstance(value, Segments):
+        return Segments(value.lengths, change(value.boundaries))
+    return change(value)
 
 
 def padded_collate_vision(
@@ -53,20 +89,27 @@ def padded_collate_vision(
     if pad_direction not in ("right", "left"):
         raise ValueError(f"pad_direction is {pad_direction!r}, expected 'right' or 'left'")
 
-    def pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+    def pad(values: Iterable[Any], padding: int) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(
-            list(rows), batch_first=True, padding_value=value, padding_side=pad_direction
+            [torch.as_tensor(value) for value in values],
+            batch_first=True,
+            padding_value=padding,
+            padding_side=pad_direction,
         )
 
     collated = Batch(
-        tokens=pad([torch.tensor(sample["tokens"]) for sample in batch], padding_idx),
-        input_pos=pad([sample["input_pos"] for sample in batch], 0),
+        tokens=pad((sample["tokens"] for sample in batch), padding_idx),
+        input_pos=pad((sample["input_pos"] for sample in batch), 0),
     )
     if "labels" in batch[0]:
-        collated["labels"] = pad([torch.tensor(sample["labels"]) for sample in batch], ignore_idx)
+        collated["labels"] = pad((sample["labels"] for sample in batch), ignore_idx)
     if pad_direction == "left":
+        size = collated["tokens"].shape[1]
         lengths = torch.tensor([len(sample["tokens"]) for sample in batch])
-        collated["mask"] = _left_padding_mask(lengths)
+        is_token = torch.arange(size) >= (size - lengths)[:, None]
+        # Padding attends to itself: a row of the mask without any key has no softmax
+        sees = is_token[:, None, :] | torch.eye(size, dtype=torch.bool)
+        collated["mask"] = sees & torch.ones(size, size, dtype=torch.bool).tril()
     return Batch(collated, **_encoder_input(batch))
 
 
@@ -75,17 +118,9 @@ def padded_collate_vision_supervised(
 ) -> Batch:
     """Pad samples as :func:`padded_collate_vision` does, and tell the model where labels are.
 
-    The model then computes logits of these positions only, as
+    The batch has ``output_positions`` too, int64 [supervised labels]: the positions in the
+    flattened batch whose next token is supervised. The model computes logits of these only, as
     :class:`~torchtune_vl.modules.SupervisedCrossEntropyLoss` takes them.
-
-    Args:
-        batch: samples with ``labels``.
-        padding_idx: id of the padding token.
-        ignore_idx: label of positions without loss.
-
-    Returns:
-        The batch of :func:`padded_collate_vision` and ``output_positions``, int64 [supervised
-        labels]: the positions in the flattened batch whose next token is supervised.
     """
     collated = padded_collate_vision(batch, padding_idx, ignore_idx)
     is_supervised = collated["labels"] != ignore_idx
@@ -100,15 +135,9 @@ def padded_collate_vision_targets(
 ) -> Batch:
     """Pad samples as :func:`padded_collate_vision` does, for a model that computes the loss.
 
-    Args:
-        batch: samples with ``labels``; none give one padding token without a target.
-        padding_idx: id of the padding token.
-        ignore_idx: label of positions without loss.
-
-    Returns:
-        The batch of :func:`padded_collate_vision` with, instead of labels, ``output_positions``,
-        int64 [supervised labels], the positions in the flattened batch whose next token is
-        supervised, and ``targets``, int64 of the same shape, the ids of these next tokens.
+    Instead of labels the batch has ``output_positions``, int64 [supervised labels], the positions
+    in the flattened batch whose next token is supervised, and ``targets``, int64 of the same shape,
+    the ids of these next tokens. No samples give one padding token without a target.
     """
     collated = padded_collate_vision_supervised(
         batch or [_padding(padding_idx, ignore_idx)], padding_idx, ignore_idx
@@ -132,8 +161,7 @@ def packed_collate_vision(
     Returns:
         ``tokens``, int64 [1, s]; ``input_pos``, int64 [1, s, 3], which starts anew in each
         document; ``mask``, the :class:`~torchtune_vl.modules.Segments` of the row;
-        ``output_positions``, int64 [supervised labels], the positions whose next token is
-        supervised; ``targets``, int64 of the same shape, the ids of these next tokens; and
+        ``output_positions`` and ``targets`` as in :func:`padded_collate_vision_targets`; and
         ``encoder_input`` as in :func:`padded_collate_vision`. No document predicts the first token
         of the next.
     """
@@ -161,26 +189,16 @@ def _joined(ids: Iterable[Sequence[int]]) -> torch.Tensor:
     return torch.tensor(list(chain.from_iterable(ids)))
 
 
-def _left_padding_mask(lengths: torch.Tensor) -> torch.Tensor:
-    size = int(lengths.max())
-    causal = torch.ones(size, size, dtype=torch.bool).tril()
-    is_token = torch.arange(size) >= (size - lengths)[:, None]
-    # Padding attends to itself: a row without any key has no softmax
-    return causal & (is_token[:, None, :] | torch.eye(size, dtype=torch.bool))
-
-
 def _encoder_input(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     vision = [sample["encoder_input"]["vision"] for sample in batch if "encoder_input" in sample]
-    return {"encoder_input": {"vision": _collate_media(vision)}} if vision else {}
-
-
-def _collate_media(vision: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not vision:
+        return {}
     # A data worker's batch travels in shared memory: made there, it is not copied to it
     shared = get_worker_info() is not None
-    collated: dict[str, Any] = {
+    collated = {
         "patches": concatenate_patches([v["patches"] for v in vision], shared),
         "grid_thw": torch.cat([v["grid_thw"] for v in vision]),
     }
-    if any("unit_order" not in v for v in vision):
-        return collated
-    return {**collated, **encoder_index(join_vision_indices(vision))}
+    if all("unit_order" in v for v in vision):
+        collated |= encoder_index(join_vision_indices(vision))
+    return {"encoder_input": {"vision": collated}}

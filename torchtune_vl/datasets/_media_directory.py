@@ -14,29 +14,17 @@ _MAX_PATH_BYTES = 4095
 
 
 class MediaDirectory:
-    """The directory that relative paths of media start from.
-
-    Args:
-        directory: the directory.
-        is_confining: whether nothing outside of it may be read.
-    """
+    """The directory that relative paths of media start from, and perhaps may not leave."""
 
     def __init__(self, directory: str, is_confining: bool) -> None:
         self._directory = directory
         self._root = os.path.realpath(directory) if is_confining else None
 
     def source(self, source: Any) -> Any:
-        """Find out where a medium is.
+        """Resolve the paths of a medium; a ValueError if one leads out of the directory.
 
-        Args:
-            source: what a row has: a path, URL or base64; a list of frames; a dict with ``bytes``,
-                ``path`` or ``url``, as columns of ``datasets`` and items of OpenAI have it.
-
-        Returns:
-            What the transform takes, paths resolved.
-
-        Raises:
-            ValueError: if a path leads out of the directory and may not.
+        A record has a path, URL or base64, a list of frames, or a dict with ``bytes``, ``path`` or
+        ``url``, as columns of ``datasets`` and items of OpenAI do.
         """
         if isinstance(source, list):
             return [self.source(frame) for frame in source]

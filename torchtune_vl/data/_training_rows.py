@@ -1,12 +1,9 @@
-"""The rows of one rank, in an order that neither ranks nor data workers change.
-
-Every data worker of every rank plans all rows, from sizes alone, and makes the samples of its own.
-So nothing is exchanged, no sample is seen twice, and the position in the data is the same for all.
-"""
+"""The rows of one rank, in an order that neither ranks nor data workers change."""
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from itertools import chain, count, islice, takewhile
 from typing import Any, NamedTuple
@@ -14,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from torchtune_vl.data._batch import Batch
+from torchtune_vl.data._collate import Batch
 from torchtune_vl.data._packing import Planner, Size, planner_of, settings_of
 from torchtune_vl.modules import IGNORE_INDEX
 
@@ -50,26 +47,29 @@ class _Sample(NamedTuple):
 
 
 class _Step(NamedTuple):
-    rows: list[list[_Sample]]
+    rows: list[list[_Sample]]  # of all ranks
     has_media: bool
     position: dict[str, Any]
 
 
-# The rows of a step, and where it leaves the data
+# The rows of a step, and the part of its position that says what is left of the epoch
 _Planned = tuple[Iterable[list[_Sample]], dict[str, Any]]
 
 
+@dataclass(eq=False, repr=False)
 class TrainingRows(IterableDataset[Row]):
     """The rows that one rank trains on, for ``DataLoader(rows, batch_size=None)``.
 
-    A step has ``rows_per_step`` rows over all ranks. Each rank gets equally many, their work as
-    equal as it can be, heaviest first. An epoch has each sample exactly once; rows that its last
-    step lacks come from dividing others, and are empty where that does not suffice. The number of
-    data workers changes nothing.
+    A step, which one update of the weights takes, has ``rows_per_step`` rows over all ranks. Each
+    rank gets equally many, their work as equal as it can be, heaviest first. An epoch has each
+    sample exactly once; rows that its last step lacks come from dividing others, and are empty
+    where that does not suffice.
 
     Rows come in a random order, large and small samples evenly over the epoch. Not shuffled, and
     from a stream, an epoch is planned in pieces of ``planner.lookahead`` samples, and only the rows
-    of a piece come in a random order.
+    of a piece come in a random order. Every data worker of every rank plans all rows, from sizes
+    alone, and makes the samples of its own: nothing is exchanged, and the position is the same for
+    all.
 
     Args:
         dataset: has ``__len__``, ``__getitem__`` and ``measure``, both of an index; or, if it is a
@@ -78,7 +78,7 @@ class TrainingRows(IterableDataset[Row]):
             the fields of a :class:`Size`, and samples are what collate functions take. Every rank
             and data worker has to see the same samples.
         planner: :class:`PackedRows` or :class:`PaddedRows`.
-        rows_per_step: rows of an optimizer step, over all ranks.
+        rows_per_step: rows of a step, over all ranks.
         rank: number of this rank among those that get different rows.
         world_size: how many these are.
         seed: of the order, >= 0.
@@ -98,52 +98,34 @@ class TrainingRows(IterableDataset[Row]):
             none.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        planner: Planner,
-        *,
-        rows_per_step: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-        epochs: int | None = None,
-        position: Mapping[str, Any] | None = None,
-        sizes: np.ndarray | None = None,
-    ) -> None:
-        self.dataset = dataset
-        self.planner = planner
-        self.rows_per_step = rows_per_step
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epochs = epochs
-        self.sizes = sizes
-        self.is_stream = not hasattr(dataset, "__getitem__")
-        if rows_per_step % world_size:
+    dataset: Any
+    planner: Planner
+    _: KW_ONLY
+    rows_per_step: int
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    shuffle: bool = True
+    epochs: int | None = None
+    position: Mapping[str, Any] | None = None
+    sizes: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.is_stream = not hasattr(self.dataset, "__getitem__")
+        if self.rows_per_step % self.world_size:
             raise ValueError(
-                f"{world_size} ranks cannot share the {rows_per_step} rows of a step equally: set "
-                f"rows_per_step to a multiple of {world_size}"
+                f"{self.world_size} ranks cannot share the {self.rows_per_step} rows of a step "
+                f"equally: set rows_per_step to a multiple of {self.world_size}"
             )
-        if shuffle and self.is_stream:
+        if self.shuffle and self.is_stream:
             raise ValueError(
                 "a stream has an order of its own: set shuffle to False, and shuffle its source"
             )
-        self._identity = {
-            "seed": seed,
-            "shuffle": shuffle,
-            "samples": None if self.is_stream else len(dataset),
-        }
-        self._settings = {"rows_per_step": rows_per_step, "rows": settings_of(planner)}
-        self._position: Mapping[str, Any] = position or {
-            "step": 0,
-            "epoch": 0,
-            "has_begun": False,
-            "had_media": False,
-            **self._identity,
-        }
+        samples = None if self.is_stream else len(self.dataset)
+        self._identity = {"seed": self.seed, "shuffle": self.shuffle, "samples": samples}
+        self._settings = {"rows_per_step": self.rows_per_step, "rows": settings_of(self.planner)}
+        start = {"step": 0, "epoch": 0, "has_begun": False, "had_media": False}
+        self._position: Mapping[str, Any] = self.position or {**start, **self._identity}
         for name, value in self._identity.items():
             if self._position[name] != value:
                 raise ValueError(
@@ -151,48 +133,37 @@ class TrainingRows(IterableDataset[Row]):
                     f"has {value}: samples would be repeated or left out. Restore it, or start anew"
                 )
         begun = self._position["epoch"] + self._position["has_begun"]
-        if epochs is not None and begun > epochs:
+        if self.epochs is not None and begun > self.epochs:
             raise ValueError(
-                f"the run is in epoch {begun}, but was told to end after {epochs}: set epochs to "
-                f"{begun} or more"
+                f"the run is in epoch {begun}, but was told to end after {self.epochs}: set epochs "
+                f"to {begun} or more"
             )
-        for number, size in enumerate([] if sizes is None else sizes.tolist()):
+        for number, measured in enumerate([] if self.sizes is None else self.sizes.tolist()):
             with _naming(number):
-                self._check(Size(*size))
+                self._checked(measured)
 
     def __iter__(self) -> Iterator[Row]:
         """Iterate over the rows of this rank, in a data worker over those that it makes."""
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        own = ((row, step) for step in self._steps() for row in self._hand(step))
+        own = ((row, step) for step in self._steps() for row in self._share(step))
         for row, step in islice(own, first, None, stride):
-            yield Row(
-                self.planner.collate([_made(sample) for sample in row]),
-                [sample.number for sample in row],
-                [sample.size for sample in row],
-                step.position,
-                step.has_media,
-            )
+            batch = self.planner.collate([_made(sample) for sample in row])
+            numbers, sizes = [sample.number for sample in row], [sample.size for sample in row]
+            yield Row(batch, numbers, sizes, step.position, step.has_media)
 
     def last_step(self) -> int:
         """Count the steps to the end of the last epoch, by planning all that are left.
 
-        Returns:
-            The number of the last step, those before the position counted.
-
-        Raises:
-            ValueError: if the number of epochs is not known; otherwise as iterating does.
+        Those before the position are counted too. A ValueError if ``epochs`` is None, and as
+        iterating does.
         """
         if self.epochs is None:
             raise ValueError("epochs is None: the steps have no end to count to")
         return int(self._position["step"]) + sum(1 for _ in self._planned())
 
     def has_media(self, last_step: int) -> bool:
-        """Return whether any step up to this one, those before the position too, has media.
-
-        Args:
-            last_step: the number of the step.
-        """
+        """Return whether any step up to this number, before the position too, has media."""
         if self._position["had_media"]:
             return True
         steps = takewhile(lambda step: step.position["step"] <= last_step, self._steps())
@@ -200,23 +171,24 @@ class TrainingRows(IterableDataset[Row]):
 
     def _steps(self) -> Iterator[_Step]:
         had_media = self._position["had_media"]
-        for step, (planned, there) in enumerate(self._planned(), self._position["step"] + 1):
+        for step, (planned, left) in enumerate(self._planned(), self._position["step"] + 1):
             rows = list(planned)
             has_media = any(sample.size.patches for row in rows for sample in row)
             had_media |= has_media
-            position = {"step": step, "had_media": had_media, **there, **self._identity}
+            position = {"step": step, "had_media": had_media, **left, **self._identity}
             yield _Step(self._completed(rows), has_media, position)
 
     def _planned(self) -> Iterator[_Planned]:
         first = self._position["epoch"]
-        epochs = count(first) if self.epochs is None else range(first, self.epochs)
-        plan = self._shuffled_plan if self.shuffle else self._plan_in_order
-        left_at: Mapping[str, Any] = self._position
-        for epoch in epochs:
-            yield from plan(epoch, left_at)
-            left_at = {}
+        plan = self._plan_shuffled if self.shuffle else self._plan_in_order
+        position = self._position
+        for epoch in count(first) if self.epochs is None else range(first, self.epochs):
+            for rows, left in plan(epoch, position):
+                ended = {"epoch": epoch + 1, "has_begun": False}
+                yield rows, {"epoch": epoch, "has_begun": True, **left} if left else ended
+            position = {}
 
-    def _shuffled_plan(self, epoch: int, position: Mapping[str, Any]) -> Iterator[_Planned]:
+    def _plan_shuffled(self, epoch: int, position: Mapping[str, Any]) -> Iterator[_Planned]:
         """The steps that are left of an epoch, which is planned as a whole."""
         # Pairs of settings and how many steps were taken with them: as often as they changed
         plans = list(position.get("plans", []))
@@ -226,20 +198,14 @@ class TrainingRows(IterableDataset[Row]):
         rows = self._shuffled_rows(epoch, plans)
         for first in range(0, len(rows), self.rows_per_step):
             done += 1
-            is_last = first + self.rows_per_step >= len(rows)
-            there = {"epoch": epoch, "has_begun": True, "plans": [*before, [self._settings, done]]}
-            yield (
-                (
-                    [self._sample(index, index) for index in row.tolist()]
-                    for row in rows[first : first + self.rows_per_step]
-                ),
-                {"epoch": epoch + 1, "has_begun": False} if is_last else there,
-            )
+            stop = first + self.rows_per_step
+            planned = ([self._sample(i, i) for i in row.tolist()] for row in rows[first:stop])
+            yield planned, {"plans": [*before, [self._settings, done]]} if rows[stop:] else {}
 
     def _shuffled_rows(self, epoch: int, plans: Sequence[Sequence[Any]]) -> list[np.ndarray]:
         """The rows of an epoch, as indices, that are left after these steps of these plans."""
         if self.sizes is None:
-            self.sizes = np.array([self._measured(i, i) for i in range(len(self.dataset))])
+            self.sizes = np.array([self._size(i, i) for i in range(len(self.dataset))])
         if not len(self.sizes):
             raise ValueError("the dataset has no samples")
         left = np.random.default_rng((self.seed, epoch)).permutation(len(self.sizes))
@@ -248,88 +214,78 @@ class TrainingRows(IterableDataset[Row]):
             # All but those of the first steps of the plan before, in the order of the epoch
             left = left[np.isin(left, np.concatenate(rows))] if rows else left
             planner = self.planner if settings == self._settings else planner_of(settings["rows"])
-            random = np.random.default_rng((self.seed, epoch, number))
             sizes = self.sizes[left]
-            planned = _evenly(planner.plan(sizes), sizes, random)
+            planned = _evenly(planner.plan(sizes), sizes, (self.seed, epoch, number))
             rows = [left[row] for row in planned[done * settings["rows_per_step"] :]]
         return rows
 
     def _plan_in_order(self, epoch: int, position: Mapping[str, Any]) -> Iterator[_Planned]:
         """The steps that are left of an epoch, which is planned piece by piece."""
         rows = [list(row) for row in position.get("rows", [])]
-        waiting, next_place = list(position.get("waiting", [])), position.get("next", 0)
+        waiting, next_number = list(position.get("waiting", [])), position.get("next", 0)
         if position.get("settings") != self._settings:
             rows, waiting = [], sorted(chain(waiting, *rows))
         known = {*chain(waiting, *rows)}
-        arriving = self._arriving(known, next_place)
-        samples = dict(islice(arriving, len(known)))
+        arriving = self._arriving(known, next_number)
+        samples = {sample.number: sample for sample in islice(arriving, len(known))}
         if missing := known - samples.keys():
             raise ValueError(f"the dataset ends before sample {min(missing)}")
-        has_ended = False
-        while True:
+        has_ended = is_last = False
+        while not is_last:
             while len(rows) < self.rows_per_step and not has_ended:
-                new = dict(islice(arriving, self.planner.lookahead))
+                new = {s.number: s for s in islice(arriving, self.planner.lookahead)}
                 has_ended = len(new) < self.planner.lookahead
                 samples |= new
                 waiting = [*waiting, *new]
-                sizes = np.array([samples[place].size for place in waiting]).reshape(-1, 3)
+                sizes = np.array([samples[number].size for number in waiting]).reshape(-1, 3)
                 planned = self.planner.plan(sizes) if waiting else []
                 # The last row may not be full: its samples wait for others
                 last = [] if has_ended else planned.pop().tolist()
-                random = np.random.default_rng((self.seed, epoch, next_place))
-                planned = _evenly(planned, sizes, random)
+                planned = _evenly(planned, sizes, (self.seed, epoch, next_number))
+                # Not in place: positions hold the lists of before
                 rows = [*rows, *([waiting[i] for i in row] for row in planned)]
                 waiting = sorted(waiting[i] for i in last)
-                next_place += len(new)
+                next_number += len(new)
             if not samples:
                 raise ValueError("the dataset has no samples")
             step, rows = rows[: self.rows_per_step], rows[self.rows_per_step :]
             is_last = not rows and not waiting
-            there = {
-                "epoch": epoch,
-                "has_begun": True,
+            left = {
                 "settings": self._settings,
                 "rows": rows,
                 "waiting": waiting,
-                "next": next_place,
+                "next": next_number,
             }
-            yield (
-                [[samples.pop(place) for place in row] for row in step],
-                {"epoch": epoch + 1, "has_begun": False} if is_last else there,
-            )
-            if is_last:
-                return
+            yield [[samples.pop(i) for i in row] for row in step], {} if is_last else left
 
-    def _arriving(self, places: Set[int], next_place: int) -> Iterator[tuple[int, _Sample]]:
-        """The samples at these places in the dataset, and all from the next place on."""
-        first = min(places, default=next_place)
-        for place, raw in enumerate(self._raw_from(first), first):
-            if place >= next_place or place in places:
-                yield place, self._sample(place, raw)
-
-    def _raw_from(self, first: int) -> Iterable[Any]:
-        if not self.is_stream:
-            return range(first, len(self.dataset))
-        if hasattr(self.dataset, "skip"):
-            return self.dataset.skip(first)
-        return islice(self.dataset, first, None)
+    def _arriving(self, numbers: Set[int], next_number: int) -> Iterator[_Sample]:
+        """These samples of the dataset, and all from the next on."""
+        first = min(numbers, default=next_number)
+        every: Iterable[Any] = range(first, len(self.dataset)) if not self.is_stream else ()
+        if self.is_stream and hasattr(self.dataset, "skip"):
+            every = self.dataset.skip(first)
+        elif self.is_stream:
+            every = islice(self.dataset, first, None)
+        for number, raw in enumerate(every, first):
+            if number >= next_number or number in numbers:
+                yield self._sample(number, raw)
 
     def _sample(self, number: int, raw: Any) -> _Sample:
         make = self.dataset.transform if self.is_stream else self.dataset.__getitem__
-        return _Sample(number, self._measured(number, raw), partial(make, raw))
+        return _Sample(number, self._size(number, raw), partial(make, raw))
 
-    def _measured(self, number: int, raw: Any) -> Size:
+    def _size(self, number: int, raw: Any) -> Size:
         if self.sizes is not None:
             return Size(*self.sizes[number].tolist())
         with _naming(number):
-            size = Size(*self.dataset.measure(raw))
-            self._check(size)
-        return size
+            return self._checked(self.dataset.measure(raw))
 
-    def _check(self, size: Size) -> None:
+    def _checked(self, measured: Sequence[int]) -> Size:
+        size = Size(*measured)
         if size.targets == 0:
             raise ValueError("it has no supervised token: remove it from the data")
         self.planner.check(size)
+        return size
 
     def _completed(self, rows: list[list[_Sample]]) -> list[list[_Sample]]:
         """The rows of an epoch's last step, made as many as those of the others."""
@@ -342,24 +298,24 @@ class TrainingRows(IterableDataset[Row]):
             rows += [heaviest[::2], heaviest[1::2]]
         return rows
 
-    def _hand(self, step: _Step) -> list[list[_Sample]]:
+    def _share(self, step: _Step) -> list[list[_Sample]]:
         """The rows of a step that this rank gets: always the heaviest left to the least loaded."""
-        hands: list[list[list[_Sample]]] = [[] for _ in range(self.world_size)]
-        loads = [(0.0, hand) for hand in range(self.world_size)]
+        shares: list[list[list[_Sample]]] = [[] for _ in range(self.world_size)]
+        loads = [(0.0, number) for number in range(self.world_size)]
         for row in sorted(step.rows, key=self._work, reverse=True):
-            load, hand = heapq.heappop(loads)
-            hands[hand].append(row)
-            if len(hands[hand]) < self.rows_per_step // self.world_size:
-                heapq.heappush(loads, (load + self._work(row), hand))
-        # Hand 0 tends to be the heaviest: hands go around
-        return hands[(self.rank + step.position["step"]) % self.world_size]
+            load, number = heapq.heappop(loads)
+            shares[number].append(row)
+            if len(shares[number]) < self.rows_per_step // self.world_size:
+                heapq.heappush(loads, (load + self._work(row), number))
+        # Share 0 tends to be the heaviest: each rank gets it in turn
+        return shares[(self.rank + step.position["step"]) % self.world_size]
 
     def _work(self, row: Sequence[_Sample]) -> float:
         return self.planner.work([sample.size for sample in row])
 
 
 def _evenly(
-    rows: list[np.ndarray], sizes: np.ndarray, random: np.random.Generator
+    rows: list[np.ndarray], sizes: np.ndarray, seed: tuple[int, int, int]
 ) -> list[np.ndarray]:
     """Rows in a random order in which small samples are neither early nor late.
 
@@ -370,6 +326,7 @@ def _evenly(
     standardized = (sizes - sizes.mean(axis=0)) / sizes.std(axis=0).clip(1)
     starts = np.cumsum([0, *map(len, rows[:-1])])
     excess = np.add.reduceat(standardized[np.concatenate(rows)], starts)
+    random = np.random.default_rng(seed)
     orders = [random.permutation(len(rows)) for _ in range(_ORDERS)]
     middle = (len(rows) - 1) / 2
     places = min(orders, key=lambda places: float(np.abs((places - middle) @ excess).max()))
@@ -383,12 +340,8 @@ def _made(sample: _Sample) -> Mapping[str, Any]:
     targets = len(made["labels"]) - 1 - made["labels"][1:].count(IGNORE_INDEX)
     size = Size(len(made["tokens"]), len(patches), targets)
     if size != sample.size:
-        now, before = (
-            f"{s.tokens} tokens, {s.patches} patches and {s.targets} supervised tokens"
-            for s in (size, sample.size)
-        )
         raise ValueError(
-            f"sample {sample.number} of the dataset has {now}, but had {before} when it was "
+            f"sample {sample.number} of the dataset has {size}, but had {sample.size} when it was "
             "measured: it has changed since; measure the dataset anew"
         )
     return made

@@ -1,0 +1,296 @@
+"""Records of JSON and JSON Lines files: exact, of any shape, and read when they are asked for."""
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import math
+import mmap
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from copy import copy
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from datasets.config import HF_DATASETS_CACHE
+
+_BOM = b"\xef\xbb\xbf"
+# What no file in UTF-8 begins with, but those in UTF-16, and archives
+_NO_TEXT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\xf5-\xff]")
+_KEY = re.compile(rb'("(?:[^"\\]|\\.)*")[ \t\r\n]*:[ \t\r\n]*', re.DOTALL)
+_OPENERS: dict[bytes, Callable[[str], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
+_PLACE = np.dtype([("file", "u4"), ("line", "u4"), ("start", "u8"), ("length", "u4")])
+_LINE_BREAK, _QUOTE, _BACKSLASH, _COMMA = b'\n"\\,'
+_BRACKET, _BRACKET_END, _BRACE, _BRACE_END = b"[]{}"
+
+
+class JsonRecords(Sequence[Any]):
+    """The records of JSON files, one after another.
+
+    A file is an array, whose values are records; JSON Lines, where every line that is not blank is
+    one; or a single object. ``datasets`` would infer a type for each column from the beginning of
+    the first file, and change or refuse what does not fit it; here a record is what the file says.
+    It is read and parsed each time that it is asked for, so that only places are in memory, 20
+    bytes for each, and the last one takes no longer than the first. Data workers share them.
+
+    Args:
+        files: in UTF-8, with or without byte order mark, perhaps compressed by gzip, bzip2 or xz;
+            at least one.
+        field: key of the array of records, in files that are an object which has it.
+        cache_dir: where compressed files are unpacked.
+
+    Raises:
+        ValueError: if a file cannot be read, has no records, or its array does not end. From
+            reading a record, if it is no JSON, has a key twice or a number that no float can hold,
+            or if the file has changed. It tells file, line and column.
+    """
+
+    def __init__(
+        self, files: Sequence[str], field: str | None = None, cache_dir: str = HF_DATASETS_CACHE
+    ) -> None:
+        self._files: list[_File] = []
+        tables = []
+        for number, name in enumerate(files):
+            try:
+                path = _unpacked(name, cache_dir)
+                self._files.append(_File(name, path, _state(os.stat(path))))
+                places = _places(self._files[-1], field)
+            except OSError as error:
+                raise ValueError(f"{name} cannot be read ({error.strerror})") from error
+            if not len(places):
+                raise ValueError(f"{name} has no records: write it again, or leave it out")
+            table = np.empty(len(places), _PLACE)
+            table["file"], table["line"] = number, places[:, 2]
+            table["start"], table["length"] = places[:, 0], places[:, 1] - places[:, 0]
+            tables.append(table)
+        self._table = np.concatenate(tables)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Read a record."""
+        number, line, start, length = self._table[index].tolist()
+        name, path, state = file = self._files[number]
+        try:
+            with open(path, "rb", buffering=0) as opened:
+                if _state(os.fstat(opened.fileno())) != state:
+                    raise ValueError(f"{name} has changed since it was opened: start anew")
+                # Not mapped: a file that someone shortens would end the process by a signal
+                data = os.pread(opened.fileno(), length, start)
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read ({error.strerror})") from error
+        return file.parse(data, start, line)
+
+    def __add__(self, other: "JsonRecords") -> "JsonRecords":
+        """The records of both."""
+        table = other._table.copy()
+        table["file"] += len(self._files)
+        both = self._with(np.concatenate([self._table, table]))
+        both._files = self._files + other._files
+        return both
+
+    def select(self, indices: Sequence[int]) -> "JsonRecords":
+        """Choose records, without reading them."""
+        return self._with(self._table[np.asarray(indices, np.int64)])
+
+    def skip(self, count: int) -> "JsonRecords":
+        """Leave out records at the beginning, without reading them."""
+        return self._with(self._table[count:])
+
+    def _with(self, table: np.ndarray) -> "JsonRecords":
+        records = copy(self)
+        records._table = table
+        return records
+
+    def place(self, index: int) -> str:
+        """File and line of a record, such as ``data/train.jsonl, line 7``."""
+        number, line, _, _ = self._table[index].tolist()
+        return f"{self._files[number].name}, line {line}"
+
+
+class _File(NamedTuple):
+    name: str
+    path: str  # of its content, perhaps unpacked
+    state: tuple[int, int]
+
+    def parse(self, data: bytes, start: int, line: int) -> Any:
+        """Parse a record that starts at a place."""
+        try:
+            return _DECODER.decode(data.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            offset = error.start
+            problem = f"the byte 0x{data[offset]:02x} is no UTF-8: save the file as UTF-8"
+        except json.JSONDecodeError as error:
+            offset = len(error.doc[: error.pos].encode("utf-8"))
+            problem = (
+                f"this is no JSON ({error.msg}): correct it, each record an object on a line of "
+                "its own or in one array"
+            )
+        except RecursionError:
+            offset, problem = 0, "this is nested too deeply: make it flatter"
+        except ValueError as error:  # of the functions below, or an integer's thousands of digits
+            offset, problem = 0, str(error)
+        raise self.error(problem, start, line, offset)
+
+    def error(self, problem: str, start: int, line: int, offset: int) -> ValueError:
+        """Tell line and column of what is so many bytes behind a place."""
+        stop = start + offset
+        with (
+            open(self.path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            line += data[start:stop].count(b"\n")
+            begin = data.rfind(b"\n", 0, stop) + 1
+            column = len(data[begin:stop].decode("utf-8-sig", "replace")) + 1
+        return ValueError(f"{self.name}, line {line}, column {column}: {problem}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice[:200]!r} twice: remove one of them")
+    return result
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:40]} is too large for a float: write a smaller one")
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite)
+
+
+def _state(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _unpacked(name: str, cache_dir: str) -> str:
+    """The file itself, or where its content lies unpacked."""
+    if os.path.exists(name) and not os.path.isfile(name):
+        raise ValueError(f"{name} is no file: name the files that it has, such as {name}/*.jsonl")
+    with open(name, "rb") as file:
+        head = file.read(8)
+        key = repr((os.path.realpath(name), *_state(os.fstat(file.fileno()))))
+    opener = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
+    target = Path(cache_dir, f"unpacked-{hashlib.sha256(key.encode()).hexdigest()}.json")
+    if opener is None or target.exists():
+        return str(target) if opener else name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=cache_dir, delete=False) as partial:
+        try:
+            with opener(name) as source:
+                shutil.copyfileobj(source, partial)
+            partial.close()
+            os.replace(partial.name, target)  # perhaps after another process, by the same content
+        except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+            os.unlink(partial.name)
+            raise ValueError(f"{name} cannot be unpacked ({error}): write it again") from error
+    return str(target)
+
+
+def _places(file: _File, field: str | None) -> np.ndarray:
+    """Start, stop and line of each record of a file."""
+    if not file.state[0]:  # which cannot be mapped
+        return np.empty((0, 3), np.int64)
+    with open(file.path, "rb") as opened:
+        data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    if _NO_TEXT.search(data[:6]):
+        raise ValueError(
+            f"{file.name} is no text in UTF-8, plain or compressed by gzip, bzip2 or xz: unpack "
+            "it, or save it as UTF-8"
+        )
+    array = np.frombuffer(data, np.uint8)
+    lines, _ = _divide(array, len(_BOM) if data[:3] == _BOM else 0, 1, True)
+    if not len(lines) or data[lines[0, 0]] not in (_BRACKET, _BRACE):
+        return lines
+    start, stop_of_line, line = lines[0].tolist()
+    values, end = _divide(array, start + 1, line, False)
+    is_whole = end == lines[-1, 1]
+    if field is not None:
+        return _of_field(data, values if is_whole else values[:0], file.name, field)
+    if data[start] == _BRACE:
+        return np.array([[start, end, line]]) if is_whole and end > stop_of_line else lines
+    if is_whole or end == stop_of_line:  # or each line is an array
+        return values if is_whole else lines
+    for start_of_value, stop, line_of_value in values.tolist():
+        file.parse(data[start_of_value:stop], start_of_value, line_of_value)
+    problem = "the array ends here, but the file goes on: remove the rest"
+    if end < 0:
+        problem = "the file ends within its array: it is cut off; write it again"
+    raise file.error(problem, start, line, (end if end > 0 else len(data)) - start)
+
+
+def _of_field(data: mmap.mmap, entries: np.ndarray, name: str, field: str) -> np.ndarray:
+    """The records that an object, of which these are the entries, has under a key."""
+    keys, found = [], []
+    for start, stop, line in entries.tolist():
+        if entry := _KEY.match(data, start, stop):
+            with suppress(ValueError):  # of another key
+                keys.append(json.loads(entry[1]))
+                if keys[-1] == field:
+                    found.append((entry.end() + 1, line + entry[0].count(b"\n")))
+    if len(found) != 1 or data[found[0][0] - 1] != _BRACKET:
+        raise ValueError(
+            f"{name} is no object that has a list of records under {field!r}, once; its keys are "
+            f"{keys[:20]}: name another field, or none"
+        )
+    return _divide(np.frombuffer(data, np.uint8), *found[0], False)[0]
+
+
+@numba.njit(nogil=True, cache=True)
+def _divide(data, begin, line, by_line):  # type: ignore[no-untyped-def]
+    """Start, stop and line of all lines but blank ones, or of the values behind a bracket.
+
+    And where the bracket that ends these is, -1 if nowhere. Of values only strings, brackets and
+    commas are looked at: one may turn out to be none.
+    """
+    places, count = np.empty((1024, 3), np.int64), 0
+    separator = _LINE_BREAK if by_line else _COMMA
+    depth, is_string, is_escaped = 0, False, False
+    start = stop = start_line = -1
+    for i in range(begin, len(data) + 1):
+        at_end = i == len(data)
+        byte = separator if at_end else data[i]
+        is_closing = byte in (_BRACKET_END, _BRACE_END) and not by_line
+        if at_end or (depth == 0 and not is_string and (byte == separator or is_closing)):
+            if start < 0 and not (by_line or at_end or (is_closing and count == 0)):
+                start, stop, start_line = i, i, line  # no value: an error when it is read
+            if start >= 0:
+                if count == len(places):
+                    places = np.concatenate((places, np.empty_like(places)))
+                places[count, 0], places[count, 1], places[count, 2] = start, stop, start_line
+                count += 1
+            start = -1
+            if is_closing:
+                return places[:count], i + 1 if byte == data[begin - 1] + 2 else -1  # in ASCII
+        elif is_string:
+            stop = i + 1
+            is_string = is_escaped or byte != _QUOTE
+            is_escaped = byte == _BACKSLASH and not is_escaped
+        elif not (byte == 32 or 9 <= byte <= 10 or byte == 13):
+            if start < 0:
+                start, start_line = i, line
+            stop = i + 1
+            if not by_line:
+                is_string = byte == _QUOTE
+                depth += (byte in (_BRACKET, _BRACE)) - is_closing
+        if byte == _LINE_BREAK:
+            line += 1
+    return places[:count], -1
