@@ -1,14 +1,16 @@
 """Datasets of conversations with images and videos."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from copy import copy
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from torchtune_vl.chat import ChatTransform
 from torchtune_vl.datasets._formats import COLUMNS, RecordReader, naming
 from torchtune_vl.datasets._json_records import JsonRecords
 from torchtune_vl.datasets._media_directory import MediaDirectory
@@ -18,20 +20,8 @@ from torchtune_vl.modules import IGNORE_INDEX
 _END = object()
 
 
-class Transform(Protocol):
-    """A model's transform, such as ``Qwen2_5_VLTransform``."""
-
-    def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]: ...
-
-    def examine(
-        self, sample: Mapping[str, Any]
-    ) -> tuple[tuple[int, int, int], dict[str, int] | None]: ...
-
-    def check_supervised(self, tokens: Sequence[int], mask: Sequence[bool]) -> None: ...
-
-
 def vision_chat_dataset(
-    tokenizer: Transform,
+    tokenizer: ChatTransform,
     *,
     source: str,
     data_files: Any = None,
@@ -64,9 +54,6 @@ def vision_chat_dataset(
         column_map: names of columns that differ, by the names above.
         streaming: whether to give a stream of samples, in the order of records.
         **load_dataset_kwargs: further arguments of ``datasets.load_dataset``.
-
-    Returns:
-        A map-style dataset, or with ``streaming`` a stream.
 
     Raises:
         ValueError: if source, files or split are not there or cannot be read; ``column_map`` names
@@ -106,24 +93,34 @@ def _check_columns(column_map: Mapping[str, str], records: JsonRecords | Table) 
         raise ValueError(f"column_map names {sorted(missing)}; the columns are {sorted(columns)}")
 
 
-class VisionChatDataset(Dataset):
-    """A table of conversations; see :func:`vision_chat_dataset`.
-
-    Args:
-        transform: the model's transform.
-        rows: the records.
-        read: makes a sample for the transform of a record and its number.
-    """
+class _Conversations:
+    """Conversations as samples for a transform, which ``read`` makes of a record and its number."""
 
     def __init__(
         self,
-        transform: Transform,
-        rows: Sequence[Any] | Table,
+        transform: ChatTransform,
+        rows: JsonRecords | Table,
         read: Callable[[Any, int], dict[str, Any]],
     ) -> None:
         self._transform = transform
         self._rows = rows
         self._read = read
+
+    def _naming(self, number: int) -> AbstractContextManager[None]:
+        rows = self._rows
+        return naming(number, f" ({rows.place(number)})" if isinstance(rows, JsonRecords) else "")
+
+    def _supervised(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """A transformed sample with labels, of which there are some."""
+        transformed = self._transform(sample)
+        tokens, mask = transformed["tokens"], transformed["mask"]
+        with naming(sample["id"]):
+            self._transform.check_supervised(tokens, mask)
+        return {**transformed, "labels": np.where(mask, IGNORE_INDEX, tokens).tolist()}
+
+
+class VisionChatDataset(_Conversations, Dataset):
+    """A table of conversations; see :func:`vision_chat_dataset`."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -135,70 +132,51 @@ class VisionChatDataset(Dataset):
         ignores them. A ValueError names the sample whose record or media cannot be read, or that
         has no token of an answer that carries loss.
         """
-        return self._apply(index, lambda sample: _supervised(self._transform, sample))
+        return self._apply(self._supervised, index)
 
     def measure(self, index: int) -> tuple[int, int, int]:
-        """Count the tokens, patches and supervised tokens that a sample has when transformed.
+        """Count tokens, patches and supervised tokens of a transformed sample without decoding it.
 
-        Its media are not decoded. What is a ValueError is one of :meth:`__getitem__` too.
+        What is a ValueError is one of :meth:`__getitem__` too.
         """
         return self.examine(index)[0]
 
     def examine(self, index: int) -> tuple[tuple[int, int, int], dict[str, int] | None]:
-        """Measure a sample, and tell how many ``tokens``, ``images`` and ``videos`` are cut.
+        """Measure a sample, and tell how many ``tokens``, ``images`` and ``videos`` are cut."""
+        return self._apply(self._transform.examine, index)
 
-        None are told if nothing is cut.
-        """
-        return self._apply(index, self._transform.examine)
-
-    def _apply(self, index: int, function: Callable[[dict[str, Any]], Any]) -> Any:
+    def _apply(self, function: Callable[[dict[str, Any]], Any], index: int) -> Any:
         with naming(index):
             record = self._rows[index]
-        with naming(index, _place(self._rows, index)):
+        with self._naming(index):
             return function(self._read(record, index))
 
 
-class StreamedVisionChat:
+class StreamedVisionChat(_Conversations):
     """A stream of conversations; see :func:`vision_chat_dataset`.
 
     Iterating gives samples as the transform takes them, media still as paths, from the first record
     each time.
-
-    Args:
-        transform: the model's transform.
-        rows: the records.
-        read: makes a sample for the transform of a record and its number.
-        start: number of the first record.
     """
 
-    def __init__(
-        self,
-        transform: Transform,
-        rows: JsonRecords | Table,
-        read: Callable[[Any, int], dict[str, Any]],
-        start: int = 0,
-    ) -> None:
-        self._transform = transform
-        self._rows = rows
-        self._read = read
-        self._start = start
+    _start = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        records = iter(self._rows)
-        for index in count():
-            number = self._start + index
+        records = iter(self._rows.skip(self._start))
+        for number in count(self._start):
             with naming(number):
                 record: Any = next(records, _END)
             if record is _END:
                 return
-            with naming(number, _place(self._rows, index)):
+            with self._naming(number):
                 sample = self._read(record, number)
             yield sample
 
     def skip(self, count: int) -> "StreamedVisionChat":
         """Leave out so many samples at the beginning; the numbers of the others stay."""
-        rows = self._rows.skip(count)
-        return StreamedVisionChat(self._transform, rows, self._read, self._start + count)
+        others = copy(self)
+        others._start += count
+        return others
 
     def measure(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
         """Measure a sample of the stream as :meth:`VisionChatDataset.measure` does."""
@@ -206,17 +184,4 @@ class StreamedVisionChat:
 
     def transform(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """Transform a sample of the stream as :meth:`VisionChatDataset.__getitem__` does."""
-        return _supervised(self._transform, sample)
-
-
-def _supervised(transform: Transform, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformed sample with labels, of which there are some."""
-    transformed = transform(sample)
-    tokens, mask = transformed["tokens"], transformed["mask"]
-    with naming(sample["id"]):
-        transform.check_supervised(tokens, mask)
-    return {**transformed, "labels": np.where(mask, IGNORE_INDEX, tokens).tolist()}
-
-
-def _place(rows: Any, index: int) -> str:
-    return f" ({rows.place(index)})" if isinstance(rows, JsonRecords) else ""
+        return self._supervised(sample)

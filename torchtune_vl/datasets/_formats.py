@@ -10,20 +10,13 @@ from torchtune_vl.datasets._media_directory import MediaDirectory
 from torchtune_vl.files._json import from_json_text
 from torchtune_vl.media._errors import reraise, shortened
 
-_MEDIA = ("image", "images", "video", "videos")
-COLUMNS = ("id", "messages", "conversations", "system", *_MEDIA, "tools", "objects")
+_KEYS_OF_MEDIA = ("image", "images", "video", "videos")
+COLUMNS = ("id", "messages", "conversations", "system", *_KEYS_OF_MEDIA, "tools", "objects")
 _SOURCE_KEYS = ("image", "image_url", "video", "video_url", "url", "path")
-# Names that LLaVA's, LLaMA-Factory's and Qwen's files have for those who speak
-_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-}
+# Those who speak in LLaVA's, LLaMA-Factory's and Qwen's files
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+_ROLES |= {"human": "user", "gpt": "assistant"}
+_ROLES |= {"function_call": "assistant", "observation": "tool"}
 _TAG = re.compile("(<(?:image|video|ref-object|bbox)>)")
 _UNITS = {"real": "pixels", "norm1": "0..1"}
 
@@ -46,34 +39,31 @@ class RecordReader:
         values = {column: record.get(name) for column, name in self._names.items()}
         name = number if values["id"] is None else values["id"]
         with naming(name):
-            images, videos = (
-                [source for key in keys for source in _as_list(values[key])]
-                for keys in (_MEDIA[:2], _MEDIA[2:])
-            )
-            kinds = [kind for kind, given in (("image", images), ("video", videos)) if given]
+            given = {
+                kind: [*_as_list(values[kind]), *_as_list(values[f"{kind}s"])]
+                for kind in ("image", "video")
+            }
+            places = _Places([kind for kind in given if given[kind]], values["objects"])
             return {
                 "id": name,
-                "messages": self._messages(values, record, _Places(kinds, values["objects"])),
-                "images": [self._media.source(image) for image in images],
-                "videos": [self._media.source(video) for video in videos],
+                "messages": self._messages(values, record, places),
+                "images": self._media.source(given["image"]),
+                "videos": self._media.source(given["video"]),
                 "tools": values["tools"] or None,
             }
 
     def _messages(
         self, values: Mapping[str, Any], record: Mapping[str, Any], places: "_Places"
     ) -> list[Any]:
-        key = "messages" if values["messages"] is not None else "conversations"
-        if values[key] is None:
-            raise ValueError(
-                f"it has no {self._names['messages']!r} and no {self._names['conversations']!r}, "
-                f"but {sorted(record)}: name the column by column_map"
-            )
-        messages = from_json_text(values[key], repr(self._names[key]))
+        is_chat = values["messages"] is not None
+        key = self._names["messages" if is_chat else "conversations"]
+        messages = from_json_text(record.get(key), repr(key))
         if not isinstance(messages, list):
             raise ValueError(
-                f"{self._names[key]!r} is of type {type(messages).__name__}, expected a list"
+                f"it has no list of messages under {self._names['messages']!r} or "
+                f"{self._names['conversations']!r}, but {sorted(record)}: name it by column_map"
             )
-        if key == "conversations":
+        if not is_chat:
             messages = [_read_turn(turn) for turn in messages]
         if values["system"]:
             messages = [{"role": "system", "content": values["system"]}, *messages]
@@ -87,18 +77,15 @@ class RecordReader:
         return read
 
     def _message(self, message: Any, places: "_Places") -> Any:
-        if not isinstance(message, Mapping):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, str | list):
             return message  # the transform says what is wrong with it
-        content, is_answer = message.get("content"), message.get("role") == "assistant"
-        if isinstance(content, str):
-            items = places.fill(content, is_answer)
-            content = items[0]["text"] if len(items) == 1 and _is_text(items[0]) else items
-        elif isinstance(content, list):
-            items = [part for item in content for part in places.fill_item(item, is_answer)]
-            content = [self._located(item) for item in items]
-        else:
-            return message
-        return {**message, "content": content}
+        is_answer = message.get("role") == "assistant"
+        given = [_text(content)] if isinstance(content, str) else content
+        items = [self._located(part) for item in given for part in places.fill(item, is_answer)]
+        if isinstance(content, str) and len(items) == 1 and _is_text(items[0]):
+            return {**message, "content": items[0]["text"]}
+        return {**message, "content": items}
 
     def _located(self, item: Any) -> Any:
         """An item with the paths of its medium resolved."""
@@ -121,46 +108,40 @@ class _Places:
     def __init__(self, kinds: Collection[str], objects: Any) -> None:
         self._kinds = kinds
         self._objects = _read_objects(objects)
+        self._left = {tag: iter(items) for tag, items in self._objects.items()}
         self._counts: Counter[str] = Counter()
 
-    def fill(self, text: str, is_answer: bool) -> list[dict[str, Any]]:
-        """Make items of a text. In an answer ``<image>`` and ``<video>`` are no tags."""
+    def fill(self, item: Any, is_answer: bool) -> list[Any]:
+        """Make items of one that is a text with tags. In an answer those of media are none."""
+        if not isinstance(item, Mapping) or item.get("type") not in ("text", None):
+            return [item]
+        text = item.get("content") if item.get("text") is None else item["text"]
+        if not isinstance(text, str) or not _TAG.search(text):
+            return [item]
+        if item.get("fields") is not None:
+            raise ValueError(
+                "its text has tags and fields: give media as items of their own, boxes as fields"
+            )
         items: list[dict[str, Any]] = []
         for number, piece in enumerate(_TAG.split(text)):  # text, tag, text, ...
             kind = piece[1:-1]
             if number % 2 == 0 or (is_answer and piece not in self._objects):
-                item = _text(piece)
+                part = _text(piece)
             elif piece in self._objects:
-                given, place = self._objects[piece], self._counts[piece]
-                item = given[place] if place < len(given) else _text("")
                 self._counts[piece] += 1
+                part = next(self._left[piece], _text(""))  # which check_objects refuses
             elif kind in self._kinds:
-                item = {"type": kind}
+                part = {"type": kind}
             else:
                 raise ValueError(
                     f"its {piece} is the place of a medium, but the record has none in {kind!r} or "
                     f"'{kind}s': name the column by column_map (where the tag is meant as text, "
                     f"write it as two text items, '<' and '{kind}>')"
                 )
-            if items and _is_text(items[-1]) and _is_text(item):
-                item = _text(items.pop()["text"] + item["text"])
-            if item != _text(""):
-                items.append(item)
-        return items or [_text("")]
-
-    def fill_item(self, item: Any, is_answer: bool) -> list[Any]:
-        """Make items of one that is a text with tags; others stay."""
-        if not isinstance(item, Mapping) or item.get("type") not in ("text", None):
-            return [item]
-        text = item.get("text") if item.get("text") is not None else item.get("content")
-        if not isinstance(text, str) or not _TAG.search(text):
-            return [item]
-        if item.get("fields") is not None:
-            raise ValueError(
-                "its text has tags and fields: give the media as items of their own, and boxes as "
-                "fields"
-            )
-        return self.fill(text, is_answer)
+            if items and _is_text(items[-1]) and _is_text(part):
+                part = _text(items.pop()["text"] + part["text"])
+            items.append(part)
+        return [part for part in items if part != _text("")] or [_text("")]
 
     def check_objects(self) -> None:
         """Raise a ValueError if the texts have more or fewer places than there are objects."""
@@ -175,13 +156,11 @@ class _Places:
 def _read_objects(objects: Any) -> dict[str, list[dict[str, Any]]]:
     """Items by tag of ms-swift's ``objects``, perhaps JSON text, where null is no value."""
     objects = {} if objects is None else from_json_text(objects, "objects")
-    given: dict[str, Any] = {}
-    if isinstance(objects, Mapping):
-        given = {key: value for key, value in objects.items() if value is not None}
-    names, boxes = given.get("ref", []), given.get("bbox", [])
-    images = given.get("image_id", [])
+    is_object = isinstance(objects, Mapping)
+    given = {k: v for k, v in objects.items() if v is not None} if is_object else {}
+    names, boxes, images = (given.get(key, []) for key in ("ref", "bbox", "image_id"))
     if (
-        not isinstance(objects, Mapping)
+        not is_object
         or given.keys() - {"ref", "bbox", "bbox_type", "image_id"}
         or not all(isinstance(values, list) for values in (names, boxes, images))
         or not all(isinstance(name, str) for name in names)
@@ -193,17 +172,13 @@ def _read_objects(objects: Any) -> dict[str, list[dict[str, Any]]]:
             "of texts; bbox, a list of boxes; image_id, a list of as many numbers; and bbox_type, "
             "real or norm1: correct the column or remove it"
         )
-    images = images or [0] * len(boxes)
+    items: dict[str, list[dict[str, Any]]] = {"<ref-object>": [*map(_text, names)], "<bbox>": []}
     unit = _UNITS[given.get("bbox_type", "real")]
-    return {
-        "<ref-object>": [_text(name) for name in names],
-        "<bbox>": [_box(box, image, unit) for box, image in zip(boxes, images, strict=True)],
-    }
-
-
-def _box(box: Any, image: Any, unit: str) -> dict[str, Any]:
-    key = "point_2d" if isinstance(box, list) and len(box) == 2 else "bbox_2d"
-    return {**_text("{bbox}"), "fields": {"bbox": {key: box}}, "image": image, "unit": unit}
+    for box, image in zip(boxes, images or [0] * len(boxes), strict=True):
+        key = "point_2d" if isinstance(box, list) and len(box) == 2 else "bbox_2d"
+        fields = {"bbox": {key: box}}
+        items["<bbox>"].append({**_text("{bbox}"), "fields": fields, "image": image, "unit": unit})
+    return items
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import copy
@@ -40,21 +41,16 @@ class JsonRecords(Sequence[Any]):
     """The records of JSON files, one after another.
 
     A file is an array, whose values are records; JSON Lines, where every line that is not blank is
-    one; or a single object. ``datasets`` would infer a type for each column from the beginning of
-    the first file, and change or refuse what does not fit it; here a record is what the file says.
-    It is read and parsed each time that it is asked for, so that only places are in memory, 20
-    bytes for each, and the last one takes no longer than the first. Data workers share them.
+    one; or a single object. It is in UTF-8, with or without byte order mark, perhaps compressed by
+    gzip, bzip2 or xz. ``datasets`` would infer a type for each column from the beginning of the
+    first file, and change or refuse what does not fit it; here a record is what the file says, read
+    each time that it is asked for. Only places are in memory, 20 bytes for each, which data workers
+    share. What is wrong is a ValueError that tells file, line and column.
 
     Args:
-        files: in UTF-8, with or without byte order mark, perhaps compressed by gzip, bzip2 or xz;
-            at least one.
+        files: at least one.
         field: key of the array of records, in files that are an object which has it.
         cache_dir: where compressed files are unpacked.
-
-    Raises:
-        ValueError: if a file cannot be read, has no records, or its array does not end. From
-            reading a record, if it is no JSON, has a key twice or a number that no float can hold,
-            or if the file has changed. It tells file, line and column.
     """
 
     def __init__(
@@ -71,9 +67,10 @@ class JsonRecords(Sequence[Any]):
                 raise ValueError(f"{name} cannot be read ({error.strerror})") from error
             if not len(places):
                 raise ValueError(f"{name} has no records: write it again, or leave it out")
+            start, stop, line = places.T
             table = np.empty(len(places), _PLACE)
-            table["file"], table["line"] = number, places[:, 2]
-            table["start"], table["length"] = places[:, 0], places[:, 1] - places[:, 0]
+            table["file"], table["line"] = number, line
+            table["start"], table["length"] = start, stop - start
             tables.append(table)
         self._table = np.concatenate(tables)
 
@@ -81,36 +78,30 @@ class JsonRecords(Sequence[Any]):
         return len(self._table)
 
     def __getitem__(self, index: Any) -> Any:
-        """Read a record."""
         number, line, start, length = self._table[index].tolist()
-        name, path, state = file = self._files[number]
-        try:
-            with open(path, "rb", buffering=0) as opened:
-                if _state(os.fstat(opened.fileno())) != state:
-                    raise ValueError(f"{name} has changed since it was opened: start anew")
-                # Not mapped: a file that someone shortens would end the process by a signal
-                data = os.pread(opened.fileno(), length, start)
-        except OSError as error:
-            raise ValueError(f"{name} cannot be read ({error.strerror})") from error
-        return file.parse(data, start, line)
+        file = self._files[number]
+        with open(file.path, "rb", buffering=0) as opened:
+            if _state(os.fstat(opened.fileno())) != file.state:
+                raise ValueError(f"{file.name} has changed since it was opened: start anew")
+            # Not mapped: a file that someone shortens would end the process by a signal
+            return file.parse(os.pread(opened.fileno(), length, start), start, line)
 
     def __add__(self, other: "JsonRecords") -> "JsonRecords":
-        """The records of both."""
         table = other._table.copy()
         table["file"] += len(self._files)
-        both = self._with(np.concatenate([self._table, table]))
+        both = self._of(np.concatenate([self._table, table]))
         both._files = self._files + other._files
         return both
 
     def select(self, indices: Sequence[int]) -> "JsonRecords":
         """Choose records, without reading them."""
-        return self._with(self._table[np.asarray(indices, np.int64)])
+        return self._of(self._table[np.asarray(indices, np.int64)])
 
     def skip(self, count: int) -> "JsonRecords":
         """Leave out records at the beginning, without reading them."""
-        return self._with(self._table[count:])
+        return self._of(self._table[count:])
 
-    def _with(self, table: np.ndarray) -> "JsonRecords":
+    def _of(self, table: np.ndarray) -> "JsonRecords":
         records = copy(self)
         records._table = table
         return records
@@ -128,6 +119,7 @@ class _File(NamedTuple):
 
     def parse(self, data: bytes, start: int, line: int) -> Any:
         """Parse a record that starts at a place."""
+        offset = 0
         try:
             return _DECODER.decode(data.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -135,34 +127,28 @@ class _File(NamedTuple):
             problem = f"the byte 0x{data[offset]:02x} is no UTF-8: save the file as UTF-8"
         except json.JSONDecodeError as error:
             offset = len(error.doc[: error.pos].encode("utf-8"))
-            problem = (
-                f"this is no JSON ({error.msg}): correct it, each record an object on a line of "
-                "its own or in one array"
-            )
+            problem = f"this is no JSON ({error.msg}): correct it, each record an object on a line "
+            problem += "of its own or in one array"
         except RecursionError:
-            offset, problem = 0, "this is nested too deeply: make it flatter"
+            problem = "this is nested too deeply: make it flatter"
         except ValueError as error:  # of the functions below, or an integer's thousands of digits
-            offset, problem = 0, str(error)
-        raise self.error(problem, start, line, offset)
+            problem = str(error)
+        raise self.error(problem, start, line, start + offset)
 
-    def error(self, problem: str, start: int, line: int, offset: int) -> ValueError:
-        """Tell line and column of what is so many bytes behind a place."""
-        stop = start + offset
-        with (
-            open(self.path, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            line += data[start:stop].count(b"\n")
-            begin = data.rfind(b"\n", 0, stop) + 1
-            column = len(data[begin:stop].decode("utf-8-sig", "replace")) + 1
+    def error(self, problem: str, start: int, line: int, stop: int) -> ValueError:
+        """Tell line and column of what is behind a place whose line is known."""
+        with open(self.path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        line += data[start:stop].count(b"\n")
+        begin = data.rfind(b"\n", 0, stop) + 1
+        column = len(data[begin:stop].decode("utf-8-sig", "replace")) + 1
         return ValueError(f"{self.name}, line {line}, column {column}: {problem}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"an object has the key {twice[:200]!r} twice: remove one of them")
     return result
 
@@ -190,8 +176,10 @@ def _unpacked(name: str, cache_dir: str) -> str:
         key = repr((os.path.realpath(name), *_state(os.fstat(file.fileno()))))
     opener = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
     target = Path(cache_dir, f"unpacked-{hashlib.sha256(key.encode()).hexdigest()}.json")
-    if opener is None or target.exists():
-        return str(target) if opener else name
+    if opener is None:
+        return name
+    if target.exists():
+        return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=cache_dir, delete=False) as partial:
         try:
@@ -234,7 +222,7 @@ def _places(file: _File, field: str | None) -> np.ndarray:
     problem = "the array ends here, but the file goes on: remove the rest"
     if end < 0:
         problem = "the file ends within its array: it is cut off; write it again"
-    raise file.error(problem, start, line, (end if end > 0 else len(data)) - start)
+    raise file.error(problem, start, line, end if end > 0 else len(data))
 
 
 def _of_field(data: mmap.mmap, entries: np.ndarray, name: str, field: str) -> np.ndarray:
@@ -256,10 +244,10 @@ def _of_field(data: mmap.mmap, entries: np.ndarray, name: str, field: str) -> np
 
 @numba.njit(nogil=True, cache=True)
 def _divide(data, begin, line, by_line):  # type: ignore[no-untyped-def]
-    """Start, stop and line of all lines but blank ones, or of the values behind a bracket.
+    """Start, stop and line of lines but blank ones, or of the values behind a bracket; its end.
 
-    And where the bracket that ends these is, -1 if nowhere. Of values only strings, brackets and
-    commas are looked at: one may turn out to be none.
+    That is -1 if there is none. Of values only strings, brackets and commas are looked at: one may
+    turn out to be none.
     """
     places, count = np.empty((1024, 3), np.int64), 0
     separator = _LINE_BREAK if by_line else _COMMA

@@ -84,15 +84,18 @@ def load_records(
         tables = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         parts = _parts(split, tables)
         return Table(datasets.concatenate_datasets(parts)), [os.path.join(source, "")]
-    groups = _by_split(data_files)
-    if not all(groups.values()):
+    # Plain lists, which those of a config are not
+    groups = data_files if isinstance(data_files, Mapping) else {"train": data_files or []}
+    groups = {k: [v] if isinstance(v, str) else [*v] for k, v in groups.items()}
+    if data_files is not None and not all(groups.values()):
         raise ValueError("data_files names no file: name one, a list or a pattern")
+    named = groups if data_files is not None else None
     of_builder = {name: value for name, value in settings.items() if name not in _OF_TABLES}
     try:
-        builder = datasets.load_dataset_builder(source, data_files=groups or None, **of_builder)
+        builder = datasets.load_dataset_builder(source, data_files=named, **of_builder)
         if not isinstance(builder, Json):
             rows = datasets.load_dataset(
-                source, data_files=groups or None, split=split, streaming=streaming, **settings
+                source, data_files=named, split=split, streaming=streaming, **settings
             )
     # ValueError: of a split, or files of another format; TypeError: of a setting that is not known
     except (FileNotFoundError, TypeError, ValueError, DatasetGenerationError) as error:
@@ -101,14 +104,6 @@ def load_records(
     if isinstance(builder, Json):
         return _json_records(builder, split, settings.get("cache_dir") or HF_DATASETS_CACHE)
     return Table(rows), [file for files in groups.values() for file in files]
-
-
-def _by_split(data_files: Any) -> dict[str, list[str]]:
-    """The files of each split as plain lists, which those of a config are not."""
-    if data_files is None:
-        return {}
-    groups = data_files if isinstance(data_files, Mapping) else {"train": data_files}
-    return {k: [files] if isinstance(files, str) else list(files) for k, files in groups.items()}
 
 
 def _json_records(
@@ -121,10 +116,8 @@ def _json_records(
     groups = {str(name): list(files) for name, files in config.data_files.items()}
     if not wanted <= groups.keys():
         raise ValueError(f"the split {split!r} is not there; there are {', '.join(groups)}")
-    download_config = datasets.DownloadConfig(
-        token=builder.token, storage_options=builder.storage_options
-    )
-    download = datasets.DownloadManager(download_config=download_config).download
+    settings = datasets.DownloadConfig(token=builder.token, storage_options=builder.storage_options)
+    download = datasets.DownloadManager(download_config=settings).download
     tables, own = {}, []
     for name in wanted:
         own += [file for file in groups[name] if os.path.exists(file)]
