@@ -21,8 +21,7 @@ from quickstart.digits import write_digits
 from tests import hostile
 from torchtune_vl.data import PackedRows, TrainingRows, padded_collate_vision_supervised
 from torchtune_vl.datasets import VisionChatDataset, measure_all, vision_chat_dataset
-from torchtune_vl.datasets._formats import RecordReader
-from torchtune_vl.datasets._media_directory import MediaDirectory
+from torchtune_vl.datasets._formats import MediaDirectory, RecordReader
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 from torchtune_vl.recipes._main import sentence_of
 

@@ -1,13 +1,18 @@
 """Which samples make a row, from their sizes alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numba
 import numpy as np
 
-from torchtune_vl.data._collate import Batch, packed_collate_vision, padded_collate_vision_targets
+from torchtune_vl.data._collate import (
+    Batch,
+    Samples,
+    packed_collate_vision,
+    padded_collate_vision_targets,
+)
 
 # A patch passes the vision encoder, a token the decoder; each costs by the parameters that it
 # meets. The encoder has 0.09 (7B) to 0.2 (3B) times as many as the decoder. For larger decoders
@@ -36,19 +41,17 @@ class Planner(Protocol):
     """Decides which samples make a row, and how they become its batch.
 
     Its attributes are the arguments that it was made with: they say which plan it makes.
-
-    Args:
-        collate: from the samples of a row, perhaps none, to arguments of the model.
+    ``collate`` makes arguments of the model of the samples of a row, perhaps none.
     """
 
-    collate: Callable[[Sequence[Mapping[str, Any]]], Batch]
+    collate: Callable[[Samples], Batch]
 
     @property
     def lookahead(self) -> int:
         """How many samples it wants to choose from."""
 
     def check(self, size: Size) -> None:
-        """Raise a ValueError if a sample of this size fits no row."""
+        """Raise a ValueError if a sample of this size fits no row; by default every one does."""
 
     def plan(self, sizes: np.ndarray) -> list[np.ndarray]:
         """Divide samples into rows, from their sizes, int [n, 3], in order of arrival.
@@ -60,8 +63,17 @@ class Planner(Protocol):
         """Return the cost of a row, in tokens; the quadratic part of attention is left out."""
 
 
+class _Counts:
+    """Arguments of a planner, which are counts or None."""
+
+    def __post_init__(self) -> None:
+        for name, count in vars(self).items():
+            if count is not None and (type(count) is not int or count < 1):
+                raise ValueError(f"{name} of rows must be a whole number from 1, not {count!r}")
+
+
 @dataclass
-class PackedRows:
+class PackedRows(_Counts, Planner):
     """Rows of several samples end to end, within a budget of tokens and one of patches.
 
     A row starts with the sample that has waited longest, so that each waits for ``lookahead`` rows
@@ -86,73 +98,46 @@ class PackedRows:
 
     collate = staticmethod(packed_collate_vision)
 
-    def __post_init__(self) -> None:
-        _check_counts(self)
-
     def check(self, size: Size) -> None:
-        """Raise a ValueError if a sample of this size exceeds a budget."""
-        for count, name, most, other_remedy in (
-            (size.tokens, "tokens", self.max_tokens, "max_seq_len"),
-            (size.patches, "patches", self.max_patches, "max_pixels"),
+        for kind, count, other_remedy in (
+            ("tokens", size.tokens, "max_seq_len"),
+            ("patches", size.patches, "max_pixels"),
         ):
-            if most is not None and count > most:
+            limit = vars(self)[f"max_{kind}"]
+            if limit is not None and count > limit:
                 raise ValueError(
-                    f"it has {count} {name}, more than a row's max_{name} of {most}: raise "
-                    f"max_{name}, or set {other_remedy} of the transform"
+                    f"it has {count} {kind}, more than a row's max_{kind} of {limit}: raise "
+                    f"max_{kind}, or set {other_remedy} of the transform"
                 )
 
     def plan(self, sizes: np.ndarray) -> list[np.ndarray]:
-        """Divide samples that each fit a row; of a row the oldest, then from large to small."""
         limit = np.iinfo(np.int64).max if self.max_patches is None else self.max_patches
         tokens, patches = (np.ascontiguousarray(sizes[:, i], np.int64) for i in range(2))
         order, ends = _best_fit(tokens, patches, self.max_tokens, limit, self.lookahead)
         return np.split(order, ends[:-1])
 
     def work(self, row: Sequence[Size]) -> float:
-        """Return the cost of a row, in tokens; the quadratic part of attention is left out."""
         return sum(size.tokens + PATCH_WORK * size.patches for size in row)
 
 
 @dataclass
-class PaddedRows:
-    """Rows of so many samples in their order, padded to the longest.
-
-    Args:
-        batch_size: samples of a row, at least 1.
-
-    Raises:
-        ValueError: if it is not.
-    """
+class PaddedRows(_Counts, Planner):
+    """Rows of ``batch_size`` samples in their order, at least 1, padded to the longest."""
 
     batch_size: int
 
     collate = staticmethod(padded_collate_vision_targets)
 
-    def __post_init__(self) -> None:
-        _check_counts(self)
-
     @property
     def lookahead(self) -> int:
-        """As many samples as a row has: there is nothing to choose."""
-        return self.batch_size
-
-    def check(self, size: Size) -> None:
-        """Accept a sample of any size."""
+        return self.batch_size  # there is nothing to choose
 
     def plan(self, sizes: np.ndarray) -> list[np.ndarray]:
-        """Take ``batch_size`` samples after the other."""
         return np.split(np.arange(len(sizes)), range(self.batch_size, len(sizes), self.batch_size))
 
     def work(self, row: Sequence[Size]) -> float:
-        """Return the cost of a row, in tokens, padding included."""
         longest = max((size.tokens for size in row), default=0)
         return len(row) * longest + PATCH_WORK * sum(size.patches for size in row)
-
-
-def _check_counts(planner: PackedRows | PaddedRows) -> None:
-    for name, count in vars(planner).items():
-        if count is not None and (type(count) is not int or count < 1):
-            raise ValueError(f"{name} of rows must be a whole number of at least 1, not {count!r}")
 
 
 def settings_of(planner: Planner) -> dict[str, Any]:
@@ -160,17 +145,15 @@ def settings_of(planner: Planner) -> dict[str, Any]:
     return {"planner": type(planner).__name__, **vars(planner)}
 
 
-def planner_of(settings: Mapping[str, Any]) -> Planner:
+def planner_of(planner: str, **arguments: Any) -> Planner:
     """Make a planner of :func:`settings_of`; a ValueError if it is none of ours."""
-    arguments = dict(settings)
-    name = arguments.pop("planner")
-    planners: dict[str, Any] = {"PackedRows": PackedRows, "PaddedRows": PaddedRows}
-    if name not in planners:
+    known: dict[str, Any] = {"PackedRows": PackedRows, "PaddedRows": PaddedRows}
+    if planner not in known:
         raise ValueError(
-            f"the rows of the run so far were those of a {name}, whose plan cannot be made again: "
-            "go on with the same settings of rows"
+            f"the rows of the run so far were those of a {planner}, whose plan cannot be made "
+            "again: go on with the same settings of rows"
         )
-    return planners[name](**arguments)
+    return known[planner](**arguments)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -26,10 +26,10 @@ class Row(NamedTuple):
         batch: arguments of the model.
         samples: the index in the dataset of each sample, its number in a stream.
         sizes: the size of each.
-        position: where the data go on after the step that this row belongs to: values that JSON
-            can hold, the same on all ranks. ``step`` counts the steps so far, ``epoch`` is that of
-            the next, ``has_begun`` tells whether other steps of this epoch are done, and
-            ``had_media`` whether any step so far had images or videos.
+        position: the position in the epoch after the step that this row belongs to, where the data
+            go on: values that JSON can hold, the same on all ranks. ``step`` counts the steps so
+            far, ``epoch`` is that of the next, ``has_begun`` tells whether other steps of this
+            epoch are done, and ``had_media`` whether any step so far had images or videos.
         step_has_media: whether any row of the step, on any rank, has images or videos.
     """
 
@@ -52,50 +52,46 @@ class _Step(NamedTuple):
     position: dict[str, Any]
 
 
-# The rows of a step, and the part of its position that says what is left of the epoch
-_Planned = tuple[Iterable[list[_Sample]], dict[str, Any]]
+# The rows of each step, and the part of its position that says what is left of the epoch
+_Plan = Iterator[tuple[Iterable[list[_Sample]], dict[str, Any]]]
 
 
 @dataclass(eq=False, repr=False)
 class TrainingRows(IterableDataset[Row]):
     """The rows that one rank trains on, for ``DataLoader(rows, batch_size=None)``.
 
-    A step, which one update of the weights takes, has ``rows_per_step`` rows over all ranks. Each
-    rank gets equally many, their work as equal as it can be, heaviest first. An epoch has each
-    sample exactly once; rows that its last step lacks come from dividing others, and are empty
-    where that does not suffice.
+    A step, after which the weights change, has ``rows_per_step`` rows over all ranks. Each rank
+    gets equally many, their work as equal as it can be, heaviest first. An epoch has each sample
+    exactly once; rows that its last step lacks come from dividing others, and are empty where that
+    does not suffice.
 
     Rows come in a random order, large and small samples evenly over the epoch. Not shuffled, and
     from a stream, an epoch is planned in pieces of ``planner.lookahead`` samples, and only the rows
     of a piece come in a random order. Every data worker of every rank plans all rows, from sizes
-    alone, and makes the samples of its own: nothing is exchanged, and the position is the same for
-    all.
+    alone, and makes the samples of its own: nothing is exchanged, and neither changes the order.
 
     Args:
         dataset: has ``__len__``, ``__getitem__`` and ``measure``, both of an index; or, if it is a
             stream, ``__iter__`` over raw samples, ``measure`` and ``transform``, both of a raw
             sample, and perhaps ``skip(n)``, an iterable without the first n. Measuring gives
-            the fields of a :class:`Size`, and samples are what collate functions take. Every rank
-            and data worker has to see the same samples.
+            the fields of a :class:`Size`, and samples are what collate functions take.
         planner: :class:`PackedRows` or :class:`PaddedRows`.
         rows_per_step: rows of a step, over all ranks.
-        rank: number of this rank among those that get different rows.
+        rank: number of this rank among the ``world_size`` that get different rows.
         world_size: how many these are.
         seed: of the order, >= 0.
         shuffle: whether each epoch has an order of its own, instead of the dataset's.
         epochs: how often to go through the dataset; None for no end.
-        position: from the last row that was trained on, to go on behind its step, with any number
-            of ranks. With another planner or ``rows_per_step``, the samples that are left of its
-            epoch are planned anew.
+        position: of the last row that was trained on, to go on behind its step, with any number of
+            ranks; with another planner or ``rows_per_step`` the rest of its epoch is planned anew.
         sizes: int [samples, 3], the :class:`Size` of each sample of a dataset with indices. None
             measures them when they are planned.
 
     Raises:
-        ValueError: if ranks cannot share a step equally, a size exceeds a row or has no supervised
-            token, a stream is to be shuffled, or the position is that of a run on other data or
-            behind the last epoch. From iterating, if a sample cannot be measured or made, does not
-            have the size that was measured, exceeds a row or has no supervised token, or there is
-            none.
+        ValueError: if ranks cannot share a step equally, a stream is to be shuffled, or the
+            position is that of a run on other data or behind the last epoch; then or from
+            iterating, if a sample cannot be measured or made, does not have the size that was
+            measured, exceeds a row or has no supervised token, or there is none.
     """
 
     dataset: Any
@@ -153,11 +149,7 @@ class TrainingRows(IterableDataset[Row]):
             yield Row(batch, numbers, sizes, step.position, step.has_media)
 
     def last_step(self) -> int:
-        """Count the steps to the end of the last epoch, by planning all that are left.
-
-        Those before the position are counted too. A ValueError if ``epochs`` is None, and as
-        iterating does.
-        """
+        """Return the number of the last step, by planning all; a ValueError without ``epochs``."""
         if self.epochs is None:
             raise ValueError("epochs is None: the steps have no end to count to")
         return int(self._position["step"]) + sum(1 for _ in self._planned())
@@ -178,7 +170,7 @@ class TrainingRows(IterableDataset[Row]):
             position = {"step": step, "had_media": had_media, **left, **self._identity}
             yield _Step(self._completed(rows), has_media, position)
 
-    def _planned(self) -> Iterator[_Planned]:
+    def _planned(self) -> _Plan:
         first = self._position["epoch"]
         plan = self._plan_shuffled if self.shuffle else self._plan_in_order
         position = self._position
@@ -188,7 +180,7 @@ class TrainingRows(IterableDataset[Row]):
                 yield rows, {"epoch": epoch, "has_begun": True, **left} if left else ended
             position = {}
 
-    def _plan_shuffled(self, epoch: int, position: Mapping[str, Any]) -> Iterator[_Planned]:
+    def _plan_shuffled(self, epoch: int, position: Mapping[str, Any]) -> _Plan:
         """The steps that are left of an epoch, which is planned as a whole."""
         # Pairs of settings and how many steps were taken with them: as often as they changed
         plans = list(position.get("plans", []))
@@ -200,7 +192,7 @@ class TrainingRows(IterableDataset[Row]):
             done += 1
             stop = first + self.rows_per_step
             planned = ([self._sample(i, i) for i in row.tolist()] for row in rows[first:stop])
-            yield planned, {"plans": [*before, [self._settings, done]]} if rows[stop:] else {}
+            yield planned, {"plans": [*before, [self._settings, done]]} if stop < len(rows) else {}
 
     def _shuffled_rows(self, epoch: int, plans: Sequence[Sequence[Any]]) -> list[np.ndarray]:
         """The rows of an epoch, as indices, that are left after these steps of these plans."""
@@ -213,13 +205,13 @@ class TrainingRows(IterableDataset[Row]):
         for number, (settings, done) in enumerate(plans, 1):
             # All but those of the first steps of the plan before, in the order of the epoch
             left = left[np.isin(left, np.concatenate(rows))] if rows else left
-            planner = self.planner if settings == self._settings else planner_of(settings["rows"])
+            planner = self.planner if settings == self._settings else planner_of(**settings["rows"])
             sizes = self.sizes[left]
             planned = _evenly(planner.plan(sizes), sizes, (self.seed, epoch, number))
             rows = [left[row] for row in planned[done * settings["rows_per_step"] :]]
         return rows
 
-    def _plan_in_order(self, epoch: int, position: Mapping[str, Any]) -> Iterator[_Planned]:
+    def _plan_in_order(self, epoch: int, position: Mapping[str, Any]) -> _Plan:
         """The steps that are left of an epoch, which is planned piece by piece."""
         rows = [list(row) for row in position.get("rows", [])]
         waiting, next_number = list(position.get("waiting", [])), position.get("next", 0)
@@ -250,21 +242,20 @@ class TrainingRows(IterableDataset[Row]):
                 raise ValueError("the dataset has no samples")
             step, rows = rows[: self.rows_per_step], rows[self.rows_per_step :]
             is_last = not rows and not waiting
-            left = {
-                "settings": self._settings,
-                "rows": rows,
-                "waiting": waiting,
-                "next": next_number,
-            }
-            yield [[samples.pop(i) for i in row] for row in step], {} if is_last else left
+            left = {"rows": rows, "waiting": waiting, "next": next_number}
+            yield (
+                [[samples.pop(number) for number in row] for row in step],
+                {} if is_last else {"settings": self._settings, **left},
+            )
 
     def _arriving(self, numbers: Set[int], next_number: int) -> Iterator[_Sample]:
         """These samples of the dataset, and all from the next on."""
         first = min(numbers, default=next_number)
-        every: Iterable[Any] = range(first, len(self.dataset)) if not self.is_stream else ()
-        if self.is_stream and hasattr(self.dataset, "skip"):
+        if not self.is_stream:
+            every: Iterable[Any] = range(first, len(self.dataset))
+        elif hasattr(self.dataset, "skip"):
             every = self.dataset.skip(first)
-        elif self.is_stream:
+        else:
             every = islice(self.dataset, first, None)
         for number, raw in enumerate(every, first):
             if number >= next_number or number in numbers:

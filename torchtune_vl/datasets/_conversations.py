@@ -11,9 +11,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from torchtune_vl.chat import ChatTransform
-from torchtune_vl.datasets._formats import COLUMNS, RecordReader, naming
+from torchtune_vl.datasets._formats import COLUMNS, MediaDirectory, RecordReader, naming
 from torchtune_vl.datasets._json_records import JsonRecords
-from torchtune_vl.datasets._media_directory import MediaDirectory
 from torchtune_vl.datasets._tables import Table, load_records
 from torchtune_vl.modules import IGNORE_INDEX
 

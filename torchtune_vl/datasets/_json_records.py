@@ -78,6 +78,11 @@ class JsonRecords(Sequence[Any]):
         return len(self._table)
 
     def __getitem__(self, index: Any) -> Any:
+        """Read a record, or choose the records of a slice without reading them."""
+        if isinstance(index, slice):
+            part = copy(self)
+            part._table = self._table[index]
+            return part
         number, line, start, length = self._table[index].tolist()
         file = self._files[number]
         with open(file.path, "rb", buffering=0) as opened:
@@ -89,22 +94,13 @@ class JsonRecords(Sequence[Any]):
     def __add__(self, other: "JsonRecords") -> "JsonRecords":
         table = other._table.copy()
         table["file"] += len(self._files)
-        both = self._of(np.concatenate([self._table, table]))
+        both = copy(self)
+        both._table = np.concatenate([self._table, table])
         both._files = self._files + other._files
         return both
 
-    def select(self, indices: Sequence[int]) -> "JsonRecords":
-        """Choose records, without reading them."""
-        return self._of(self._table[np.asarray(indices, np.int64)])
-
     def skip(self, count: int) -> "JsonRecords":
-        """Leave out records at the beginning, without reading them."""
-        return self._of(self._table[count:])
-
-    def _of(self, table: np.ndarray) -> "JsonRecords":
-        records = copy(self)
-        records._table = table
-        return records
+        return self[count:]
 
     def place(self, index: int) -> str:
         """File and line of a record, such as ``data/train.jsonl, line 7``."""

@@ -82,7 +82,7 @@ def load_records(
     if any(os.path.isfile(os.path.join(source, name)) for name in of_saved):
         saved = datasets.load_from_disk(source)
         tables = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-        parts = _parts(split, tables)
+        parts = [table.select(range(*bounds)) for table, *bounds in _parts(split, tables)]
         return Table(datasets.concatenate_datasets(parts)), [os.path.join(source, "")]
     # Plain lists, which those of a config are not
     groups = data_files if isinstance(data_files, Mapping) else {"train": data_files or []}
@@ -123,11 +123,12 @@ def _json_records(
         own += [file for file in groups[name] if os.path.exists(file)]
         files = [file if os.path.exists(file) else download(file) for file in groups[name]]
         tables[name] = JsonRecords(files, config.field, cache_dir)
-    return reduce(operator.add, _parts(split, tables)), own
+    parts = [table[start:stop] for table, start, stop in _parts(split, tables)]
+    return reduce(operator.add, parts), own
 
 
-def _parts(split: str, tables: Mapping[str, Any]) -> list[Any]:
-    """The parts of tables that make a split, which are named as in ``datasets``."""
+def _parts(split: str, tables: Mapping[str, Any]) -> list[tuple[Any, int, int]]:
+    """Tables, and where the parts of them begin and end that make a split of ``datasets``."""
     lengths = {name: len(table) for name, table in tables.items()}
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
@@ -135,4 +136,4 @@ def _parts(split: str, tables: Mapping[str, Any]) -> list[Any]:
         raise ValueError(f"the split {split!r} cannot be read: {error}") from error
     if not any(part.to > part.from_ for part in parts):
         raise ValueError(f"the split {split!r} has no records: there are {lengths}")
-    return [tables[p.splitname].select(range(p.from_, p.to)) for p in parts]
+    return [(tables[part.splitname], part.from_, part.to) for part in parts]

@@ -15,8 +15,8 @@ class JsonObject:
     """An object of a JSON file, whose values are asked for by kind.
 
     Each method takes a key, and raises ``ValueError`` if it is missing or its value is of another
-    kind; ``null`` is a value of no kind. Errors put ``place``, such as ``vision_config.``, before
-    the key.
+    kind, or outside of bounds, which are included; ``null`` is a value of no kind. Errors put
+    ``place``, such as ``vision_config.``, before the key.
     """
 
     file: Path
@@ -37,25 +37,20 @@ class JsonObject:
         return JsonObject(self.file, content, f"{self.place}{key}.")
 
     def whole(self, key: str, least: int = 1, most: int = _MANY) -> int:
-        """Return a whole number between two bounds, both included."""
         expected = f"a whole number from {least}" + (f" to {most:,}" if most < _MANY else "")
-        return self._checked(key, expected, int, bounds=(least, most))
+        return self._checked(key, expected, int, least=least, most=most)
 
     def number(self, key: str, least: float, most: float) -> float:
-        """Return a number between two bounds, both included."""
         expected = f"a number from {least:g} to {most:g}"
-        return self._checked(key, expected, int, float, bounds=(least, most))
+        return self._checked(key, expected, int, float, least=least, most=most)
 
     def flag(self, key: str) -> bool:
-        """Return true or false."""
         return self._checked(key, "true or false", bool)
 
     def text(self, key: str) -> str:
-        """Return a string."""
         return self._checked(key, "a string", str)
 
     def items(self, key: str) -> list[Any]:
-        """Return a list of whatever it holds."""
         return list(self._checked(key, "a list", list, tuple))
 
     def each(self, key: str) -> "JsonObject":
@@ -64,16 +59,14 @@ class JsonObject:
         return JsonObject(self.file, items, f"{self.place}{key}.")
 
     def error(self, key: str, expected: str) -> ValueError:
-        """Return the error about a value that is not what was expected."""
         value = reprlib.repr(self._value(key))
         return ValueError(f"{self.file}: {self.place}{key} is {value}, expected {expected}")
 
-    def _checked(
-        self, key: str, expected: str, *kinds: type, bounds: tuple[float, float] | None = None
-    ) -> Any:
+    def _checked(self, key: str, expected: str, *kinds: type, **bounds: float) -> Any:
         value = self._value(key)
         # Not isinstance: true is no number
-        if type(value) not in kinds or (bounds and not bounds[0] <= value <= bounds[1]):
+        is_right = type(value) in kinds
+        if not is_right or (bounds and not bounds["least"] <= value <= bounds["most"]):
             raise self.error(key, expected)
         return value
 
