@@ -34,12 +34,10 @@ def vision_chat_dataset(
 
     A record is what a file has of one sample: a line or value of JSON, or the row of a table. It
     has ``messages``, in the chat format of transformers or OpenAI, or ``conversations``, in that of
-    ShareGPT. Their media stand in the items of messages, or in the columns ``image``, ``images``,
-    ``video`` and ``videos``, a source or a list of them, whose places are items without a source or
-    the tags ``<image>`` and ``<video>`` in texts that are not the assistant's. ``objects`` are
-    names and boxes in ms-swift's format, whose places are the tags ``<ref-object>`` and ``<bbox>``
-    in any text. ``tools`` are JSON schemas, ``system`` is a system message, and ``id`` names the
-    sample in errors, its number if there is none. Other columns are left alone.
+    ShareGPT, and perhaps ``image``, ``images``, ``video`` and ``videos``, which are for items
+    without a source and tags ``<image>`` and ``<video>``, ms-swift's ``objects`` for the tags
+    ``<ref-object>`` and ``<bbox>``, ``tools``, ``system`` and an ``id`` for errors; docs/data.md
+    has them all.
 
     Args:
         tokenizer: the model's transform, as recipes pass it.
@@ -125,19 +123,15 @@ class VisionChatDataset(_Conversations, Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Transform a sample.
+        """Transform a sample, and add ``labels``, list[int]: -100 where the loss ignores a token.
 
-        The result is the transform's with ``labels``, list[int]: tokens, and -100 where the loss
-        ignores them. A ValueError names the sample whose record or media cannot be read, or that
-        has no token of an answer that carries loss.
+        A ValueError names the sample whose record or media cannot be read, or that has no token of
+        an answer that carries loss.
         """
         return self._apply(self._supervised, index)
 
     def measure(self, index: int) -> tuple[int, int, int]:
-        """Count tokens, patches and supervised tokens of a transformed sample without decoding it.
-
-        What is a ValueError is one of :meth:`__getitem__` too.
-        """
+        """Count tokens, patches and supervised tokens of a sample without decoding its media."""
         return self.examine(index)[0]
 
     def examine(self, index: int) -> tuple[tuple[int, int, int], dict[str, int] | None]:
@@ -152,16 +146,12 @@ class VisionChatDataset(_Conversations, Dataset):
 
 
 class StreamedVisionChat(_Conversations):
-    """A stream of conversations; see :func:`vision_chat_dataset`.
-
-    Iterating gives samples as the transform takes them, media still as paths, from the first record
-    each time.
-    """
+    """A stream of samples as the transform takes them; see :func:`vision_chat_dataset`."""
 
     _start = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        records = iter(self._rows.skip(self._start))
+        records = iter(self._rows.skip(self._start) if self._start else self._rows)
         for number in count(self._start):
             with naming(number):
                 record: Any = next(records, _END)

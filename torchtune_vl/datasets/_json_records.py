@@ -38,19 +38,15 @@ _BRACKET, _BRACKET_END, _BRACE, _BRACE_END = b"[]{}"
 
 
 class JsonRecords(Sequence[Any]):
-    """The records of JSON files, one after another.
+    """The records of JSON files, one after another, each what the file says.
 
     A file is an array, whose values are records; JSON Lines, where every line that is not blank is
-    one; or a single object. It is in UTF-8, with or without byte order mark, perhaps compressed by
-    gzip, bzip2 or xz. ``datasets`` would infer a type for each column from the beginning of the
-    first file, and change or refuse what does not fit it; here a record is what the file says, read
-    each time that it is asked for. Only places are in memory, 20 bytes for each, which data workers
-    share. What is wrong is a ValueError that tells file, line and column.
+    one; a single object; or with ``field`` an object that has the array under this key. It is in
+    UTF-8, perhaps with a byte order mark, perhaps compressed by gzip, bzip2 or xz. ``datasets``
+    would infer types from the beginning, and change or refuse what does not fit them.
 
-    Args:
-        files: at least one.
-        field: key of the array of records, in files that are an object which has it.
-        cache_dir: where compressed files are unpacked.
+    Only places are in memory, 20 bytes for each record, which data workers share. What is wrong is
+    a ValueError that tells file, line and column.
     """
 
     def __init__(
@@ -68,10 +64,8 @@ class JsonRecords(Sequence[Any]):
             if not len(places):
                 raise ValueError(f"{name} has no records: write it again, or leave it out")
             start, stop, line = places.T
-            table = np.empty(len(places), _PLACE)
-            table["file"], table["line"] = number, line
-            table["start"], table["length"] = start, stop - start
-            tables.append(table)
+            columns = [np.full(len(places), number), line, start, stop - start]
+            tables.append(np.rec.fromarrays(columns, _PLACE))
         self._table = np.concatenate(tables)
 
     def __len__(self) -> int:
@@ -171,21 +165,20 @@ def _unpacked(name: str, cache_dir: str) -> str:
         head = file.read(8)
         key = repr((os.path.realpath(name), *_state(os.fstat(file.fileno()))))
     opener = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
-    target = Path(cache_dir, f"unpacked-{hashlib.sha256(key.encode()).hexdigest()}.json")
     if opener is None:
         return name
-    if target.exists():
-        return str(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=cache_dir, delete=False) as partial:
-        try:
-            with opener(name) as source:
-                shutil.copyfileobj(source, partial)
-            partial.close()
-            os.replace(partial.name, target)  # perhaps after another process, by the same content
-        except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-            os.unlink(partial.name)
-            raise ValueError(f"{name} cannot be unpacked ({error}): write it again") from error
+    target = Path(cache_dir, f"unpacked-{hashlib.sha256(key.encode()).hexdigest()}.json")
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=cache_dir, delete=False) as partial:
+            try:
+                with opener(name) as source:
+                    shutil.copyfileobj(source, partial)
+                partial.close()
+                os.replace(partial.name, target)  # perhaps another process's, of the same content
+            except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+                os.unlink(partial.name)
+                raise ValueError(f"{name} cannot be unpacked ({error}): write it again") from error
     return str(target)
 
 

@@ -52,9 +52,7 @@ class SamplesError(ValueError):
 def measure_all(
     dataset: Measurable, indices: Sequence[int], num_workers: int = 0, show_progress: bool = True
 ) -> np.ndarray:
-    """Measure samples, so that those which cannot be read are found before training.
-
-    How many are cut because they are too long is logged.
+    """Measure samples before training, and log how many are cut because they are too long.
 
     Args:
         dataset: with ``measure``, as :func:`~torchtune_vl.datasets.vision_chat_dataset` makes it.
@@ -66,8 +64,7 @@ def measure_all(
         int32 [len(indices), 3], tokens, patches and supervised tokens of each sample.
 
     Raises:
-        SamplesError: if samples cannot be measured.
-        ValueError: if the dataset cannot measure them.
+        SamplesError: if samples cannot be measured; a ValueError if the dataset does not do so.
     """
     if not hasattr(dataset, "measure"):
         raise ValueError(

@@ -73,10 +73,9 @@ def _without_nulls(value: Any, feature: Any) -> Any:
 def load_records(
     source: str, data_files: Any, *, split: str, streaming: bool, **settings: Any
 ) -> tuple[JsonRecords | Table, list[str]]:
-    """Find the records of a dataset, and the files and directories of the config that hold them.
+    """Find the records of ``vision_chat_dataset``, and the files of the config that hold them.
 
-    ``datasets`` finds the files, and reads all but JSON. The arguments, and what is a ValueError,
-    are as in :func:`~torchtune_vl.datasets.vision_chat_dataset`.
+    ``datasets`` finds the files, and reads all but JSON.
     """
     of_saved = ("state.json", "dataset_dict.json")
     if any(os.path.isfile(os.path.join(source, name)) for name in of_saved):
