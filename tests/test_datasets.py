@@ -149,6 +149,11 @@ FORMATS: dict[str, tuple[dict[str, Any], str, list[list[int]]]] = {
         turns("a<I>bc"),
         [B],
     ),
+    "a tag behind a null": (
+        chat([{"type": "text", "text": None, "content": "a<image>"}], image="sub/b.png"),
+        turns("a<I>"),
+        [B],
+    ),
     "a tag that is none": (
         chat([{"type": "text", "text": "<"}, {"type": "text", "text": "video>?"}]),
         turns("<video>?"),
@@ -160,6 +165,14 @@ FORMATS: dict[str, tuple[dict[str, Any], str, list[list[int]]]] = {
         [A],
     ),
 }
+
+
+def test_texts_without_places_stay_texts() -> None:
+    """Templates of users and those with tools tell a text from a list of items."""
+    read = RecordReader(MediaDirectory("", is_confining=False), {})
+    row = {"messages": [TAGGED, {**TAGGED, "content": "<ref-object>"}], "objects": {"ref": ["x"]}}
+    contents = [message["content"] for message in read(row, 0)["messages"]]
+    assert contents == ["<video> and <image>", "x"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
