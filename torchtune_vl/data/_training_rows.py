@@ -213,40 +213,39 @@ class TrainingRows(IterableDataset[Row]):
 
     def _plan_in_order(self, epoch: int, position: Mapping[str, Any]) -> _Plan:
         """The steps that are left of an epoch, which is planned piece by piece."""
-        rows = [list(row) for row in position.get("rows", [])]
-        waiting, next_number = list(position.get("waiting", [])), position.get("next", 0)
-        if position.get("settings") != self._settings:
-            rows, waiting = [], sorted(chain(waiting, *rows))
-        known = {*chain(waiting, *rows)}
+        numbers, next_number = position.get("rows", []), position.get("next", 0)
+        known = {*chain(position.get("waiting", []), *numbers)}
         arriving = self._arriving(known, next_number)
         samples = {sample.number: sample for sample in islice(arriving, len(known))}
         if missing := known - samples.keys():
             raise ValueError(f"the dataset ends before sample {min(missing)}")
-        has_ended = is_last = False
-        while not is_last:
+        if position.get("settings") != self._settings:
+            numbers = []
+        rows = [[samples.pop(number) for number in row] for row in numbers]
+        waiting = [samples[number] for number in sorted(samples)]
+        has_ended = False
+        while True:
             while len(rows) < self.rows_per_step and not has_ended:
-                new = {s.number: s for s in islice(arriving, self.planner.lookahead)}
+                new = list(islice(arriving, self.planner.lookahead))
                 has_ended = len(new) < self.planner.lookahead
-                samples |= new
-                waiting = [*waiting, *new]
-                sizes = np.array([samples[number].size for number in waiting]).reshape(-1, 3)
+                waiting += new
+                sizes = np.array([sample.size for sample in waiting]).reshape(-1, 3)
                 planned = self.planner.plan(sizes) if waiting else []
                 # The last row may not be full: its samples wait for others
-                last = [] if has_ended else planned.pop().tolist()
+                last = [] if has_ended else sorted(planned.pop())
                 planned = _evenly(planned, sizes, (self.seed, epoch, next_number))
-                # Not in place: positions hold the lists of before
-                rows = [*rows, *([waiting[i] for i in row] for row in planned)]
-                waiting = sorted(waiting[i] for i in last)
+                rows += [[waiting[i] for i in row] for row in planned]
+                waiting = [waiting[i] for i in last]
                 next_number += len(new)
-            if not samples:
+            if not rows:
                 raise ValueError("the dataset has no samples")
             step, rows = rows[: self.rows_per_step], rows[self.rows_per_step :]
-            is_last = not rows and not waiting
-            left = {"rows": rows, "waiting": waiting, "next": next_number}
-            yield (
-                [[samples.pop(number) for number in row] for row in step],
-                {} if is_last else {"settings": self._settings, **left},
-            )
+            if not rows and not waiting:
+                yield step, {}
+                return
+            numbers = [[sample.number for sample in row] for row in rows]
+            left = {"rows": numbers, "waiting": [sample.number for sample in waiting]}
+            yield step, {"settings": self._settings, **left, "next": next_number}
 
     def _arriving(self, numbers: Set[int], next_number: int) -> Iterator[_Sample]:
         """These samples of the dataset, and all from the next on."""

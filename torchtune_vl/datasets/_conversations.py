@@ -94,10 +94,7 @@ class _Conversations:
     """Conversations as samples for a transform, which ``read`` makes of a record and its number."""
 
     def __init__(
-        self,
-        transform: ChatTransform,
-        rows: JsonRecords | Table,
-        read: Callable[[Any, int], dict[str, Any]],
+        self, transform: ChatTransform, rows: JsonRecords | Table, read: RecordReader
     ) -> None:
         self._transform = transform
         self._rows = rows

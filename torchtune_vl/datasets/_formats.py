@@ -95,17 +95,23 @@ class RecordReader:
                 for kind in ("image", "video")
             }
             places = _Places([kind for kind in given if given[kind]], values["objects"])
+            messages = self._messages(record, values)
+            for number, message in enumerate(messages):
+                try:
+                    messages[number] = self._message(message, places)
+                except ValueError as error:
+                    raise ValueError(f"message {number}: {error}") from error
+            places.check_objects()
             return {
                 "id": name,
-                "messages": self._messages(values, record, places),
+                "messages": messages,
                 "images": self._media.source(given["image"]),
                 "videos": self._media.source(given["video"]),
                 "tools": values["tools"] or None,
             }
 
-    def _messages(
-        self, values: Mapping[str, Any], record: Mapping[str, Any], places: "_Places"
-    ) -> list[Any]:
+    def _messages(self, record: Mapping[str, Any], values: Mapping[str, Any]) -> list[Any]:
+        """A new list of the messages of a record."""
         is_chat = values["messages"] is not None
         key = self._names["messages" if is_chat else "conversations"]
         messages = from_json_text(record.get(key), repr(key))
@@ -114,18 +120,8 @@ class RecordReader:
                 f"it has no list of messages under {self._names['messages']!r} or "
                 f"{self._names['conversations']!r}, but {sorted(record)}: name it by column_map"
             )
-        if not is_chat:
-            messages = [_read_turn(turn) for turn in messages]
-        if values["system"]:
-            messages = [{"role": "system", "content": values["system"]}, *messages]
-        read = []
-        for number, message in enumerate(messages):
-            try:
-                read.append(self._message(message, places))
-            except ValueError as error:
-                raise ValueError(f"message {number}: {error}") from error
-        places.check_objects()
-        return read
+        system = [{"role": "system", "content": values["system"]}] if values["system"] else []
+        return [*system, *(messages if is_chat else map(_read_turn, messages))]
 
     def _message(self, message: Any, places: "_Places") -> Any:
         content = message.get("content") if isinstance(message, Mapping) else None
