@@ -3,7 +3,7 @@
 Shape notation: b samples, s tokens of the longest or of a packed row, n patches of all images.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -30,28 +30,23 @@ class Batch(dict[str, Any]):
 
     # How pickle, and so a queue between processes, takes it apart
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (_map_leaves(_to_send, self),)
+        return _received, (_exchanged(self),)
 
 
 def _received(values: Mapping[str, Any]) -> Batch:
-    return Batch(_map_leaves(_from_sent, values))
+    return Batch(_exchanged(values))
 
 
-def _map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
+def _exchanged(value: Any) -> Any:
+    """Small tensors of integers as arrays, which go by value, and arrays as tensors."""
     if isinstance(value, Mapping):
-        return {key: _map_leaves(change, entry) for key, entry in value.items()}
+        return {key: _exchanged(entry) for key, entry in value.items()}
     if isinstance(value, Segments):
-        return Segments(value.lengths, change(value.boundaries))
-    return change(value)
-
-
-def _to_send(value: Any) -> Any:
+        return Segments(value.lengths, _exchanged(value.boundaries))
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
     is_small = isinstance(value, torch.Tensor) and value.nbytes <= LARGEST_BY_VALUE
     return value.numpy() if is_small and not value.is_floating_point() else value
-
-
-def _from_sent(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def padded_collate_vision(

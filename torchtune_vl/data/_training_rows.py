@@ -110,13 +110,11 @@ class TrainingRows(IterableDataset[Row]):
         self.is_stream = not hasattr(self.dataset, "__getitem__")
         if self.rows_per_step % self.world_size:
             raise ValueError(
-                f"{self.world_size} ranks cannot share the {self.rows_per_step} rows of a step "
-                f"equally: set rows_per_step to a multiple of {self.world_size}"
+                f"{self.world_size} ranks cannot share the {self.rows_per_step} rows of a step: "
+                f"set rows_per_step to a multiple of {self.world_size}"
             )
         if self.shuffle and self.is_stream:
-            raise ValueError(
-                "a stream has an order of its own: set shuffle to False, and shuffle its source"
-            )
+            raise ValueError("a stream has an order of its own: set shuffle to False")
         samples = None if self.is_stream else len(self.dataset)
         self._identity = {"seed": self.seed, "shuffle": self.shuffle, "samples": samples}
         self._settings = {"rows_per_step": self.rows_per_step, "rows": settings_of(self.planner)}
@@ -304,9 +302,7 @@ class TrainingRows(IterableDataset[Row]):
         return self.planner.work([sample.size for sample in row])
 
 
-def _evenly(
-    rows: list[np.ndarray], sizes: np.ndarray, seed: tuple[int, int, int]
-) -> list[np.ndarray]:
+def _evenly(rows: list[np.ndarray], sizes: np.ndarray, seed: tuple[int, ...]) -> list[np.ndarray]:
     """Rows in a random order in which small samples are neither early nor late.
 
     Packing leaves the smallest samples to few rows, which in some orders are all early or late.

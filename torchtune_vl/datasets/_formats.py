@@ -166,9 +166,7 @@ class _Places:
         if not isinstance(text, str) or not _TAG.search(text):
             return [item]
         if item.get("fields") is not None:
-            raise ValueError(
-                "its text has tags and fields: give media as items of their own, boxes as fields"
-            )
+            raise ValueError("its text has tags and fields: give media as items of their own")
         items: list[dict[str, Any]] = []
         for number, piece in enumerate(_TAG.split(text)):  # text, tag, text, ...
             kind = piece[1:-1]
@@ -196,7 +194,7 @@ class _Places:
             if len(given) != self._counts[tag]:
                 raise ValueError(
                     f"the messages have {self._counts[tag]} places {tag}, but ms-swift's objects "
-                    f"{len(given)} for them: give as many as there are places"
+                    f"{len(given)} for them: give one for each"
                 )
 
 
