@@ -12,7 +12,7 @@ import re
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
 from pathlib import Path
@@ -26,6 +26,7 @@ from datasets.config import HF_DATASETS_CACHE
 _BOM = b"\xef\xbb\xbf"
 # What no file in UTF-8 begins with, but those in UTF-16, and archives
 _NO_TEXT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\xf5-\xff]")
+_LINE = re.compile(rb"[^ \t\r\n](?:[^\n]*[^ \t\r\n])?")
 _KEY = re.compile(rb'("(?:[^"\\]|\\.)*")[ \t\r\n]*:[ \t\r\n]*', re.DOTALL)
 _OPENERS: dict[bytes, Callable[[str], Any]] = {
     b"\x1f\x8b": gzip.open,
@@ -194,11 +195,11 @@ def _places(file: _File, field: str | None) -> np.ndarray:
             "it, or save it as UTF-8"
         )
     array = np.frombuffer(data, np.uint8)
-    lines, _ = _divide(array, len(_BOM) if data[:3] == _BOM else 0, 1, True)
+    lines = np.fromiter(_lines(data), np.dtype((np.int64, 3)))
     if not len(lines) or data[lines[0, 0]] not in (_BRACKET, _BRACE):
         return lines
     start, stop_of_line, line = lines[0].tolist()
-    values, end = _divide(array, start + 1, line, False)
+    values, end = _values(array, start + 1, line)
     is_whole = end == lines[-1, 1]
     if field is not None:
         return _of_field(data, values if is_whole else values[:0], file.name, field)
@@ -228,26 +229,34 @@ def _of_field(data: mmap.mmap, entries: np.ndarray, name: str, field: str) -> np
             f"{name} is no object that has a list of records under {field!r}, once; its keys are "
             f"{keys[:20]}: name another field, or none"
         )
-    return _divide(np.frombuffer(data, np.uint8), *found[0], False)[0]
+    return _values(np.frombuffer(data, np.uint8), *found[0])[0]
+
+
+def _lines(data: mmap.mmap) -> Iterator[tuple[int, int, int]]:
+    """Start, stop and number of each line that is not blank."""
+    line, seen = 1, 0
+    for found in _LINE.finditer(data, len(_BOM) if data[:3] == _BOM else 0):
+        start, stop = found.span()
+        line += data[seen:start].count(b"\n")
+        yield start, stop, line
+        seen = stop
 
 
 @numba.njit(nogil=True, cache=True)
-def _divide(data, begin, line, by_line):  # type: ignore[no-untyped-def]
-    """Start, stop and line of lines but blank ones, or of the values behind a bracket; its end.
+def _values(data, begin, line):  # type: ignore[no-untyped-def]
+    """Start, stop and line of the values behind a bracket, and where this ends, -1 if nowhere.
 
-    That is -1 if there is none. Of values only strings, brackets and commas are looked at: one may
-    turn out to be none.
+    Only strings, brackets and commas are looked at: a value may turn out to be none.
     """
     places, count = np.empty((1024, 3), np.int64), 0
-    separator = _LINE_BREAK if by_line else _COMMA
     depth, is_string, is_escaped = 0, False, False
     start = stop = start_line = -1
     for i in range(begin, len(data) + 1):
         at_end = i == len(data)
-        byte = separator if at_end else data[i]
-        is_closing = byte in (_BRACKET_END, _BRACE_END) and not by_line
-        if at_end or (depth == 0 and not is_string and (byte == separator or is_closing)):
-            if start < 0 and not (by_line or at_end or (is_closing and count == 0)):
+        byte = 0 if at_end else data[i]
+        is_closing = byte in (_BRACKET_END, _BRACE_END)
+        if at_end or (depth == 0 and not is_string and (byte == _COMMA or is_closing)):
+            if start < 0 and not (at_end or (is_closing and count == 0)):
                 start, stop, start_line = i, i, line  # no value: an error when it is read
             if start >= 0:
                 if count == len(places):
@@ -265,9 +274,9 @@ def _divide(data, begin, line, by_line):  # type: ignore[no-untyped-def]
             if start < 0:
                 start, start_line = i, line
             stop = i + 1
-            if not by_line:
-                is_string = byte == _QUOTE
-                depth += (byte in (_BRACKET, _BRACE)) - is_closing
+            is_string = byte == _QUOTE
+            depth += byte in (_BRACKET, _BRACE)
+            depth -= is_closing
         if byte == _LINE_BREAK:
             line += 1
     return places[:count], -1
