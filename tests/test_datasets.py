@@ -21,8 +21,7 @@ from quickstart.digits import write_digits
 from tests import hostile
 from torchtune_vl.data import PackedRows, TrainingRows, padded_collate_vision_supervised
 from torchtune_vl.datasets import VisionChatDataset, measure_all, vision_chat_dataset
-from torchtune_vl.datasets._chat import RowReader
-from torchtune_vl.datasets._media_directory import MediaDirectory
+from torchtune_vl.datasets._formats import MediaDirectory, RecordReader
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 from torchtune_vl.recipes._main import sentence_of
 
@@ -150,6 +149,11 @@ FORMATS: dict[str, tuple[dict[str, Any], str, list[list[int]]]] = {
         turns("a<I>bc"),
         [B],
     ),
+    "a tag behind a null": (
+        chat([{"type": "text", "text": None, "content": "a<image>"}], image="sub/b.png"),
+        turns("a<I>"),
+        [B],
+    ),
     "a tag that is none": (
         chat([{"type": "text", "text": "<"}, {"type": "text", "text": "video>?"}]),
         turns("<video>?"),
@@ -161,6 +165,14 @@ FORMATS: dict[str, tuple[dict[str, Any], str, list[list[int]]]] = {
         [A],
     ),
 }
+
+
+def test_texts_without_places_stay_texts() -> None:
+    """Templates of users and those with tools tell a text from a list of items."""
+    read = RecordReader(MediaDirectory("", is_confining=False), {})
+    row = {"messages": [TAGGED, {**TAGGED, "content": "<ref-object>"}], "objects": {"ref": ["x"]}}
+    contents = [message["content"] for message in read(row, 0)["messages"]]
+    assert contents == ["<video> and <image>", "x"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -315,7 +327,7 @@ def test_tables_that_cannot_be_loaded(
         ("parquet", [], "train", "data_files names no file"),
         ("json", {"train": []}, "train", "data_files names no file"),
         ("json", str(tmp_path / "train.json"), "train[:1%", r"split 'train\[:1%' cannot be read"),
-        ("json", str(tmp_path / "train.json"), "train[1:]", r"split 'train\[1:\]' has no rows"),
+        ("json", str(tmp_path / "train.json"), "train[1:]", r"split 'train\[1:\]' has no records"),
     ):
         with pytest.raises(ValueError, match=reason) as told:
             vision_chat_dataset(
@@ -683,18 +695,24 @@ def test_objects_of_ms_swift(build, transform: Qwen2_5_VLTransform, media: Path,
 @pytest.mark.parametrize(
     ("objects", "message"),
     [
-        (None, "message 0: its text has the place <ref-object>, but objects has only 0"),
-        ({"ref": ["a"]}, "message 1: its text has the place <bbox>, but objects has only 0"),
-        ({"ref": ["a"], "bbox": [[1, 2]] * 2}, "has 2 for <bbox>, but the messages have 1 places"),
-        ({"ref": ["a", "b"], "bbox": [[1, 2]]}, "has 2 for <ref-object>, but .* 1 places"),
-        ({"ref": ["a"], "bbox": [[1, 2]], "bbox_type": "norm1000"}, "known are real and norm1"),
-        ({"ref": ["a"], "bbox": [[1, 2]], "image_id": [0, 1]}, "has 1 bbox and 2 image_id"),
+        (None, "have 1 places <ref-object>, but ms-swift's objects 0 for them"),
+        ({"ref": ["a"]}, "have 1 places <bbox>, but ms-swift's objects 0 for them"),
+        ({"ref": ["a"], "bbox": [[1, 2]] * 2}, "have 1 places <bbox>, but .* 2 for"),
+        ({"ref": ["a", "b"], "bbox": [[1, 2]]}, "1 places <ref-object>, but .* 2 for"),
+        (
+            {"ref": ["a"], "bbox": [[1, 2]], "bbox_type": "norm1000"},
+            "bbox_type.*expected .*real or norm1",
+        ),
+        (
+            {"ref": ["a"], "bbox": [[1, 2]], "image_id": [0, 1]},
+            "expected .*image_id, a list of as many",
+        ),
         ({"ref": ["a"], "bbox": [[1, 2]], "image_id": [1]}, "of image 1 .* has 1 images"),
-        ({"ref": ["a"], "bbox": [[1, 2]], "polygon": [[1, 2]]}, r"objects has \['polygon'\]"),
+        ({"ref": ["a"], "bbox": [[1, 2]], "polygon": [[1, 2]]}, "'polygon'.*of nothing but ref,"),
         ({"ref": ["a"], "bbox": [[1, 2, 3]]}, "bbox_2d is .1, 2, 3., expected 4 numbers"),
         ({"ref": ["a"], "bbox": [[1, 2, 99, 4]]}, "outside of the image"),
-        ({"ref": ["a"], "bbox": 3}, "the bbox of objects is no list"),
-        ({"ref": [3], "bbox": [[1, 2]]}, "the ref of objects has what is no text"),
+        ({"ref": ["a"], "bbox": 3}, "'bbox': 3}, expected .*bbox, a list"),
+        ({"ref": [3], "bbox": [[1, 2]]}, "expected .*ref, a list of texts"),
         ("{", "objects: no JSON"),
     ],
 )
@@ -773,7 +791,10 @@ def test_other_columns_and_directory(build, media: Path) -> None:
     names = {"conversations": "dialogue", "image": "picture"}
     dataset = build([row], column_map=names, media_dir=str(media / "sub"))
     assert grids(dataset[0]) == [B]
-    for wrong, message in (({"text": "a"}, "has 'text'; known are"), ({"id": "no"}, "names 'no'")):
+    for wrong, message in (
+        ({"text": "a"}, "has .'text'.; known are"),
+        ({"id": "no"}, "names .'no'.;"),
+    ):
         with pytest.raises(ValueError, match=message):
             build([row], column_map=wrong)
 
@@ -938,7 +959,7 @@ def test_errors_of_every_kind_are_told(build, num_workers: int) -> None:
             raise kind((f"sample {sample['id']}: " if kind is ValueError else "") + "x" * 5_000_000)
 
     rows = build([sharegpt("a")] * 2 * len(KINDS))._rows
-    for read in (lambda row, number: {"id": number}, RowReader(MediaDirectory("", False), {})):
+    for read in (lambda row, number: {"id": number}, RecordReader(MediaDirectory("", False), {})):
         dataset = VisionChatDataset(Raising(), rows, read)
         count = 2 * len(KINDS)
         with pytest.raises(ValueError, match="7 of 14 samples") as raised:

@@ -81,7 +81,7 @@ def test_rows_count_by_whole_numbers_from_one(number: Any) -> None:
     rows: list[Any] = [PackedRows, PackedRows, PackedRows, PaddedRows]
     names = ["max_tokens", "max_patches", "lookahead", "batch_size"]
     for kind, name in zip(rows, names, strict=True):
-        with pytest.raises(ValueError, match=rf"^{name} of rows must be .* 1, not {number}"):
+        with pytest.raises(ValueError, match=rf"^{name} of rows must be .* from 1, not {number}"):
             kind(**{"max_tokens": 9} | {name: number} if kind is PackedRows else {name: number})
 
 
@@ -99,7 +99,7 @@ def test_work() -> None:
 
 @pytest.mark.parametrize("planner", [PackedRows(100, 200, 9), PackedRows(100), PaddedRows(3)])
 def test_a_planner_can_be_made_of_its_description(planner: Planner) -> None:
-    made = planner_of(json.loads(json.dumps(settings_of(planner))))
+    made = planner_of(**json.loads(json.dumps(settings_of(planner))))
     assert type(made) is type(planner)
     assert vars(made) == vars(planner)
 
@@ -108,4 +108,4 @@ def test_the_plan_of_a_planner_that_is_not_ours_cannot_be_made_again() -> None:
     class Mine(PaddedRows): ...
 
     with pytest.raises(ValueError, match=r"those of a Mine, .*the same settings of rows"):
-        planner_of(settings_of(Mine(3)))
+        planner_of(**settings_of(Mine(3)))

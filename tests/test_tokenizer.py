@@ -154,7 +154,7 @@ def test_ranks_that_no_merges_lead_to(tmp_path):
         (["tokenizer.json"], '"<|im_start|>"', '"<|endoftext|>"', "'<|endoftext|>' has as well"),
         (["tokenizer.json"], '"content": "<|im_start|>"', '"content": ""', "id 261 has no content"),
         (["tokenizer.json"], '"dropout": null', '"dropout": 0.1', "model.dropout is 0.1"),
-        (["tokenizer.json"], '"NFC"', "[" * 100_000, "nested too deeply"),
+        (["tokenizer.json"], '"NFC"', "[" * 100_000, "recursion depth"),
         (["tokenizer.json"], '"abc": 259', '"abc": "259"', "model.vocab.abc is '259'"),
         (["tiny.tiktoken"], "YWI= 256", "YWI= x", "'x'"),
         (["tiny.tiktoken"], "YWI= 256", "YWI 256", "padding"),

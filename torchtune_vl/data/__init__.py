@@ -1,14 +1,14 @@
-"""Samples to rows and batches."""
+"""Samples, one conversation each, to rows, which one forward takes, and their batches, tensors."""
 
-from torchtune_vl.data._batch import Batch
 from torchtune_vl.data._collate import (
+    Batch,
     packed_collate_vision,
     padded_collate_vision,
     padded_collate_vision_supervised,
     padded_collate_vision_targets,
 )
 from torchtune_vl.data._packing import PackedRows, PaddedRows, Planner, Size
-from torchtune_vl.data._rows import Row, TrainingRows
+from torchtune_vl.data._training_rows import Row, TrainingRows
 
 __all__ = [
     "Batch",

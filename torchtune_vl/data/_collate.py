@@ -3,24 +3,54 @@
 Shape notation: b samples, s tokens of the longest or of a packed row, n patches of all images.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from torchtune_vl.data._batch import Batch
-from torchtune_vl.modules import (
-    Segments,
-    concatenate_patches,
-    encoder_index,
-    join_vision_indices,
-)
+from torchtune_vl.modules import Segments, concatenate_patches, encoder_index, join_vision_indices
+
+# Those of a row
+Samples = Sequence[Mapping[str, Any]]
+# A file of shared memory costs each side some half a millisecond, whatever its size; by value so
+# many bytes cost less
+LARGEST_BY_VALUE = 2**18
+
+
+class Batch(dict[str, Any]):
+    """A dict, also of dicts, whose small tensors go from process to process by value.
+
+    torch sends each tensor of a batch as a file of shared memory. That is right for patches, but a
+    batch has some ten small tensors of integers too, which would cost the trainer's Python
+    milliseconds of each step.
+    """
+
+    # How pickle, and so a queue between processes, takes it apart
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (_exchanged(self),)
+
+
+def _received(values: Mapping[str, Any]) -> Batch:
+    return Batch(_exchanged(values))
+
+
+def _exchanged(value: Any) -> Any:
+    """Small tensors of integers as arrays, which go by value, and arrays as tensors."""
+    if isinstance(value, Mapping):
+        return {key: _exchanged(entry) for key, entry in value.items()}
+    if isinstance(value, Segments):
+        return Segments(value.lengths, _exchanged(value.boundaries))
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    is_small = isinstance(value, torch.Tensor) and value.nbytes <= LARGEST_BY_VALUE
+    return value.numpy() if is_small and not value.is_floating_point() else value
 
 
 def padded_collate_vision(
-    batch: Sequence[Mapping[str, Any]],
+    batch: Samples,
     padding_idx: int = 0,
     ignore_idx: int = -100,
     *,
@@ -30,9 +60,8 @@ def padded_collate_vision(
 
     Args:
         batch: samples with ``tokens``, list[int]; ``input_pos``, int64 [length, 3]; ``labels``,
-            list[int], unless it is for generation; and ``encoder_input`` unless there are no
-            media, whose ``vision`` has ``patches``, ``grid_thw`` and the index of the encoder
-            (where one is missing, the encoder computes it).
+            list[int], unless it is for generation; and if there are media ``encoder_input``, whose
+            ``vision`` has ``patches``, ``grid_thw`` and perhaps the index of the encoder.
         padding_idx: id of the padding token.
         ignore_idx: label of padding.
         pad_direction: ``"right"`` for training. ``"left"`` for generation, where a ``mask`` keeps
@@ -42,8 +71,7 @@ def padded_collate_vision(
         ``tokens``, int64 [b, s]; ``input_pos``, int64 [b, s, 3]; ``labels``, int64 [b, s], if the
         samples have them; ``mask``, bool [b, s, s], with padding on the left; and
         ``encoder_input`` if any sample has media: ``vision`` with ``patches`` [n, width],
-        ``grid_thw``, int64 [k, 3], and what :func:`~torchtune_vl.modules.encoder_index`
-        returns.
+        ``grid_thw``, int64 [k, 3], and what :func:`~torchtune_vl.modules.encoder_index` returns.
 
     Raises:
         ValueError: if the batch is empty or the direction unknown.
@@ -52,98 +80,74 @@ def padded_collate_vision(
         raise ValueError("cannot collate an empty batch")
     if pad_direction not in ("right", "left"):
         raise ValueError(f"pad_direction is {pad_direction!r}, expected 'right' or 'left'")
-
-    def pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(
-            list(rows), batch_first=True, padding_value=value, padding_side=pad_direction
+    paddings = {"tokens": padding_idx, "input_pos": 0, "labels": ignore_idx}
+    collated = Batch()
+    for key in [key for key in paddings if key in batch[0]]:
+        collated[key] = torch.nn.utils.rnn.pad_sequence(
+            [torch.as_tensor(sample[key]) for sample in batch],
+            batch_first=True,
+            padding_value=paddings[key],
+            padding_side=pad_direction,
         )
-
-    collated = Batch(
-        tokens=pad([torch.tensor(sample["tokens"]) for sample in batch], padding_idx),
-        input_pos=pad([sample["input_pos"] for sample in batch], 0),
-    )
-    if "labels" in batch[0]:
-        collated["labels"] = pad([torch.tensor(sample["labels"]) for sample in batch], ignore_idx)
     if pad_direction == "left":
+        size = collated["tokens"].shape[1]
         lengths = torch.tensor([len(sample["tokens"]) for sample in batch])
-        collated["mask"] = _left_padding_mask(lengths)
+        is_token = torch.arange(size) >= (size - lengths)[:, None]
+        # Padding attends to itself: a row of the mask without any key has no softmax
+        is_seen = is_token[:, None, :] | torch.eye(size, dtype=torch.bool)
+        collated["mask"] = is_seen & torch.ones(size, size, dtype=torch.bool).tril()
     return Batch(collated, **_encoder_input(batch))
 
 
 def padded_collate_vision_supervised(
-    batch: Sequence[Mapping[str, Any]], padding_idx: int = 0, ignore_idx: int = -100
+    batch: Samples, padding_idx: int = 0, ignore_idx: int = -100
 ) -> Batch:
     """Pad samples as :func:`padded_collate_vision` does, and tell the model where labels are.
 
-    The model then computes logits of these positions only, as
+    The batch has ``output_positions`` too, int64 [supervised labels]: the positions in the
+    flattened batch whose next token is supervised. The model computes logits of these only, as
     :class:`~torchtune_vl.modules.SupervisedCrossEntropyLoss` takes them.
-
-    Args:
-        batch: samples with ``labels``.
-        padding_idx: id of the padding token.
-        ignore_idx: label of positions without loss.
-
-    Returns:
-        The batch of :func:`padded_collate_vision` and ``output_positions``, int64 [supervised
-        labels]: the positions in the flattened batch whose next token is supervised.
     """
     collated = padded_collate_vision(batch, padding_idx, ignore_idx)
-    is_supervised = collated["labels"] != ignore_idx
-    precedes_supervised = torch.zeros_like(is_supervised)
-    precedes_supervised[:, :-1] = is_supervised[:, 1:]
-    collated["output_positions"] = precedes_supervised.flatten().nonzero().squeeze(1)
-    return collated
+    is_next_supervised = torch.nn.functional.pad(collated["labels"][:, 1:] != ignore_idx, (0, 1))
+    return Batch(collated, output_positions=is_next_supervised.flatten().nonzero().squeeze(1))
 
 
 def padded_collate_vision_targets(
-    batch: Sequence[Mapping[str, Any]], padding_idx: int = 0, ignore_idx: int = -100
+    batch: Samples, padding_idx: int = 0, ignore_idx: int = -100
 ) -> Batch:
     """Pad samples as :func:`padded_collate_vision` does, for a model that computes the loss.
 
-    Args:
-        batch: samples with ``labels``; none give one padding token without a target.
-        padding_idx: id of the padding token.
-        ignore_idx: label of positions without loss.
-
-    Returns:
-        The batch of :func:`padded_collate_vision` with, instead of labels, ``output_positions``,
-        int64 [supervised labels], the positions in the flattened batch whose next token is
-        supervised, and ``targets``, int64 of the same shape, the ids of these next tokens.
+    Instead of labels the batch has ``output_positions``, int64 [supervised labels], the positions
+    in the flattened batch whose next token is supervised, and ``targets``, int64 of the same shape,
+    the ids of these next tokens. No samples give one padding token without a target.
     """
-    collated = padded_collate_vision_supervised(
-        batch or [_padding(padding_idx, ignore_idx)], padding_idx, ignore_idx
-    )
+    batch = batch or _padding(padding_idx, ignore_idx)
+    collated = padded_collate_vision_supervised(batch, padding_idx, ignore_idx)
     labels = collated.pop("labels").flatten()
-    collated["targets"] = labels[collated["output_positions"] + 1]
-    return collated
+    return Batch(collated, targets=labels[collated["output_positions"] + 1])
 
 
-def packed_collate_vision(
-    batch: Sequence[Mapping[str, Any]], padding_idx: int = 0, ignore_idx: int = -100
-) -> Batch:
+def packed_collate_vision(batch: Samples, padding_idx: int = 0, ignore_idx: int = -100) -> Batch:
     """Lay samples end to end in one row, each a document that sees itself only.
 
-    Args:
-        batch: samples as in :func:`padded_collate_vision`, with ``labels``; none give a document
-            of one padding token without a target.
-        padding_idx: id of the padding token.
-        ignore_idx: label of positions without loss.
-
-    Returns:
-        ``tokens``, int64 [1, s]; ``input_pos``, int64 [1, s, 3], which starts anew in each
-        document; ``mask``, the :class:`~torchtune_vl.modules.Segments` of the row;
-        ``output_positions``, int64 [supervised labels], the positions whose next token is
-        supervised; ``targets``, int64 of the same shape, the ids of these next tokens; and
-        ``encoder_input`` as in :func:`padded_collate_vision`. No document predicts the first token
-        of the next.
+    Samples are as in :func:`padded_collate_vision`, with ``labels``; none give a document of one
+    padding token without a target. The row has ``tokens``, int64 [1, s]; ``input_pos``, int64
+    [1, s, 3], which starts anew in each document; ``mask``, its
+    :class:`~torchtune_vl.modules.Segments`; ``output_positions`` and ``targets`` as in
+    :func:`padded_collate_vision_targets`; and ``encoder_input`` as in
+    :func:`padded_collate_vision`. No document predicts the first token of the next.
     """
-    batch = batch or [_padding(padding_idx, ignore_idx)]
+    batch = batch or _padding(padding_idx, ignore_idx)
+    tokens, labels = (
+        torch.tensor(list(chain.from_iterable(sample[key] for sample in batch)))
+        for key in ("tokens", "labels")
+    )
     documents = Segments.of([len(sample["tokens"]) for sample in batch])
-    labels = _joined(sample["labels"] for sample in batch)
     labels[documents.boundaries[:-1]] = ignore_idx
     supervised = (labels != ignore_idx).nonzero().squeeze(1)
     return Batch(
-        tokens=_joined(sample["tokens"] for sample in batch)[None],
+        tokens=tokens[None],
         input_pos=torch.cat([sample["input_pos"] for sample in batch])[None],
         mask=documents,
         output_positions=supervised - 1,
@@ -152,35 +156,21 @@ def packed_collate_vision(
     )
 
 
-def _padding(padding_idx: int, ignore_idx: int) -> dict[str, Any]:
+def _padding(padding_idx: int, ignore_idx: int) -> Samples:
     input_pos = torch.zeros(1, 3, dtype=torch.int64)
-    return {"tokens": [padding_idx], "labels": [ignore_idx], "input_pos": input_pos}
+    return [{"tokens": [padding_idx], "labels": [ignore_idx], "input_pos": input_pos}]
 
 
-def _joined(ids: Iterable[Sequence[int]]) -> torch.Tensor:
-    return torch.tensor(list(chain.from_iterable(ids)))
-
-
-def _left_padding_mask(lengths: torch.Tensor) -> torch.Tensor:
-    size = int(lengths.max())
-    causal = torch.ones(size, size, dtype=torch.bool).tril()
-    is_token = torch.arange(size) >= (size - lengths)[:, None]
-    # Padding attends to itself: a row without any key has no softmax
-    return causal & (is_token[:, None, :] | torch.eye(size, dtype=torch.bool))
-
-
-def _encoder_input(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _encoder_input(batch: Samples) -> dict[str, Any]:
     vision = [sample["encoder_input"]["vision"] for sample in batch if "encoder_input" in sample]
-    return {"encoder_input": {"vision": _collate_media(vision)}} if vision else {}
-
-
-def _collate_media(vision: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not vision:
+        return {}
     # A data worker's batch travels in shared memory: made there, it is not copied to it
     shared = get_worker_info() is not None
-    collated: dict[str, Any] = {
+    collated = {
         "patches": concatenate_patches([v["patches"] for v in vision], shared),
         "grid_thw": torch.cat([v["grid_thw"] for v in vision]),
     }
-    if any("unit_order" not in v for v in vision):
-        return collated
-    return {**collated, **encoder_index(join_vision_indices(vision))}
+    if all("unit_order" in v for v in vision):  # otherwise the encoder computes the index
+        collated |= encoder_index(join_vision_indices(vision))
+    return {"encoder_input": {"vision": collated}}

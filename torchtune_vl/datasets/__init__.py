@@ -1,11 +1,11 @@
-"""Datasets that a config names."""
+"""Datasets that a config names: records of files to samples, which a model's transform takes."""
 
-from torchtune_vl.datasets._chat import (
+from torchtune_vl.datasets._conversations import (
     StreamedVisionChat,
     VisionChatDataset,
     vision_chat_dataset,
 )
-from torchtune_vl.datasets._measure import SamplesError, measure_all
+from torchtune_vl.datasets._sample_sizes import SamplesError, measure_all
 
 __all__ = [
     "SamplesError",

@@ -1,187 +1,228 @@
-"""Messages and turns in the formats that people have, to messages as transforms read them."""
+"""Records in the formats that people have, to samples as a model's transform takes them."""
 
+import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torchtune_vl.files._json import from_json_text
+from torchtune_vl.media._errors import reraise, shortened
+from torchtune_vl.media._sources import path_of_file_url
 
-# Names that LLaVA's, LLaMA-Factory's and Qwen's files have for those who speak
-_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-}
-_TAG = re.compile("<(image|video|ref-object|bbox)>")
+_KEYS_OF_MEDIA = ("image", "images", "video", "videos")
+COLUMNS = ("id", "messages", "conversations", "system", *_KEYS_OF_MEDIA, "tools", "objects")
+_SOURCE_KEYS = ("image", "image_url", "video", "video_url", "url", "path")
+# Those who speak in LLaVA's, LLaMA-Factory's and Qwen's files
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+_ROLES |= {"human": "user", "gpt": "assistant"}
+_ROLES |= {"function_call": "assistant", "observation": "tool"}
+_URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# Of a file's name and of a path, on every common system: what is longer is base64
+_MAX_NAME_BYTES = 255
+_MAX_PATH_BYTES = 4095
+_TAG = re.compile("(<(?:image|video|ref-object|bbox)>)")
 _UNITS = {"real": "pixels", "norm1": "0..1"}
 
 
-class GroundedObjects:
-    """ms-swift's ``objects`` of a row, which fill ``<ref-object>`` and ``<bbox>`` in their order.
+class MediaDirectory:
+    """The directory that relative paths of media start from; confining, none may leave it."""
 
-    Args:
-        objects: ``ref``, names; ``bbox``, boxes [x1, y1, x2, y2] and points [x, y]; ``bbox_type``,
-            "real" for pixels (default) or "norm1" for parts of width and height; ``image_id``, the
-            number of each box's image, the first by default. Perhaps as JSON text; None: there are
-            none.
+    def __init__(self, directory: str, is_confining: bool) -> None:
+        self._directory = directory
+        self._root = os.path.realpath(directory) if is_confining else None
 
-    Raises:
-        ValueError: if it is something else.
-    """
+    def source(self, source: Any) -> Any:
+        """Resolve the paths of a medium; a ValueError if one leads out of the directory.
 
-    def __init__(self, objects: Any) -> None:
-        objects = {} if objects is None else from_json_text(objects, "objects")
-        if not isinstance(objects, Mapping):
-            raise ValueError(f"objects is of type {type(objects).__name__}, expected a dict")
-        given = {key: value for key, value in objects.items() if value is not None}
-        unknown = given.keys() - {"ref", "bbox", "bbox_type", "image_id"}
-        if unknown:
+        A record has a path, URL or base64, a list of frames, or a dict with ``bytes``, ``path`` or
+        ``url``, as columns of ``datasets`` and items of OpenAI do.
+        """
+        if isinstance(source, list):
+            return [self.source(frame) for frame in source]
+        if isinstance(source, Mapping):
+            found = next((k for k in ("bytes", "path", "url") if source.get(k) is not None), None)
+            return source if found is None else self.source(source[found])
+        if not isinstance(source, str):
+            return source
+        if _URL.match(source):
+            if source.lower().startswith("file:"):
+                self._check(source, path_of_file_url(source))
+            return source
+        encoded = source.encode("utf-8", "surrogatepass")
+        if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
+            return source
+        path = os.path.join(self._directory, source)
+        self._check(source, path)
+        return path
+
+    def _check(self, source: str, path: str) -> None:
+        if self._root is None:
+            return
+        try:
+            real = os.path.realpath(path)
+        except ValueError:  # no file can have such a name, as the transform will say
+            return
+        if os.path.commonpath([self._root, real]) != self._root:
             raise ValueError(
-                f"objects has {sorted(unknown)}, which is not understood; known are ref, bbox, "
-                "bbox_type and image_id: correct the column or remove it"
+                f"the path {source!r} leads to {real!r}, outside of media_dir "
+                f"{self._directory!r}: correct it, or set media_dir to a directory that holds all "
+                "media and no symbolic links out of it"
             )
-        bbox_type = given.get("bbox_type", "real")
-        if bbox_type not in _UNITS:
-            raise ValueError(f"the bbox_type of objects is {bbox_type!r}; known are real and norm1")
-        for key in ("ref", "bbox", "image_id"):
-            if not isinstance(given.get(key, []), list):
-                raise ValueError(f"the {key} of objects is no list")
-        refs, boxes = given.get("ref", []), given.get("bbox", [])
-        image_ids = given.get("image_id") or [0] * len(boxes)
-        if len(image_ids) != len(boxes):
+
+
+class RecordReader:
+    """Makes samples of records, whose columns have these names where they differ from ours."""
+
+    def __init__(self, media: MediaDirectory, column_map: Mapping[str, str]) -> None:
+        self._media = media
+        self._names = {column: column_map.get(column, column) for column in COLUMNS}
+
+    def __call__(self, record: Any, number: int) -> dict[str, Any]:
+        """Make a sample; errors name it by its id, or else by the number of its record."""
+        if isinstance(record, list):
+            record = {"messages": record}
+        if not isinstance(record, Mapping):
             raise ValueError(
-                f"objects has {len(boxes)} bbox and {len(image_ids)} image_id: give one for each"
+                f"sample {number}: it is {shortened(repr(record))}, expected an object"
             )
-        if not all(isinstance(ref, str) for ref in refs):
-            raise ValueError("the ref of objects has what is no text")
-        self._counts = {"ref-object": len(refs), "bbox": len(boxes)}
-        self._items: dict[str, Iterator[dict[str, Any]]] = {
-            "ref-object": iter([_text(ref) for ref in refs]),
-            "bbox": iter(
-                [
-                    _box(box, image, _UNITS[bbox_type])
-                    for box, image in zip(boxes, image_ids, strict=True)
-                ]
-            ),
+        values = {column: record.get(name) for column, name in self._names.items()}
+        name = number if values["id"] is None else values["id"]
+        with naming(name):
+            given = {
+                kind: [*_as_list(values[kind]), *_as_list(values[f"{kind}s"])]
+                for kind in ("image", "video")
+            }
+            places = _Places([kind for kind in given if given[kind]], values["objects"])
+            messages = self._messages(record, values)
+            for number, message in enumerate(messages):
+                try:
+                    messages[number] = self._message(message, places)
+                except ValueError as error:
+                    raise ValueError(f"message {number}: {error}") from error
+            places.check_objects()
+            return {
+                "id": name,
+                "messages": messages,
+                "images": self._media.source(given["image"]),
+                "videos": self._media.source(given["video"]),
+                "tools": values["tools"] or None,
+            }
+
+    def _messages(self, record: Mapping[str, Any], values: Mapping[str, Any]) -> list[Any]:
+        """A new list of the messages of a record."""
+        is_chat = values["messages"] is not None
+        key = self._names["messages" if is_chat else "conversations"]
+        messages = from_json_text(record.get(key), repr(key))
+        if not isinstance(messages, list):
+            raise ValueError(
+                f"it has no list of messages under {self._names['messages']!r} or "
+                f"{self._names['conversations']!r}, but {sorted(record)}: name it by column_map"
+            )
+        system = [{"role": "system", "content": values["system"]}] if values["system"] else []
+        return [*system, *(messages if is_chat else map(_read_turn, messages))]
+
+    def _message(self, message: Any, places: "_Places") -> Any:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, str | list):
+            return message  # the transform says what is wrong with it
+        is_answer = message.get("role") == "assistant"
+        given = [_text(content)] if isinstance(content, str) else content
+        items = [self._located(part) for item in given for part in places.fill(item, is_answer)]
+        if isinstance(content, str) and len(items) == 1 and _is_text(items[0]):
+            return {**message, "content": items[0]["text"]}
+        return {**message, "content": items}
+
+    def _located(self, item: Any) -> Any:
+        """An item with the paths of its medium resolved."""
+        if not isinstance(item, Mapping):
+            return item
+        is_medium = item.get("type") in ("image", "image_url", "video", "video_url")
+        keys = (*_SOURCE_KEYS, "content") if is_medium else _SOURCE_KEYS
+        return {
+            key: self._media.source(value) if key in keys else value for key, value in item.items()
         }
 
-    def next(self, tag: str) -> dict[str, Any]:
-        """Return the item that comes in the place of the next ``<ref-object>`` or ``<bbox>``."""
-        item = next(self._items[tag], None)
-        if item is None:
-            raise ValueError(
-                f"its text has the place <{tag}>, but objects has only {self._counts[tag]} for it: "
-                "give ms-swift's objects beside the messages"
-            )
-        return item
 
-    def check_all_used(self) -> None:
-        """Raise a ValueError if there are more than places for them."""
-        for tag, items in self._items.items():
-            left = len(list(items))
-            if left:
+class _Places:
+    """What comes in the places of tags in a record's texts.
+
+    For ``<image>`` and ``<video>`` it is an item without a source, which takes the next of the
+    record's media; for ``<ref-object>`` and ``<bbox>`` the next of its ``objects``.
+    """
+
+    def __init__(self, kinds: Collection[str], objects: Any) -> None:
+        self._kinds = kinds
+        self._objects = _read_objects(objects)
+        self._left = {tag: iter(items) for tag, items in self._objects.items()}
+        self._counts: Counter[str] = Counter()
+
+    def fill(self, item: Any, is_answer: bool) -> list[Any]:
+        """Make items of one that is a text with tags. In an answer those of media are none."""
+        if not isinstance(item, Mapping) or item.get("type") not in ("text", None):
+            return [item]
+        text = item.get("content") if item.get("text") is None else item["text"]
+        if not isinstance(text, str) or not _TAG.search(text):
+            return [item]
+        if item.get("fields") is not None:
+            raise ValueError("its text has tags and fields: give media as items of their own")
+        items: list[dict[str, Any]] = []
+        for number, piece in enumerate(_TAG.split(text)):  # text, tag, text, ...
+            kind = piece[1:-1]
+            if number % 2 == 0 or (is_answer and piece not in self._objects):
+                part = _text(piece)
+            elif piece in self._objects:
+                self._counts[piece] += 1
+                part = next(self._left[piece], _text(""))  # which check_objects refuses
+            elif kind in self._kinds:
+                part = {"type": kind}
+            else:
                 raise ValueError(
-                    f"objects has {self._counts[tag]} for <{tag}>, but the messages have "
-                    f"{self._counts[tag] - left} places <{tag}>"
+                    f"its {piece} is the place of a medium, but the record has none in {kind!r} or "
+                    f"'{kind}s': name the column by column_map (where the tag is meant as text, "
+                    f"write it as two text items, '<' and '{kind}>')"
+                )
+            if items and _is_text(items[-1]) and _is_text(part):
+                part = _text(items.pop()["text"] + part["text"])
+            items.append(part)
+        return [part for part in items if part != _text("")] or [_text("")]
+
+    def check_objects(self) -> None:
+        """Raise a ValueError if the texts have more or fewer places than there are objects."""
+        for tag, given in self._objects.items():
+            if len(given) != self._counts[tag]:
+                raise ValueError(
+                    f"the messages have {self._counts[tag]} places {tag}, but ms-swift's objects "
+                    f"{len(given)} for them: give one for each"
                 )
 
 
-def read_message(message: Any, media: Collection[str], objects: GroundedObjects) -> Any:
-    """Put items without a source, which take the row's media, in the places of tags.
-
-    Args:
-        message: in the chat format of transformers or OpenAI.
-        media: kinds of media that the row has beside its messages.
-        objects: of the row.
-
-    Returns:
-        The message with places and boxes as items; if it is no message, it as it is.
-
-    Raises:
-        ValueError: if there is a tag and nothing to put there. In an assistant's text ``<image>``
-            and ``<video>`` are no tags.
-    """
-    if not isinstance(message, Mapping):
-        return message
-    content, is_answer = message.get("content"), message.get("role") == "assistant"
-    if isinstance(content, str):
-        items = _split(content, is_answer, media, objects)
-        texts = [item["text"] for item in items if item.keys() == {"type", "text"}]
-        whole = "".join(texts) if len(texts) == len(items) else items
-        return {**message, "content": whole}
-    if isinstance(content, list):
-        split = [part for item in content for part in _parts(item, is_answer, media, objects)]
-        return {**message, "content": split}
-    return message
-
-
-def read_turn(turn: Any) -> dict[str, Any]:
-    """Make a message of ShareGPT's turn.
-
-    Args:
-        turn: ``from`` and ``value``, and perhaps what says whether it carries loss.
-
-    Returns:
-        The message.
-
-    Raises:
-        ValueError: if it is no turn, or nobody known speaks.
-    """
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
-        raise ValueError(f"{turn!r} is no turn such as {{'from': 'human', 'value': ...}}")
-    speaker, text = turn.get("from"), turn["value"]
-    if speaker not in _ROLES:
-        raise ValueError(f"a turn is from {speaker!r}; known are {', '.join(_ROLES)}")
-    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    if speaker == "function_call":
-        calls = from_json_text(text, f"the function call {text!r}")
-        calls = calls if isinstance(calls, list) else [calls]
-        return {**others, "role": "assistant", "tool_calls": calls}
-    return {**others, "role": _ROLES[speaker], "content": text}
-
-
-def _parts(
-    item: Any, is_answer: bool, media: Collection[str], objects: GroundedObjects
-) -> list[Any]:
-    """An item, or what a text with tags becomes."""
-    if not isinstance(item, Mapping) or item.get("type") not in ("text", None):
-        return [item]
-    text = item.get("text") if item.get("text") is not None else item.get("content")
-    if not isinstance(text, str) or not _TAG.search(text):
-        return [item]
-    if item.get("fields") is not None:
+def _read_objects(objects: Any) -> dict[str, list[dict[str, Any]]]:
+    """Items by tag of ms-swift's ``objects``, perhaps JSON text, where null is no value."""
+    objects = {} if objects is None else from_json_text(objects, "objects")
+    is_object = isinstance(objects, Mapping)
+    given = {k: v for k, v in objects.items() if v is not None} if is_object else {}
+    names, boxes, images = (given.get(key, []) for key in ("ref", "bbox", "image_id"))
+    if (
+        not is_object
+        or given.keys() - {"ref", "bbox", "bbox_type", "image_id"}
+        or not all(isinstance(values, list) for values in (names, boxes, images))
+        or not all(isinstance(name, str) for name in names)
+        or len(images) not in (0, len(boxes))
+        or given.get("bbox_type", "real") not in _UNITS
+    ):
         raise ValueError(
-            "its text has tags and fields: give the media as items of their own, and boxes as "
-            "fields"
+            f"objects is {shortened(repr(objects))}, expected an object of nothing but ref, a list "
+            "of texts; bbox, a list of boxes; image_id, a list of as many numbers; and bbox_type, "
+            "real or norm1: correct the column or remove it"
         )
-    return _split(text, is_answer, media, objects)
-
-
-def _split(
-    text: str, is_answer: bool, media: Collection[str], objects: GroundedObjects
-) -> list[dict[str, Any]]:
-    pieces = _TAG.split(text)  # text, tag, text, ...
-    items = []
-    for i, piece in enumerate(pieces):
-        if i % 2 == 0:
-            items += [_text(piece)] if piece or len(pieces) == 1 else []
-        elif piece in ("ref-object", "bbox"):
-            items.append(objects.next(piece))
-        elif is_answer:
-            items.append(_text(f"<{piece}>"))
-        elif piece in media:
-            items.append({"type": piece})
-        else:
-            raise ValueError(
-                f"its <{piece}> is the place of a medium, but the row has none in {piece!r} or "
-                f"'{piece}s': name the column by column_map (where the tag is meant as text, write "
-                f"it as two text items, '<' and '{piece}>')"
-            )
+    items: dict[str, list[dict[str, Any]]] = {"<ref-object>": [*map(_text, names)], "<bbox>": []}
+    unit = _UNITS[given.get("bbox_type", "real")]
+    for box, image in zip(boxes, images or [0] * len(boxes), strict=True):
+        key = "point_2d" if isinstance(box, list) and len(box) == 2 else "bbox_2d"
+        fields = {"bbox": {key: box}}
+        items["<bbox>"].append({**_text("{bbox}"), "fields": fields, "image": image, "unit": unit})
     return items
 
 
@@ -189,6 +230,37 @@ def _text(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def _box(box: Any, image: Any, unit: str) -> dict[str, Any]:
-    key = "point_2d" if isinstance(box, list) and len(box) == 2 else "bbox_2d"
-    return {**_text("{bbox}"), "fields": {"bbox": {key: box}}, "image": image, "unit": unit}
+def _is_text(item: Mapping[str, Any]) -> bool:
+    return item.keys() == {"type", "text"}
+
+
+def _read_turn(turn: Any) -> dict[str, Any]:
+    """A message of ShareGPT's turn."""
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+        raise ValueError(f"{turn!r} is no turn such as {{'from': 'human', 'value': ...}}")
+    speaker, text = turn.get("from"), turn["value"]
+    if speaker not in _ROLES:
+        raise ValueError(f"a turn is from {speaker!r}; known are {', '.join(_ROLES)}")
+    # Such as what says whether it carries loss
+    message = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    message["role"] = _ROLES[speaker]
+    if speaker == "function_call":
+        calls = from_json_text(text, f"the function call {text!r}")
+        return {**message, "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return {**message, "content": text}
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+@contextmanager
+def naming(name: Any, place: str = "") -> Iterator[None]:
+    """Names the sample, and its place, in errors, which whatever a record holds may cause."""
+    try:
+        yield
+    except Exception as error:
+        is_named = isinstance(error, ValueError) and str(error).startswith("sample ")
+        reraise(error, "" if is_named else f"sample {name!r}: ", place)

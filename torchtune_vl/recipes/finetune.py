@@ -53,7 +53,7 @@ from torchtune_vl._torchtune import (
 )
 from torchtune_vl.checkpoint._adapters import Adapter, check_continues, merge_adapter
 from torchtune_vl.data import Row, TrainingRows
-from torchtune_vl.data._loading import loading
+from torchtune_vl.data._data_workers import loading
 from torchtune_vl.datasets import SamplesError, measure_all
 from torchtune_vl.files._directory import epochs
 from torchtune_vl.models._builders import part_of

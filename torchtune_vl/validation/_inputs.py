@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from torchtune_vl.chat._messages import Medium, Objects, read_conversation, read_tools
-from torchtune_vl.datasets._chat import RowReader
-from torchtune_vl.datasets._json_rows import JsonRows
-from torchtune_vl.datasets._media_directory import MediaDirectory
+from torchtune_vl.datasets._formats import MediaDirectory
+from torchtune_vl.datasets._formats import RecordReader as RowReader
+from torchtune_vl.datasets._json_records import JsonRecords as JsonRows
 from torchtune_vl.media._errors import shortened
 from torchtune_vl.media._sources import path_of_file_url
 from torchtune_vl.validation._report import data

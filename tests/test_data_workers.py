@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from torchtune_vl.data._loading import loading
+from torchtune_vl.data._data_workers import loading
 
 
 def runs(process: psutil.Process) -> bool:
@@ -126,8 +126,8 @@ def test_a_killed_worker_ends_the_block_with_a_message() -> None:
 
 TRAINER = """
 import multiprocessing, sys, time
-from tests.test_loading import Endless
-from torchtune_vl.data._loading import loading
+from tests.test_data_workers import Endless
+from torchtune_vl.data._data_workers import loading
 with loading(Endless(), 2, batch_size=None) as rows:
     next(rows)
     time.sleep(0.5)  # now they wait for somebody to read

@@ -1,4 +1,4 @@
-"""Data workers that end with the process that started them."""
+"""Data workers that end with the process that started them, the trainer."""
 
 import gc
 import os
@@ -12,52 +12,35 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 
 @contextmanager
 def loading(dataset: Any, num_workers: int, **options: Any) -> Iterator[Iterator[Any]]:
-    """Load a dataset, and end the data workers at the end of the ``with`` block, however it ends.
+    """Iterate over ``DataLoader(dataset, **options)``, whose workers end with the ``with`` block.
 
     The workers ignore SIGTERM and SIGINT, which clusters and terminals send to all processes: they
-    go on until their trainer ends, and are gone as soon as it is, even if it was killed.
-
-    Args:
-        dataset: what :class:`~torch.utils.data.DataLoader` takes.
-        num_workers: processes to load in, beside this one; 0: in this one.
-        **options: further arguments of the loader.
-
-    Yields:
-        The iterator over what the loader makes.
-
-    Raises:
-        ChildProcessError: if a worker was killed or crashed, from anywhere in the block.
+    go on until their trainer ends, and are gone as soon as it is, even if it was killed. If one was
+    killed or crashed, the block raises a ChildProcessError.
     """
-    loader = DataLoader(
-        dataset,
-        num_workers=num_workers,
-        worker_init_fn=_begin,
-        # Or else it draws from the random numbers of the steps, once more after resuming
-        generator=torch.Generator(),
-        **options,
-    )
+    # With a generator, or else it draws from that of the steps, once more after resuming
+    options |= {"worker_init_fn": _begin, "generator": torch.Generator()}
+    loader = DataLoader(dataset, num_workers=num_workers, **options)
     # What is garbage here is never collected by a worker: a process group would wait there for
     # threads that a fork does not copy
     gc.freeze()
     try:
-        rows = iter(loader)
+        loaded = iter(loader)
     finally:
         gc.unfreeze()
-    workers = rows._workers if isinstance(rows, _MultiProcessingDataLoaderIter) else []
+    workers = getattr(loaded, "_workers", [])
     try:
-        yield rows
+        yield loaded
     except (RuntimeError, OSError, EOFError) as error:  # of torch's handler of SIGCHLD, or its pipe
         with suppress(RuntimeError):  # of the handler, while we wait for it to end
             wait([worker.sentinel for worker in workers], timeout=0.2)
-        statuses = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
-        if not statuses:
+        pid, status = next(((w.pid, w.exitcode) for w in workers if w.exitcode), (0, 0))
+        if not status:
             raise
-        pid, status = next(iter(statuses.items()))
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else "crashed"
         raise ChildProcessError(
             f"data worker {pid} {how}: if memory ran out, lower num_workers, or give a container "
@@ -65,8 +48,8 @@ def loading(dataset: Any, num_workers: int, **options: Any) -> Iterator[Iterator
         ) from error
     finally:
         # Not left to garbage collection: a traceback, or a library, may keep the iterator alive
-        if isinstance(rows, _MultiProcessingDataLoaderIter):
-            rows._shutdown_workers()
+        if workers:
+            loaded._shutdown_workers()  # type: ignore[attr-defined]
         for worker in workers:
             worker.kill()  # those that did not listen
             worker.join()

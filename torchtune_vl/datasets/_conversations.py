@@ -1,0 +1,173 @@
+"""Datasets of conversations with images and videos."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from copy import copy
+from itertools import count
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from torchtune_vl.chat import ChatTransform
+from torchtune_vl.datasets._formats import COLUMNS, MediaDirectory, RecordReader, naming
+from torchtune_vl.datasets._json_records import JsonRecords
+from torchtune_vl.datasets._tables import Table, load_records
+from torchtune_vl.modules import IGNORE_INDEX
+
+_END = object()
+
+
+def vision_chat_dataset(
+    tokenizer: ChatTransform,
+    *,
+    source: str,
+    data_files: Any = None,
+    split: str = "train",
+    media_dir: str | None = None,
+    column_map: Mapping[str, str] | None = None,
+    streaming: bool = False,
+    **load_dataset_kwargs: Any,
+) -> "VisionChatDataset | StreamedVisionChat":
+    """Build a dataset of conversations with images and videos.
+
+    A record is what a file has of one sample: a line or value of JSON, or the row of a table. It
+    has ``messages``, in the chat format of transformers or OpenAI, or ``conversations``, in that of
+    ShareGPT, and perhaps ``image``, ``images``, ``video`` and ``videos``, which are for items
+    without a source and tags ``<image>`` and ``<video>``, ms-swift's ``objects`` for the tags
+    ``<ref-object>`` and ``<bbox>``, ``tools``, ``system`` and an ``id`` for errors; docs/data.md
+    has them all.
+
+    Args:
+        tokenizer: the model's transform, as recipes pass it.
+        source: what ``datasets.load_dataset`` takes: "json" (also for JSON Lines), "parquet", a
+            directory of files, or the name of a dataset on the hub; or a directory that
+            ``save_to_disk`` wrote.
+        data_files: files of the source: one or a list, patterns too, perhaps by split.
+        split: split of the source, also a part such as ``"train[:1%]"``.
+        media_dir: directory of media whose path is relative, and outside of which nothing is read.
+            By default that of the data files, and paths may lead anywhere.
+        column_map: names of columns that differ, by the names above.
+        streaming: whether to give a stream of samples, in the order of records.
+        **load_dataset_kwargs: further arguments of ``datasets.load_dataset``.
+
+    Raises:
+        ValueError: if source, files or split are not there or cannot be read; ``column_map`` names
+            a column that is not known or not there; or the data files lie in several directories
+            and ``media_dir`` is not given.
+    """
+    records, files = load_records(
+        source, data_files, split=split, streaming=streaming, **load_dataset_kwargs
+    )
+    column_map = dict(column_map or {})
+    _check_columns(column_map, records)
+    directories = {os.path.dirname(file) for file in files}
+    if media_dir is None and len(directories) > 1:
+        raise ValueError(
+            f"the data files lie in several directories, {sorted(directories)}: give media_dir, "
+            "the one that paths of media are relative to"
+        )
+    directory = "".join(directories) if media_dir is None else media_dir
+    read = RecordReader(MediaDirectory(directory, is_confining=media_dir is not None), column_map)
+    return (StreamedVisionChat if streaming else VisionChatDataset)(tokenizer, records, read)
+
+
+def _check_columns(column_map: Mapping[str, str], records: JsonRecords | Table) -> None:
+    if unknown := column_map.keys() - {*COLUMNS}:
+        raise ValueError(f"column_map has {sorted(unknown)}; known are {', '.join(COLUMNS)}")
+    wanted, columns = {*column_map.values()}, set[str]()
+    if isinstance(records, Table):
+        columns.update(records.column_names or wanted)
+    else:
+        for index in range(len(records)):  # as many as it takes to find the wanted ones
+            if wanted <= columns:
+                break
+            with suppress(ValueError):  # is told when the sample is measured or made
+                record = records[index]
+                columns.update(record if isinstance(record, Mapping) else ())
+    if missing := wanted - columns:
+        raise ValueError(f"column_map names {sorted(missing)}; the columns are {sorted(columns)}")
+
+
+class _Conversations:
+    """Conversations as samples for a transform, which ``read`` makes of a record and its number."""
+
+    def __init__(
+        self, transform: ChatTransform, rows: JsonRecords | Table, read: RecordReader
+    ) -> None:
+        self._transform = transform
+        self._rows = rows
+        self._read = read
+
+    def _naming(self, number: int) -> AbstractContextManager[None]:
+        rows = self._rows
+        return naming(number, f" ({rows.place(number)})" if isinstance(rows, JsonRecords) else "")
+
+    def _supervised(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """A transformed sample with labels, of which there are some."""
+        transformed = self._transform(sample)
+        tokens, mask = transformed["tokens"], transformed["mask"]
+        with naming(sample["id"]):
+            self._transform.check_supervised(tokens, mask)
+        return {**transformed, "labels": np.where(mask, IGNORE_INDEX, tokens).tolist()}
+
+
+class VisionChatDataset(_Conversations, Dataset):
+    """A table of conversations; see :func:`vision_chat_dataset`."""
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Transform a sample, and add ``labels``, list[int]: -100 where the loss ignores a token.
+
+        A ValueError names the sample whose record or media cannot be read, or that has no token of
+        an answer that carries loss.
+        """
+        return self._apply(self._supervised, index)
+
+    def measure(self, index: int) -> tuple[int, int, int]:
+        """Count tokens, patches and supervised tokens of a sample without decoding its media."""
+        return self.examine(index)[0]
+
+    def examine(self, index: int) -> tuple[tuple[int, int, int], dict[str, int] | None]:
+        """Measure a sample, and tell how many ``tokens``, ``images`` and ``videos`` are cut."""
+        return self._apply(self._transform.examine, index)
+
+    def _apply(self, function: Callable[[dict[str, Any]], Any], index: int) -> Any:
+        with naming(index):
+            record = self._rows[index]
+        with self._naming(index):
+            return function(self._read(record, index))
+
+
+class StreamedVisionChat(_Conversations):
+    """A stream of samples as the transform takes them; see :func:`vision_chat_dataset`."""
+
+    _start = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        records = iter(self._rows.skip(self._start) if self._start else self._rows)
+        for number in count(self._start):
+            with naming(number):
+                record: Any = next(records, _END)
+            if record is _END:
+                return
+            with self._naming(number):
+                sample = self._read(record, number)
+            yield sample
+
+    def skip(self, count: int) -> "StreamedVisionChat":
+        """Leave out so many samples at the beginning; the numbers of the others stay."""
+        others = copy(self)
+        others._start += count
+        return others
+
+    def measure(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Measure a sample of the stream as :meth:`VisionChatDataset.measure` does."""
+        return self._transform.examine(sample)[0]
+
+    def transform(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """Transform a sample of the stream as :meth:`VisionChatDataset.__getitem__` does."""
+        return self._supervised(sample)

@@ -1,0 +1,120 @@
+"""The sizes of all samples, before training begins."""
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from torch.utils.data import Dataset, Subset
+from tqdm import tqdm
+
+from torchtune_vl.data._data_workers import loading
+from torchtune_vl.media._errors import shortened
+
+# Sending a batch from a worker costs as much as measuring some samples
+_BATCH_SIZE = 128
+_NUM_SHOWN = 20
+
+_log = logging.getLogger(__name__)
+
+
+class Measurable(Protocol):
+    """A map-style dataset that knows sizes; with ``examine`` also what samples lose."""
+
+    def __len__(self) -> int: ...
+
+    def measure(self, index: int) -> tuple[int, int, int]: ...
+
+
+class SamplesError(ValueError):
+    """Samples that cannot be measured.
+
+    Args:
+        first: index and reason of some of them, of which the first 20 are told.
+        bad: how many there are.
+        of: how many samples were measured.
+    """
+
+    def __init__(self, first: Sequence[tuple[int, str]], bad: int, of: int) -> None:
+        super().__init__(first, bad, of)  # which pickle needs
+        self.first = sorted(first)[:_NUM_SHOWN]
+        self.bad = bad
+        self.of = of
+
+    def __str__(self) -> str:
+        """Tell how many they are, and each reason in a line."""
+        told = f"{self.bad} of {self.of} samples cannot be read: correct them or remove them from "
+        lines = [told + "the data", *(reason for _, reason in self.first)]
+        more = self.bad - len(self.first)
+        return "\n".join([*lines, f"and {more} more"] if more else lines)
+
+
+def measure_all(
+    dataset: Measurable, indices: Sequence[int], num_workers: int = 0, show_progress: bool = True
+) -> np.ndarray:
+    """Measure samples before training, and log how many are cut because they are too long.
+
+    Args:
+        dataset: with ``measure``, as :func:`~torchtune_vl.datasets.vision_chat_dataset` makes it.
+        indices: of the samples, ``range(len(dataset))`` for all.
+        num_workers: processes to measure in, besides this one; 0: in this one.
+        show_progress: whether to show a progress bar. With several ranks, let one do so.
+
+    Returns:
+        int32 [len(indices), 3], tokens, patches and supervised tokens of each sample.
+
+    Raises:
+        SamplesError: if samples cannot be measured; a ValueError if the dataset does not do so.
+    """
+    if not hasattr(dataset, "measure"):
+        raise ValueError(
+            f"a {type(dataset).__name__} does not know the sizes of its samples: use "
+            "torchtune_vl.datasets.vision_chat_dataset"
+        )
+    # With more processes than samples some measure none
+    sizes = [np.empty((0, 3), np.int32)]
+    bad, cut = [], []
+    examined = Subset(_Examined(dataset), indices)
+    loader = loading(examined, num_workers, batch_size=_BATCH_SIZE, collate_fn=list)
+    bar = tqdm(total=len(indices), desc="measuring", unit=" samples", disable=not show_progress)
+    with loader as batches, bar:
+        for batch in batches:
+            sizes.append(np.array([size for _, size, _, _ in batch], np.int32))
+            bad += [(index, problem) for index, _, _, problem in batch if problem is not None]
+            cut += [(index, lost) for index, _, lost, _ in batch if lost]
+            bar.update(len(batch))
+    if bad:
+        raise SamplesError(bad, len(bad), len(indices))
+    if cut:
+        without_media = [(index, lost) for index, lost in cut if lost["images"] or lost["videos"]]
+        index, lost = (without_media or cut)[0]
+        _log.warning(
+            "%d of %d samples are longer than max_seq_len and are cut, %d of them by images or "
+            "videos: sample %d, for one, loses %s; raise max_seq_len, or make media smaller",
+            len(cut),
+            len(indices),
+            len(without_media),
+            index,
+            ", ".join(f"{count} {what}" for what, count in lost.items()),
+        )
+    return np.concatenate(sizes)
+
+
+# Index, size, what is cut, and why it cannot be measured
+_Examination = tuple[int, tuple[int, int, int], dict[str, int] | None, str | None]
+
+
+class _Examined(Dataset[_Examination]):
+    def __init__(self, dataset: Measurable) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> _Examination:
+        try:
+            if hasattr(self.dataset, "examine"):
+                return index, *self.dataset.examine(index), None
+            return index, self.dataset.measure(index), None, None
+        except ValueError as error:
+            problem = str(error)
+        except Exception as error:  # one bad sample must not hide the others
+            problem = f"sample {index}: {type(error).__name__}: {error}"
+        return index, (0, 0, 0), None, shortened(problem)
