@@ -11,8 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from torchtune_vl.cli import main
-from torchtune_vl.recipes._config import Config
-from torchtune_vl.recipes._read_config import check_components, keys_of, read_config, words
+from torchtune_vl.recipes._check_config import check_components, kind_of, read_config
+from torchtune_vl.recipes._config_keys import Config, keys_of
 
 CONFIG = "quickstart/digits.yaml"
 DATASET = "torchtune_vl.datasets.vision_chat_dataset"
@@ -186,4 +186,4 @@ def test_docs_have_every_key() -> None:
     for key in keys_of(Config):
         below = keys_of(key.group) if key.group else None
         for name, k in [(f"{key.name}.{k.name}", k) for k in below or []] or [(key.name, key)]:
-            assert f"| `{name}` | {words(k.kind)} | {k.meaning} |" in documented
+            assert f"| `{name}` | {kind_of(k.kind).words} | {k.meaning} |" in documented

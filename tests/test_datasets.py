@@ -24,7 +24,7 @@ from torchtune_vl.datasets import VisionChatDataset, measure_all, vision_chat_da
 from torchtune_vl.datasets._chat import RowReader
 from torchtune_vl.datasets._media_directory import MediaDirectory
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
-from torchtune_vl.recipes._main import sentence_of
+from torchtune_vl.recipes._run_recipe import sentence_of
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 PROMPT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

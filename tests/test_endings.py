@@ -12,8 +12,8 @@ import torch
 from omegaconf import DictConfig
 
 from tests.finetune_runs import start, write_config, write_inputs
-from torchtune_vl.recipes._main import run_recipe, sentence_of
-from torchtune_vl.recipes._read_config import read_config
+from torchtune_vl.recipes._check_config import read_config
+from torchtune_vl.recipes._run_recipe import run_recipe, sentence_of
 from torchtune_vl.recipes.finetune import FinetuneRecipe
 
 

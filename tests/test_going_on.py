@@ -27,7 +27,7 @@ from tests.finetune_runs import (
     write_inputs,
 )
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_hf_to_tune
-from torchtune_vl.recipes._config import Config
+from torchtune_vl.recipes._config_keys import Config
 from torchtune_vl.recipes.finetune import FinetuneRecipe, Logged
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 from torchtune_vl.training._fingerprint import FIXED

@@ -11,6 +11,7 @@ from torchtune._recipe_registry import get_all_recipes
 from torchtune.config._errors import InstantiationError
 
 from torchtune_vl.cli import main
+from torchtune_vl.cli._torchtune_command import suffix_of
 from torchtune_vl.recipes import config_path, recipe_path
 
 # Writes what reached it to a file of its own for each process
@@ -134,6 +135,13 @@ def test_run_starts_processes_of_torchtunes_recipes(
     done = subprocess.run([*command, *recipe], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Missing key device" in done.stderr
+
+
+def test_all_names_of_torchtune_are_known() -> None:
+    for recipe in get_all_recipes():
+        assert suffix_of(recipe.name) == ".py"
+        assert {suffix_of(each.name) for each in recipe.configs} <= {".yaml"}
+    assert suffix_of("nothing") is None
 
 
 def test_run_finds_stock_recipes() -> None:

@@ -8,38 +8,19 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from torchtune_vl.cli._torchtune import suffix_of, tune
+from torchtune_vl.cli._torchtune_command import config_file, suffix_of, tune
 from torchtune_vl.recipes import config_names, config_path, recipe_path
 
-_LS_EXAMPLES = """\
-examples:
-  tune-vl ls
-  tune-vl ls --all
-"""
 
-_CP_EXAMPLES = """\
-examples:
-  tune-vl cp qwen2_5_vl/lora mine.yaml
-  tune-vl cp finetune .
-"""
-
-_CAT_EXAMPLES = """\
-examples:
-  tune-vl cat qwen2_5_vl/lora
-  tune-vl cat mine.yaml --sort
-"""
-
-
-def add_parser(subparsers: Any) -> None:
-    """Add the subcommands.
-
-    Args:
-        subparsers: the action of :meth:`argparse.ArgumentParser.add_subparsers`.
-    """
-    ls = _add(subparsers, "ls", "list recipes and their configs", _LS_EXAMPLES, _list)
+def add_parsers(subparsers: Any) -> None:
+    """Add the commands."""
+    ls = _add(
+        subparsers, _list, "ls", "list recipes and their configs", "tune-vl ls", "tune-vl ls --all"
+    )
     ls.add_argument("--all", action="store_true", help="list those of torchtune, too")
 
-    cp = _add(subparsers, "cp", "copy a recipe or a config, to change it", _CP_EXAMPLES, _copy)
+    examples = "tune-vl cp qwen2_5_vl/lora mine.yaml", "tune-vl cp finetune ."
+    cp = _add(subparsers, _copy, "cp", "copy a recipe or a config, to change it", *examples)
     cp.add_argument("name", metavar="NAME", help="recipe or config, see `tune-vl ls`")
     cp.add_argument(
         "destination",
@@ -49,7 +30,8 @@ def add_parser(subparsers: Any) -> None:
     )
     cp.add_argument("--make-parents", action="store_true", help="make missing directories")
 
-    cat = _add(subparsers, "cat", "print a config", _CAT_EXAMPLES, _print)
+    examples = "tune-vl cat qwen2_5_vl/lora", "tune-vl cat mine.yaml --sort"
+    cat = _add(subparsers, _print, "cat", "print a config", *examples)
     cat.add_argument("config", metavar="CONFIG", help="name, see `tune-vl ls`, or file")
     cat.add_argument(
         "--sort", action="store_true", help="sort the keys; comments are left out then"
@@ -57,18 +39,13 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add(
-    subparsers: Any,
-    name: str,
-    purpose: str,
-    examples: str,
-    run: Callable[[argparse.Namespace], int],
+    subparsers: Any, run: Callable, name: str, purpose: str, *examples: str
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
         help=purpose,
-        description=f"{purpose[0].upper()}{purpose[1:]}.",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"{purpose.capitalize()}.",
+        epilog="\n  ".join(["examples:", *examples]),
     )
     parser.set_defaults(run=run)
     return parser
@@ -113,13 +90,9 @@ def _copy(options: argparse.Namespace) -> int:
 
 
 def _print(options: argparse.Namespace) -> int:
-    path = config_path(options.config)
-    if not path.is_file() and suffix_of(options.config) != ".yaml":
-        raise ValueError(
-            f"no config and no file is called {options.config!r}: see `tune-vl ls --all`"
-        )
-    if options.sort or not path.is_file():
-        tune("cat", str(path), *["--sort"] * options.sort)
+    path = config_file(options.config)
+    if path is None or options.sort:
+        tune("cat", str(path or options.config), *["--sort"] * options.sort)
     else:
         print(path.read_text(encoding="utf-8"), end="")
     return 0

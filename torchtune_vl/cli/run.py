@@ -8,14 +8,14 @@ import runpy
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchtune_vl.cli._torchtune import suffix_of, tune
-from torchtune_vl.recipes import config_path, recipe_path
+from torchtune_vl.cli._torchtune_command import config_file, suffix_of, tune
+from torchtune_vl.recipes import recipe_path
 
 _HELP = """\
 usage: tune-vl run [OPTION ...] RECIPE --config CONFIG [KEY=VALUE | ~KEY ...]
@@ -40,53 +40,36 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the subcommand.
-
-    Args:
-        subparsers: the action of :meth:`argparse.ArgumentParser.add_subparsers`.
-    """
+def add_parsers(subparsers: Any) -> None:
+    """Add the command."""
     # No character makes an option here: options are for torchrun's parser, which takes seconds to
     # import
     parser = subparsers.add_parser(
         "run", help="run a recipe, on one device or on many", add_help=False, prefix_chars="\0"
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run a recipe.
-
-    Args:
-        options: of the command line.
-
-    Returns:
-        The exit status, that of the first process to fail where there are several.
-
-    Raises:
-        OSError: if a file cannot be opened.
-        ValueError: if the recipe cannot be started with these arguments.
-    """
+def _run(options: argparse.Namespace) -> int:
+    """Run a recipe; the status is that of the first process to fail where there are several."""
     if {"--help", "-h"} & {*options.arguments}:
         _print_help(options.arguments)
         return 0
     launcher, recipe, arguments = _split(options.arguments)
     if recipe_path(recipe):
-        from torchtune_vl.recipes._read_config import read_config
+        from torchtune_vl.recipes._check_config import read_config
 
         read_config(arguments)  # before anything is imported that takes seconds
     module = _module_of(recipe)
     position = arguments.index("--config") + 1
-    config = config_path(arguments[position])
-    if not config.is_file() and suffix_of(str(config)) != ".yaml":
-        raise ValueError(f"no config and no file is called {str(config)!r}: see `tune-vl ls --all`")
-    arguments[position] = str(config)
+    config = config_file(arguments[position])
+    arguments[position] = str(config or arguments[position])
     if launcher:
         if module is None and "_distributed" not in recipe:  # as all others are called
             raise ValueError(f"{recipe} runs in one process: leave {launcher[0]} out")
         return _status_of(partial(_run_processes, launcher, recipe, arguments))
-    if module is None or not config.is_file():  # one of the two is torchtune's
+    if module is None or config is None:  # one of the two is torchtune's
         return _status_of(partial(tune, "run", recipe, *arguments))
     return _status_of(partial(_run_here, module, arguments))
 
@@ -96,31 +79,31 @@ def _print_help(arguments: list[str]) -> None:
     if "finetune" not in arguments:
         print("`tune-vl run finetune --help` explains the keys of its config.")
         return
-    from torchtune_vl.recipes._config import Config
+    from torchtune_vl.recipes._config_keys import Config
 
     print("keys of the config; those without a default must be there:")
-    print(*_explained(Config, ""), sep="\n")
+    _print_keys(Config, "")
     print(
         "\nThe arguments of a component stand beside its _component_: see `tune-vl cat` and docs/."
     )
 
 
-def _explained(description: type, prefix: str) -> Iterator[str]:
-    """What each key of a config takes and means."""
-    from torchtune_vl.recipes._read_config import keys_of, words
+def _print_keys(description: type, prefix: str) -> None:
+    """Print what each key of a config takes and means."""
+    from torchtune_vl.recipes._check_config import kind_of
+    from torchtune_vl.recipes._config_keys import keys_of
 
-    indent = " " * 6
     for key in keys_of(description):
         default = "null" if key.default is None else key.default
         ending = "" if default is MISSING else f" (default: {default})"
         # Links are for readers of docs/training.md
         meaning = re.sub(
             r"\[[^]]+]\(([\w.]*)[^)]*\)", lambda x: f"docs/{x[1] or 'training.md'}", key.meaning
-        ).replace("`", "")
-        yield f"  {prefix}{key.name}: {words(key.kind)}{ending}".replace("`", "")
-        yield textwrap.fill(meaning, 96, initial_indent=indent, subsequent_indent=indent)
+        )
+        print(f"  {prefix}{key.name}: {kind_of(key.kind).words}{ending}".replace("`", ""))
+        print(textwrap.indent(textwrap.fill(meaning.replace("`", ""), 90), " " * 6))
         if key.group is not None:
-            yield from _explained(key.group, f"{prefix}{key.name}.")
+            _print_keys(key.group, f"{prefix}{key.name}.")
 
 
 def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:

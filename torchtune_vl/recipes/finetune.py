@@ -61,7 +61,7 @@ from torchtune_vl.models._families import family_of
 from torchtune_vl.models._weights import initial_adapters, load_weights_into
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import DoRA, is_adapter
-from torchtune_vl.recipes._main import run_recipe
+from torchtune_vl.recipes._run_recipe import run_recipe
 from torchtune_vl.training._fingerprint import (
     data_fingerprint,
     model_fingerprint,

@@ -1,55 +1,69 @@
-"""The keys of the recipe's config: one description, which checks, ``--help`` and docs follow.
+"""The keys of the recipe's config, with meaning and default: checks, ``--help`` and docs follow it.
 
-A key is a field of a dataclass; its type says which values it takes and its text what it means.
-Importing this takes no torch.
+A key is a field, its type says which values it takes. Importing this takes no torch.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
-class AtLeast:
-    """The least number that a key takes."""
+class Bound:
+    """What a number has to be, in words behind its type's, and whether it is."""
 
-    minimum: float
-
-
-@dataclass(frozen=True)
-class MoreThan:
-    """The number that a key's must exceed."""
-
-    bound: float
+    words: str
+    holds: Callable[[float], bool]
 
 
 class Component:
-    """A value that names what to call by ``_component_``, and its arguments beside it."""
+    """A mapping that names what to call by ``_component_``, with its arguments beside it."""
 
 
-class Given:
-    """The arguments that the recipe adds to a component's.
+class Given(NamedTuple):
+    """The arguments that the recipe adds to a component's: by position, and by name."""
 
-    Args:
-        *positional: their names, in their order.
-        keywords: names of those that are given by name.
+    positional: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
+
+
+class Key(NamedTuple):
+    """A key: its type, the dataclass of keys below it or None, and its meaning in Markdown.
+
+    Without a default, which is ``MISSING`` then, it must be there.
     """
 
-    def __init__(self, *positional: str, keywords: tuple[str, ...] = ()) -> None:
-        self.positional = positional
-        self.keywords = keywords
+    name: str
+    kind: Any
+    group: type | None
+    given: Given
+    default: Any
+    meaning: str
 
 
-_Count = Annotated[int, AtLeast(1)]
-_LearningRate = Annotated[float, AtLeast(0)]
+def keys_of(description: type) -> Iterator[Key]:
+    """List the keys that the fields of a dataclass describe."""
+    hints = get_type_hints(description, include_extras=True)
+    for field in fields(description):
+        kind, *notes, meaning = get_args(hints[field.name])
+        group = kind if is_dataclass(kind) else None
+        given = next((note for note in notes if isinstance(note, Given)), Given())
+        yield Key(field.name, hints[field.name], group, given, field.default, meaning)  # type: ignore[arg-type]
+
+
+_AT_LEAST_0 = Bound(" of at least 0", lambda x: x >= 0)
+_Count = Annotated[int, Bound(" of at least 1", lambda x: x >= 1)]
+_LearningRate = Annotated[float, _AT_LEAST_0] | None
+_DType = Literal["fp32", "bf16", "fp64"]
 
 
 @dataclass(kw_only=True)
 class LearningRates:
     """Learning rates of parts of the model, instead of the optimizer's."""
 
-    encoder: Annotated[_LearningRate | None, "of the vision encoder"] = None
-    merger: Annotated[_LearningRate | None, "of the merger"] = None
-    decoder: Annotated[_LearningRate | None, "of the decoder"] = None
+    encoder: Annotated[_LearningRate, "of the vision encoder"] = None
+    merger: Annotated[_LearningRate, "of the merger"] = None
+    decoder: Annotated[_LearningRate, "of the decoder"] = None
 
 
 @dataclass(kw_only=True)
@@ -60,7 +74,7 @@ class Parallel:
         _Count,
         "devices that share each decoder layer; without adapters only; the others share the data",
     ]
-    plan: Annotated[Component | None, Given("model"), "how they share the layers"] = None
+    plan: Annotated[Component | None, Given(("model",)), "how they share the layers"] = None
     cpu_offload: Annotated[bool, "weights, gradients and optimizer in the host's memory"]
 
 
@@ -77,10 +91,10 @@ class Config:
     ]
     model: Annotated[Component, "what is trained and how, see [adapters](adapters.md)"]
     checkpointer: Annotated[Component, "reads `checkpoint_dir` and writes the export"]
-    dataset: Annotated[Component, Given("tokenizer"), "see [data](data.md#datasets)"]
+    dataset: Annotated[Component, Given(("tokenizer",)), "see [data](data.md#datasets)"]
     dataset_val: Annotated[
         Component | None,
-        Given("tokenizer"),
+        Given(("tokenizer",)),
         "the validation set, null for none; without a `_component_`, the keys that differ from "
         "`dataset`'s: `dataset_val.data_files=held_out.jsonl`",
     ] = None
@@ -88,32 +102,31 @@ class Config:
     rows_per_step: Annotated[_Count, "rows of a step, over all devices"]
     epochs: Annotated[_Count, "how often each sample is trained on"]
     max_steps: Annotated[_Count | None, "how many steps, instead of `epochs`"] = None
-    seed: Annotated[int, AtLeast(0), "of the order of samples, of dropout and of new adapters"]
+    seed: Annotated[int, _AT_LEAST_0, "of the order of samples, of dropout and of new adapters"]
     shuffle: Annotated[bool, "a random order of samples, new in each epoch"]
     num_workers: Annotated[
-        int, AtLeast(0), "processes of each device that measure and decode; 0: none"
+        int, _AT_LEAST_0, "processes of each device that measure and decode; 0: none"
     ]
-    optimizer: Annotated[Component, Given("params"), "any of torch, torchao or yours"]
+    optimizer: Annotated[Component, Given(("params",)), "any of torch, torchao or yours"]
     learning_rates: Annotated[
         LearningRates, "of `encoder`, `merger` and `decoder`, instead of `optimizer.lr`"
     ]
     lr_scheduler: Annotated[
         Component | None,
-        Given("optimizer", keywords=("num_training_steps",)),
+        Given(("optimizer",), keywords=("num_training_steps",)),
         "how learning rates change with the steps; null: they stay",
     ] = None
     clip_grad_norm: Annotated[
-        Annotated[float, MoreThan(0)] | None, "largest norm of the gradient; null for none"
+        Annotated[float, Bound(" above 0", lambda x: x > 0)] | None,
+        "largest norm of the gradient; null for none",
     ] = None
     device: Annotated[Literal["cuda", "cpu"], "where it computes"]
     dtype: Annotated[
-        Literal["fp32", "bf16", "fp64"],
+        _DType,
         "of weights, gradients and optimizer; of frozen weights alone with "
         "`model.trained_in_float32`",
     ]
-    compute_dtype: Annotated[
-        Literal["fp32", "bf16", "fp64"] | None, "of the computation, if it is another"
-    ] = None
+    compute_dtype: Annotated[_DType | None, "of the computation, if it is another"] = None
     compile: Annotated[bool, "`torch.compile`, layer by layer"]
     activation_checkpointing: Annotated[
         Literal["full", "selective", "none"],
