@@ -28,7 +28,7 @@ from tests.finetune_runs import (
 )
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_hf_to_tune
 from torchtune_vl.recipes._config_keys import Config
-from torchtune_vl.recipes.finetune import FinetuneRecipe, Logged
+from torchtune_vl.recipes.finetune import FinetuneRecipe
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 from torchtune_vl.training._fingerprint import FIXED
 from torchtune_vl.training._steps import Steps
@@ -248,10 +248,10 @@ def test_a_save_in_flight_outlives_an_error(
     failing.setup()
     log = failing._log
 
-    def fail(since: Logged) -> bool:
+    def fail() -> bool:
         if failing.step == 2:
             raise RuntimeError("an error")
-        return log(since)
+        return log()
 
     monkeypatch.setattr(failing, "_log", fail)
     with pytest.raises(RuntimeError, match="an error"):
