@@ -92,7 +92,7 @@ def test_wrong_usage(
          "stock_lora is a config of torchtune's recipes, and no config of the recipe finetune"),
         (["run", "finetune", "--config", "qwen2_5_vl/stock_full"], "see `tune-vl ls`"),
         (["estimate", "--config", "nothing"], "tune-vl estimate: no config and no file"),
-        (["estimate", "--config", "x", "--devices", "0"], "invalid number of devices"),
+        (["estimate", "--config", "x", "--devices", "0"], "--devices is 0: give the number"),
         (["validate-config", "nothing"], "tune-vl validate-config: "),
         (["validate-config", "wrong.yaml"], "seeds is no key of this recipe; the nearest is seed"),
         (["run", "finetune", "--config", "run"], "/run: Is a directory"),

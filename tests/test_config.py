@@ -3,9 +3,10 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from omegaconf import OmegaConf
@@ -178,6 +179,55 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 @dataclass
 class Nothing:
     """A description without keys."""
+
+
+class Custom:
+    """Nothing that YAML can hold."""
+
+
+@pytest.mark.parametrize(
+    ("hint", "words", "good", "bad"),
+    [
+        (list[int], "a list of a whole number", [[], [1, 2]], [[1, "2"], 1, None, [True]]),
+        (tuple[float, ...], "a list of a number", [[0.5], [1, 2, 3]], [["x"]]),
+        (tuple[int, str], "a list of a whole number and a text", [[1, "x"]], [[1], [1, "x", 2]]),
+        (Mapping[str, int], "a mapping", [{"a": "b"}], [1, None]),
+        (dict, "a mapping", [{}], ["a"]),
+        (Path | None, "a path or null", ["a", None], [1]),
+        (float | Custom, "a number", [1, 0.5], ["fast", {}, True]),
+        (Custom | Nothing, "a mapping", [{}], [1]),
+        (Custom, "any value", [1, {}, None], []),
+        (Any | None, "any value or null", [1, {}, None], []),
+        (Callable[[int], int] | None, "any value or null", [1, "x", None], []),
+        (Literal["a", 1], "a or 1", ["a", 1], ["b", True, 1.0]),
+        (Annotated[int, "other notes"], "a whole number", [3], [0.5]),
+    ],
+)  # fmt: skip
+def test_what_types_take(hint: Any, words: str, good: list[Any], bad: list[Any]) -> None:
+    kind = kind_of(hint)
+    assert kind.words == words
+    assert [kind.fits(value) for value in good] == [True] * len(good)
+    assert [kind.fits(value) for value in bad] == [False] * len(bad)
+
+
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        ("{_component_: torch.optim.AdamW, params: [], lrs: 1}", "model.lrs is nothing that torch"),
+        ("{_component_: nowhere.Model}", "model._component_: 'nowhere.Model' cannot be imported"),
+        ("{_component_: torch.optim}", "'torch.optim' cannot be called"),
+        ("{_component_: 5}", "'5' cannot be imported"),
+        ("{_component_: torch.optim.AdamW, lr: '${rate}'}", "'rate' not found"),
+        ("{_component_: torch.optim.AdamW, lr: '???'}", "lr"),
+    ],
+)
+def test_components_of_torchtunes_configs(component: str, message: str) -> None:
+    """What its recipes add to the arguments is not known, nor what types they take."""
+    good = OmegaConf.create("{optimizer: {_component_: torch.optim.AdamW, lr: fast}, seed: x}")
+    check_components(good, None)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        check_components(OmegaConf.merge(good, OmegaConf.create(f"model: {component}")), None)
+    assert "\n" not in str(error.value)
 
 
 def test_docs_have_every_key() -> None:

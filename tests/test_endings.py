@@ -143,13 +143,17 @@ def test_a_killed_process_is_named(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
-        ("parallel.tensor=2", "parallel.tensor is 2, and does not divide the 1 processes"),
+        ("parallel.tensor=3", "parallel.tensor is 3, and does not divide the 2 processes"),
+        ("parallel.tensor=2 parallel.plan=null", "parallel.tensor is 2, which needs a parallel.pl"),
+        ("rows_per_step=3", "2 devices cannot share the 3 rows of a step equally: set rows_per_st"),
         (
             "activation_offloading=True",
             "activation_offloading needs activation_checkpointing: full",
         ),
+        ("activation_offloading=True activation_checkpointing=full", "offloading is for a GPU's"),
+        ("export=best dataset_val=null", "export: best is that of the lowest validation loss"),
         pytest.param(
             "device=cuda",
             "device is cuda, and torch sees no GPU",
@@ -157,8 +161,11 @@ def test_a_killed_process_is_named(root: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_devices_that_do_not_fit(override: str, message: str) -> None:
-    cfg = read_config(["--config", "quickstart/digits.yaml", override])
+def test_settings_that_do_not_fit(
+    overrides: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cfg = read_config(["--config", "quickstart/digits.yaml", *overrides.split()])
     with pytest.raises(ValueError, match=message):
         FinetuneRecipe(cfg)
 

@@ -18,7 +18,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line, that of the process by default, and exit with its status."""
+    """Run the command line, that of the process by default, and exit with its status.
+
+    What its user can mend ends it with one sentence and status 2.
+    """
     parser = _Parser(
         prog="tune-vl", description="Fine-tune Qwen-VL with torchtune, and check that it is it."
     )
@@ -28,15 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Each parser has the function to run, which imports what takes long
     for module in (files, run, configs, validate, checkpoints):
         module.add_parsers(subparsers)
-    sys.exit(_run(parser.parse_args(arguments)))
-
-
-def _run(options: argparse.Namespace) -> int:
-    """Run a command; what its user can mend ends it with one sentence and status 2."""
+    options = parser.parse_args(arguments)
     try:
-        status: int = options.run(options)
+        sys.exit(options.run(options))
     except KeyboardInterrupt:
-        return 130
+        sys.exit(130)
     except (OSError, ValueError) as error:
         from torchtune_vl.recipes._run_recipe import sentence_of
 
@@ -45,5 +44,4 @@ def _run(options: argparse.Namespace) -> int:
         if not sentence or os.environ.get("TORCHTUNE_VL_TRACEBACK") == "1":
             raise
         print(f"tune-vl {options.command}: {sentence}", file=sys.stderr)
-        return 2
-    return status
+        sys.exit(2)

@@ -43,21 +43,13 @@ def add_parsers(subparsers: Any) -> None:
         "estimate", help=purpose, description=_ESTIMATE, epilog=_ESTIMATE_EXAMPLES
     )
     estimate.add_argument("--config", required=True, **named)
-    devices = {"metavar": "N", "help": "GPUs, over all nodes (default: 1)"}
-    estimate.add_argument("--devices", type=_number_of_devices, default=1, **devices)
+    estimate.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="GPUs, over all nodes (default: 1)"
+    )
     estimate.add_argument(
         "overrides", nargs="*", metavar="key=value", help="in place of what the config says"
     )
     estimate.set_defaults(run=_estimate)
-
-
-def _number_of_devices(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-_number_of_devices.__name__ = "number of devices"  # as argparse says it
 
 
 def _validate(options: argparse.Namespace) -> int:
@@ -79,6 +71,8 @@ def _validate(options: argparse.Namespace) -> int:
 def _estimate(options: argparse.Namespace) -> int:
     from torchtune_vl.recipes._check_config import check_components, read_config
 
+    if options.devices < 1:
+        raise ValueError(f"--devices is {options.devices}: give the number of GPUs")
     config = read_config(["--config", options.config, *options.overrides])
     check_components(config)
     from torchtune_vl.training._memory import estimate_memory

@@ -32,9 +32,6 @@ exit status:
   2  the command cannot be run as it is
 """
 
-# What came last of what it compares with
-_NEWEST_NEEDED = "transformers.image_processing_backends"
-
 
 def add_parsers(subparsers: Any) -> None:
     """Add the command."""
@@ -51,17 +48,16 @@ def add_parsers(subparsers: Any) -> None:
         help="directory that transformers reads (default: the same); give the original to see "
         "what a copy, an export or a fine-tuned checkpoint has changed",
     )
-    for name, metavar, what in (
-        ("--images", "PATH", "files, or folders searched for images"),
-        ("--videos", "PATH", "files, or folders searched for videos"),
-        (
-            "--conversations",
-            "FILE",
-            "JSON or JSON lines, in the chat format of transformers and OpenAI or in ShareGPT's; "
-            "paths in it are relative to it",
-        ),
-    ):
-        add(name, type=Path, nargs="+", default=[], metavar=metavar, help=what)
+    several: dict[str, Any] = {"type": Path, "nargs": "+", "default": []}
+    add("--images", **several, metavar="PATH", help="files, or folders searched for images")
+    add("--videos", **several, metavar="PATH", help="files, or folders searched for videos")
+    add(
+        "--conversations",
+        **several,
+        metavar="FILE",
+        help="JSON or JSON lines, in the chat format of transformers and OpenAI or in ShareGPT's; "
+        "paths in it are relative to it",
+    )
     add("--max-pixels", type=int, metavar="N", help="largest area of an image, for both sides")
     add("--weights", action="store_true", help="compare every tensor of the model")
     what = "compare weights and logits; holds both models in memory"
@@ -89,10 +85,6 @@ def _run(options: argparse.Namespace) -> int:
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path.parent}, where {path.name} is to be written, is no directory")
     with warnings.catch_warnings():
-        print("Importing transformers", file=sys.stderr)
-        _hush()
-        if importlib.util.find_spec(_NEWEST_NEEDED) is None:
-            raise ValueError("this transformers is too old: pip install --upgrade transformers")
         report = _validate(options)
     _write(report, options)
     return 0 if report.passed else 1
@@ -104,42 +96,40 @@ def _check_directory(directory: Path) -> None:
         raise ValueError(f"{directory} is no directory")
     if (directory / "config.json").exists():
         return
-    epochs = [path.parent for path in directory.glob("epoch_*/config.json")]
     if (directory / "adapter_config.json").exists():
         raise ValueError(
             f"{directory} is an adapter: merge it into its base first, "
             f"`tune-vl merge BASE {directory} MERGED`"
         )
-    if epochs or (directory / "steps").is_dir():
-        newest = max(epochs, key=lambda path: path.stat().st_mtime, default=None)
-        has = (
-            f": its checkpoint is {newest}"
-            if newest
-            else (" that has no finished checkpoint yet: resume=True goes on with it")
+    epochs = [path.parent for path in directory.glob("epoch_*/config.json")]
+    if epochs:
+        newest = max(epochs, key=lambda path: path.stat().st_mtime)
+        raise ValueError(f"{directory} is the folder of a run: its checkpoint is {newest}")
+    if (directory / "steps").is_dir():
+        raise ValueError(
+            f"{directory} is the folder of a run that has no finished checkpoint yet: resume=True "
+            "goes on with it"
         )
-        raise ValueError(f"{directory} is the folder of a run{has}")
 
 
-def _hush() -> None:
-    """Silence what the user of this command cannot act on, and keep it off the network."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+def _validate(options: argparse.Namespace) -> "Report":
+    print("Importing transformers", file=sys.stderr)
+    # What the user of this command cannot act on, and the network
     warnings.simplefilter("ignore")
-    from torchtune_vl.validation import import_torchvision
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from torchtune_vl import validation
 
-    import_torchvision()
+    validation.import_torchvision()
+    import torch
+    from rich.console import Console
+    from rich.progress import track
     from transformers.utils import logging
 
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
-
-
-def _validate(options: argparse.Namespace) -> "Report":
-    import torch
-    from rich.console import Console
-    from rich.progress import track
-
-    from torchtune_vl import validation
-
+    # What came last of what it compares with
+    if importlib.util.find_spec("transformers.image_processing_backends") is None:
+        raise ValueError("this transformers is too old: pip install --upgrade transformers")
     inputs = validation.Inputs(
         images=validation.find_images(options.images),
         videos=validation.find_videos(options.videos),

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
 from functools import partial
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
-from typing import get_type_hints as hints_of
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -128,29 +128,28 @@ def _override(content: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         key, equals, value = override.partition("=")
         if override.startswith("~"):
-            _remove(content, key[1:])
+            *parents, last = key[1:].split(".")
+            node: Any = content
+            for parent in parents:
+                node = node.get(parent) if isinstance(node, dict) else None
+            if not isinstance(node, dict) or last not in node:
+                raise ValueError(f"{key} takes out a key that the config does not have")
+            del node[last]
         elif equals and not key.startswith("-"):
-            has_component = isinstance(content.get(key), dict) and _COMPONENT in content[key]
-            if value == "None":
-                value = "null"
-            if has_component and value != "null":
+            value = "null" if value == "None" else value
+            if _has_component(content.get(key)) and value != "null":
                 key = f"{key}.{_COMPONENT}"
             assignments.append(f"{key}={value}")
         else:
             raise ValueError(
                 f"{override!r} is no override: write key=value to set a key, ~key to take it out"
             )
-    return cast("DictConfig", OmegaConf.merge(content, OmegaConf.from_dotlist(assignments)))
+    config: Any = OmegaConf.merge(content, OmegaConf.from_dotlist(assignments))
+    return config
 
 
-def _remove(content: dict[str, Any], key: str) -> None:
-    *parents, last = key.split(".")
-    node: Any = content
-    for parent in parents:
-        node = node.get(parent) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or last not in node:
-        raise ValueError(f"~{key} takes out a key that the config does not have")
-    del node[last]
+def _has_component(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get(_COMPONENT), str)
 
 
 def _add_defaults(config: DictConfig, description: type) -> None:
@@ -210,10 +209,7 @@ _KINDS = {
     str: Kind("a text", lambda x: isinstance(x, str)),
     Path: Kind("a path", lambda x: isinstance(x, str)),
     types.NoneType: Kind("null", lambda x: x is None),
-    Component: Kind(
-        f"a mapping with `{_COMPONENT}`",
-        lambda x: isinstance(x, dict) and isinstance(x.get(_COMPONENT), str),
-    ),
+    Component: Kind(f"a mapping with `{_COMPONENT}`", _has_component),
 }
 # Of a type that YAML cannot hold, which in a union says nothing of the others
 _UNKNOWN = Kind("any value", lambda x: True)
@@ -239,20 +235,17 @@ def kind_of(hint: Any) -> Kind:
         return Kind(words, lambda x: any(x == y and type(x) is type(y) for y in parameters))
     if origin in (tuple, list, Sequence, Iterable):
         items = [kind_of(x) for x in parameters if x is not Ellipsis]
-        words = f"a list of {' and '.join(kind.words for kind in items)}"
-        if origin is tuple and Ellipsis not in parameters:
-            return Kind(words, lambda x: _is_list(x, items))
-        return Kind(words, lambda x: isinstance(x, list) and _is_list(x, items * len(x)))
+        length = len(items) if origin is tuple and Ellipsis not in parameters else None
+        return Kind(
+            f"a list of {' and '.join(kind.words for kind in items)}",
+            lambda x: (
+                isinstance(x, list)
+                and length in (None, len(x))
+                and all(kind.fits(y) for kind, y in zip(cycle(items), x, strict=False))
+            ),
+        )
     is_mapping = is_dataclass(hint) or (isinstance(origin, type) and issubclass(origin, Mapping))
     return _MAPPING if is_mapping else _KINDS[Any]
-
-
-def _is_list(value: Any, kinds: Sequence[Kind]) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == len(kinds)
-        and all(kind.fits(x) for kind, x in zip(kinds, value, strict=True))
-    )
 
 
 def _wrong_components(
@@ -272,7 +265,7 @@ def _wrong_components(
 
 
 def _wrong_component(value: Mapping[str, Any], given: Given | None, name: str) -> Iterator[str]:
-    path = value[_COMPONENT]
+    path = str(value[_COMPONENT])
     try:
         component = _find(path)
     except ValueError as error:
@@ -330,6 +323,6 @@ def _hints(component: Callable[..., Any]) -> dict[str, Any]:
         # What it returns may be imported for type checkers alone
         annotations = {k: v for k, v in function.__annotations__.items() if k != "return"}
         names = {"__annotations__": annotations, "__module__": function.__module__}
-        return hints_of(type("Parameters", (), names), include_extras=True)
+        return get_type_hints(type("Parameters", (), names), include_extras=True)
     except Exception:  # annotations can be anything
         return {}

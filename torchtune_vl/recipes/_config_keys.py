@@ -52,6 +52,7 @@ def keys_of(description: type) -> Iterator[Key]:
 
 
 _AT_LEAST_0 = Bound(" of at least 0", lambda x: x >= 0)
+_Natural = Annotated[int, _AT_LEAST_0]
 _Count = Annotated[int, Bound(" of at least 1", lambda x: x >= 1)]
 _LearningRate = Annotated[float, _AT_LEAST_0] | None
 _DType = Literal["fp32", "bf16", "fp64"]
@@ -83,12 +84,8 @@ class Config:
     """The config of the recipe ``finetune``; a key with a default may be absent."""
 
     output_dir: Annotated[str, "directory of all that the run writes"]
-    checkpoint_dir: Annotated[
-        str, "directory of the checkpoint as the hub has it; stays needed for resuming"
-    ]
-    tokenizer: Annotated[
-        Component, "the transform, with limits of images, videos and length, see [data](data.md)"
-    ]
+    checkpoint_dir: Annotated[str, "checkpoint as the hub has it; stays needed for resuming"]
+    tokenizer: Annotated[Component, "the transform; limits of media and length: [data](data.md)"]
     model: Annotated[Component, "what is trained and how, see [adapters](adapters.md)"]
     checkpointer: Annotated[Component, "reads `checkpoint_dir` and writes the export"]
     dataset: Annotated[Component, Given(("tokenizer",)), "see [data](data.md#datasets)"]
@@ -102,15 +99,11 @@ class Config:
     rows_per_step: Annotated[_Count, "rows of a step, over all devices"]
     epochs: Annotated[_Count, "how often each sample is trained on"]
     max_steps: Annotated[_Count | None, "how many steps, instead of `epochs`"] = None
-    seed: Annotated[int, _AT_LEAST_0, "of the order of samples, of dropout and of new adapters"]
+    seed: Annotated[_Natural, "of the order of samples, of dropout and of new adapters"]
     shuffle: Annotated[bool, "a random order of samples, new in each epoch"]
-    num_workers: Annotated[
-        int, _AT_LEAST_0, "processes of each device that measure and decode; 0: none"
-    ]
+    num_workers: Annotated[_Natural, "processes of each device that measure and decode; 0: none"]
     optimizer: Annotated[Component, Given(("params",)), "any of torch, torchao or yours"]
-    learning_rates: Annotated[
-        LearningRates, "of `encoder`, `merger` and `decoder`, instead of `optimizer.lr`"
-    ]
+    learning_rates: Annotated[LearningRates, "of parts, instead of `optimizer.lr`"]
     lr_scheduler: Annotated[
         Component | None,
         Given(("optimizer",), keywords=("num_training_steps",)),

@@ -28,10 +28,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -90,7 +88,7 @@ class FinetuneRecipe:
             torch.cuda.set_device(self.device)
         self.dtype = parallel.dtype_on(self.device, cfg.dtype)
         self.compute_dtype = parallel.dtype_on(self.device, cfg.compute_dtype or cfg.dtype)
-        self.mesh = init_device_mesh(
+        self.mesh = dist.init_device_mesh(
             self.device.type,
             (dist.get_world_size() // cfg.parallel.tensor, cfg.parallel.tensor),
             mesh_dim_names=("data", "tensor"),
@@ -135,15 +133,10 @@ class FinetuneRecipe:
         self.lock = lock(self.output_dir)
         self.saved.tidy()
         newest, exported = self.saved.newest(), epochs(self.output_dir)
-        if newest and not self.cfg.resume:
+        if (newest and not self.cfg.resume) or (exported and not newest):
             raise ValueError(
-                f"{self.output_dir} has steps of an earlier run: go on with resume=True, or name "
-                "another output_dir"
-            )
-        if exported and not newest:
-            raise ValueError(
-                f"{exported[0]} is of an earlier run, which has no steps to go on from: name "
-                "another output_dir"
+                f"{newest or exported[0]} is of an earlier run: where it has steps go on with "
+                "resume=True, or name another output_dir"
             )
         return self.saved.newest_whole()
 
@@ -165,10 +158,7 @@ class FinetuneRecipe:
         self.model = self._make_model()
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.trained:
-            raise ValueError(
-                "nothing is trained: set one of model.decoder_trainable, model.encoder_trainable "
-                "and model.fusion_trainable"
-            )
+            raise ValueError("nothing is trained: set one of the keys model.*_trainable")
         self.optimizer = instantiate(cfg.optimizer, self._parameter_groups())
         self._check_rounding()
         # Not by torchtune's function, which refuses models with a decoder and an encoder
@@ -184,11 +174,9 @@ class FinetuneRecipe:
             epochs=None if cfg.max_steps else cfg.epochs,
             position=self.position or None,
         )
-        self.validation_rows: TrainingRows | None = None
-        if cfg.dataset_val is not None:
-            self.validation_rows = self._make_rows(
-                "dataset_val", tokenizer, rows_per_step=self.data_ranks, shuffle=False, epochs=1
-            )
+        self.validation_rows: TrainingRows | None = cfg.dataset_val and self._make_rows(
+            "dataset_val", tokenizer, rows_per_step=self.data_ranks, shuffle=False, epochs=1
+        )
         self.max_steps = cfg.max_steps or self.rows.last_step()
         if self.begun:
             self._check_end(self.begun.progress)
@@ -278,10 +266,9 @@ class FinetuneRecipe:
             names = [*state[ADAPTER_KEY], *going_on["modules_to_save"]]
             trained = [name for name, p in model.named_parameters() if p.requires_grad]
             check_continues(model, trained, going_on, names)
+        directory = Path(cfg.checkpoint_dir)
         self._on_main(
-            lambda: self._keep(
-                "model", fingerprint.model_fingerprint(weights, Path(cfg.checkpoint_dir))
-            )
+            lambda: self._keep("model", fingerprint.model_fingerprint(weights, directory))
         )
         weights = {**weights, **initial_adapters(model, weights, cfg.seed)}
         load_weights_into(model, weights, torch.device("cpu") if offload else self.device)
@@ -290,16 +277,14 @@ class FinetuneRecipe:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """The trained parameters by part, each with its learning rate."""
         groups: dict[tuple[str, DeviceMesh | None], list[nn.Parameter]] = {}
-        for name, parameter in self.trained.items():
+        for name, p in self.trained.items():
             # Fused steps do not mix parameters that are divided over other devices
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            groups.setdefault((part_of(name), mesh), []).append(parameter)
-        rates = {
-            p: self.cfg.optimizer.lr if r is None else r for p, r in self.cfg.learning_rates.items()
-        }
+            mesh = p.device_mesh if isinstance(p, DTensor) else None
+            groups.setdefault((part_of(name), mesh), []).append(p)
+        rates, lr = self.cfg.learning_rates, self.cfg.optimizer.lr
         return [
-            {"params": parameters, "lr": rates[part], "part": part}
-            for (part, _), parameters in groups.items()
+            {"params": params, "lr": lr if rates[part] is None else rates[part], "part": part}
+            for (part, _), params in groups.items()
         ]
 
     def _make_rows(self, key: str, tokenizer: Any, **order: Any) -> TrainingRows:
@@ -307,10 +292,7 @@ class FinetuneRecipe:
         dataset = instantiate(self.cfg[key], tokenizer)
         is_stream = not hasattr(dataset, "__getitem__")
         if is_stream and (key == "dataset_val" or not self.cfg.max_steps):
-            raise ValueError(
-                f"{key} is a stream, which has no known end: set max_steps, or take a table, which "
-                "dataset_val has to be"
-            )
+            raise ValueError(f"{key} has no known end: set max_steps; a dataset_val must have one")
         return TrainingRows(
             dataset,
             instantiate(self.cfg.rows),
@@ -417,9 +399,8 @@ class FinetuneRecipe:
         self.metrics.waited += time.perf_counter() - start
 
         # Made and summed on the device: the host does not wait for it
-        targets = torch.full(
-            (), float(sum(len(row.batch["targets"]) for row in rows)), device=self.device
-        )
+        count = sum(len(row.batch["targets"]) for row in rows)
+        targets = torch.full((), float(count), device=self.device)
         dist.all_reduce(targets, group=self.mesh["data"].get_group())
         mean_loss = torch.zeros_like(targets)
         self.step += 1
@@ -524,23 +505,22 @@ class FinetuneRecipe:
         return self.metrics.write_validation(self.step, loss)
 
     def _state(self) -> dict[str, Any]:
-        """What is saved and loaded by all processes together, by name and not by rank."""
+        """What is saved and loaded by all processes together, random states of each by its rank."""
+        rank = dist.get_rank()
+        random_states = {f"cpu_{rank}": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random_states[f"cuda_{rank}"] = torch.cuda.get_rng_state(self.device)
         return {
             "model": {name: parameter.detach() for name, parameter in self.trained.items()},
             "optimizer": states.optimizer_state(self.optimizer, self.trained),
+            "random": random_states,
         }
-
-    def _random_state(self) -> dict[str, torch.Tensor]:
-        random_states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random_states["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {f"{name}_{dist.get_rank()}": x for name, x in random_states.items()}
 
     def _save(self) -> None:
         """Begin to save all that it takes to go on; the next steps run meanwhile."""
         self._wait_for_save()
         self._refuse_non_finite_weights(self.step)
-        state = {**self._state(), "random": self._random_state()}
+        state = self._state()
         if self.device.type == "cpu":  # would change under the hands of the thread that writes
             state = tree_map_only(torch.Tensor, torch.clone, state)
         progress = {
@@ -580,14 +560,13 @@ class FinetuneRecipe:
     def _resume(self, begun: SavedStep) -> None:
         directory, progress = begun
         states.initialize(self.optimizer)
-        saved = FileSystemReader(directory).read_metadata().state_dict_metadata
-        prefix = "optimizer."
-        names = {name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
+        saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+        names = {name.partition(".")[2] for name in saved if name.startswith("optimizer.")}
         states.fit(self.optimizer, self.trained, names)
         state = self._state()
         same_processes = progress["processes"] == dist.get_world_size()
-        if same_processes:
-            state["random"] = self._random_state()
+        if not same_processes:
+            del state["random"]
         dcp.load(state, checkpoint_id=directory)
         states.set_plain_values(self.optimizer, self.trained, state["optimizer"])
         self.step = progress["step"]
