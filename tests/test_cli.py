@@ -98,9 +98,9 @@ def test_wrong_usage(
         (["run", "finetune", "--config", "run"], "/run: Is a directory"),
         (["run", "--nproc_per_node", "0", "finetune", "--config", "wrong.yaml", "~seeds"],
          "--nproc_per_node is '0'"),
-        (["validate", "adapter"], "adapter is an adapter: merge it into its base first"),
-        (["validate", "run"], "run is the folder of a run: its checkpoint is run/epoch_0"),
-        (["validate", "begun"], "begun is the folder of a run that has no finished checkpoint"),
+        (["validate", "adapter"], "adapter is no checkpoint: merge an adapter into its base first"),
+        (["validate", "run"], "run is no checkpoint: "),
+        (["validate", "begun"], "begun is no checkpoint: "),
         (["validate", "a\x1b[2J"], "a\\x1b[2J is no directory"),
     ],
 )  # fmt: skip

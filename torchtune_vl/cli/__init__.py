@@ -1,13 +1,12 @@
 """The ``tune-vl`` command."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from torchtune_vl._shown import shown
-from torchtune_vl.cli import checkpoints, configs, files, run, validate
+from torchtune_vl.cli import checkpoints, configs, run, validate
 
 
 class _Parser(argparse.ArgumentParser):
@@ -18,10 +17,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line, that of the process by default, and exit with its status.
-
-    What its user can mend ends it with one sentence and status 2.
-    """
+    """Run the command line, that of the process by default, and exit with its status."""
     parser = _Parser(
         prog="tune-vl", description="Fine-tune Qwen-VL with torchtune, and check that it is it."
     )
@@ -29,19 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         title="commands", required=True, metavar="COMMAND", dest="command"
     )
     # Each parser has the function to run, which imports what takes long
-    for module in (files, run, configs, validate, checkpoints):
+    for module in (configs, run, validate, checkpoints):
         module.add_parsers(subparsers)
     options = parser.parse_args(arguments)
-    try:
-        sys.exit(options.run(options))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (OSError, ValueError) as error:
-        from torchtune_vl.recipes._run_recipe import sentence_of
+    from torchtune_vl.recipes._run_recipe import ended
 
-        # What a recipe calls can be anything, what other commands call has arguments of users
-        sentence = sentence_of(error) or ("" if options.command == "run" else shown(str(error)))
-        if not sentence or os.environ.get("TORCHTUNE_VL_TRACEBACK") == "1":
-            raise
-        print(f"tune-vl {options.command}: {sentence}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(ended(options.command, partial(options.run, options)))

@@ -91,24 +91,14 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check_directory(directory: Path) -> None:
-    """Refuse what is no checkpoint, and say what it is."""
+    """Refuse adapters and folders of runs, which are no checkpoints."""
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory")
-    if (directory / "config.json").exists():
-        return
-    if (directory / "adapter_config.json").exists():
+    others = (directory / "adapter_config.json", directory / "steps", *directory.glob("epoch_*"))
+    if not (directory / "config.json").exists() and any(path.exists() for path in others):
         raise ValueError(
-            f"{directory} is an adapter: merge it into its base first, "
-            f"`tune-vl merge BASE {directory} MERGED`"
-        )
-    epochs = [path.parent for path in directory.glob("epoch_*/config.json")]
-    if epochs:
-        newest = max(epochs, key=lambda path: path.stat().st_mtime)
-        raise ValueError(f"{directory} is the folder of a run: its checkpoint is {newest}")
-    if (directory / "steps").is_dir():
-        raise ValueError(
-            f"{directory} is the folder of a run that has no finished checkpoint yet: resume=True "
-            "goes on with it"
+            f"{directory} is no checkpoint: merge an adapter into its base first, `tune-vl merge "
+            f"BASE {directory} MERGED`; a finished run has its checkpoints in epoch_N below it"
         )
 
 

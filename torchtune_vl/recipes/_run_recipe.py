@@ -1,4 +1,4 @@
-"""How a recipe is started, and with which sentence, traceback and status it ends."""
+"""How recipes are started, and with which sentence or traceback they and commands end."""
 
 import os
 import re
@@ -23,30 +23,45 @@ _IN_WORKER = re.compile(
 
 
 def run_recipe(main: Callable[[DictConfig], int], description: type = Config) -> int:
-    """Run a recipe on the config that the command line names, and return the exit status.
+    """Run a recipe on the config that the command line names, and return its exit status.
 
-    It is that of ``main``; 2 after an error that its user can cause, which is told in a sentence;
-    1 after any other, which is told by its traceback; 130 if the run was interrupted before it can
-    be saved. ``TORCHTUNE_VL_TRACEBACK=1`` shows all tracebacks. Of a node's processes the first to
-    fail speaks alone: the others fail because it did.
+    ``description`` is the dataclass of the config's keys.
     """
-    try:
+
+    def start() -> int:
         config = read_config(sys.argv[1:], description)
         check_components(config, description)
         return main(config)
+
+    return ended("run", start)
+
+
+def ended(command: str, start: Callable[[], int]) -> int:
+    """Run a command, tell what ended it before its end, and return the exit status.
+
+    It is 2 after an error that its user can cause, which is told in a sentence; 1 after any other,
+    which is told by its traceback; 130 if it was interrupted. ``TORCHTUNE_VL_TRACEBACK=1`` shows
+    all tracebacks. Of a node's processes the first to fail speaks alone: the others fail because it
+    did.
+    """
+    try:
+        return start()
     except KeyboardInterrupt:
-        if _is_first_to_fail():
+        if command == "run" and _is_first_to_fail():
             print("tune-vl run: interrupted before the first step", file=sys.stderr)
         return 130
     except Exception as error:
         sentence = sentence_of(error)
+        # What a recipe calls can be anything, what other commands call has arguments of users
+        if sentence is None and command != "run" and isinstance(error, ValueError):
+            sentence = shown(str(error))
         if _is_first_to_fail():
             if sentence is None or os.environ.get("TORCHTUNE_VL_TRACEBACK") == "1":
                 traceback.print_exception(error)
             else:
                 # Below the progress bar of another process
                 lead = "\n" if "TORCHELASTIC_ERROR_FILE" in os.environ else ""
-                print(f"{lead}tune-vl run: {sentence}", file=sys.stderr)
+                print(f"{lead}tune-vl {command}: {sentence}", file=sys.stderr)
         return 1 if sentence is None else 2
 
 
