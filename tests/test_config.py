@@ -81,7 +81,7 @@ def test_all_errors_are_listed() -> None:
     lines = error("max_stepss=1", "epochs=null", "parallel.x=1", "keep_last=-1").splitlines()
     assert lines[0] == f"{CONFIG}: 4 keys of the config are wrong"
     assert [line.split()[0] for line in lines[1:]] == [
-        "max_stepss", "epochs", "parallel.x", "keep_last",
+        "max_stepss", "parallel.x", "epochs", "keep_last",
     ]  # fmt: skip
 
 
@@ -108,6 +108,13 @@ def test_a_validation_set_is_the_training_set_but_for_what_it_says() -> None:
     assert config["dataset_val"] == {**train, "data_files": "a=b.jsonl"}
     # One of its own is complete
     assert "media_dir" not in read(*given)["dataset_val"]
+
+
+def test_keys_for_others_to_refer_to() -> None:
+    """They may have any content, but are an error where nothing refers to them."""
+    others = ("mine._component_=nowhere.At_all", "mine.number=7")
+    assert read(*others, "seed=${mine.number}")["seed"] == 7
+    assert error(*others) == f"{CONFIG}: mine is no key of this recipe"
 
 
 def test_overrides_replace_components_and_take_out_their_arguments() -> None:
@@ -161,12 +168,8 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     text = capsys.readouterr().out
     keys = re.findall(r"^  ([a-z_.]+): (.+)\n {6}\S", text, re.MULTILINE)
-    nested = [
-        name
-        for key in keys_of(Config)
-        for name in (key.name, *(f"{key.name}.{k.name}" for k in keys_of(key.group or Nothing)))
-    ]
-    assert [name for name, _ in keys] == nested
+    assert [name for name, _ in keys] == [key.name for key in keys_of(Config)]
+    assert {"learning_rates", "parallel", "parallel.plan"} <= {name for name, _ in keys}
     assert ("parallel.tensor", "a whole number of at least 1") in keys
     assert ("export", "last or best (default: last)") in keys
     assert ("max_steps", "a whole number of at least 1 or null (default: null)") in keys
@@ -233,7 +236,7 @@ def test_components_of_torchtunes_configs(component: str, message: str) -> None:
 def test_docs_have_every_key() -> None:
     text = Path("docs/training.md").read_text(encoding="utf-8")
     documented = re.findall(r"^(\| `[\w.]+` \|.*\|) [^|]*\|$", text, re.MULTILINE)
-    for key in keys_of(Config):
-        below = keys_of(key.group) if key.group else None
-        for name, k in [(f"{key.name}.{k.name}", k) for k in below or []] or [(key.name, key)]:
-            assert f"| `{name}` | {kind_of(k.kind).words} | {k.meaning} |" in documented
+    keys = [*keys_of(Config)]
+    for key in keys:
+        if not any(other.name.startswith(f"{key.name}.") for other in keys):
+            assert f"| `{key.name}` | {kind_of(key.kind).words} | {key.meaning} |" in documented

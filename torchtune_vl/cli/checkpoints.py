@@ -9,27 +9,22 @@ from torchtune_vl._shown import shown
 _MERGE = """\
 Add an adapter, of torchtune-vl or of peft, to the weights of its base model, and write the
 checkpoint that results: in the published layout, which transformers, vLLM and SGLang load."""
-
-_MERGE_EXAMPLES = """\
+_MERGE_EXAMPLE = """\
 example:
-  tune-vl merge Qwen2.5-VL-3B-Instruct output/epoch_0/adapter merged --dtype bfloat16
-"""
-
+  tune-vl merge Qwen2.5-VL-3B-Instruct output/epoch_0/adapter merged --dtype bfloat16"""
 _EXPORT = """\
 Write a checkpoint anew in the published layout, or an adapter in peft's: in another dtype, in files
 of another size, or with the published names where a trainer wrote others."""
-
 _EXPORT_EXAMPLES = """\
 examples:
   tune-vl export output/epoch_0 exported --dtype bfloat16 --max-shard-size 2GB
-  tune-vl export output/epoch_0/adapter exported-adapter --dtype bfloat16
-"""
+  tune-vl export output/epoch_0/adapter exported-adapter --dtype bfloat16"""
 
 
 def add_parsers(subparsers: Any) -> None:
     """Add both commands."""
     purpose = "merge an adapter into its base model"
-    merge = subparsers.add_parser("merge", help=purpose, description=_MERGE, epilog=_MERGE_EXAMPLES)
+    merge = subparsers.add_parser("merge", help=purpose, description=_MERGE, epilog=_MERGE_EXAMPLE)
     merge.add_argument("base", type=Path, help="checkpoint directory of the base model")
     merge.add_argument("adapter", type=Path, help="directory with adapter_config.json")
 

@@ -18,7 +18,6 @@ Compare what torchtune-vl makes of a checkpoint's directory, and of your images,
 conversations, with what transformers makes of it: vocabulary, token ids, image grids, pixels,
 positions, and if you ask for it weights and logits. Images, texts and conversations are built in,
 so it says something without any file of yours. Nothing is downloaded."""
-
 _EXAMPLES = """\
 examples:
   tune-vl validate Qwen2.5-VL-3B-Instruct

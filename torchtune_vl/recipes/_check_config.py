@@ -59,19 +59,39 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
         values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"{known.config}: {_first_line(error)}") from error
-    keys = {key.name for key in keys_of(description)}
-    # A key that others refer to needs no other use
-    for name in {*re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(config))} - keys:
-        values.pop(name, None)
+    keys = {key.name: key for key in keys_of(description)}
     # torchtune's recipes that train all have this key; a config of ours may be no more than begun
     if "resume_from_checkpoint" in values and not is_ours(values) and is_ours(keys):
         raise ValueError(
             f"{known.config} is a config of torchtune's recipes, and no config of the recipe "
             "finetune: see `tune-vl ls`"
         )
-    _raise_all(f"{known.config}: ", _wrong_keys(values, description, ""))
-    _add_defaults(config, description)
+    # A key that others refer to needs no other use
+    referred = re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(config))
+    flat = _flat(values, keys)
+    wrong = [
+        f"{name} is no key of this recipe{_nearest(name, keys)}"
+        for name in flat
+        if name not in keys and name not in referred
+    ]
+    for name, key in keys.items():
+        if name in flat:
+            wrong += _wrong_value(name, flat[name], key.kind)
+        elif key.default is MISSING:
+            wrong.append(f"{name} is missing: {key.meaning}")
+    _raise_all(f"{known.config}: ", wrong)
+    for name in keys.keys() - flat.keys():
+        OmegaConf.update(config, name, keys[name].default)
     return config
+
+
+def _flat(values: Mapping[Any, Any], keys: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    """The values of keys by their names with dots."""
+    flat = {f"{prefix}{name}": value for name, value in values.items()}
+    for name, value in [*flat.items()]:
+        if isinstance(value, dict) and any(key.startswith(f"{name}.") for key in keys):
+            flat |= _flat(value, keys, f"{name}.")
+    return flat
 
 
 def is_ours(keys: Iterable[Any]) -> bool:
@@ -91,7 +111,14 @@ def check_components(config: DictConfig, description: type | None = Config) -> N
         values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:  # read_config has resolved those of our recipe
         raise ValueError(_first_line(error)) from error
-    _raise_all("", _wrong_components(values, description, ""))
+    given: dict[str, Given | None] = dict.fromkeys(values)
+    if description is not None:
+        given = {key.name: key.given for key in keys_of(description)}
+    wrong: list[str] = []
+    for name, value in _flat(values, given).items():
+        if name in given and isinstance(value, dict) and _COMPONENT in value:
+            wrong += _wrong_component(value, given[name], name)
+    _raise_all("", wrong)
 
 
 def _raise_all(lead: str, errors: Iterable[str]) -> None:
@@ -152,29 +179,6 @@ def _has_component(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get(_COMPONENT), str)
 
 
-def _add_defaults(config: DictConfig, description: type) -> None:
-    for key in keys_of(description):
-        if key.group is not None:
-            _add_defaults(config[key.name], key.group)
-        elif key.name not in config:
-            config[key.name] = key.default
-
-
-def _wrong_keys(values: Mapping[Any, Any], description: type, prefix: str) -> Iterator[str]:
-    known = {key.name: key for key in keys_of(description)}
-    for name in values:
-        if name not in known:
-            yield f"{prefix}{name} is no key of this recipe{_nearest(name, known, prefix)}"
-    for name, key in known.items():
-        if name not in values:
-            if key.default is MISSING:
-                yield f"{prefix}{name} is missing: {key.meaning}"
-        elif key.group is not None and isinstance(values[name], dict):
-            yield from _wrong_keys(values[name], key.group, f"{prefix}{name}.")
-        else:
-            yield from _wrong_value(prefix + name, values[name], key.kind)
-
-
 def _wrong_value(name: str, value: Any, hint: Any) -> Iterator[str]:
     kind = kind_of(hint)
     if not kind.fits(value):
@@ -183,11 +187,14 @@ def _wrong_value(name: str, value: Any, hint: Any) -> Iterator[str]:
         yield f"{name} is {shown}, and takes {kind.words}"
 
 
-def _nearest(key: Any, known: Iterable[str], prefix: str = "") -> str:
-    if prefix + str(key) in NAMES_ELSEWHERE:
-        return f"; what it sets elsewhere {NAMES_ELSEWHERE[key]} sets here"
-    near = difflib.get_close_matches(str(key), known, n=1)
-    return f"; the nearest is {prefix}{near[0]}" if near else ""
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """Name what may be meant by a name, with dots, that is not known."""
+    if name in NAMES_ELSEWHERE:
+        return f"; what it sets elsewhere {NAMES_ELSEWHERE[name]} sets here"
+    parent, dot, last = name.rpartition(".")
+    siblings = [x.removeprefix(parent + dot) for x in known if x.startswith(parent + dot)]
+    near = difflib.get_close_matches(last, siblings, n=1)
+    return f"; the nearest is {parent}{dot}{near[0]}" if near else ""
 
 
 class Kind(NamedTuple):
@@ -248,22 +255,6 @@ def kind_of(hint: Any) -> Kind:
     return _MAPPING if is_mapping else _KINDS[Any]
 
 
-def _wrong_components(
-    values: Mapping[str, Any], description: type | None, prefix: str
-) -> Iterator[str]:
-    if description is None:
-        for name, value in values.items():
-            if isinstance(value, dict) and _COMPONENT in value:
-                yield from _wrong_component(value, None, name)
-        return
-    for key in keys_of(description):
-        value = values[key.name]
-        if key.group is not None:
-            yield from _wrong_components(value, key.group, f"{prefix}{key.name}.")
-        elif isinstance(value, dict):
-            yield from _wrong_component(value, key.given, prefix + key.name)
-
-
 def _wrong_component(value: Mapping[str, Any], given: Given | None, name: str) -> Iterator[str]:
     path = str(value[_COMPONENT])
     try:
@@ -290,7 +281,8 @@ def _wrong_component(value: Mapping[str, Any], given: Given | None, name: str) -
         elif key in by_name:
             yield from _wrong_value(f"{name}.{key}", argument, hints.get(key, Any))
         elif not takes_any:
-            yield f"{name}.{key} is nothing that {path} takes{_nearest(key, by_name, name + '.')}"
+            near = _nearest(f"{name}.{key}", (f"{name}.{x}" for x in by_name))
+            yield f"{name}.{key} is nothing that {path} takes{near}"
     for key, parameter in by_name.items() if given else ():
         if parameter.default is parameter.empty and key not in {*arguments, *keywords}:
             yield f"{name}.{key} is missing, which {path} needs"

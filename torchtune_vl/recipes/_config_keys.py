@@ -28,27 +28,27 @@ class Given(NamedTuple):
 
 
 class Key(NamedTuple):
-    """A key: its type, the dataclass of keys below it or None, and its meaning in Markdown.
+    """A key: its name, with dots; what it takes; its meaning, in Markdown.
 
     Without a default, which is ``MISSING`` then, it must be there.
     """
 
     name: str
     kind: Any
-    group: type | None
     given: Given
     default: Any
     meaning: str
 
 
-def keys_of(description: type) -> Iterator[Key]:
-    """List the keys that the fields of a dataclass describe."""
+def keys_of(description: type, prefix: str = "") -> Iterator[Key]:
+    """List the keys that the fields of a dataclass describe, and those of dataclasses in it."""
     hints = get_type_hints(description, include_extras=True)
     for field in fields(description):
         kind, *notes, meaning = get_args(hints[field.name])
-        group = kind if is_dataclass(kind) else None
         given = next((note for note in notes if isinstance(note, Given)), Given())
-        yield Key(field.name, hints[field.name], group, given, field.default, meaning)  # type: ignore[arg-type]
+        yield Key(prefix + field.name, hints[field.name], given, field.default, meaning)
+        if is_dataclass(kind):
+            yield from keys_of(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
 
 
 _AT_LEAST_0 = Bound(" of at least 0", lambda x: x >= 0)

@@ -582,8 +582,12 @@ class FinetuneRecipe:
 
     def _export(self) -> None:
         """Write what was trained in the published layout, adapters apart and merged."""
-        if self.cfg.export == "best":
-            self._load_best()
+        best = self.metrics.history["best"]["step"]
+        if self.cfg.export == "best" and best != self.step:
+            saved = self._on_main(lambda: self.saved.read(best))
+            dcp.load({"model": self._state()["model"]}, checkpoint_id=saved.directory)
+            self.position = saved.progress["position"]
+            log.info("Exporting step %d, which has the lowest validation loss", best)
         trained = parallel.gather(self.trained)
         if not self.is_main:
             return
@@ -598,15 +602,6 @@ class FinetuneRecipe:
         self.checkpointer.save_checkpoint(
             state, epoch=self._epoch(), processor_files=self.processor_files
         )
-
-    def _load_best(self) -> None:
-        number = self.metrics.history["best"]["step"]
-        if number == self.step:
-            return
-        best = self._on_main(lambda: self.saved.read(number))
-        dcp.load({"model": self._state()["model"]}, checkpoint_id=best.directory)
-        self.position = best.progress["position"]
-        log.info("Exporting step %d, which has the lowest validation loss", number)
 
     def _epoch(self) -> int:
         """The epoch of the last step; the position is that of the next."""
