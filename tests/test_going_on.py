@@ -127,14 +127,14 @@ def test_the_end_of_a_run(copy: Path, finished: Path) -> None:
         assert torch.equal(tensor, state["model"][name]), name
     assert not all(torch.equal(tensor, last[name]) for name, tensor in best.items())
 
-    assert "step_4 is of an earlier run: where it has steps go on with resume=True, or name" in (
+    assert "step_4 is of an earlier run: if that has steps, go on with resume=True, or name" in (
         refusal(copy, "resume=False")
     )
     assert "step 4 already, and is to end after step 3" in refusal(copy, "max_steps=3")
 
     shutil.rmtree(output / "steps")
     for resume in ("resume=True", "resume=False"):
-        assert "epoch_0 is of an earlier run: where it has steps go on" in refusal(copy, resume)
+        assert "epoch_0 is of an earlier run: if that has steps, go on" in refusal(copy, resume)
 
 
 def test_a_run_that_is_made_longer(root: Path, finished: Path, tmp_path: Path) -> None:

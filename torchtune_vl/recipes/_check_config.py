@@ -80,8 +80,9 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
         elif key.default is MISSING:
             wrong.append(f"{name} is missing: {key.meaning}")
     _raise_all(f"{known.config}: ", wrong)
-    for name in keys.keys() - flat.keys():
-        OmegaConf.update(config, name, keys[name].default)
+    for name, key in keys.items():
+        if name not in flat:
+            OmegaConf.update(config, name, key.default)
     return config
 
 

@@ -88,11 +88,9 @@ class FinetuneRecipe:
             torch.cuda.set_device(self.device)
         self.dtype = parallel.dtype_on(self.device, cfg.dtype)
         self.compute_dtype = parallel.dtype_on(self.device, cfg.compute_dtype or cfg.dtype)
-        self.mesh = dist.init_device_mesh(
-            self.device.type,
-            (dist.get_world_size() // cfg.parallel.tensor, cfg.parallel.tensor),
-            mesh_dim_names=("data", "tensor"),
-        )
+        shape = (dist.get_world_size() // cfg.parallel.tensor, cfg.parallel.tensor)
+        names = ("data", "tensor")
+        self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         self.data_ranks = self.mesh["data"].size()
         self.data_rank = self.mesh["data"].get_local_rank()
         self.is_main = dist.get_rank() == 0
@@ -135,7 +133,7 @@ class FinetuneRecipe:
         newest, exported = self.saved.newest(), epochs(self.output_dir)
         if (newest and not self.cfg.resume) or (exported and not newest):
             raise ValueError(
-                f"{newest or exported[0]} is of an earlier run: where it has steps go on with "
+                f"{newest or exported[0]} is of an earlier run: if that has steps, go on with "
                 "resume=True, or name another output_dir"
             )
         return self.saved.newest_whole()
@@ -189,9 +187,10 @@ class FinetuneRecipe:
                 "image or a video. Freeze them by model.encoder_trainable and "
                 "model.fusion_trainable, or correct the dataset"
             )
-        self.scheduler = instantiate(
-            cfg.lr_scheduler, self.optimizer, num_training_steps=self.max_steps
-        ) or LambdaLR(self.optimizer, lambda step: 1.0)
+        steps = {"num_training_steps": self.max_steps}
+        self.scheduler = instantiate(cfg.lr_scheduler, self.optimizer, **steps)
+        if self.scheduler is None:
+            self.scheduler = LambdaLR(self.optimizer, lambda step: 1.0)
         logger = instantiate(cfg.metric_logger) if self.is_main else None
         if logger:
             logger.log_config(cfg)
@@ -532,9 +531,8 @@ class FinetuneRecipe:
             "fingerprint": self.fingerprint,
         }
         self._on_main(lambda: self.saved.begin(self.step, progress))
-        written = dcp.async_save(
-            state, checkpoint_id=self.saved.partial(self.step), process_group=self.save_group
-        )
+        partial = self.saved.partial(self.step)
+        written = dcp.async_save(state, checkpoint_id=partial, process_group=self.save_group)
         self.pending_save = self.saving.submit(self._finish_save, self.step, written)
 
     def _finish_save(self, step: int, written: Any) -> None:
@@ -599,9 +597,8 @@ class FinetuneRecipe:
             base = self.cfg.checkpoint_dir
             adapter = Adapter(trained, layer.rank, layer.alpha, str(base), family_of(base).names)
             state = {MODEL_KEY: merge_adapter(weights, adapter), **adapter_state(adapter)}
-        self.checkpointer.save_checkpoint(
-            state, epoch=self._epoch(), processor_files=self.processor_files
-        )
+        files = self.processor_files
+        self.checkpointer.save_checkpoint(state, epoch=self._epoch(), processor_files=files)
 
     def _epoch(self) -> int:
         """The epoch of the last step; the position is that of the next."""
