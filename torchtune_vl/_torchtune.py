@@ -1,7 +1,6 @@
 """All that we take of torchtune 0.6.1, its last release: public names, each with its reason.
 
-Another module that gives these names would replace torchtune. It takes seconds to import, so that
-nothing imports this before it needs a model.
+Another module could give them. It takes seconds to import: nothing does before it needs a model.
 """
 
 from torchtune_vl import _torchao as _torchao  # isort: skip (torchtune would not import before it)

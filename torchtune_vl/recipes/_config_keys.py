@@ -1,6 +1,6 @@
-"""The keys of the recipe's config, with meaning and default: checks, ``--help`` and docs follow it.
+"""The keys of the recipe's config: a field's type says what it takes, its text what it means.
 
-A key is a field, its type says which values it takes. Importing this takes no torch.
+Checks, ``--help`` and docs follow it. Importing this takes no torch.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,11 +1,7 @@
-"""Fine-tune a vision-language model: in full or by adapters, on one device or many.
+"""Fine-tune a vision-language model, in full or by adapters; docs/training.md walks through this.
 
-    tune-vl run finetune --config qwen2_5_vl/lora
-    tune-vl run --nproc_per_node 8 finetune --config qwen2_5_vl/lora
-
-A step takes ``rows_per_step`` rows, whatever the number of devices: each accumulates gradients
-over its share of them. Rows are packed with several samples, or padded, as ``rows`` says. The loss
-is the mean over all supervised tokens of the step. `docs/training.md` walks through this file.
+A step takes ``rows_per_step`` rows, of which each device has its share, whatever their number. The
+loss is the mean over all supervised tokens of the step.
 """
 
 import json
