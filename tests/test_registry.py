@@ -164,6 +164,8 @@ def test_run_finds_stock_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         (["cp", "nothing", "."], "no recipe and no config is called 'nothing': see `tune-vl ls"),
         (["cat", "nothing.yaml"], "tune-vl cat: no config and no file is called 'nothing.yaml'"),
         (["validate-config", "mine/wrong.yaml"], "no_such_argument"),
+        (["validate-config"], "name a config, and only one"),
+        (["validate-config", "mine.yaml", "--config", "mine.yaml"], "name a config, and only one"),
     ],
 )
 def test_wrong_usage(

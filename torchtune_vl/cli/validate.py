@@ -93,8 +93,9 @@ def _check_directory(directory: Path) -> None:
     """Refuse adapters and folders of runs, which are no checkpoints."""
     if not directory.is_dir():
         raise ValueError(f"{directory} is no directory")
-    others = (directory / "adapter_config.json", directory / "steps", *directory.glob("epoch_*"))
-    if not (directory / "config.json").exists() and any(path.exists() for path in others):
+    others = ("adapter_config.json", "steps", "epoch_*/config.json")
+    is_other = any(path for name in others for path in directory.glob(name))
+    if is_other and not (directory / "config.json").exists():
         raise ValueError(
             f"{directory} is no checkpoint: merge an adapter into its base first, `tune-vl merge "
             f"BASE {directory} MERGED`; a finished run has its checkpoints in epoch_N below it"
