@@ -5,11 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tests.finetune_runs import start, write_config, write_inputs
 from torchtune_vl.recipes._check_config import read_config
@@ -168,6 +169,20 @@ def test_settings_that_do_not_fit(
     cfg = read_config(["--config", "quickstart/digits.yaml", *overrides.split()])
     with pytest.raises(ValueError, match=message):
         FinetuneRecipe(cfg)
+
+
+def stream(tokenizer: object) -> Iterator[dict]:
+    """A dataset without indices."""
+    return iter(())
+
+
+@pytest.mark.parametrize(("key", "max_steps"), [("dataset", None), ("dataset_val", 3)])
+def test_streams_that_never_end(key: str, max_steps: int | None) -> None:
+    recipe = FinetuneRecipe.__new__(FinetuneRecipe)
+    dataset = {"_component_": "tests.test_endings.stream"}
+    recipe.cfg = OmegaConf.create({key: dataset, "max_steps": max_steps})
+    with pytest.raises(ValueError, match=f"^{key} has no known end: set max_steps; a dataset_val"):
+        recipe._make_rows(key, None)
 
 
 def test_sentences() -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -22,10 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 from torchtune_vl.recipes import config_path
 from torchtune_vl.recipes._config_keys import (
     NAMES_ELSEWHERE,
-    Bound,
     Component,
     Config,
     Given,
+    Kind,
     keys_of,
 )
 
@@ -198,13 +198,6 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; the nearest is {parent}{dot}{near[0]}" if near else ""
 
 
-class Kind(NamedTuple):
-    """What a key takes, in a user's words, and whether a value that YAML can hold is such."""
-
-    words: str
-    fits: Callable[[Any], bool]
-
-
 _MAPPING = Kind("a mapping", lambda x: isinstance(x, dict))
 _KINDS = {
     Any: Kind("any value", lambda x: True),
@@ -230,9 +223,9 @@ def kind_of(hint: Any) -> Kind:
         is_mapping = isinstance(hint, type) and issubclass(hint, Mapping)
         return _KINDS.get(hint, _MAPPING if is_mapping else _UNKNOWN)
     if origin is Annotated:
-        kind, bounds = kind_of(parameters[0]), [x for x in parameters if isinstance(x, Bound)]
-        words = "".join([kind.words, *(bound.words for bound in bounds)])
-        return Kind(words, lambda x: kind.fits(x) and all(bound.holds(x) for bound in bounds))
+        kinds = [kind_of(parameters[0]), *(x for x in parameters[1:] if isinstance(x, Kind))]
+        words = "".join(kind.words for kind in kinds)
+        return Kind(words, lambda x: all(kind.fits(x) for kind in kinds))
     if origin in (Union, types.UnionType):
         kinds = [kind for kind in map(kind_of, parameters) if kind is not _UNKNOWN]
         words = " or ".join(kind.words for kind in kinds)

@@ -8,12 +8,14 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 
-@dataclass(frozen=True)
-class Bound:
-    """What a number has to be, in words behind its type's, and whether it is."""
+class Kind(NamedTuple):
+    """What a key takes, in a user's words, and whether a value that YAML can hold is such.
+
+    As a note of a type, what a value has to be beside that.
+    """
 
     words: str
-    holds: Callable[[float], bool]
+    fits: Callable[[Any], bool]
 
 
 class Component:
@@ -51,9 +53,9 @@ def keys_of(description: type, prefix: str = "") -> Iterator[Key]:
             yield from keys_of(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
 
 
-_AT_LEAST_0 = Bound(" of at least 0", lambda x: x >= 0)
+_AT_LEAST_0 = Kind(" of at least 0", lambda x: x >= 0)
 _Natural = Annotated[int, _AT_LEAST_0]
-_Count = Annotated[int, Bound(" of at least 1", lambda x: x >= 1)]
+_Count = Annotated[int, Kind(" of at least 1", lambda x: x >= 1)]
 _LearningRate = Annotated[float, _AT_LEAST_0] | None
 _DType = Literal["fp32", "bf16", "fp64"]
 
@@ -110,7 +112,7 @@ class Config:
         "how learning rates change with the steps; null: they stay",
     ] = None
     clip_grad_norm: Annotated[
-        Annotated[float, Bound(" above 0", lambda x: x > 0)] | None,
+        Annotated[float, Kind(" above 0", lambda x: x > 0)] | None,
         "largest norm of the gradient; null for none",
     ] = None
     device: Annotated[Literal["cuda", "cpu"], "where it computes"]
