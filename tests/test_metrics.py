@@ -118,3 +118,12 @@ def test_the_best_validation_loss() -> None:
     assert metrics.history["best"] == {"loss": 2.0, "step": 4}
     assert metrics.history["validation_losses"] == [*losses.items()]
     assert logger.lines[0] == (2, {"validation_loss": 3.0})
+
+
+def test_a_gpu_is_asked_for_its_name_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", {device: "NVIDIA H100 80GB HBM3"}.get)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {device: 5}.get)
+    metrics = Metrics(None, Flops(), None, device, 1)  # type: ignore[arg-type]
+    assert metrics.peak_flops == 989.4e12
+    assert metrics._peak_memory() == 5
