@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from tests.finetune_runs import start, write_config, write_inputs
+from torchtune_vl.cli import main
 from torchtune_vl.recipes._check_config import read_config
 from torchtune_vl.recipes._run_recipe import run_recipe, sentence_of
 from torchtune_vl.recipes.finetune import FinetuneRecipe
@@ -133,6 +134,17 @@ def test_faults_of_programs_show_their_traceback_and_others_on_demand(
     assert "test_endings.py" in said
     status, said = ended(KeyboardInterrupt(), monkeypatch, capsys)
     assert (status, said) == (130, "tune-vl run: interrupted before the first step\n")
+
+
+def test_recipes_of_others_are_interrupted_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine_interrupted.py").write_text("raise KeyboardInterrupt")
+    Path("config.yaml").write_text("number: 1")
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "mine_interrupted.py", "--config", "config.yaml"])
+    assert (stopped.value.code, capsys.readouterr().err) == (130, "")
 
 
 def test_a_killed_process_is_named(root: Path, tmp_path: Path) -> None:

@@ -29,9 +29,14 @@ def run_recipe(main: Callable[[DictConfig], int], description: type = Config) ->
     """
 
     def start() -> int:
-        config = read_config(sys.argv[1:], description)
-        check_components(config, description)
-        return main(config)
+        try:
+            config = read_config(sys.argv[1:], description)
+            check_components(config, description)
+            return main(config)
+        except KeyboardInterrupt:
+            if _is_first_to_fail():
+                print("tune-vl run: interrupted before the first step", file=sys.stderr)
+            return 130
 
     return ended("run", start)
 
@@ -47,8 +52,6 @@ def ended(command: str, start: Callable[[], int]) -> int:
     try:
         return start()
     except KeyboardInterrupt:
-        if command == "run" and _is_first_to_fail():
-            print("tune-vl run: interrupted before the first step", file=sys.stderr)
         return 130
     except Exception as error:
         sentence = sentence_of(error)
