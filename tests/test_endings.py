@@ -136,15 +136,29 @@ def test_faults_of_programs_show_their_traceback_and_others_on_demand(
     assert (status, said) == (130, "tune-vl run: interrupted before the first step\n")
 
 
-def test_recipes_of_others_are_interrupted_without_a_word(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [("KeyboardInterrupt", 130, []), ("ValueError('a')", 1, ["Traceback", "ValueError: a"])],
+)
+def test_recipes_of_others_end_without_a_word_of_ours(
+    error: str,
+    status: int,
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine_interrupted.py").write_text("raise KeyboardInterrupt")
     Path("config.yaml").write_text("number: 1")
+    recipe = Path(f"recipe_{status}.py")
+    recipe.write_text(f"raise {error}")
     with pytest.raises(SystemExit) as stopped:
-        main(["run", "mine_interrupted.py", "--config", "config.yaml"])
-    assert (stopped.value.code, capsys.readouterr().err) == (130, "")
+        main(["run", str(recipe), "--config", "config.yaml"])
+    assert stopped.value.code == status
+    told = capsys.readouterr().err
+    assert bool(told) == bool(said)
+    assert all(text in told for text in said)
+    assert "tune-vl" not in told
 
 
 def test_a_killed_process_is_named(root: Path, tmp_path: Path) -> None:
