@@ -47,7 +47,7 @@ from torchtune_vl.data._packing import Planner
 from torchtune_vl.datasets import VisionChatDataset
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tune_to_hf
 from torchtune_vl.recipes import config_path
-from torchtune_vl.recipes.finetune import FinetuneRecipe, Logged
+from torchtune_vl.recipes.finetune import FinetuneRecipe
 from torchtune_vl.training._flops import peak_flops
 
 BATCH_SIZE, STEP_SIZE = 8, 8  # samples of a padded batch, and of an optimizer step
@@ -317,10 +317,9 @@ class Ours:
 
     def step(self, rows: list[Row]) -> torch.Tensor:
         """Take an optimizer step, and return the loss."""
-        since = Logged()
         self.recipe.cfg.rows_per_step = len(rows)
-        self.recipe._train_step(iter(rows), since)
-        return since.losses[0]
+        self.recipe._train_step(iter(rows))
+        return torch.tensor(self.recipe.metrics.losses[-1])
 
 
 class Chosen(Subset[dict[str, Any]]):
@@ -427,30 +426,32 @@ def ours_on_gpu(root: Path) -> dict[str, Any]:
     }
     settings = {"rows": rows, "rows_per_step": GPU_ROWS_PER_STEP, "num_workers": GPU_WORKERS}
     recipe = Ours(root, settings).recipe
-    loader = recipe._load(recipe.rows)
+    with recipe._load(recipe.rows) as loader:
 
-    def train(steps: int) -> Logged:
-        since = Logged()
-        for _ in range(steps):
-            recipe._train_step(loader, since)
-        return since
+        def train(steps: int) -> None:
+            recipe.metrics.begin()
+            for _ in range(steps):
+                recipe._train_step(loader)
 
-    train(GPU_WARM_UP)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    since = train(GPU_STEPS)
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    _, tokens, _, _, flops = since.counts
-    return {
-        "mfu": flops / seconds / (peak_flops(torch.cuda.get_device_name()) or math.nan),
-        "tokens": tokens / seconds,
-        "waiting": since.waited / seconds,
-        "memory": torch.cuda.max_memory_allocated(),
-        "device": torch.cuda.get_device_name(),
-        "waits": count_waits(lambda: train(GPU_PROFILED_STEPS)),
-        "samples": since.samples,
-    }
+        train(GPU_WARM_UP)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        train(GPU_STEPS)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        counted = recipe.metrics
+        peak = peak_flops(torch.cuda.get_device_name()) or math.nan
+        measured = {
+            "mfu": counted.operations / seconds / peak,
+            "tokens": counted.tokens / seconds,
+            "waiting": counted.waited / seconds,
+            "memory": torch.cuda.max_memory_allocated(),
+            "device": torch.cuda.get_device_name(),
+            "waits": count_waits(lambda: train(GPU_PROFILED_STEPS)),
+        }
+    lines = (recipe.output_dir / "samples" / "process_0.jsonl").read_text().splitlines()
+    rows_taken = [json.loads(line)["samples"] for line in lines]
+    return {**measured, "samples": rows_taken[GPU_WARM_UP * GPU_ROWS_PER_STEP :]}
 
 
 def theirs_on_gpu(root: Path, rows: list[list[int]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.plain_loop import plain_run
 from torchtune_vl.checkpoint._adapters import load_adapter
 from torchtune_vl.datasets import vision_chat_dataset
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
-from torchtune_vl.recipes._read_config import read_config
+from torchtune_vl.recipes._check_config import read_config
 from torchtune_vl.recipes.finetune import FinetuneRecipe
 
 MODEL: dict[str, Any] = {

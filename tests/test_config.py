@@ -3,16 +3,17 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from omegaconf import OmegaConf
 
 from torchtune_vl.cli import main
-from torchtune_vl.recipes._config import Config
-from torchtune_vl.recipes._read_config import check_components, keys_of, read_config, words
+from torchtune_vl.recipes._check_config import check_components, kind_of, read_config
+from torchtune_vl.recipes._config_keys import Config, keys_of
 
 CONFIG = "quickstart/digits.yaml"
 DATASET = "torchtune_vl.datasets.vision_chat_dataset"
@@ -80,7 +81,7 @@ def test_all_errors_are_listed() -> None:
     lines = error("max_stepss=1", "epochs=null", "parallel.x=1", "keep_last=-1").splitlines()
     assert lines[0] == f"{CONFIG}: 4 keys of the config are wrong"
     assert [line.split()[0] for line in lines[1:]] == [
-        "max_stepss", "epochs", "parallel.x", "keep_last",
+        "max_stepss", "parallel.x", "epochs", "keep_last",
     ]  # fmt: skip
 
 
@@ -107,6 +108,13 @@ def test_a_validation_set_is_the_training_set_but_for_what_it_says() -> None:
     assert config["dataset_val"] == {**train, "data_files": "a=b.jsonl"}
     # One of its own is complete
     assert "media_dir" not in read(*given)["dataset_val"]
+
+
+def test_keys_for_others_to_refer_to() -> None:
+    """They may have any content, but are an error where nothing refers to them."""
+    others = ("mine._component_=nowhere.At_all", "mine.number=7")
+    assert read(*others, "seed=${mine.number}")["seed"] == 7
+    assert error(*others) == f"{CONFIG}: mine is no key of this recipe"
 
 
 def test_overrides_replace_components_and_take_out_their_arguments() -> None:
@@ -160,12 +168,8 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     text = capsys.readouterr().out
     keys = re.findall(r"^  ([a-z_.]+): (.+)\n {6}\S", text, re.MULTILINE)
-    nested = [
-        name
-        for key in keys_of(Config)
-        for name in (key.name, *(f"{key.name}.{k.name}" for k in keys_of(key.group or Nothing)))
-    ]
-    assert [name for name, _ in keys] == nested
+    assert [name for name, _ in keys] == [key.name for key in keys_of(Config)]
+    assert {"learning_rates", "parallel", "parallel.plan"} <= {name for name, _ in keys}
     assert ("parallel.tensor", "a whole number of at least 1") in keys
     assert ("export", "last or best (default: last)") in keys
     assert ("max_steps", "a whole number of at least 1 or null (default: null)") in keys
@@ -180,10 +184,59 @@ class Nothing:
     """A description without keys."""
 
 
+class Custom:
+    """Nothing that YAML can hold."""
+
+
+@pytest.mark.parametrize(
+    ("hint", "words", "good", "bad"),
+    [
+        (list[int], "a list of a whole number", [[], [1, 2]], [[1, "2"], 1, None, [True]]),
+        (tuple[float, ...], "a list of a number", [[0.5], [1, 2, 3]], [["x"]]),
+        (tuple[int, str], "a list of a whole number and a text", [[1, "x"]], [[1], [1, "x", 2]]),
+        (Mapping[str, int], "a mapping", [{"a": "b"}], [1, None]),
+        (dict, "a mapping", [{}], ["a"]),
+        (Path | None, "a path or null", ["a", None], [1]),
+        (float | Custom, "a number", [1, 0.5], ["fast", {}, True]),
+        (Custom | Nothing, "a mapping", [{}], [1]),
+        (Custom, "any value", [1, {}, None], []),
+        (Any | None, "any value or null", [1, {}, None], []),
+        (Callable[[int], int] | None, "any value or null", [1, "x", None], []),
+        (Literal["a", 1], "a or 1", ["a", 1], ["b", True, 1.0]),
+        (Annotated[int, "other notes"], "a whole number", [3], [0.5]),
+    ],
+)  # fmt: skip
+def test_what_types_take(hint: Any, words: str, good: list[Any], bad: list[Any]) -> None:
+    kind = kind_of(hint)
+    assert kind.words == words
+    assert [kind.fits(value) for value in good] == [True] * len(good)
+    assert [kind.fits(value) for value in bad] == [False] * len(bad)
+
+
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        ("{_component_: torch.optim.AdamW, params: [], lrs: 1}", "model.lrs is nothing that torch"),
+        ("{_component_: nowhere.Model}", "model._component_: 'nowhere.Model' cannot be imported"),
+        ("{_component_: torch.optim}", "'torch.optim' cannot be called"),
+        ("{_component_: 5}", "'5' cannot be imported"),
+        ("{_component_: torch.optim.AdamW, lr: '${rate}'}", "'rate' not found"),
+        ("{_component_: torch.optim.AdamW, lr: '???'}", "lr"),
+    ],
+)
+def test_components_of_torchtunes_configs(component: str, message: str) -> None:
+    """What its recipes add to the arguments is not known, nor what types they take."""
+    good = OmegaConf.create("{optimizer: {_component_: torch.optim.AdamW, lr: fast}, seed: x}")
+    check_components(good, None)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        check_components(OmegaConf.merge(good, OmegaConf.create(f"model: {component}")), None)
+    assert "\n" not in str(error.value)
+
+
 def test_docs_have_every_key() -> None:
     text = Path("docs/training.md").read_text(encoding="utf-8")
     documented = re.findall(r"^(\| `[\w.]+` \|.*\|) [^|]*\|$", text, re.MULTILINE)
-    for key in keys_of(Config):
-        below = keys_of(key.group) if key.group else None
-        for name, k in [(f"{key.name}.{k.name}", k) for k in below or []] or [(key.name, key)]:
-            assert f"| `{name}` | {words(k.kind)} | {k.meaning} |" in documented
+    keys = [*keys_of(Config)]
+    for key in keys:
+        if not any(other.name.startswith(f"{key.name}.") for other in keys):
+            assert f"| `{key.name}` | {kind_of(key.kind).words} | {key.meaning} |" in documented

@@ -23,7 +23,7 @@ from torchtune_vl.data import PackedRows, TrainingRows, padded_collate_vision_su
 from torchtune_vl.datasets import VisionChatDataset, measure_all, vision_chat_dataset
 from torchtune_vl.datasets._formats import MediaDirectory, RecordReader
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
-from torchtune_vl.recipes._main import sentence_of
+from torchtune_vl.recipes._run_recipe import sentence_of
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 PROMPT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

@@ -5,15 +5,17 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tests.finetune_runs import start, write_config, write_inputs
-from torchtune_vl.recipes._main import run_recipe, sentence_of
-from torchtune_vl.recipes._read_config import read_config
+from torchtune_vl.cli import main
+from torchtune_vl.recipes._check_config import read_config
+from torchtune_vl.recipes._run_recipe import run_recipe, sentence_of
 from torchtune_vl.recipes.finetune import FinetuneRecipe
 
 
@@ -134,6 +136,31 @@ def test_faults_of_programs_show_their_traceback_and_others_on_demand(
     assert (status, said) == (130, "tune-vl run: interrupted before the first step\n")
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [("KeyboardInterrupt", 130, []), ("ValueError('a')", 1, ["Traceback", "ValueError: a"])],
+)
+def test_recipes_of_others_end_without_a_word_of_ours(
+    error: str,
+    status: int,
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("number: 1")
+    recipe = Path(f"recipe_{status}.py")
+    recipe.write_text(f"raise {error}")
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", str(recipe), "--config", "config.yaml"])
+    assert stopped.value.code == status
+    told = capsys.readouterr().err
+    assert bool(told) == bool(said)
+    assert all(text in told for text in said)
+    assert "tune-vl" not in told
+
+
 def test_a_killed_process_is_named(root: Path, tmp_path: Path) -> None:
     process = start(failing(root, tmp_path / "run", "killed"), 2)
     messages, _ = process.communicate()
@@ -143,13 +170,17 @@ def test_a_killed_process_is_named(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
-        ("parallel.tensor=2", "parallel.tensor is 2, and does not divide the 1 processes"),
+        ("parallel.tensor=3", "parallel.tensor is 3, and does not divide the 2 processes"),
+        ("parallel.tensor=2 parallel.plan=null", "parallel.tensor is 2, which needs a parallel.pl"),
+        ("rows_per_step=3", "2 devices cannot share the 3 rows of a step equally: set rows_per_st"),
         (
             "activation_offloading=True",
             "activation_offloading needs activation_checkpointing: full",
         ),
+        ("activation_offloading=True activation_checkpointing=full", "offloading is for a GPU's"),
+        ("export=best dataset_val=null", "export: best is that of the lowest validation loss"),
         pytest.param(
             "device=cuda",
             "device is cuda, and torch sees no GPU",
@@ -157,10 +188,27 @@ def test_a_killed_process_is_named(root: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_devices_that_do_not_fit(override: str, message: str) -> None:
-    cfg = read_config(["--config", "quickstart/digits.yaml", override])
+def test_settings_that_do_not_fit(
+    overrides: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cfg = read_config(["--config", "quickstart/digits.yaml", *overrides.split()])
     with pytest.raises(ValueError, match=message):
         FinetuneRecipe(cfg)
+
+
+def stream(tokenizer: object) -> Iterator[dict]:
+    """A dataset without indices."""
+    return iter(())
+
+
+@pytest.mark.parametrize(("key", "max_steps"), [("dataset", None), ("dataset_val", 3)])
+def test_streams_that_never_end(key: str, max_steps: int | None) -> None:
+    recipe = FinetuneRecipe.__new__(FinetuneRecipe)
+    dataset = {"_component_": "tests.test_endings.stream"}
+    recipe.cfg = OmegaConf.create({key: dataset, "max_steps": max_steps})
+    with pytest.raises(ValueError, match=f"^{key} has no known end: set max_steps; a dataset_val"):
+        recipe._make_rows(key, None)
 
 
 def test_sentences() -> None:

@@ -27,8 +27,8 @@ from tests.finetune_runs import (
     write_inputs,
 )
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_hf_to_tune
-from torchtune_vl.recipes._config import Config
-from torchtune_vl.recipes.finetune import FinetuneRecipe, Logged
+from torchtune_vl.recipes._config_keys import Config
+from torchtune_vl.recipes.finetune import FinetuneRecipe
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 from torchtune_vl.training._fingerprint import FIXED
 from torchtune_vl.training._steps import Steps
@@ -127,12 +127,14 @@ def test_the_end_of_a_run(copy: Path, finished: Path) -> None:
         assert torch.equal(tensor, state["model"][name]), name
     assert not all(torch.equal(tensor, last[name]) for name, tensor in best.items())
 
-    assert "go on with resume=True, or name another" in refusal(copy, "resume=False")
+    assert "step_4 is of an earlier run: if that has steps, go on with resume=True, or name" in (
+        refusal(copy, "resume=False")
+    )
     assert "step 4 already, and is to end after step 3" in refusal(copy, "max_steps=3")
 
     shutil.rmtree(output / "steps")
     for resume in ("resume=True", "resume=False"):
-        assert "epoch_0 is of an earlier run, which has no steps" in refusal(copy, resume)
+        assert "epoch_0 is of an earlier run: if that has steps, go on" in refusal(copy, resume)
 
 
 def test_a_run_that_is_made_longer(root: Path, finished: Path, tmp_path: Path) -> None:
@@ -248,10 +250,10 @@ def test_a_save_in_flight_outlives_an_error(
     failing.setup()
     log = failing._log
 
-    def fail(since: Logged) -> bool:
+    def fail() -> bool:
         if failing.step == 2:
             raise RuntimeError("an error")
-        return log(since)
+        return log()
 
     monkeypatch.setattr(failing, "_log", fail)
     with pytest.raises(RuntimeError, match="an error"):

@@ -25,7 +25,7 @@ from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_from_config,
 )
 from torchtune_vl.modules.parallelism import decoder_tp_plan
-from torchtune_vl.recipes._read_config import read_config
+from torchtune_vl.recipes._check_config import read_config
 from torchtune_vl.recipes.finetune import FinetuneRecipe
 from torchtune_vl.training._parallel import (
     average_copies,

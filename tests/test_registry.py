@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from torchtune._recipe_registry import get_all_recipes
-from torchtune.config._errors import InstantiationError
 
 from torchtune_vl.cli import main
+from torchtune_vl.cli._torchtune_command import suffix_of
 from torchtune_vl.recipes import config_path, recipe_path
 
 # Writes what reached it to a file of its own for each process
@@ -136,11 +136,20 @@ def test_run_starts_processes_of_torchtunes_recipes(
     assert "Missing key device" in done.stderr
 
 
-def test_run_finds_stock_recipes() -> None:
+def test_all_names_of_torchtune_are_known() -> None:
+    for recipe in get_all_recipes():
+        assert suffix_of(recipe.name) == ".py"
+        assert {suffix_of(each.name) for each in recipe.configs} <= {".yaml"}
+    assert suffix_of("nothing") is None
+
+
+def test_run_finds_stock_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     """A component that is not there is what the recipe itself stops at, in its set-up."""
     recipe = ["full_finetune_single_device", "--config", "qwen2_5_vl/stock_full", "device=cpu"]
-    with pytest.raises(InstantiationError, match=r"nowhere\.Logger"):
-        main(["run", *recipe, "metric_logger=nowhere.Logger"])
+    assert status("run", *recipe, "metric_logger=nowhere.Logger") == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "InstantiationError: Error loading 'nowhere.Logger'" in error
 
 
 @pytest.mark.parametrize(
@@ -155,6 +164,8 @@ def test_run_finds_stock_recipes() -> None:
         (["cp", "nothing", "."], "no recipe and no config is called 'nothing': see `tune-vl ls"),
         (["cat", "nothing.yaml"], "tune-vl cat: no config and no file is called 'nothing.yaml'"),
         (["validate-config", "mine/wrong.yaml"], "no_such_argument"),
+        (["validate-config"], "name a config, and only one"),
+        (["validate-config", "mine.yaml", "--config", "mine.yaml"], "name a config, and only one"),
     ],
 )
 def test_wrong_usage(

@@ -1,13 +1,12 @@
 """All that we take of torchtune 0.6.1, its last release: public names, each with its reason.
 
-Another module that gives these names would replace torchtune. It takes seconds to import, so that
-nothing imports this before it needs a model.
+Another module could give them. It takes seconds to import: nothing does before it needs a model.
 """
 
 from torchtune_vl import _torchao as _torchao  # isort: skip (torchtune would not import before it)
 
-# `_component_` of configs, and its arguments beside it, to objects; and whether these fit
-from torchtune.config import instantiate, validate
+# `_component_` of configs, and its arguments beside it, to objects
+from torchtune.config import instantiate
 
 # The type by which its recipes know the layers that they compile, checkpoint and shard
 from torchtune.modules import TransformerSelfAttentionLayer
@@ -20,26 +19,7 @@ from torchtune.modules.peft import DoRALinear, LoRALinear
 
 # Names under which its checkpointers and recipes exchange weights and state; activations that wait
 # in the host's memory
-from torchtune.training import (
-    ADAPTER_CONFIG,
-    ADAPTER_KEY,
-    MODEL_KEY,
-    OffloadActivations,
-)
+from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY, OffloadActivations
 
 # A logger that prints, in its recipes and in ours
 from torchtune.utils import get_logger
-
-__all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_KEY",
-    "MODEL_KEY",
-    "DoRALinear",
-    "FrozenNF4Linear",
-    "LoRALinear",
-    "OffloadActivations",
-    "TransformerSelfAttentionLayer",
-    "get_logger",
-    "instantiate",
-    "validate",
-]

@@ -144,12 +144,7 @@ class HubCheckpointer:
             )
             # Recipes read adapters apart only when they resume, and those among the weights always
             weights.update(adapter.tensors)
-            state[ADAPTER_KEY] = {n: t for n, t in adapter.tensors.items() if is_adapter(n)}
-            state[ADAPTER_CONFIG] = {
-                "r": adapter.rank,
-                "lora_alpha": adapter.alpha,
-                "modules_to_save": sorted(adapter.tensors.keys() - state[ADAPTER_KEY].keys()),
-            }
+            state.update(adapter_state(adapter))
         if self._resume:
             state.update(load_tree(self._recipe_checkpoint))
         return state
@@ -243,6 +238,14 @@ class HubCheckpointer:
         pending = _pending(self._recipe_state)
         if pending.is_file() and any(belongs(pending, d) for d in epochs(self._output_dir)):
             pending.replace(self._recipe_state)
+
+
+def adapter_state(adapter: Adapter) -> dict[str, Any]:
+    """Put an adapter under the names under which recipes and checkpointers exchange it."""
+    adapters = {name: tensor for name, tensor in adapter.tensors.items() if is_adapter(name)}
+    in_full = sorted(adapter.tensors.keys() - adapters.keys())
+    settings = {"r": adapter.rank, "lora_alpha": adapter.alpha, "modules_to_save": in_full}
+    return {ADAPTER_KEY: adapters, ADAPTER_CONFIG: settings}
 
 
 def _pending(recipe_state: Path) -> Path:

@@ -1,48 +1,33 @@
 """The ``tune-vl`` command."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
-from torchtune_vl._shown import shown
-from torchtune_vl.cli import estimate, export, files, merge, run, validate, validate_config
+from torchtune_vl.cli import checkpoints, configs, run, validate
 
-# Each has `add_parser`, which sets the function to run; what takes long to import it imports there
-_SUBCOMMANDS = (files, run, validate_config, estimate, validate, merge, export)
+
+class _Parser(argparse.ArgumentParser):
+    """Of this command and its subcommands: descriptions and examples are shown as written."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its status.
-
-    Args:
-        arguments: in place of those of the process.
-    """
-    parser = argparse.ArgumentParser(
+    """Run the command line, that of the process by default, and exit with its status."""
+    parser = _Parser(
         prog="tune-vl", description="Fine-tune Qwen-VL with torchtune, and check that it is it."
     )
     subparsers = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", dest="command"
     )
-    for subcommand in _SUBCOMMANDS:
-        subcommand.add_parser(subparsers)
+    # Each parser has the function to run, which imports what takes long
+    for module in (configs, run, validate, checkpoints):
+        module.add_parsers(subparsers)
     options = parser.parse_args(arguments)
-    sys.exit(_run(options))
+    from torchtune_vl.recipes._run_recipe import ended
 
-
-def _run(options: argparse.Namespace) -> int:
-    """Run a command; what its user can mend ends it with one sentence and status 2."""
-    try:
-        status: int = options.run(options)
-    except KeyboardInterrupt:
-        return 130
-    except (OSError, ValueError) as error:
-        from torchtune_vl.recipes._main import sentence_of
-
-        # What a recipe calls can be anything, what other commands call has arguments of users
-        sentence = sentence_of(error) or ("" if options.command == "run" else shown(str(error)))
-        if not sentence or os.environ.get("TORCHTUNE_VL_TRACEBACK") == "1":
-            raise
-        print(f"tune-vl {options.command}: {sentence}", file=sys.stderr)
-        return 2
-    return status
+    sys.exit(ended(options.command, partial(options.run, options)))

@@ -8,14 +8,12 @@ import runpy
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
 from dataclasses import MISSING
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchtune_vl.cli._torchtune import suffix_of, tune
-from torchtune_vl.recipes import config_path, recipe_path
+from torchtune_vl.cli._torchtune_command import config_file, suffix_of, tune
+from torchtune_vl.recipes import recipe_path
 
 _HELP = """\
 usage: tune-vl run [OPTION ...] RECIPE --config CONFIG [KEY=VALUE | ~KEY ...]
@@ -40,87 +38,66 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the subcommand.
-
-    Args:
-        subparsers: the action of :meth:`argparse.ArgumentParser.add_subparsers`.
-    """
+def add_parsers(subparsers: Any) -> None:
+    """Add the command."""
     # No character makes an option here: options are for torchrun's parser, which takes seconds to
     # import
     parser = subparsers.add_parser(
         "run", help="run a recipe, on one device or on many", add_help=False, prefix_chars="\0"
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run a recipe.
-
-    Args:
-        options: of the command line.
-
-    Returns:
-        The exit status, that of the first process to fail where there are several.
-
-    Raises:
-        OSError: if a file cannot be opened.
-        ValueError: if the recipe cannot be started with these arguments.
-    """
+def _run(options: argparse.Namespace) -> int:
     if {"--help", "-h"} & {*options.arguments}:
-        _print_help(options.arguments)
+        _print_help("finetune" in options.arguments)
         return 0
     launcher, recipe, arguments = _split(options.arguments)
     if recipe_path(recipe):
-        from torchtune_vl.recipes._read_config import read_config
+        from torchtune_vl.recipes._check_config import read_config
 
         read_config(arguments)  # before anything is imported that takes seconds
     module = _module_of(recipe)
     position = arguments.index("--config") + 1
-    config = config_path(arguments[position])
-    if not config.is_file() and suffix_of(str(config)) != ".yaml":
-        raise ValueError(f"no config and no file is called {str(config)!r}: see `tune-vl ls --all`")
-    arguments[position] = str(config)
+    config = config_file(arguments[position])
+    arguments[position] = str(config or arguments[position])
     if launcher:
         if module is None and "_distributed" not in recipe:  # as all others are called
             raise ValueError(f"{recipe} runs in one process: leave {launcher[0]} out")
-        return _status_of(partial(_run_processes, launcher, recipe, arguments))
-    if module is None or not config.is_file():  # one of the two is torchtune's
-        return _status_of(partial(tune, "run", recipe, *arguments))
-    return _status_of(partial(_run_here, module, arguments))
+        return _run_processes(
+            [*launcher, "--module", "torchtune_vl.cli", "run", recipe, *arguments]
+        )
+    if module is None or config is None:  # one of the two is torchtune's
+        tune("run", recipe, *arguments)
+        return 0
+    import torchtune_vl._torchao  # noqa: F401 (the recipe may import torchtune first)
+
+    sys.path.append(os.getcwd())
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
+    return 0
 
 
-def _print_help(arguments: list[str]) -> None:
+def _print_help(has_keys: bool) -> None:
     print(_HELP)
-    if "finetune" not in arguments:
+    if not has_keys:
         print("`tune-vl run finetune --help` explains the keys of its config.")
         return
-    from torchtune_vl.recipes._config import Config
+    from torchtune_vl.recipes._check_config import kind_of
+    from torchtune_vl.recipes._config_keys import Config, keys_of
 
     print("keys of the config; those without a default must be there:")
-    print(*_explained(Config, ""), sep="\n")
-    print(
-        "\nThe arguments of a component stand beside its _component_: see `tune-vl cat` and docs/."
-    )
-
-
-def _explained(description: type, prefix: str) -> Iterator[str]:
-    """What each key of a config takes and means."""
-    from torchtune_vl.recipes._read_config import keys_of, words
-
-    indent = " " * 6
-    for key in keys_of(description):
+    for key in keys_of(Config):
         default = "null" if key.default is None else key.default
         ending = "" if default is MISSING else f" (default: {default})"
         # Links are for readers of docs/training.md
         meaning = re.sub(
             r"\[[^]]+]\(([\w.]*)[^)]*\)", lambda x: f"docs/{x[1] or 'training.md'}", key.meaning
-        ).replace("`", "")
-        yield f"  {prefix}{key.name}: {words(key.kind)}{ending}".replace("`", "")
-        yield textwrap.fill(meaning, 96, initial_indent=indent, subsequent_indent=indent)
-        if key.group is not None:
-            yield from _explained(key.group, f"{prefix}{key.name}.")
+        )
+        print(f"  {key.name}: {kind_of(key.kind).words}{ending}".replace("`", ""))
+        print(textwrap.indent(textwrap.fill(meaning.replace("`", ""), 90), " " * 6))
+    print("\nArguments of a component stand beside its _component_: see `tune-vl cat` and docs/.")
 
 
 def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
@@ -149,46 +126,28 @@ def _module_of(recipe: str) -> str | None:
     return ".".join(file.with_suffix("").parts)
 
 
-def _run_here(module: str, arguments: list[str]) -> None:
-    import torchtune_vl._torchao  # noqa: F401 (the recipe may import torchtune first)
+def _run_processes(arguments: list[str]) -> int:
+    """Let torchrun start processes; the status is that of the first to fail."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    sys.path.append(os.getcwd())
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__")
-
-
-def _run_processes(options: list[str], recipe: str, arguments: list[str]) -> None:
-    """Let torchrun start this command in each process."""
-    from torch.distributed.run import get_args_parser
-    from torch.distributed.run import run as torchrun
-
-    parser = get_args_parser()
+    parser = run.get_args_parser()
     parser.prog = "tune-vl run"
-    parsed = parser.parse_args(
-        [*options, "--module", "torchtune_vl.cli", "run", recipe, *arguments]
-    )
+    parsed = parser.parse_args(arguments)
     number = parsed.nproc_per_node
     if not (number.isdigit() and int(number) > 0) and number not in ("auto", "cpu", "gpu", "xpu"):
         raise ValueError(f"--nproc_per_node is {number!r}: give the number of processes")
     # Several runs on one machine then do not meet each other
     parsed.standalone |= parsed.nnodes in ("1", "1:1") and not parsed.rdzv_endpoint
-    torchrun(parsed)
-
-
-def _status_of(start: Callable[[], None]) -> int:
-    """Run a recipe, and return its exit status where it has several processes, too."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import logger  # this import makes the loggers below, too
-
     # Each process has one thread unless OMP_NUM_THREADS says another, which nobody needs to hear
-    logger.addFilter(lambda record: "OMP_NUM_THREADS" not in record.getMessage())
+    run.logger.addFilter(lambda record: "OMP_NUM_THREADS" not in record.getMessage())
     # What ended a process it has told itself. Each of these loggers has a level of its own
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        start()
+        run.run(parsed)
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as error:

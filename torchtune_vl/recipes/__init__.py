@@ -13,37 +13,18 @@ _FOR_TORCHTUNE = {
 
 
 def recipe_path(name: str) -> Path | None:
-    """Find a recipe of this package.
-
-    Args:
-        name: such as ``finetune``.
-
-    Returns:
-        The path of its file, None if there is none of this name.
-    """
+    """Find the file of a recipe of this package, such as ``finetune``; None if there is none."""
     return _RECIPES.get(name)
 
 
 def config_path(name: str) -> Path:
-    """Find a config.
-
-    Args:
-        name: of a config of this package, such as ``qwen2_5_vl/lora``, or a file's path.
-
-    Returns:
-        The path of its file.
-    """
+    """Find the file of a config: of one of this package, such as ``qwen2_5_vl/lora``, or a path."""
     built_in = _CONFIGS / f"{name}.yaml"
     return built_in if built_in.is_file() else Path(name)
 
 
 def config_names() -> dict[str, list[str]]:
-    """List the configs of this package.
-
-    Returns:
-        The names of the configs by that of the recipe that they are for: one of ours, or one of
-        torchtune's.
-    """
+    """List the names of this package's configs by the recipe they are for, ours or torchtune's."""
     names: dict[str, list[str]] = {recipe: [] for recipe in (*_RECIPES, *_FOR_TORCHTUNE.values())}
     for path in sorted(_CONFIGS.glob("*/*.yaml")):
         recipe = _FOR_TORCHTUNE.get(path.stem, "finetune")

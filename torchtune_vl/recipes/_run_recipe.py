@@ -1,4 +1,4 @@
-"""How a recipe is started, and how it ends when it cannot go on."""
+"""How recipes are started, and with which sentence or traceback they and commands end."""
 
 import os
 import re
@@ -10,8 +10,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from torchtune_vl._shown import shown
-from torchtune_vl.recipes._config import Config
-from torchtune_vl.recipes._read_config import check_components, read_config
+from torchtune_vl.recipes._check_config import check_components, read_config
+from torchtune_vl.recipes._config_keys import Config
 
 _PACKAGE = Path(__file__).parents[1]
 # What a DataLoader makes of an error of its workers
@@ -23,49 +23,53 @@ _IN_WORKER = re.compile(
 
 
 def run_recipe(main: Callable[[DictConfig], int], description: type = Config) -> int:
-    """Run a recipe on the config that the command line names.
+    """Run a recipe on the config that the command line names, and return its exit status.
 
-    An error that its user can cause ends it with one sentence; any other with its traceback, and
-    both with ``TORCHTUNE_VL_TRACEBACK=1``. Of a node's processes the first to fail speaks alone:
-    the others fail because it did.
+    ``description`` is the dataclass of the config's keys.
+    """
 
-    Args:
-        main: takes the config and returns the exit status.
-        description: dataclass whose fields are the config's keys.
+    def start() -> int:
+        try:
+            config = read_config(sys.argv[1:], description)
+            check_components(config, description)
+            return main(config)
+        except KeyboardInterrupt:
+            if _is_first_to_fail():
+                print("tune-vl run: interrupted before the first step", file=sys.stderr)
+            return 130
 
-    Returns:
-        The exit status: that of ``main``; 2 for an error of the first kind, 1 for one of the other,
-        130 if the run was interrupted before it can be saved.
+    return ended("run", start)
+
+
+def ended(command: str, start: Callable[[], int]) -> int:
+    """Run a command, tell what ended it before its end, and return the exit status.
+
+    It is 2 after an error that its user can cause, which is told in a sentence; 1 after any other,
+    which is told by its traceback; 130 if it was interrupted. ``TORCHTUNE_VL_TRACEBACK=1`` shows
+    all tracebacks. Of a node's processes the first to fail speaks alone: the others fail because it
+    did.
     """
     try:
-        config = read_config(sys.argv[1:], description)
-        check_components(config, description)
-        return main(config)
+        return start()
     except KeyboardInterrupt:
-        if _is_first_to_fail():
-            print("tune-vl run: interrupted before the first step", file=sys.stderr)
         return 130
     except Exception as error:
         sentence = sentence_of(error)
+        # What a recipe calls can be anything, what other commands call has arguments of users
+        if sentence is None and command != "run" and isinstance(error, ValueError):
+            sentence = shown(str(error))
         if _is_first_to_fail():
             if sentence is None or os.environ.get("TORCHTUNE_VL_TRACEBACK") == "1":
                 traceback.print_exception(error)
             else:
                 # Below the progress bar of another process
                 lead = "\n" if "TORCHELASTIC_ERROR_FILE" in os.environ else ""
-                print(f"{lead}tune-vl run: {sentence}", file=sys.stderr)
+                print(f"{lead}tune-vl {command}: {sentence}", file=sys.stderr)
         return 1 if sentence is None else 2
 
 
 def sentence_of(error: Exception) -> str | None:
-    """Say an error that a user can cause.
-
-    Args:
-        error: what was raised.
-
-    Returns:
-        What to show, without control characters; None for what only a change of a program mends.
-    """
+    """Say an error that a user can cause; None for what only a change of a program mends."""
     in_worker = _IN_WORKER.fullmatch(str(error))
     if in_worker:
         file, kind, message = in_worker.group("file", "kind", "message")
@@ -78,17 +82,11 @@ def sentence_of(error: Exception) -> str | None:
         return "the device is out of memory: `tune-vl estimate` computes what takes it"
     if isinstance(error, RuntimeError) and re.search("gloo.*by peer", str(error)):
         return "another process of this run has ended"
-    if isinstance(error, ValueError) and _is_ours(error):
-        return shown(str(error))
-    return None
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether this package raised an error: its sentence is meant for users."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    return last is not None and Path(last.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_in = Path(frames[-1].filename) if frames else Path()
+    # Sentences of this package are meant for users
+    is_told = isinstance(error, ValueError) and raised_in.is_relative_to(_PACKAGE)
+    return shown(str(error)) if is_told else None
 
 
 def _is_first_to_fail() -> bool:

@@ -1,55 +1,72 @@
-"""The keys of the recipe's config: one description, which checks, ``--help`` and docs follow.
+"""The keys of the recipe's config: a field's type says what it takes, its text what it means.
 
-A key is a field of a dataclass; its type says which values it takes and its text what it means.
-Importing this takes no torch.
+Checks, ``--help`` and docs follow it. Importing this takes no torch.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 
-@dataclass(frozen=True)
-class AtLeast:
-    """The least number that a key takes."""
+class Kind(NamedTuple):
+    """What a key takes, in a user's words, and whether a value that YAML can hold is such.
 
-    minimum: float
+    As a note of a type, what a value has to be beside that.
+    """
 
-
-@dataclass(frozen=True)
-class MoreThan:
-    """The number that a key's must exceed."""
-
-    bound: float
+    words: str
+    fits: Callable[[Any], bool]
 
 
 class Component:
-    """A value that names what to call by ``_component_``, and its arguments beside it."""
+    """A mapping that names what to call by ``_component_``, with its arguments beside it."""
 
 
-class Given:
-    """The arguments that the recipe adds to a component's.
+class Given(NamedTuple):
+    """The arguments that the recipe adds to a component's: by position, and by name."""
 
-    Args:
-        *positional: their names, in their order.
-        keywords: names of those that are given by name.
+    positional: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
+
+
+class Key(NamedTuple):
+    """A key: its name, with dots; what it takes; its meaning, in Markdown.
+
+    Without a default, which is ``MISSING`` then, it must be there.
     """
 
-    def __init__(self, *positional: str, keywords: tuple[str, ...] = ()) -> None:
-        self.positional = positional
-        self.keywords = keywords
+    name: str
+    kind: Any
+    given: Given
+    default: Any
+    meaning: str
 
 
-_Count = Annotated[int, AtLeast(1)]
-_LearningRate = Annotated[float, AtLeast(0)]
+def keys_of(description: type, prefix: str = "") -> Iterator[Key]:
+    """List the keys that the fields of a dataclass describe, and those of dataclasses in it."""
+    hints = get_type_hints(description, include_extras=True)
+    for field in fields(description):
+        kind, *notes, meaning = get_args(hints[field.name])
+        given = next((note for note in notes if isinstance(note, Given)), Given())
+        yield Key(prefix + field.name, hints[field.name], given, field.default, meaning)
+        if is_dataclass(kind):
+            yield from keys_of(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+
+
+_AT_LEAST_0 = Kind(" of at least 0", lambda x: x >= 0)
+_Natural = Annotated[int, _AT_LEAST_0]
+_Count = Annotated[int, Kind(" of at least 1", lambda x: x >= 1)]
+_LearningRate = Annotated[float, _AT_LEAST_0] | None
+_DType = Literal["fp32", "bf16", "fp64"]
 
 
 @dataclass(kw_only=True)
 class LearningRates:
     """Learning rates of parts of the model, instead of the optimizer's."""
 
-    encoder: Annotated[_LearningRate | None, "of the vision encoder"] = None
-    merger: Annotated[_LearningRate | None, "of the merger"] = None
-    decoder: Annotated[_LearningRate | None, "of the decoder"] = None
+    encoder: Annotated[_LearningRate, "of the vision encoder"] = None
+    merger: Annotated[_LearningRate, "of the merger"] = None
+    decoder: Annotated[_LearningRate, "of the decoder"] = None
 
 
 @dataclass(kw_only=True)
@@ -60,7 +77,7 @@ class Parallel:
         _Count,
         "devices that share each decoder layer; without adapters only; the others share the data",
     ]
-    plan: Annotated[Component | None, Given("model"), "how they share the layers"] = None
+    plan: Annotated[Component | None, Given(("model",)), "how they share the layers"] = None
     cpu_offload: Annotated[bool, "weights, gradients and optimizer in the host's memory"]
 
 
@@ -69,18 +86,14 @@ class Config:
     """The config of the recipe ``finetune``; a key with a default may be absent."""
 
     output_dir: Annotated[str, "directory of all that the run writes"]
-    checkpoint_dir: Annotated[
-        str, "directory of the checkpoint as the hub has it; stays needed for resuming"
-    ]
-    tokenizer: Annotated[
-        Component, "the transform, with limits of images, videos and length, see [data](data.md)"
-    ]
+    checkpoint_dir: Annotated[str, "checkpoint as the hub has it; stays needed for resuming"]
+    tokenizer: Annotated[Component, "the transform; limits of media and length: [data](data.md)"]
     model: Annotated[Component, "what is trained and how, see [adapters](adapters.md)"]
     checkpointer: Annotated[Component, "reads `checkpoint_dir` and writes the export"]
-    dataset: Annotated[Component, Given("tokenizer"), "see [data](data.md#datasets)"]
+    dataset: Annotated[Component, Given(("tokenizer",)), "see [data](data.md#datasets)"]
     dataset_val: Annotated[
         Component | None,
-        Given("tokenizer"),
+        Given(("tokenizer",)),
         "the validation set, null for none; without a `_component_`, the keys that differ from "
         "`dataset`'s: `dataset_val.data_files=held_out.jsonl`",
     ] = None
@@ -88,32 +101,27 @@ class Config:
     rows_per_step: Annotated[_Count, "rows of a step, over all devices"]
     epochs: Annotated[_Count, "how often each sample is trained on"]
     max_steps: Annotated[_Count | None, "how many steps, instead of `epochs`"] = None
-    seed: Annotated[int, AtLeast(0), "of the order of samples, of dropout and of new adapters"]
+    seed: Annotated[_Natural, "of the order of samples, of dropout and of new adapters"]
     shuffle: Annotated[bool, "a random order of samples, new in each epoch"]
-    num_workers: Annotated[
-        int, AtLeast(0), "processes of each device that measure and decode; 0: none"
-    ]
-    optimizer: Annotated[Component, Given("params"), "any of torch, torchao or yours"]
-    learning_rates: Annotated[
-        LearningRates, "of `encoder`, `merger` and `decoder`, instead of `optimizer.lr`"
-    ]
+    num_workers: Annotated[_Natural, "processes of each device that measure and decode; 0: none"]
+    optimizer: Annotated[Component, Given(("params",)), "any of torch, torchao or yours"]
+    learning_rates: Annotated[LearningRates, "of parts, instead of `optimizer.lr`"]
     lr_scheduler: Annotated[
         Component | None,
-        Given("optimizer", keywords=("num_training_steps",)),
+        Given(("optimizer",), keywords=("num_training_steps",)),
         "how learning rates change with the steps; null: they stay",
     ] = None
     clip_grad_norm: Annotated[
-        Annotated[float, MoreThan(0)] | None, "largest norm of the gradient; null for none"
+        Annotated[float, Kind(" above 0", lambda x: x > 0)] | None,
+        "largest norm of the gradient; null for none",
     ] = None
     device: Annotated[Literal["cuda", "cpu"], "where it computes"]
     dtype: Annotated[
-        Literal["fp32", "bf16", "fp64"],
+        _DType,
         "of weights, gradients and optimizer; of frozen weights alone with "
         "`model.trained_in_float32`",
     ]
-    compute_dtype: Annotated[
-        Literal["fp32", "bf16", "fp64"] | None, "of the computation, if it is another"
-    ] = None
+    compute_dtype: Annotated[_DType | None, "of the computation, if it is another"] = None
     compile: Annotated[bool, "`torch.compile`, layer by layer"]
     activation_checkpointing: Annotated[
         Literal["full", "selective", "none"],

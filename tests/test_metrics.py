@@ -1,0 +1,129 @@
+"""The metrics of a line of the log, from rows of known content."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from torchtune_vl.data import Row, Size
+from torchtune_vl.training import _metrics
+from torchtune_vl.training._metrics import Metrics
+
+
+class Flops:
+    """Counts a thousand operations for each token, and a million for each image."""
+
+    def step(self, documents: list[int], media: Any, num_targets: int) -> int:
+        return 1000 * sum(documents) + (10**6 * len(media["grid_thw"]) if media else 0)
+
+
+class Logger:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, dict[str, float]]] = []
+        self.is_open = True
+
+    def log_dict(self, metrics: dict[str, float], step: int) -> None:
+        self.lines.append((step, metrics))
+
+    def close(self) -> None:
+        self.is_open = False
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(_metrics.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def row(tokens: list[int], targets: int, images: int) -> Row:
+    batch: dict[str, Any] = {"tokens": torch.zeros(2, 50), "targets": torch.zeros(targets)}
+    if images:
+        batch["encoder_input"] = {"vision": {"grid_thw": torch.zeros(images, 3)}}
+    sizes = [Size(n, 0, 1) for n in tokens]
+    return Row(batch, [*range(len(tokens))], sizes, {}, images > 0)
+
+
+@pytest.mark.parametrize(("room", "expected"), [(80, 60 / 160), (None, 60 / 200)])
+def test_a_line(clock: list[float], room: int | None, expected: float) -> None:
+    logger = Logger()
+    metrics = Metrics(logger, Flops(), room, torch.device("cpu"), copies=1)  # type: ignore[arg-type]
+    metrics.peak_flops = 1e6
+    metrics.add_row(row([1000], 999, 9))
+    metrics.add_loss(9.0)
+    metrics.begin()
+    metrics.waited += 0.5
+    metrics.add_row(row([10, 20], 7, 0))
+    metrics.add_loss(3.0)
+    metrics.add_row(row([30], 3, 2))
+    metrics.add_loss(2.0)
+    clock[0] += 4.0
+    groups = [{"part": "decoder", "lr": 0.1}, {"part": "merger", "lr": 0.2}]
+    line, asked_to_stop = metrics.write(7, 1.5, groups, False)
+    assert not asked_to_stop
+    assert logger.lines == [(7, line)]
+    assert line.pop("memory_gb") > 0.01
+    assert line == pytest.approx(
+        {
+            "loss": 2.5,
+            "grad_norm": 1.5,
+            "lr_decoder": 0.1,
+            "lr_merger": 0.2,
+            "tokens_per_second": 15.0,
+            "supervised_tokens_per_second": 2.5,
+            "media_per_second": 0.5,
+            "row_fill": expected,
+            "waiting_for_data": 0.125,
+            "mfu": (60e3 + 2e6) / 4.0 / 1e6,
+        }
+    )
+    assert metrics.write(7, 1.5, groups, True)[1]
+    assert metrics.history["losses"] == [9.0, 3.0, 2.0]
+    metrics.close()
+    assert not logger.is_open
+
+
+def test_rows_that_several_processes_have_count_once(clock: list[float]) -> None:
+    lines = []
+    for copies in (1, 2):
+        metrics = Metrics(None, Flops(), 80, torch.device("cpu"), copies)  # type: ignore[arg-type]
+        metrics.add_row(row([10, 20], 7, 0))
+        metrics.add_loss(3.0)
+        clock[0] += 1.0
+        lines.append(metrics.write(1, 1.0, [], False)[0])
+    assert lines[0]["tokens_per_second"] == 2 * lines[1]["tokens_per_second"] == 30
+    assert "mfu" not in lines[0]
+
+
+def test_the_best_validation_loss() -> None:
+    logger = Logger()
+    metrics = Metrics(logger, Flops(), None, torch.device("cpu"), 1)  # type: ignore[arg-type]
+    assert metrics.history["best"] == {"loss": math.inf, "step": None}
+    losses = {2: 3.0, 4: 2.0, 6: 2.0, 8: 2.5}
+    assert [metrics.write_validation(step, x) for step, x in losses.items()] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    assert metrics.history["best"] == {"loss": 2.0, "step": 4}
+    assert metrics.history["validation_losses"] == [*losses.items()]
+    assert logger.lines[0] == (2, {"validation_loss": 3.0})
+
+
+def test_a_gpu_is_asked_for_its_name_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", {device: "NVIDIA H100 80GB HBM3"}.get)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {device: 5}.get)
+    metrics = Metrics(None, Flops(), None, device, 1)  # type: ignore[arg-type]
+    assert metrics.peak_flops == 989.4e12
+    assert metrics._peak_memory() == 5

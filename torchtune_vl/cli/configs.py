@@ -1,0 +1,155 @@
+"""``tune-vl ls``, ``cp``, ``cat``, ``validate-config`` and ``estimate``: recipes and configs."""
+
+import argparse
+import os
+import shutil
+from collections.abc import Callable
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from torchtune_vl.cli._torchtune_command import config_file, output_of_tune, suffix_of, tune
+from torchtune_vl.recipes import config_names, config_path, recipe_path
+
+_VALIDATE = """\
+Check the keys and values of a config, that its components exist, and that they take the arguments
+beside them. A config for a recipe of torchtune has its components checked."""
+_ESTIMATE = """\
+Compute how much memory a config of the recipe finetune takes on each device. Nothing is trained or
+measured, and no device is needed: of the checkpoint it reads config.json alone."""
+
+
+def add_parsers(subparsers: Any) -> None:
+    """Add the commands."""
+
+    def add(name: str, purpose: str, run: Callable, *examples: str, description: str = "") -> Any:
+        parser = subparsers.add_parser(
+            name,
+            help=purpose,
+            description=description or f"{purpose.capitalize()}.",
+            epilog="\n  ".join(["examples:", *examples]),
+        )
+        parser.set_defaults(run=run)
+        return parser.add_argument
+
+    config: Any = {"metavar": "CONFIG", "help": "name, see `tune-vl ls`, or file"}
+    argument = add("ls", "list recipes and their configs", _list, "tune-vl ls", "tune-vl ls --all")
+    argument("--all", action="store_true", help="list those of torchtune, too")
+
+    examples = "tune-vl cp qwen2_5_vl/lora mine.yaml", "tune-vl cp finetune ."
+    argument = add("cp", "copy a recipe or a config, to change it", _copy, *examples)
+    argument("name", metavar="NAME", help="recipe or config, see `tune-vl ls`")
+    argument(
+        "destination",
+        type=Path,
+        metavar="DESTINATION",
+        help="file to write, or directory to write it to; nothing is overwritten",
+    )
+    argument("--make-parents", action="store_true", help="make missing directories")
+
+    examples = "tune-vl cat qwen2_5_vl/lora", "tune-vl cat mine.yaml --sort"
+    argument = add("cat", "print a config", _print, *examples)
+    argument("config", **config)
+    argument("--sort", action="store_true", help="sort the keys; comments are left out then")
+
+    purpose = "check that a config fits its recipe"
+    examples = (
+        "tune-vl validate-config --config mine.yaml",
+        "tune-vl validate-config qwen2_5_vl/stock_lora",
+    )
+    argument = add("validate-config", purpose, _validate, *examples, description=_VALIDATE)
+    argument("file", nargs="?", **config)
+    argument("--config", metavar="CONFIG", help="the same")
+
+    examples = (
+        "tune-vl estimate --config qwen2_5_vl/full --devices 8",
+        "tune-vl estimate --config mine.yaml checkpoint_dir=Qwen2.5-VL-3B-Instruct",
+    )
+    purpose = "compute the memory that a config takes"
+    argument = add("estimate", purpose, _estimate, *examples, description=_ESTIMATE)
+    argument("--config", required=True, **config)
+    argument(
+        "--devices", type=int, default=1, metavar="N", help="GPUs, over all nodes (default: 1)"
+    )
+    argument("overrides", nargs="*", metavar="key=value", help="in place of what the config says")
+
+
+def _list(options: argparse.Namespace) -> int:
+    print(f"{'RECIPE':<40} CONFIG")
+    for recipe, configs in config_names().items():
+        for name, config in zip_longest([recipe], configs, fillvalue=""):
+            print(f"{name:<40} {config}")
+    if options.all:
+        print("\nThose of torchtune:")
+        tune("ls")
+    return 0
+
+
+def _copy(options: argparse.Namespace) -> int:
+    built_in = recipe_path(options.name) or config_path(options.name)
+    is_ours = built_in.is_absolute() and built_in.is_file()
+    suffix = built_in.suffix if is_ours else suffix_of(options.name)
+    if suffix is None:
+        raise ValueError(
+            f"no recipe and no config is called {options.name!r}: see `tune-vl ls --all`"
+        )
+    destination: Path = options.destination
+    if destination.is_dir():
+        destination /= Path(options.name).name
+    if destination.suffix != suffix:
+        destination = destination.with_name(destination.name + suffix)
+    if os.path.lexists(destination):
+        raise ValueError(f"{destination} exists: remove it first, or name another file")
+    if options.make_parents:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    elif not destination.parent.is_dir():
+        raise ValueError(f"{destination.parent} is no directory: --make-parents makes it")
+    if is_ours:
+        shutil.copyfile(built_in, destination)
+        print(f"Copied file to {destination}")
+    else:
+        tune("cp", options.name, str(destination))
+    return 0
+
+
+def _print(options: argparse.Namespace) -> int:
+    path = config_file(options.config)
+    if path is None or options.sort:
+        tune("cat", str(path or options.config), *["--sort"] * options.sort)
+    else:
+        print(path.read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from omegaconf import OmegaConf
+
+    from torchtune_vl.recipes._check_config import check_components, is_ours, read_config, read_file
+
+    if (options.config is None) == (options.file is None):
+        raise ValueError("name a config, and only one")
+    name = options.config or options.file
+    path = config_file(name)
+    content: Any = OmegaConf.create(read_file(path) if path else output_of_tune("cat", name))
+    if is_ours(content):
+        check_components(read_config(["--config", name]))
+    else:
+        check_components(content, None)
+    print(f"{name} fits its recipe")
+    return 0
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    from torchtune_vl.recipes._check_config import check_components, read_config
+
+    if options.devices < 1:
+        raise ValueError(f"--devices is {options.devices}: give the number of GPUs")
+    config = read_config(["--config", options.config, *options.overrides])
+    check_components(config)
+    from torchtune_vl.training._memory import estimate_memory
+
+    memory = estimate_memory(config, options.devices)
+    print(f"GB on each of {options.devices} devices, computed, not measured")
+    for purpose, size in {**memory, "all": sum(memory.values())}.items():
+        print(f"{purpose:<16}{size / 1e9:8.1f}")
+    return 0

@@ -1,0 +1,145 @@
+"""The metrics of the log: all are computed and written here, and explained in docs/training.md."""
+
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from torchtune_vl.data import Row
+from torchtune_vl.training._flops import FlopCounter, peak_flops
+from torchtune_vl.training._plot import plot_losses
+
+
+class Metrics:
+    """Counts what this process' steps take, and writes a line of the log for all processes.
+
+    A new metric is counted in :meth:`add_row` and computed in :meth:`write`.
+
+    Args:
+        logger: of torchtune, on the first process; None on the others.
+        flops: counts the operations of the model.
+        room: tokens that have room in a row; None for as many as its batch has.
+        device: of this process.
+        copies: how many processes have the same rows.
+    """
+
+    def __init__(
+        self,
+        logger: Any,
+        flops: FlopCounter,
+        room: int | None,
+        device: torch.device,
+        copies: int,
+    ) -> None:
+        self.logger = logger
+        self.flops = flops
+        self.room = room
+        self.device = device
+        self.copies = copies
+        is_gpu = device.type == "cuda"
+        self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if is_gpu else None
+        self.history: dict[str, Any] = {
+            "losses": [],  # of each step so far
+            "validation_losses": [],  # (step, loss)
+            "best": {"loss": math.inf, "step": None},  # the lowest of these
+        }
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a line of the log: what comes from here on is in it."""
+        self.start = time.perf_counter()
+        self.waited = 0.0  # seconds without a row
+        self.losses: list[float] = []
+        self.targets = self.tokens = self.rooms = self.media = self.operations = 0
+
+    def add_row(self, row: Row) -> None:
+        """Count what a row was."""
+        media = row.batch.get("encoder_input", {}).get("vision")
+        tokens = [size.tokens for size in row.sizes]
+        targets = len(row.batch["targets"])
+        self.targets += targets
+        self.tokens += sum(tokens)
+        self.rooms += self.room or row.batch["tokens"].numel()
+        self.media += len(media["grid_thw"]) if media else 0
+        self.operations += self.flops.step(tokens, media, targets)
+
+    def add_loss(self, loss: float) -> None:
+        """Add the loss of a step, over all processes."""
+        self.losses.append(loss)
+        self.history["losses"].append(loss)
+
+    def write(
+        self, step: int, grad_norm: float, groups: list[dict[str, Any]], asked_to_stop: bool
+    ) -> tuple[dict[str, float], bool]:
+        """Write the line of all steps since :meth:`begin`.
+
+        Processes exchange once what they counted, and with it whether they were asked to stop.
+
+        Args:
+            step: its number.
+            grad_norm: of this step.
+            groups: of the optimizer's parameters.
+            asked_to_stop: whether this process was.
+
+        Returns:
+            The metrics, and whether any process was asked to stop.
+        """
+        counts = (self.targets, self.tokens, self.rooms, self.media, self.operations, asked_to_stop)
+        totals = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        totals /= self.copies
+        targets, tokens, room, media, operations, stops = totals.tolist()
+        seconds = time.perf_counter() - self.start
+        metrics = {
+            "loss": sum(self.losses) / len(self.losses),
+            "grad_norm": grad_norm,
+            **{f"lr_{group['part']}": group["lr"] for group in groups},
+            "tokens_per_second": tokens / seconds,
+            "supervised_tokens_per_second": targets / seconds,
+            "media_per_second": media / seconds,
+            "row_fill": tokens / room,
+            "waiting_for_data": self.waited / seconds,
+            "memory_gb": self._peak_memory() / 1e9,
+        }
+        if self.peak_flops:
+            metrics["mfu"] = operations / seconds / (self.peak_flops * dist.get_world_size())
+        if self.logger:
+            self.logger.log_dict(metrics, step=step)
+        return metrics, stops > 0
+
+    def write_validation(self, step: int, loss: float) -> bool:
+        """Write the loss of the validation set, and tell whether it is the lowest so far."""
+        if self.logger:
+            self.logger.log_dict({"validation_loss": loss}, step=step)
+        self.history["validation_losses"].append((step, loss))
+        is_best = loss < self.history["best"]["loss"]
+        if is_best:
+            self.history["best"] = {"loss": loss, "step": step}
+        return is_best
+
+    def show(self, step: int, directory: Path) -> None:
+        """Draw all losses to a file in a directory, and sum them up."""
+        losses, validation_losses, best = self.history.values()
+        plot_losses(losses, validation_losses, directory / "loss.png")
+        table = Table("steps", "first loss", "last loss", "best validation loss")
+        text = f"{best['loss']:.4g} (step {best['step']})" if best["step"] else "-"
+        table.add_row(str(step), f"{losses[0]:.4g}", f"{losses[-1]:.4g}", text)
+        Console().print(table)
+        print(f"Loss curve: {directory / 'loss.png'}")
+
+    def close(self) -> None:
+        """Close the log."""
+        if self.logger:
+            self.logger.close()
+
+    def _peak_memory(self) -> int:
+        """The most bytes used so far: of the device, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
