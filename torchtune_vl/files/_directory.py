@@ -1,7 +1,8 @@
-"""Files and directories of checkpoints that are complete or not there, with checksums."""
+"""Files and directories that are complete or not there, with checksums."""
 
 import fcntl
 import json
+import logging
 import mmap
 import os
 import re
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 import xxhash
 from safetensors import SafetensorError
@@ -20,6 +21,8 @@ from torchtune_vl.files._json import JsonObject, read_json_object
 MANIFEST = "checksums.json"
 _RECIPE_STATE = "recipe_state"
 _EPOCH = re.compile(r"epoch_(\d+)")
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -56,17 +59,18 @@ def new_directory(target: Path) -> Iterator[Path]:
 
     An older directory of this name is ``epoch_N.old`` between two renames, where :func:`survivor`
     finds it after a crash. What crashes left of it, and of an epoch all others beside it, is put
-    right before and after. A lock keeps this from what another process is writing: one writes
-    epochs into a directory at a time. Raises ``OSError`` if something cannot be written, or another
-    process is writing there; all is as before then.
+    right before and after; a lock keeps this from what another process is writing. Raises
+    ``OSError`` if something cannot be written, or another process writes there; all is as before
+    then.
     """
     partial = _beside(target, ".partial")
+    locked = target.with_name(f".{'epochs' if _EPOCH.fullmatch(target.name) else target.name}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target):
-            _tidy(target)
-            partial.mkdir()
+        with open_locked(locked):
             try:
+                _tidy(target)
+                partial.mkdir()
                 yield partial
                 if target.exists():
                     target.rename(_beside(target, ".old"))
@@ -74,11 +78,61 @@ def new_directory(target: Path) -> Iterator[Path]:
                 flush(target.parent)
             finally:
                 _tidy(target)
+                locked.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(
             f"{target} cannot be written ({error}): make room, or name another output_dir; "
             "earlier checkpoints are as they were"
         ) from error
+
+
+def _tidy(target: Path) -> None:
+    """Bring back what was being replaced when a crash came, and remove all else that it left."""
+    names = {target.name}
+    if _EPOCH.fullmatch(target.name):
+        names |= {p.stem for p in target.parent.glob("epoch_*.*") if _EPOCH.fullmatch(p.stem)}
+    for place in (target.with_name(name) for name in names):
+        remove(_beside(place, ".partial"))
+        old = _beside(place, ".old")
+        if place.exists():
+            remove(old)
+        elif old.is_dir():
+            old.rename(place)
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory, if it is there; that it cannot be removed is a warning."""
+    if not directory.is_dir():
+        return
+    try:
+        if directory.suffix != ".partial":
+            # Half of a directory must not look like a whole one
+            directory = directory.rename(directory.with_suffix(".partial"))
+        shutil.rmtree(directory)
+    except OSError as error:
+        log.warning("%s cannot be removed (%s): remove it yourself", directory, error)
+
+
+def open_locked(path: Path) -> TextIO:
+    """Open a file that no other process can lock until it is closed or this process ends.
+
+    Raises ``BlockingIOError`` if another process has it.
+    """
+    file = path.open("a", encoding="utf-8")
+    try:
+        # Unlike flock's, it is not shared with data workers, which may outlive the process
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held it may have removed the file since it was opened, and another made it anew
+        is_ours = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except (BlockingIOError, PermissionError):
+        is_ours = False
+    except OSError as error:  # of some file systems of clusters
+        log.warning("%s cannot be locked (%s): see that nobody else writes there", path, error)
+        is_ours = True
+    if not is_ours:
+        file.close()
+        raise BlockingIOError(f"another process is writing there, and holds {path}")
+    return file
 
 
 def survivor(target: Path) -> Path:
@@ -109,31 +163,26 @@ def write_manifest(directory: Path, recipe_state: Path | None = None) -> None:
     write_json(own, manifest)
 
 
-def check_manifest(directory: Path) -> None:
-    """Raise ``ValueError`` with all :func:`damages` of a directory, if it has any."""
-    problems = damages(directory)
-    if problems:
-        raise ValueError(
-            "\n".join(problems) + "\ncopy these files again, or take another checkpoint; if you "
-            f"changed them yourself, remove them from {directory / MANIFEST}"
-        )
-
-
-def damages(directory: Path, required: Iterable[str] = ()) -> list[str]:
+def check_manifest(directory: Path, required: Iterable[str] = ()) -> None:
     """Compare the files of a directory with its ``checksums.json``, if it has one.
 
-    Returns a sentence for each file that is missing or has another size or checksum, and for each
-    of the ``required`` names that are not listed. Raises ``ValueError`` if ``checksums.json``
-    itself is damaged, or lists files of other directories.
+    Raises ``ValueError`` with all files that are missing or have another size or checksum, and all
+    ``required`` names that it does not list; or if it is damaged itself, or lists files of other
+    directories.
     """
-    files = _manifest(directory).part("files")
+    manifest, files = directory / MANIFEST, _manifest(directory).part("files")
     for name in files.content:
         if not is_inside(name):
             raise files.error(name, f"a file inside of {directory}: remove the entry")
-    unknown = [f"{directory / MANIFEST} has no {name}" for name in required if name not in files]
+    problems = [f"{manifest} has no {name}" for name in required if name not in files]
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda name: _damage(directory / name, files.part(name)), files.content)
-        return unknown + [damage for damage in found if damage]
+        problems += [damage for damage in found if damage]
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems)}: copy these files again, or take another checkpoint; if you "
+            f"changed them yourself, remove them from {manifest}"
+        )
 
 
 def is_inside(name: str) -> bool:
@@ -153,10 +202,8 @@ def belongs(recipe_state: Path, directory: Path) -> bool:
 
 def _manifest(directory: Path) -> JsonObject:
     path = directory / MANIFEST
-    if not path.is_file():
-        return JsonObject(path, {})
     try:
-        return read_json_object(path)
+        return read_json_object(path) if path.is_file() else JsonObject(path, {})
     except ValueError as error:
         raise ValueError(f"{error}: copy it again, or delete it") from None
 
@@ -200,42 +247,3 @@ def flush(path: Path) -> None:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Keep other processes from writing a directory, or any epoch beside an epoch."""
-    lock = target.with_name(f".{'epochs' if _EPOCH.fullmatch(target.name) else target.name}.lock")
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is writing there, and holds {lock}") from None
-        except OSError:  # a file system without locks
-            yield
-            return
-        # Whoever held it may have removed the file since it was opened, and another made it anew
-        if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))):
-            raise BlockingIOError(f"another process is writing there, and held {lock}")
-        try:
-            yield
-        finally:
-            lock.unlink()
-
-
-def _tidy(target: Path) -> None:
-    """Put right what crashes left of a directory, and of all epochs if it is one.
-
-    What was being replaced comes back, all else goes.
-    """
-    names = {target.name}
-    if _EPOCH.fullmatch(target.name):
-        names |= {p.stem for p in target.parent.glob("epoch_*.*") if _EPOCH.fullmatch(p.stem)}
-    for place in (target.with_name(name) for name in names):
-        partial, old = _beside(place, ".partial"), _beside(place, ".old")
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.is_dir() and place.exists():
-            # Half of an old directory must not look like a whole one
-            shutil.rmtree(old.rename(partial), ignore_errors=True)
-        elif old.is_dir():
-            old.rename(place)

@@ -87,7 +87,7 @@ from torchtune_vl.training._parallel import (
     shard,
 )
 from torchtune_vl.training._plot import plot_losses
-from torchtune_vl.training._steps import SavedStep, Steps, drop_steps_after, lock
+from torchtune_vl.training._saved_steps import SavedStep, Steps, drop_steps_after, lock
 
 log = get_logger("INFO")
 

@@ -1,19 +1,24 @@
-"""Directories of the steps that a run can go on from."""
+"""Directories of the steps that a run can go on from, and what else of a run outlives a crash."""
 
-import fcntl
 import json
 import logging
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from torchtune_vl.files._directory import damages, flush, new_file, write_json, write_manifest
+from torchtune_vl.files._directory import (
+    check_manifest,
+    flush,
+    new_file,
+    open_locked,
+    remove,
+    write_json,
+    write_manifest,
+)
 
 _PROGRESS = "progress.json"
 _NAME = re.compile(r"step_(0|[1-9][0-9]*)")
-_PARTIAL = re.compile(_NAME.pattern + r"\.partial")
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +47,12 @@ class Steps:
     def tidy(self) -> None:
         """Remove what a crash left: directories that were being written or removed."""
         for left in self.directory.glob("step_*.partial"):
-            if _PARTIAL.fullmatch(left.name):
-                _remove(left)
+            if _NAME.fullmatch(left.stem):
+                remove(left)
 
     def newest(self) -> Path | None:
         """Return the directory of the last step that was saved, or None."""
-        return next(reversed(self._complete()), None)
+        return next(iter(self._newest_first()), None)
 
     def path(self, step: int) -> Path:
         """Return the directory of a step that was saved."""
@@ -60,9 +65,7 @@ class Steps:
     def read(self, step: int) -> SavedStep:
         """Return a step, or raise ``ValueError`` with all in which it is not as it was written."""
         directory = self.path(step)
-        problems = damages(directory, required=(_PROGRESS, ".metadata"))
-        if problems:
-            raise ValueError("; ".join(problems))
+        check_manifest(directory, required=(_PROGRESS, ".metadata"))
         return SavedStep(directory, _progress(directory))
 
     def newest_whole(self) -> SavedStep | None:
@@ -72,7 +75,7 @@ class Steps:
         again. Raises ``ValueError`` if all of them are damaged.
         """
         reasons: dict[Path, str] = {}
-        for directory in reversed(self._complete()):
+        for directory in self._newest_first():
             try:
                 step = self.read(_number(directory))
             except (ValueError, OSError) as error:
@@ -80,15 +83,10 @@ class Steps:
                 continue
             for damaged, reason in reasons.items():
                 aside = damaged.with_suffix(".damaged")
-                _remove(aside)
+                remove(aside)
                 damaged.rename(aside)
-                log.warning(
-                    "%s is damaged (%s): it is %s now, and the run goes on from %s",
-                    damaged,
-                    reason,
-                    aside.name,
-                    directory.name,
-                )
+                told = "%s is damaged (%s): it is %s now, and the run goes on from %s"
+                log.warning(told, damaged, reason, aside.name, directory.name)
             return step
         if reasons:
             raise ValueError(
@@ -102,10 +100,9 @@ class Steps:
 
         ``progress["best"]["step"]`` is the number of a step to keep as long as this one, or None.
         """
-        partial = self.partial(step)
-        _remove(partial)
-        partial.mkdir(parents=True)
-        write_json(partial / _PROGRESS, progress)
+        self.discard(step)
+        self.partial(step).mkdir(parents=True)
+        write_json(self.partial(step) / _PROGRESS, progress)
 
     def finish(self, step: int) -> None:
         """Give a step that is on the disk its checksums and its name, and remove older ones.
@@ -118,45 +115,51 @@ class Steps:
         flush(partial)
         partial.rename(self.path(step))
         flush(self.directory)
-        complete = self._complete()
-        kept = {_number(path) for path in complete[-self.keep_last :]}
-        kept.update(*(_best(self.path(number)) for number in kept))
-        for old in complete:
-            if _number(old) not in kept:
-                _remove(old)
+        saved = self._newest_first()
+        kept = {*saved[: self.keep_last]}
+        kept |= {self.path(best) for directory in kept if (best := _best(directory)) is not None}
+        for old in set(saved) - kept:
+            remove(old)
 
     def discard(self, step: int) -> None:
         """Remove what was written of a step that cannot be saved."""
-        _remove(self.partial(step))
+        remove(self.partial(step))
 
-    def _complete(self) -> list[Path]:
+    def _newest_first(self) -> list[Path]:
         paths = self.directory.glob("step_*")
         steps = (path for path in paths if _NAME.fullmatch(path.name) and path.is_dir())
-        return sorted(steps, key=_number)
+        return sorted(steps, key=_number, reverse=True)
+
+
+def _number(directory: Path) -> int:
+    return int(directory.name.removeprefix("step_"))
+
+
+def _progress(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / _PROGRESS).read_text(encoding="utf-8")))
+
+
+def _best(directory: Path) -> int | None:
+    try:
+        return _progress(directory)["best"]["step"]
+    except (OSError, ValueError, LookupError, TypeError):  # damaged: found when resuming
+        return None
 
 
 def lock(directory: Path) -> TextIO:
-    """Keep other processes from writing to a directory, which is made, while this one lives.
+    """Keep other runs from writing to a directory, which is made, while this process lives.
 
     Returns an open file, which holds the lock until it is closed. Raises ``ValueError`` if another
     process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file = (directory / ".lock").open("a", encoding="utf-8")
     try:
-        # Unlike flock's, it is not shared with data workers, which may outlive the process
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
+        return open_locked(directory / ".lock")
+    except BlockingIOError:
         raise ValueError(
             f"another run writes to {directory}: wait until it has ended, or name another "
             "output_dir"
         ) from None
-    except OSError as error:  # of some file systems of clusters
-        log.warning(
-            "%s cannot be locked (%s): see that no other run writes there", directory, error
-        )
-    return file
 
 
 def drop_steps_after(step: int, path: Path) -> None:
@@ -172,31 +175,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, LookupError):
         return math.inf
-
-
-def _progress(directory: Path) -> dict[str, Any]:
-    return dict(json.loads((directory / _PROGRESS).read_text(encoding="utf-8")))
-
-
-def _best(directory: Path) -> set[int]:
-    try:
-        return {_progress(directory)["best"]["step"]}
-    except (OSError, ValueError, LookupError, TypeError):  # damaged: found when resuming
-        return set()
-
-
-def _remove(directory: Path) -> None:
-    """Remove a directory, if it is there; that it cannot be removed is no reason to end a run."""
-    if not directory.exists():
-        return
-    try:
-        if _NAME.fullmatch(directory.name):
-            # Half of a directory must not look like a whole one
-            directory = directory.rename(directory.with_suffix(".partial"))
-        shutil.rmtree(directory)
-    except OSError as error:
-        log.warning("%s cannot be removed (%s): remove it yourself", directory, error)
-
-
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
