@@ -13,7 +13,6 @@ from torchtune_vl._torchtune import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY
 from torchtune_vl.checkpoint._adapters import (
     CONFIG,
     Adapter,
-    fit_adapter,
     load_adapter,
     merge_adapter,
     save_adapter,
@@ -134,7 +133,7 @@ class HubCheckpointer:
         weights = load_weights(self._weights_dir, self._files)
         state: dict[str, Any] = {MODEL_KEY: weights}
         if self._adapter_dir:
-            adapter = fit_adapter(load_adapter(self._adapter_dir), weights, self._adapter_dir)
+            adapter = load_adapter(self._adapter_dir, weights)
             log.warning(
                 "The adapter of %s goes on: it has rank %s and alpha %s, which must be lora_rank "
                 "and lora_alpha of the model",
@@ -321,7 +320,7 @@ def merge(
         OSError: if a file cannot be written, or the output exists.
     """
     weights = load_weights(base, weight_files(base))
-    adapter = fit_adapter(load_adapter(adapter_dir), weights, adapter_dir)
+    adapter = load_adapter(adapter_dir, weights)
     if adapter.base and Path(adapter.base).name != base.resolve().name:
         told = "The adapter of %s was trained on %s: see that %s has the same weights"
         log.warning(told, adapter_dir, adapter.base, base)
