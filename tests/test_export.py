@@ -133,7 +133,7 @@ def test_what_cannot_be_done(
     )
     tensors = adapter / "adapter_model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"!")
-    assert f"{tensors} has another checksum" in refused("merge", base, adapter, tmp_path / "new")
+    assert f"{tensors} is {{'size': " in refused("merge", base, adapter, tmp_path / "new")
     (adapter / "checksums.json").unlink()  # as in a directory that peft wrote
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_rslora": True}))

@@ -11,8 +11,8 @@ from torch import nn
 from torchtune_vl._torchtune import LoRALinear
 from torchtune_vl.files._directory import check_manifest, write_json, write_manifest
 from torchtune_vl.files._json import JsonObject, read_json_object
-from torchtune_vl.files._names import TensorNames, peft_module
 from torchtune_vl.files._safetensors import Stored, read_tensors, save_tensors, stored_tensors
+from torchtune_vl.files._tensor_names import TensorNames, peft_module
 from torchtune_vl.models._families import families
 from torchtune_vl.modules.adapters import ADAPTER_SUFFIXES, DoRA, is_adapter
 

@@ -17,27 +17,27 @@ from torchtune_vl.checkpoint._adapters import (
     merge_adapter,
     save_adapter,
 )
-from torchtune_vl.checkpoint._tree_file import load_tree, save_tree
 from torchtune_vl.files._directory import (
     MANIFEST,
-    belongs,
     check_manifest,
-    epochs,
     new_directory,
     new_file,
+    saved_with,
     survivor,
     write_json,
     write_manifest,
 )
 from torchtune_vl.files._json import read_json_object
-from torchtune_vl.files._names import published_name
 from torchtune_vl.files._safetensors import (
     INDEX,
+    load_tree,
     read_tensors,
+    save_tree,
     stored_tensors,
     weight_files,
     write_shards,
 )
+from torchtune_vl.files._tensor_names import published_name
 from torchtune_vl.models._builders import part_of
 from torchtune_vl.models._families import family_of
 from torchtune_vl.models._weights import load_weights
@@ -56,15 +56,11 @@ log = logging.getLogger(__name__)
 class HubCheckpointer:
     """torchtune checkpointer of directories as the hub has them.
 
-    Reads one safetensors file or several with an index, with the published names of tensors or
-    those that transformers >= 4.52 has in memory, and a flat or nested ``config.json``. Writes
-    ``{output_dir}/epoch_{n}`` as transformers, vLLM and SGLang load it: weights with the published
-    names, in files of at most 5 GB, config, tokenizer and processor files, and ``checksums.json``,
-    which loading compares with the files. A crash at any moment leaves the directory complete, as
-    it was before, or not there.
-
-    With recipes for adapters these are in ``{output_dir}/epoch_{n}/adapter`` too, as peft writes
-    them, and weights are merged. Resuming takes the weights of ``checkpoint_dir`` and the adapter.
+    Reads safetensors files with the published names of tensors or those that transformers >= 4.52
+    has in memory, and a flat or nested ``config.json``. Writes ``{output_dir}/epoch_{n}`` as
+    transformers, vLLM and SGLang load it, with files of at most 5 GB and ``checksums.json``, which
+    loading compares with the files; adapters are merged, and in ``adapter`` there as peft writes
+    them. A crash at any moment leaves the directory complete, as it was before, or not there.
 
     Args:
         checkpoint_dir: directory to start from.
@@ -72,13 +68,12 @@ class HubCheckpointer:
         checkpoint_files: names of the files of weights in ``checkpoint_dir``; by default those of
             the index, or ``model.safetensors``.
         adapter_dir: directory of an adapter, of ours or of peft, to go on training from, with the
-            rank and alpha of the model. To train anything else on top of it, merge it first:
-            ``tune-vl merge``.
+            rank and alpha of the model. To train anything else on top of it, merge it first.
         model_type: ignored; stock configs state it.
         recipe_checkpoint: file with the state of the recipe, by default
             ``{output_dir}/recipe_state/recipe_state.safetensors``.
-        should_load_recipe_state: whether to resume: the recipe's state is loaded too, and weights
-            come from the epoch in ``output_dir`` that was saved together with it.
+        should_load_recipe_state: whether to resume: with the recipe's state, and the weights, or
+            the adapter, of the epoch in ``output_dir`` that was saved together with it.
 
     Raises:
         ValueError: if there are no weights, or nothing to resume from.
@@ -104,11 +99,13 @@ class HubCheckpointer:
             )
         self._resume = should_load_recipe_state
         self._recipe_state = self._output_dir / "recipe_state" / "recipe_state.safetensors"
+        # Where it waits until the weights that are saved with it are in place
+        self._pending = self._recipe_state.with_name(f"{self._recipe_state.name}.next")
         self._recipe_checkpoint = Path(recipe_checkpoint or self._recipe_state)
         self._adapter_dir = None if adapter_dir is None else Path(adapter_dir)
         self._weights_dir = survivor(self._checkpoint_dir)
         if self._resume:
-            epoch, self._recipe_checkpoint = _newest_pair(self._output_dir, self._recipe_checkpoint)
+            epoch = self._find_epoch()
             check_manifest(epoch)
             if (epoch / _ADAPTER).is_dir():
                 self._adapter_dir = epoch / _ADAPTER
@@ -117,30 +114,40 @@ class HubCheckpointer:
         named = [self._weights_dir / name for name in checkpoint_files or ()]
         self._files = named or weight_files(self._weights_dir)
 
+    def _find_epoch(self) -> Path:
+        """Find the epoch to resume, and which state of the recipe was saved with it."""
+        given = self._recipe_checkpoint
+        states = [p for p in (given.with_name(f"{given.name}.next"), given) if p.is_file()]
+        if not states:
+            raise ValueError(f"cannot resume: there is no {given}")
+        for state in states:
+            if epoch := saved_with(state, self._output_dir):
+                self._recipe_checkpoint = state
+                return epoch
+        raise ValueError(
+            f"cannot resume: {given} is damaged, or was saved with no epoch_N of "
+            f"{self._output_dir} (each names its own in {MANIFEST}): restore the epoch, or start "
+            "from its weights alone, with checkpoint_dir"
+        )
+
     def load_checkpoint(self) -> dict[str, Any]:
         """Load the weights, and to resume the state of the recipe.
 
-        Returns:
-            ``model``, from our names to tensors as stored, on the CPU and mapped from the files,
-            those of an adapter among them and, apart, in ``adapter``, with its ``r``,
-            ``lora_alpha`` and the names of parameters in full, ``modules_to_save``, in
-            ``adapter_config``; to resume also the keys that the recipe had saved.
+        Returns ``model``, from our names to tensors as stored, on the CPU and mapped from the
+        files, those of an adapter among them. These are in ``adapter`` too, with ``r``,
+        ``lora_alpha`` and the names of parameters in full, ``modules_to_save``, in
+        ``adapter_config``. To resume also the keys that the recipe had saved.
 
-        Raises:
-            ValueError: if files are missing or damaged, or tensors are unknown, missing or of
-                another shape than the config says; it lists all of them.
+        Raises ``ValueError`` if files are missing or damaged, or tensors are unknown, missing or of
+        another shape than the config says; it lists all of them.
         """
         weights = load_weights(self._weights_dir, self._files)
         state: dict[str, Any] = {MODEL_KEY: weights}
         if self._adapter_dir:
             adapter = load_adapter(self._adapter_dir, weights)
-            log.warning(
-                "The adapter of %s goes on: it has rank %s and alpha %s, which must be lora_rank "
-                "and lora_alpha of the model",
-                self._adapter_dir,
-                adapter.rank,
-                adapter.alpha,
-            )
+            told = "The adapter of %s goes on: it has rank %s and alpha %s, which must be "
+            told += "lora_rank and lora_alpha of the model"
+            log.warning(told, self._adapter_dir, adapter.rank, adapter.alpha)
             # Recipes read adapters apart only when they resume, and those among the weights always
             weights.update(adapter.tensors)
             state[ADAPTER_KEY] = {n: t for n, t in adapter.tensors.items() if is_adapter(n)}
@@ -164,15 +171,12 @@ class HubCheckpointer:
         """Write ``epoch_{epoch}``, complete or not at all.
 
         Args:
-            state_dict: ``model``, from our names to tensors, and the state of the recipe. With
-                adapters these apart in ``adapter``, and ``adapter_config`` as
-                :meth:`load_checkpoint` returns it. Without its ``modules_to_save``, which
-                torchtune's recipes do not give, parts whose biases or normalisations are not
-                those to start from count as trained in full.
+            state_dict: what :meth:`load_checkpoint` returns, and the state of the recipe. Without
+                ``modules_to_save`` in ``adapter_config``, which torchtune's recipes do not give,
+                parts whose biases or normalisations have changed count as trained in full.
             epoch: number of the epoch.
             intermediate_checkpoint: whether to write the state of the recipe too, to resume from.
-            adapter_only: whether to leave out the weights, and write adapters alone. What else is
-                trained is left out then.
+            adapter_only: whether to write adapters alone, without all else that is trained.
             processor_files: texts of files, by name, that go in place of ``checkpoint_dir``'s:
                 the transform's ``processor_files()``, which tell servers what the model saw.
 
@@ -198,17 +202,21 @@ class HubCheckpointer:
                     save_adapter(self._adapter(state_dict), partial / _ADAPTER)
                 if intermediate_checkpoint:
                     rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
-                    pending = _pending(self._recipe_state)
-                    pending.parent.mkdir(exist_ok=True)
-                    with new_file(pending) as file:
+                    recipe_state = self._pending
+                    recipe_state.parent.mkdir(exist_ok=True)
+                    with new_file(recipe_state) as file:
                         save_tree(rest, file)
-                    recipe_state = pending
                 write_manifest(partial, recipe_state)
         finally:
             self._finish_recipe_state()
             if recipe_state:
                 recipe_state.unlink(missing_ok=True)  # of a save that failed
         log.info("Checkpoint written to %s", target)
+
+    def _finish_recipe_state(self) -> None:
+        """Move the state of the recipe to its place if the weights beside it are in theirs."""
+        if self._pending.is_file() and saved_with(self._pending, self._output_dir):
+            self._pending.replace(self._recipe_state)
 
     def _adapter(self, state_dict: Mapping[str, Any]) -> Adapter:
         """The adapters of a recipe's state, and the parts that it trained in full beside them."""
@@ -217,9 +225,8 @@ class HubCheckpointer:
         if in_full is None:
             in_full = self._trained_in_full(weights)
         tensors = {**state_dict[ADAPTER_KEY], **{name: weights[name] for name in in_full}}
-        base = str(self._checkpoint_dir.resolve())
-        names = family_of(self._checkpoint_dir).names
-        return Adapter(tensors, config["r"], config["lora_alpha"], base, names)
+        base, names = self._checkpoint_dir, family_of(self._checkpoint_dir).names
+        return Adapter(tensors, config["r"], config["lora_alpha"], str(base.resolve()), names)
 
     def _trained_in_full(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
         """Names of the weights of those parts that were trained themselves, not by adapters alone.
@@ -236,33 +243,6 @@ class HubCheckpointer:
             if not torch.equal(before.to(weights[name].dtype), weights[name].cpu())
         }
         return [name for name in weights if part_of(name) in changed]
-
-    def _finish_recipe_state(self) -> None:
-        """Move the state of the recipe to its place if the weights beside it are in theirs."""
-        pending = _pending(self._recipe_state)
-        if pending.is_file() and any(belongs(pending, d) for d in epochs(self._output_dir)):
-            pending.replace(self._recipe_state)
-
-
-def _pending(recipe_state: Path) -> Path:
-    """Where the state of the recipe waits until the weights beside it are in place."""
-    return recipe_state.with_name(f"{recipe_state.name}.next")
-
-
-def _newest_pair(output_dir: Path, recipe_state: Path) -> tuple[Path, Path]:
-    """Weights and state of the recipe that were saved together."""
-    states = [path for path in (_pending(recipe_state), recipe_state) if path.is_file()]
-    if not states:
-        raise ValueError(f"cannot resume: there is no {recipe_state}")
-    for state in states:
-        for directory in epochs(output_dir):
-            if belongs(state, directory):
-                return directory, state
-    raise ValueError(
-        f"cannot resume: {recipe_state} is damaged, or was saved with no epoch_N of {output_dir} "
-        f"(each names its own in {MANIFEST}): restore the epoch, or start from its weights alone, "
-        "with checkpoint_dir"
-    )
 
 
 def write_weights(
@@ -306,18 +286,11 @@ def merge(
 ) -> None:
     """Write the checkpoint that a base model and its adapter, of ours or of peft, make.
 
-    Weights do not tell whether an adapter was trained on them: a base of another name is logged.
-
-    Args:
-        base: checkpoint directory of the base model.
-        adapter_dir: directory of the adapter.
-        output: directory to make.
-        dtype: dtype of the weights, by default that of each in the base model.
-        max_shard_size: most bytes of tensors in a file, such as ``500MB``.
-
-    Raises:
-        ValueError: if a directory is damaged or they do not fit each other.
-        OSError: if a file cannot be written, or the output exists.
+    Weights have ``dtype``, by default that of each in the base model, and files at most
+    ``max_shard_size`` bytes of tensors, such as ``500MB``. Weights do not tell whether an adapter
+    was trained on them: a base of another name is logged. Raises ``ValueError`` if a directory is
+    damaged or they do not fit each other, and ``OSError`` if a file cannot be written, or the
+    output exists.
     """
     weights = load_weights(base, weight_files(base))
     adapter = load_adapter(adapter_dir, weights)

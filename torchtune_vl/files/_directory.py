@@ -6,6 +6,7 @@ import logging
 import mmap
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -174,10 +175,18 @@ def check_manifest(directory: Path, required: Iterable[str] = ()) -> None:
     for name in files.content:
         if not is_inside(name):
             raise files.error(name, f"a file inside of {directory}: remove the entry")
+
+    def damage(name: str) -> str | None:
+        path, expected = directory / name, files.part(name).content
+        found = _entry(path) if path.is_file() else {}
+        if found and found.items() <= expected.items():
+            return None
+        was = f"and was {reprlib.repr(expected)} when it was written"
+        return f"{path} is {found or 'missing'}, {was}"
+
     problems = [f"{manifest} has no {name}" for name in required if name not in files]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _damage(directory / name, files.part(name)), files.content)
-        problems += [damage for damage in found if damage]
+        problems += filter(None, pool.map(damage, files.content))
     if problems:
         raise ValueError(
             f"{'; '.join(problems)}: copy these files again, or take another checkpoint; if you "
@@ -194,10 +203,13 @@ def is_inside(name: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
-def belongs(recipe_state: Path, directory: Path) -> bool:
-    """Tell whether a file is what ``recipe_state`` was when a directory's list was written."""
-    manifest = _manifest(directory)
-    return _RECIPE_STATE in manifest and not _damage(recipe_state, manifest.part(_RECIPE_STATE))
+def saved_with(recipe_state: Path, output_dir: Path) -> Path | None:
+    """Find the epoch that was saved with this state of a recipe, by what its list says of it."""
+    found = _entry(recipe_state).items()
+    for directory in epochs(output_dir):
+        if found <= _manifest(directory).part(_RECIPE_STATE).content.items():
+            return directory
+    return None
 
 
 def _manifest(directory: Path) -> JsonObject:
@@ -206,18 +218,6 @@ def _manifest(directory: Path) -> JsonObject:
         return read_json_object(path) if path.is_file() else JsonObject(path, {})
     except ValueError as error:
         raise ValueError(f"{error}: copy it again, or delete it") from None
-
-
-def _damage(path: Path, expected: JsonObject) -> str | None:
-    expected_size, expected_sum = expected.whole("size", 0), expected.text("xxh3_128")
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    if size != expected_size:
-        return f"{path} has a size of {size} bytes, expected {expected_size}"
-    if checksum(path) != expected_sum:
-        return f"{path} has another checksum than when it was written"
-    return None
 
 
 def _entry(path: Path) -> dict[str, Any]:

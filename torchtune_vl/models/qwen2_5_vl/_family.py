@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from torchtune_vl.files._json import JsonObject
-from torchtune_vl.files._names import TensorNames
+from torchtune_vl.files._tensor_names import TensorNames
 from torchtune_vl.models._builders import decoder, train_parts, vision_encoder
 from torchtune_vl.models._config import (
     DEEPEST,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torchtune_vl.files._json import JsonObject
-from torchtune_vl.files._names import TensorNames
+from torchtune_vl.files._tensor_names import TensorNames
 from torchtune_vl.models._builders import decoder, train_parts, vision_encoder
 from torchtune_vl.models._config import (
     DEEPEST,
