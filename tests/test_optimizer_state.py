@@ -15,13 +15,13 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import init_device_mesh
 from torchtune import config
 
+from torchtune_vl.training._distributed import shard
 from torchtune_vl.training._optimizer_state import (
     fit,
     initialize,
     optimizer_state,
     set_plain_values,
 )
-from torchtune_vl.training._parallel import shard
 
 ROOT = Path(__file__).parents[1]
 OPTIMIZERS: list[dict[str, Any]] = [

@@ -62,20 +62,7 @@ from torchtune_vl.models._weights import initial_adapters, load_weights_into
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import DoRA, is_adapter
 from torchtune_vl.recipes._main import run_recipe
-from torchtune_vl.training._fingerprint import (
-    data_fingerprint,
-    model_fingerprint,
-    refuse_changes,
-    settings,
-)
-from torchtune_vl.training._flops import FlopCounter, peak_flops
-from torchtune_vl.training._optimizer_state import (
-    fit,
-    initialize,
-    optimizer_state,
-    set_plain_values,
-)
-from torchtune_vl.training._parallel import (
+from torchtune_vl.training._distributed import (
     average_copies,
     clip_grad_norm,
     default_dtype,
@@ -86,7 +73,20 @@ from torchtune_vl.training._parallel import (
     non_finite,
     shard,
 )
-from torchtune_vl.training._plot import plot_losses
+from torchtune_vl.training._fingerprint import (
+    data_fingerprint,
+    model_fingerprint,
+    refuse_changes,
+    settings,
+)
+from torchtune_vl.training._flops import FlopCounter, peak_flops
+from torchtune_vl.training._loss_curve import plot_losses
+from torchtune_vl.training._optimizer_state import (
+    fit,
+    initialize,
+    optimizer_state,
+    set_plain_values,
+)
 from torchtune_vl.training._saved_steps import SavedStep, Steps, drop_steps_after, lock
 
 log = get_logger("INFO")

@@ -37,21 +37,22 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 def _flat(node: Any, key: str) -> dict[str, Any]:
     if not isinstance(node, dict) or not node:
         return {key: node}
-    prefix = f"{key}." if key else ""
-    items = ((name, value) for name, value in node.items() if name not in _PLACES)
-    return {k: v for name, value in items for k, v in _flat(value, f"{prefix}{name}").items()}
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        if name not in _PLACES:
+            flat |= _flat(value, f"{key}.{name}".removeprefix("."))
+    return flat
 
 
 def model_fingerprint(weights: Mapping[str, torch.Tensor], checkpoint_dir: Path) -> dict[str, str]:
-    """Tell a model from others, without reading it all.
+    """Tell a model from others by checksums, without reading it all.
 
-    Returns checksums of config, tokenizer and processor files by name, and one of names, shapes,
-    dtypes and the first 4 KiB of each tensor as loaded.
+    They are of config, tokenizer and processor files, by name, and of names, shapes, dtypes and the
+    first 4 KiB of each tensor as loaded.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(weights.items()):
-        count = _BYTES_OF_EACH_TENSOR // tensor.element_size()
-        start = tensor.detach().flatten()[:count]
+        start = tensor.detach().flatten()[: _BYTES_OF_EACH_TENSOR // tensor.element_size()]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(start.view(torch.uint8).numpy().tobytes())
     files = {
@@ -63,9 +64,9 @@ def model_fingerprint(weights: Mapping[str, torch.Tensor], checkpoint_dir: Path)
 
 
 def data_fingerprint(dataset: DictConfig, sizes: np.ndarray) -> dict[str, str]:
-    """Tell a dataset from others by its config and its samples' sizes, without reading its media.
+    """Tell a dataset from others by checksums, without reading its media.
 
-    Returns checksums of the local files of its ``data_files`` by name, and of the sizes.
+    They are of the local files of its config's ``data_files``, by name, and of its samples' sizes.
     """
     content: Any = OmegaConf.to_container(dataset, resolve=True)
     patterns = tree_leaves(content.get("data_files") or [])
@@ -83,11 +84,13 @@ def refuse_changes(kind: str, before: Mapping[str, Any], now: Mapping[str, Any])
 
     Of ``settings`` the values are told; any other ``kind`` is what the checksums are of.
     """
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if names:
-        changes = [f"{name} has changed" for name in names]
-        if kind == "settings":
-            changes = [f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in names]
+    told = "{} was {!r} and is {!r}" if kind == "settings" else "{} has changed"
+    changes = [
+        told.format(name, before.get(name), now.get(name))
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
         raise ValueError(
             f"a run goes on with the {kind} that it began with, but {', '.join(changes)}: restore "
             "what it was, or start anew in another output_dir"
