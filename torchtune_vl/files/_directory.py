@@ -30,8 +30,7 @@ log = logging.getLogger(__name__)
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a path beside a file's to write to, and move it there when it is on the disk.
 
-    What is at the place stays until then, and goes on to exist for whoever has it mapped: nothing
-    is ever written over. If writing fails there is no rest of it.
+    What is there stays until then, and for whoever has it mapped. A failure leaves nothing.
     """
     partial = _beside(path, ".partial")
     try:
@@ -58,13 +57,12 @@ def write_json(path: Path, content: Any) -> None:
 def new_directory(target: Path) -> Iterator[Path]:
     """Yield a directory, ``epoch_N.partial``, and name it ``epoch_N`` when it is on the disk.
 
-    An older directory of this name is ``epoch_N.old`` between two renames, where :func:`survivor`
-    finds it after a crash. What crashes left of it, and of an epoch all others beside it, is put
-    right before and after; a lock keeps this from what another process is writing. Raises
-    ``OSError`` if something cannot be written, or another process writes there; all is as before
-    then.
+    What has this name is ``epoch_N.old`` between two renames, where :func:`survivor` finds it. What
+    crashes left, of an epoch of all beside it too, is put right before and after, under a lock.
+    Raises ``OSError`` if something cannot be written, or another process writes there; all is as
+    before then.
     """
-    partial = _beside(target, ".partial")
+    partial, old = _beside(target, ".partial"), _beside(target, ".old")
     locked = target.with_name(f".{'epochs' if _EPOCH.fullmatch(target.name) else target.name}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +72,7 @@ def new_directory(target: Path) -> Iterator[Path]:
                 partial.mkdir()
                 yield partial
                 if target.exists():
-                    target.rename(_beside(target, ".old"))
+                    target.rename(old)
                 partial.rename(target)
                 flush(target.parent)
             finally:
@@ -89,10 +87,8 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 def _tidy(target: Path) -> None:
     """Bring back what was being replaced when a crash came, and remove all else that it left."""
-    names = {target.name}
-    if _EPOCH.fullmatch(target.name):
-        names |= {p.stem for p in target.parent.glob("epoch_*.*") if _EPOCH.fullmatch(p.stem)}
-    for place in (target.with_name(name) for name in names):
+    places = _epoch_places(target.parent) if _EPOCH.fullmatch(target.name) else []
+    for place in {target, *places}:
         remove(_beside(place, ".partial"))
         old = _beside(place, ".old")
         if place.exists():
@@ -124,15 +120,13 @@ def open_locked(path: Path) -> TextIO:
         # Unlike flock's, it is not shared with data workers, which may outlive the process
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Whoever held it may have removed the file since it was opened, and another made it anew
-        is_ours = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except (BlockingIOError, PermissionError):
-        is_ours = False
+        if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            raise BlockingIOError
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        file.close()
+        raise BlockingIOError(f"another process is writing there, and holds {path}") from None
     except OSError as error:  # of some file systems of clusters
         log.warning("%s cannot be locked (%s): see that nobody else writes there", path, error)
-        is_ours = True
-    if not is_ours:
-        file.close()
-        raise BlockingIOError(f"another process is writing there, and holds {path}")
     return file
 
 
@@ -144,16 +138,17 @@ def survivor(target: Path) -> Path:
 
 def epochs(output_dir: Path) -> list[Path]:
     """List all complete ``epoch_N``, from the highest number down."""
-    matches = [re.fullmatch(r"epoch_(\d+)(\.old)?", path.name) for path in output_dir.glob("*")]
-    numbers = {int(match[1]) for match in matches if match}
-    return [survivor(output_dir / f"epoch_{number}") for number in sorted(numbers, reverse=True)]
+    return [path for place in _epoch_places(output_dir) if (path := survivor(place)).exists()]
+
+
+def _epoch_places(directory: Path) -> list[Path]:
+    names = (_EPOCH.fullmatch(path.stem) for path in directory.glob("epoch_*"))
+    numbers = {int(name[1]) for name in names if name}
+    return [directory / f"epoch_{number}" for number in sorted(numbers, reverse=True)]
 
 
 def write_manifest(directory: Path, recipe_state: Path | None = None) -> None:
-    """Write ``checksums.json``: size in bytes and checksum of each file in a directory.
-
-    ``recipe_state`` is a file elsewhere that belongs to it, see :func:`belongs`.
-    """
+    """Write ``checksums.json``: sizes and checksums of all files, and of a recipe's elsewhere."""
     own = directory / MANIFEST
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != own)
     names = [path.relative_to(directory).as_posix() for path in paths]
@@ -165,11 +160,9 @@ def write_manifest(directory: Path, recipe_state: Path | None = None) -> None:
 
 
 def check_manifest(directory: Path, required: Iterable[str] = ()) -> None:
-    """Compare the files of a directory with its ``checksums.json``, if it has one.
+    """Raise ``ValueError`` with all files that are not as ``checksums.json`` says, if there is one.
 
-    Raises ``ValueError`` with all files that are missing or have another size or checksum, and all
-    ``required`` names that it does not list; or if it is damaged itself, or lists files of other
-    directories.
+    So it is if that is damaged, lists files of other directories, or not all ``required`` ones.
     """
     manifest, files = directory / MANIFEST, _manifest(directory).part("files")
     for name in files.content:
@@ -181,8 +174,8 @@ def check_manifest(directory: Path, required: Iterable[str] = ()) -> None:
         found = _entry(path) if path.is_file() else {}
         if found and found.items() <= expected.items():
             return None
-        was = f"and was {reprlib.repr(expected)} when it was written"
-        return f"{path} is {found or 'missing'}, {was}"
+        was = reprlib.repr(expected)
+        return f"{path} is {found or 'missing'}, and was {was} when it was written"
 
     problems = [f"{manifest} has no {name}" for name in required if name not in files]
     with ThreadPoolExecutor() as pool:

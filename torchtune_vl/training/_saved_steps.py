@@ -1,4 +1,4 @@
-"""Directories of the steps that a run can go on from, and what else of a run outlives a crash."""
+"""Steps that a run can go on from, in directories; its lock, and its log of samples."""
 
 import json
 import logging
@@ -33,11 +33,8 @@ class SavedStep(NamedTuple):
 class Steps:
     """``step_N`` in a directory, each complete, with checksums, or not there.
 
-    Other names in the directory are not looked at.
-
-    Args:
-        directory: holds them; made when the first is saved.
-        keep_last: how many of the newest to keep, beside the best that they know of.
+    Of these the newest ``keep_last`` are kept, and the best that they know of. Other names in the
+    directory are not looked at.
     """
 
     def __init__(self, directory: Path, keep_last: int) -> None:
@@ -45,7 +42,7 @@ class Steps:
         self.keep_last = keep_last
 
     def tidy(self) -> None:
-        """Remove what a crash left: directories that were being written or removed."""
+        """Remove directories that were being written or removed when a crash came."""
         for left in self.directory.glob("step_*.partial"):
             if _NAME.fullmatch(left.stem):
                 remove(left)
@@ -71,8 +68,8 @@ class Steps:
     def newest_whole(self) -> SavedStep | None:
         """Return the newest step that is as it was written, or None if none was saved.
 
-        Newer ones, which are damaged, are renamed to ``step_N.damaged``, since this number comes
-        again. Raises ``ValueError`` if all of them are damaged.
+        Damaged ones are renamed to ``step_N.damaged``, since their numbers come again. Raises
+        ``ValueError`` if all are damaged.
         """
         reasons: dict[Path, str] = {}
         for directory in self._newest_first():
@@ -98,18 +95,14 @@ class Steps:
     def begin(self, step: int, progress: dict[str, Any]) -> None:
         """Make the directory that a step is written to, and write its progress as JSON.
 
-        ``progress["best"]["step"]`` is the number of a step to keep as long as this one, or None.
+        Its ``["best"]["step"]`` is the number of a step to keep as long as this one, or None.
         """
         self.discard(step)
         self.partial(step).mkdir(parents=True)
         write_json(self.partial(step) / _PROGRESS, progress)
 
     def finish(self, step: int) -> None:
-        """Give a step that is on the disk its checksums and its name, and remove older ones.
-
-        Raises ``OSError`` if it cannot be written or renamed. That an older one cannot be removed
-        is a warning.
-        """
+        """Give a step that is on the disk its checksums and its name, and remove older ones."""
         partial = self.partial(step)
         write_manifest(partial)
         flush(partial)
@@ -147,10 +140,9 @@ def _best(directory: Path) -> int | None:
 
 
 def lock(directory: Path) -> TextIO:
-    """Keep other runs from writing to a directory, which is made, while this process lives.
+    """Make a directory and keep others from it until the file is closed or this process ends.
 
-    Returns an open file, which holds the lock until it is closed. Raises ``ValueError`` if another
-    process holds it.
+    Raises ``ValueError`` if another process does so.
     """
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -165,9 +157,8 @@ def lock(directory: Path) -> TextIO:
 def drop_steps_after(step: int, path: Path) -> None:
     """Drop lines of later steps, which come again, and torn ones from JSON Lines with ``step``s."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    with new_file(path) as partial:
-        kept = "".join(line for line in lines if _step_of(line) <= step)
-        partial.write_text(kept, encoding="utf-8")
+    with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(line for line in lines if _step_of(line) <= step)
 
 
 def _step_of(line: str) -> float:
