@@ -127,7 +127,9 @@ def test_every_file_is_flushed_before_it_is_moved(
     replace = Path.replace
 
     def checked(source: Path, target: Path) -> Path:
-        assert source in flushed or source.suffix == ".next"
+        assert source in flushed or source.with_name(f"{source.name}.partial").name in {
+            path.name for path in flushed
+        }
         return replace(source, target)
 
     monkeypatch.setattr(Path, "replace", checked)
@@ -144,7 +146,7 @@ def test_what_a_crash_left_is_found_and_then_cleaned(base: Path, tmp_path: Path)
     (output / "epoch_0").rename(output / "epoch_0.old")
     (output / "epoch_0.partial").mkdir()
     (output / "epoch_7.partial").mkdir()
-    (output / "recipe_state" / "recipe_state.safetensors.next.partial").touch()
+    (output / "epoch_7.partial" / "recipe_state.next.partial").touch()
     assert resumed(base, output) == 1
     assert load(output / "epoch_0")["model"]
     save(base, output, epoch=1, value=1.5)
@@ -200,15 +202,16 @@ def test_resuming_takes_weights_and_state_of_the_same_save(base: Path, tmp_path:
     state.write_bytes(older)
     assert resumed(base, output) == 1
     # A crash just before the state of epoch 1 came to its place
-    pending = state.with_name(f"{state.name}.next")
-    pending.write_bytes(newer)
+    (output / "epoch_1" / "recipe_state.next").write_bytes(newer)
     assert resumed(base, output) == 2
     # ... and just before the weights of epoch 1 did
     (output / "epoch_1").rename(output / "epoch_1.partial")
     assert resumed(base, output) == 1
 
     (output / "epoch_0").rename(output / "other")
-    with pytest.raises(ValueError, match=r"recipe_state\.safetensors is damaged, or .* epoch_N"):
+    with pytest.raises(
+        ValueError, match=r"recipe_state\.safetensors is missing or damaged, or .* epoch_N"
+    ):
         resumed(base, output)
 
 
@@ -217,12 +220,18 @@ def test_recipe_checkpoint_is_taken_from_where_it_is_said_to_be(base: Path, tmp_
     save(base, output, epoch=0, value=1.0)
     elsewhere = tmp_path / "state.safetensors"
     (output / "recipe_state" / "recipe_state.safetensors").rename(elsewhere)
-    state = Qwen2_5_VLCheckpointer(
-        base, output, recipe_checkpoint=elsewhere, should_load_recipe_state=True
-    ).load_checkpoint()
-    assert state["value"] == 1
-    with pytest.raises(ValueError, match=r"there is no .*recipe_state\.safetensors"):
+    with pytest.raises(ValueError, match=r"recipe_state\.safetensors is missing or damaged"):
         resumed(base, output)
+    save(base, output, epoch=1, value=2.0)
+    for _ in range(2):  # also beside what a crash left
+        state = Qwen2_5_VLCheckpointer(
+            base, output, recipe_checkpoint=elsewhere, should_load_recipe_state=True
+        ).load_checkpoint()
+        assert state["value"] == 1
+        assert resumed(base, output) == 2
+        newest = output / "recipe_state" / "recipe_state.safetensors"
+        if newest.exists():
+            newest.rename(output / "epoch_1" / "recipe_state.next")
 
 
 @pytest.fixture

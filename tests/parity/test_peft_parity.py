@@ -270,12 +270,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "embedding that is no longer tied": (
         {"modules_to_save": ["embed_tokens"]},
         "head_dim_128",
-        "token embedding and the output layer, which are one.*merge_and_unload",
+        "token embedding and the output layer, lm_head, are one.*merge_and_unload",
     ),
     "output layer that is tied": (
         {"target_modules": ["q_proj", "lm_head"]},
         "head_dim_128",
-        "adapts lm_head, which is the token embedding",
+        "an adapter of lm_head not even peft merges rightly: train one without",
     ),
 }
 

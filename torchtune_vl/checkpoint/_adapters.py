@@ -1,9 +1,10 @@
 """Adapters in peft's files, and merged into the weights that they adapt."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from torchtune_vl.files._safetensors import Stored, read_tensors, save_tensors, 
 from torchtune_vl.files._tensor_names import TensorNames, peft_module
 from torchtune_vl.models._families import families
 from torchtune_vl.modules.adapters import ADAPTER_SUFFIXES, DoRA, is_adapter
+
+T = TypeVar("T")
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -46,30 +49,22 @@ _NAMES_BEFORE_4_52 = ("base_model.model.visual.", "base_model.model.model.layers
 
 
 class Adapter(NamedTuple):
-    """Adapters of a model, and parameters trained in full beside them.
+    """Adapters of a model, and parameters trained in full beside them."""
 
-    Args:
-        tensors: both, by our names.
-        rank: rank of the adapters.
-        alpha: their products are scaled by alpha / rank.
-        base: name or directory of the model that they adapt.
-        names: of the tensors of its family.
-    """
-
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]  # by our names
     rank: int
-    alpha: float
-    base: str
-    names: TensorNames
+    alpha: float  # products of the matrices are scaled by alpha / rank
+    base: str  # name or directory of the model that they adapt
+    names: TensorNames  # of its family
 
 
 def load_adapter(directory: Path, weights: Mapping[str, torch.Tensor] | None = None) -> Adapter:
     """Read an adapter that peft or this project wrote, its tensors mapped from the file.
 
-    ``weights`` are those of the model that it is to adapt, by our names, without an output layer if
-    it is the token embedding; the adapter is returned without it then. Raises ``ValueError`` if a
-    file is missing or damaged, it is another kind of adapter or of another model, or its tensors
-    are not those of its config, or not finite.
+    ``weights`` are those of the model that it is to adapt, by our names; an output layer that is
+    the token embedding is in neither. Raises ``ValueError`` if a file is missing or damaged, it is
+    another kind of adapter or of another model, or its tensors are not those of its config, or not
+    finite.
     """
     if not (directory / CONFIG).is_file():
         raise ValueError(f"{directory} has no {CONFIG}: it is no directory of an adapter")
@@ -82,7 +77,7 @@ def load_adapter(directory: Path, weights: Mapping[str, torch.Tensor] | None = N
         if not tensor.isfinite().all():
             raise ValueError(f"{directory / WEIGHTS}: {stored[name].name} is not finite")
     # peft writes some weights of the base beside them though they are not trained
-    in_full = _strings(config, "modules_to_save")
+    in_full = _list(config, "modules_to_save", JsonObject.text)
     copies = {}
     for name, place in stored.items():
         if not is_adapter(name) and not _is_within(peft_module(place.name), in_full):
@@ -139,20 +134,16 @@ def _untie(
     tensors: dict[str, torch.Tensor], copies: dict[str, torch.Tensor], directory: Path
 ) -> None:
     """Drop the output layer, which is the token embedding of the base."""
-    if any(is_adapter(name) and _split(name)[0] == _OUTPUT for name in tensors):
-        raise ValueError(
-            f"{directory}: it adapts lm_head, which is the token embedding of this base, and "
-            "not even peft merges that rightly: train one without it"
-        )
-    trained = [tensors[name] for name in (_EMBEDDING, _OUTPUT) if name in tensors]
     if _EMBEDDING in tensors and _OUTPUT in copies:  # peft does not list it, but writes it
-        trained.append(copies.pop(_OUTPUT))
-    tensors.pop(_OUTPUT, None)
-    if len(trained) == 1 or (trained and not torch.equal(*trained)):
+        tensors[_OUTPUT] = copies.pop(_OUTPUT)
+    trained = [t for name, t in tensors.items() if _split(name)[0] in (_EMBEDDING, _OUTPUT)]
+    if trained and not (len(trained) == 2 and torch.equal(*trained)):
         raise ValueError(
-            f"{directory}: of the token embedding and the output layer, which are one in this "
-            f"base, it has one alone, or two different ones: {_MERGE_BY_PEFT}"
+            f"{directory}: the token embedding and the output layer, lm_head, are one in this "
+            "base, but it trains one alone, or each in its own way, and an adapter of lm_head not "
+            f"even peft merges rightly: train one without that, or {_MERGE_BY_PEFT}"
         )
+    tensors.pop(_OUTPUT, None)
 
 
 def _compare_copies(
@@ -202,14 +193,12 @@ def _check_shapes(
 
 
 def targeted_modules(config: JsonObject, modules: Iterable[str]) -> list[str]:
-    """Tell which linear layers of transformers' model peft adapts.
+    """Tell which linear layers of transformers' model peft adapts by an adapter's config.
 
-    They are what ``target_modules``, ``exclude_modules``, ``modules_to_save``,
-    ``layers_to_transform`` and ``layers_pattern`` say together. Raises ``ValueError`` if one of
-    these keys has a value that says nothing.
+    Raises ``ValueError`` if one of the keys about these has a value that says nothing.
     """
     targets, excluded = _pattern(config, "target_modules"), _pattern(config, "exclude_modules")
-    in_full = _strings(config, "modules_to_save")
+    in_full = _list(config, "modules_to_save", JsonObject.text)
     found = [
         module
         for module in modules
@@ -217,33 +206,23 @@ def targeted_modules(config: JsonObject, modules: Iterable[str]) -> list[str]:
         and not excluded.fullmatch(module)
         and not _is_within(module, in_full)
     ]
-    key = "layers_to_transform"
-    if isinstance(config.content.get(key), int):
-        numbers = [config.whole(key, 0)]
-    else:
-        layers = config.each(key) if key in config else None
-        numbers = [layers.whole(place, 0) for place in layers.content] if layers else []
+    numbers = _list(config, "layers_to_transform", partial(JsonObject.whole, least=0), int)
     if not numbers or isinstance(config.content.get("target_modules"), str):
         return found
     key = "layers_pattern"
-    before = config.content.get(key)
-    names = [before] if isinstance(before, str) else _strings(config, key)
+    names = _list(config, key, JsonObject.text, str)
     any_of = "|".join(f"(?:{name})" for name in names) or r"[^.]*"
     layer_of = _compiled(config, key, rf"(?:.*?\.)?(?:{any_of})\.(?P<number>\d+)\.")
-    whole = _strings(config, "target_modules")
-    return [
-        module
-        for module in found
-        if module in whole
-        or ((layer := layer_of.match(module)) and int(layer["number"]) in numbers)
-    ]
+    in_layers = {m for m in found if (x := layer_of.match(m)) and int(x["number"]) in numbers}
+    return [m for m in found if m in in_layers or m in config.items("target_modules")]
 
 
 def _pattern(config: JsonObject, key: str) -> re.Pattern[str]:
     """What names of modules match as a whole: a regular expression, or how names end."""
     value = config.content.get(key)
     if not isinstance(value, str):
-        value = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, _strings(config, key)))})"
+        ends = map(re.escape, _list(config, key, JsonObject.text))
+        value = rf"(?:.*\.)?(?:{'|'.join(ends)})"
     return _compiled(config, key, value)
 
 
@@ -254,10 +233,16 @@ def _compiled(config: JsonObject, key: str, pattern: str) -> re.Pattern[str]:
         raise config.error(key, f"a regular expression ({error})") from None
 
 
-def _strings(config: JsonObject, key: str) -> list[str]:
-    """Return a list of strings, empty where there is none."""
-    items = config.each(key) if key in config else None
-    return [items.text(place) for place in items.content] if items else []
+def _list(
+    config: JsonObject, key: str, read: Callable[[JsonObject, str], T], alone: type | None = None
+) -> list[T]:
+    """Return a list, empty where there is none, and that of a value which may stand ``alone``."""
+    if key not in config:
+        return []
+    if alone and isinstance(config.content[key], alone):
+        return [read(config, key)]
+    items = config.each(key)
+    return [read(items, place) for place in items.content]
 
 
 def _is_within(module: str, names: Iterable[str]) -> bool:
@@ -270,23 +255,17 @@ def check_continues(
 ) -> None:
     """Raise ``ValueError`` unless a model goes on training what an adapter trained.
 
-    ``trained`` are the names of the model's trained parameters, which may be on the meta device.
-    Of the adapter, ``config`` has ``r`` and ``lora_alpha``, and ``names`` are of all its tensors.
+    ``trained`` are the names of the model's trained parameters, ``names`` of the adapter's tensors.
     """
+    ours, theirs = {*trained}, {*names}
+    one_sided = {"the adapter alone has": theirs - ours, "the model alone trains": ours - theirs}
+    problems = [f"{what} {_listed(sorted(found))}" for what, found in one_sided.items() if found]
     layer = next((m for m in model.modules() if isinstance(m, LoRALinear | DoRA)), None)
-    problems = []
     if layer is not None and (layer.rank, layer.alpha) != (config["r"], config["lora_alpha"]):
         problems.append(
             f"the model has lora_rank {layer.rank} and lora_alpha {layer.alpha}, it has "
             f"{config['r']} and {config['lora_alpha']}"
         )
-    ours, theirs = {*trained}, {*names}
-    for what, one_sided in (
-        ("the adapter alone has", theirs - ours),
-        ("the model alone trains", ours - theirs),
-    ):
-        if one_sided:
-            problems.append(f"{what} {_listed(sorted(one_sided))}")
     if problems:
         raise ValueError(
             f"the adapter of adapter_dir does not go on in this model: {'; '.join(problems)}: give "
@@ -307,9 +286,7 @@ def _split(name: str) -> tuple[str, str]:
 def save_adapter(adapter: Adapter, directory: Path) -> None:
     """Write an adapter as peft does, and checksums of its files.
 
-    Modules are named one by one in ``adapter_config.json``, so that no other layer of the same
-    name gets an adapter. Raises ``ValueError`` if a tensor is of no layer of our model, and
-    ``OSError`` if a file cannot be written.
+    Raises ``ValueError`` if a tensor is of no layer of our model.
     """
     tensors = dict(adapter.tensors)
     is_tied = _EMBEDDING in tensors and _OUTPUT not in tensors
@@ -317,7 +294,7 @@ def save_adapter(adapter: Adapter, directory: Path) -> None:
         tensors[_OUTPUT] = tensors[_EMBEDDING].clone()
     names = adapter.names.to_peft({name: name for name in tensors})
     adapted = {peft_module(peft) for peft, ours in names.items() if is_adapter(ours)}
-    in_full = {peft_module(peft) for peft, ours in names.items() if not is_adapter(ours)}
+    in_full = {peft_module(peft) for peft in names} - adapted
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
@@ -326,7 +303,7 @@ def save_adapter(adapter: Adapter, directory: Path) -> None:
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
         "use_dora": any(name.endswith(_MAGNITUDE) for name in adapter.tensors),
-        "target_modules": sorted(adapted),
+        "target_modules": sorted(adapted),  # by whole names, which no other layer ends in
         "modules_to_save": sorted(in_full) or None,
         "ensure_weight_tying": is_tied,
         "bias": "none",

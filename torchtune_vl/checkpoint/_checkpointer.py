@@ -19,7 +19,9 @@ from torchtune_vl.checkpoint._adapters import (
 )
 from torchtune_vl.files._directory import (
     MANIFEST,
+    RECIPE_STATE,
     check_manifest,
+    epochs,
     new_directory,
     new_file,
     saved_with,
@@ -56,11 +58,10 @@ log = logging.getLogger(__name__)
 class HubCheckpointer:
     """torchtune checkpointer of directories as the hub has them.
 
-    Reads safetensors files with the published names of tensors or those that transformers >= 4.52
-    has in memory, and a flat or nested ``config.json``. Writes ``{output_dir}/epoch_{n}`` as
-    transformers, vLLM and SGLang load it, with files of at most 5 GB and ``checksums.json``, which
-    loading compares with the files; adapters are merged, and in ``adapter`` there as peft writes
-    them. A crash at any moment leaves the directory complete, as it was before, or not there.
+    Reads the published names of tensors and those that transformers >= 4.52 has in memory, and flat
+    and nested configs. Writes ``{output_dir}/epoch_{n}`` as transformers, vLLM and SGLang load it,
+    with ``checksums.json``, which loading compares; adapters are merged there, and in ``adapter``
+    as peft writes them. A crash leaves each directory complete, as it was before, or not there.
 
     Args:
         checkpoint_dir: directory to start from.
@@ -99,8 +100,6 @@ class HubCheckpointer:
             )
         self._resume = should_load_recipe_state
         self._recipe_state = self._output_dir / "recipe_state" / "recipe_state.safetensors"
-        # Where it waits until the weights that are saved with it are in place
-        self._pending = self._recipe_state.with_name(f"{self._recipe_state.name}.next")
         self._recipe_checkpoint = Path(recipe_checkpoint or self._recipe_state)
         self._adapter_dir = None if adapter_dir is None else Path(adapter_dir)
         self._weights_dir = survivor(self._checkpoint_dir)
@@ -116,16 +115,15 @@ class HubCheckpointer:
 
     def _find_epoch(self) -> Path:
         """Find the epoch to resume, and which state of the recipe was saved with it."""
-        given = self._recipe_checkpoint
-        states = [p for p in (given.with_name(f"{given.name}.next"), given) if p.is_file()]
-        if not states:
-            raise ValueError(f"cannot resume: there is no {given}")
+        given, states = self._recipe_checkpoint, [self._recipe_checkpoint]
+        if given == self._recipe_state:  # or where a crash left it
+            states = [*(epoch / RECIPE_STATE for epoch in epochs(self._output_dir)), given]
         for state in states:
-            if epoch := saved_with(state, self._output_dir):
+            if state.is_file() and (epoch := saved_with(state, self._output_dir)):
                 self._recipe_checkpoint = state
                 return epoch
         raise ValueError(
-            f"cannot resume: {given} is damaged, or was saved with no epoch_N of "
+            f"cannot resume: {given} is missing or damaged, or was saved with no epoch_N of "
             f"{self._output_dir} (each names its own in {MANIFEST}): restore the epoch, or start "
             "from its weights alone, with checkpoint_dir"
         )
@@ -187,36 +185,30 @@ class HubCheckpointer:
         if adapter_only and ADAPTER_KEY not in state_dict:
             raise ValueError("adapter_only: there are no adapters to save")
         target = self._output_dir / f"epoch_{epoch}"
-        self._finish_recipe_state()
-        recipe_state = None
-        try:
-            with new_directory(target) as partial:
-                if not adapter_only:
-                    weights = state_dict[MODEL_KEY]
-                    write_weights(weights, partial, survivor(self._checkpoint_dir))
-                    for name, text in (processor_files or {}).items():
-                        with new_file(partial / name) as file:
-                            file.write_text(text, encoding="utf-8")
-                if ADAPTER_KEY in state_dict:
-                    (partial / _ADAPTER).mkdir()
-                    save_adapter(self._adapter(state_dict), partial / _ADAPTER)
-                if intermediate_checkpoint:
-                    rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
-                    recipe_state = self._pending
-                    recipe_state.parent.mkdir(exist_ok=True)
-                    with new_file(recipe_state) as file:
-                        save_tree(rest, file)
-                write_manifest(partial, recipe_state)
-        finally:
-            self._finish_recipe_state()
-            if recipe_state:
-                recipe_state.unlink(missing_ok=True)  # of a save that failed
+        self._take_recipe_state()
+        with new_directory(target) as partial:
+            if not adapter_only:
+                write_weights(state_dict[MODEL_KEY], partial, survivor(self._checkpoint_dir))
+                for name, text in (processor_files or {}).items():
+                    with new_file(partial / name) as file:
+                        file.write_text(text, encoding="utf-8")
+            if ADAPTER_KEY in state_dict:
+                (partial / _ADAPTER).mkdir()
+                save_adapter(self._adapter(state_dict), partial / _ADAPTER)
+            if intermediate_checkpoint:
+                rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
+                with new_file(partial / RECIPE_STATE) as file:
+                    save_tree(rest, file)
+            write_manifest(partial)
+        self._take_recipe_state()
         log.info("Checkpoint written to %s", target)
 
-    def _finish_recipe_state(self) -> None:
-        """Move the state of the recipe to its place if the weights beside it are in theirs."""
-        if self._pending.is_file() and saved_with(self._pending, self._output_dir):
-            self._pending.replace(self._recipe_state)
+    def _take_recipe_state(self) -> None:
+        """Move the state of the recipe to its place once the weights beside it are in theirs."""
+        for epoch in epochs(self._output_dir):
+            if (epoch / RECIPE_STATE).is_file():
+                self._recipe_state.parent.mkdir(exist_ok=True)
+                (epoch / RECIPE_STATE).replace(self._recipe_state)
 
     def _adapter(self, state_dict: Mapping[str, Any]) -> Adapter:
         """The adapters of a recipe's state, and the parts that it trained in full beside them."""
@@ -229,10 +221,9 @@ class HubCheckpointer:
         return Adapter(tensors, config["r"], config["lora_alpha"], str(base.resolve()), names)
 
     def _trained_in_full(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
-        """Names of the weights of those parts that were trained themselves, not by adapters alone.
+        """Names of the weights of parts whose biases or normalisations have changed.
 
-        torchtune's recipes do not tell. But adapters, merged or not, and NF4 change matrices only:
-        a part whose biases or normalisations are not those to start from was trained in full.
+        torchtune's recipes do not tell, but adapters, merged or not, and NF4 change matrices only.
         """
         names = family_of(self._weights_dir).names
         stored = names.from_published(stored_tensors(self._files, published_name))
@@ -246,15 +237,11 @@ class HubCheckpointer:
 
 
 def write_weights(
-    weights: Mapping[str, torch.Tensor],
-    directory: Path,
-    source: Path,
-    max_shard_size: str = "5GB",
+    weights: Mapping[str, torch.Tensor], directory: Path, source: Path, max_shard_size: str = "5GB"
 ) -> None:
-    """Write weights in the published layout into an empty directory.
+    """Write weights in the published layout, with the other files of a checkpoint, ``source``.
 
-    Config, tokenizer and processor files come from another checkpoint, ``source``. Raises
-    ``ValueError`` if a tensor is not of the model, and ``OSError`` if a file cannot be written.
+    Raises ``ValueError`` if a tensor is not of its model.
     """
     published = family_of(source).names.to_published(weights)
     for path in source.iterdir():
@@ -270,7 +257,7 @@ def _state_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     name = str(dtype).removeprefix("torch.")
     config = read_json_object(path).content
-    parts = [config, config.get("text_config") or {}, config.get("vision_config") or {}]
+    parts = [config, *(config.get(part) or {} for part in ("text_config", "vision_config"))]
     stating = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
     for part, key in stating or [(config, "torch_dtype")]:
         part[key] = name

@@ -20,7 +20,9 @@ from safetensors import SafetensorError
 from torchtune_vl.files._json import JsonObject, read_json_object
 
 MANIFEST = "checksums.json"
-_RECIPE_STATE = "recipe_state"
+# In an epoch until this is complete: the state of a recipe that was saved with it
+RECIPE_STATE = "recipe_state.next"
+_ITS_ENTRY = "recipe_state"
 _EPOCH = re.compile(r"epoch_(\d+)")
 
 log = logging.getLogger(__name__)
@@ -147,16 +149,15 @@ def _epoch_places(directory: Path) -> list[Path]:
     return [directory / f"epoch_{number}" for number in sorted(numbers, reverse=True)]
 
 
-def write_manifest(directory: Path, recipe_state: Path | None = None) -> None:
-    """Write ``checksums.json``: sizes and checksums of all files, and of a recipe's elsewhere."""
+def write_manifest(directory: Path) -> None:
+    """Write ``checksums.json``: sizes and checksums of all files, and apart of a recipe's state."""
     own = directory / MANIFEST
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != own)
     names = [path.relative_to(directory).as_posix() for path in paths]
     with ThreadPoolExecutor() as pool:
-        manifest = {"files": dict(zip(names, pool.map(_entry, paths), strict=True))}
-    if recipe_state:
-        manifest[_RECIPE_STATE] = _entry(recipe_state)
-    write_json(own, manifest)
+        files = dict(zip(names, pool.map(_entry, paths), strict=True))
+    state = {_ITS_ENTRY: files.pop(RECIPE_STATE)} if RECIPE_STATE in files else {}
+    write_json(own, {"files": files, **state})
 
 
 def check_manifest(directory: Path, required: Iterable[str] = ()) -> None:
@@ -200,7 +201,7 @@ def saved_with(recipe_state: Path, output_dir: Path) -> Path | None:
     """Find the epoch that was saved with this state of a recipe, by what its list says of it."""
     found = _entry(recipe_state).items()
     for directory in epochs(output_dir):
-        if found <= _manifest(directory).part(_RECIPE_STATE).content.items():
+        if found <= _manifest(directory).part(_ITS_ENTRY).content.items():
             return directory
     return None
 

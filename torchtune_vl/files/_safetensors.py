@@ -29,10 +29,9 @@ class Stored(NamedTuple):
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """List the files of weights in a directory: those of the index, or ``model.safetensors``.
+    """List a directory's files of weights: those of its index, there or not, or the single one.
 
-    Those of an index need not exist. Raises ``ValueError`` if there is neither, or the index is
-    damaged.
+    Raises ``ValueError`` if there is neither, or the index is damaged.
     """
     index, single = directory / INDEX, directory / "model.safetensors"
     if not index.is_file():
@@ -90,8 +89,7 @@ def write_shards(
 ) -> None:
     """Write tensors to ``model.safetensors``, or to several files and then their index.
 
-    A file has at most ``max_shard_size`` bytes of tensors, such as ``500MB``. Takes memory for one
-    file at most, if tensors are on another device or not contiguous.
+    Takes memory for one file at most, if tensors are on another device or not contiguous.
     """
     plan = split_torch_state_dict_into_shards(dict(weights), max_shard_size=max_shard_size)
     for filename, names in plan.filename_to_tensors.items():
@@ -109,10 +107,9 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def save_tree(tree: Any, path: Path) -> None:
-    """Write nested dicts, lists and tuples of tensors and of plain values that JSON can hold.
+    """Write nested dicts, lists and tuples of tensors, also low-bit ones, and of JSON's values.
 
-    Keys are str or int. Tensors of torchao's low-bit optimizers are taken to pieces. Raises
-    ``TypeError`` if a value is of another kind.
+    Raises ``TypeError`` if a value is of another kind.
     """
     tensors: dict[str, torch.Tensor] = {}
 

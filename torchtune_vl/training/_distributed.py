@@ -109,8 +109,7 @@ def non_finite(parameters: Mapping[str, nn.Parameter], device: torch.device) -> 
 def average_copies(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
     """Average the gradients of what each device of a mesh with one named dimension has a copy of.
 
-    All compute the same, but not to the last bit where a device's backward is not deterministic,
-    and the copies would drift apart.
+    Where a backward is not deterministic to the last bit, the copies would drift apart.
     """
     (name,) = mesh.mesh_dim_names or ()
     for gradient in (p.grad for p in parameters if p.grad is not None):
@@ -126,9 +125,8 @@ def average_copies(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale gradients down to a norm that they exceed, over parameters sharded in several ways.
 
-    Like :func:`torch.nn.utils.clip_grad_norm_`, which takes those of one mesh only. Returns the
-    norm before, a scalar, on the device and not waited for; an infinite ``max_norm`` is for that
-    alone.
+    :func:`torch.nn.utils.clip_grad_norm_` takes those of one mesh only. Returns the norm before, a
+    scalar, on the device and not waited for.
     """
     groups: dict[object, list[torch.Tensor]] = {}
     for p in parameters:

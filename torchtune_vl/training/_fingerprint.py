@@ -45,11 +45,7 @@ def _flat(node: Any, key: str) -> dict[str, Any]:
 
 
 def model_fingerprint(weights: Mapping[str, torch.Tensor], checkpoint_dir: Path) -> dict[str, str]:
-    """Tell a model from others by checksums, without reading it all.
-
-    They are of config, tokenizer and processor files, by name, and of names, shapes, dtypes and the
-    first 4 KiB of each tensor as loaded.
-    """
+    """Tell a model from others by checksums of its JSON and text files, and of parts of tensors."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(weights.items()):
         start = tensor.detach().flatten()[: _BYTES_OF_EACH_TENSOR // tensor.element_size()]
@@ -64,10 +60,7 @@ def model_fingerprint(weights: Mapping[str, torch.Tensor], checkpoint_dir: Path)
 
 
 def data_fingerprint(dataset: DictConfig, sizes: np.ndarray) -> dict[str, str]:
-    """Tell a dataset from others by checksums, without reading its media.
-
-    They are of the local files of its config's ``data_files``, by name, and of its samples' sizes.
-    """
+    """Tell a dataset from others by checksums of its local ``data_files`` and of samples' sizes."""
     content: Any = OmegaConf.to_container(dataset, resolve=True)
     patterns = tree_leaves(content.get("data_files") or [])
     files: dict[str, str] = {}
@@ -80,10 +73,8 @@ def data_fingerprint(dataset: DictConfig, sizes: np.ndarray) -> dict[str, str]:
 
 
 def refuse_changes(kind: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` with what a run was begun with and does not go on with, by name.
-
-    Of ``settings`` the values are told; any other ``kind`` is what the checksums are of.
-    """
+    """Raise ``ValueError`` with what a run was begun with and does not go on with, by name."""
+    # Of all but settings these are checksums
     told = "{} was {!r} and is {!r}" if kind == "settings" else "{} has changed"
     changes = [
         told.format(name, before.get(name), now.get(name))

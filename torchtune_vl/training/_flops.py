@@ -1,9 +1,4 @@
-"""Floating-point operations of training, for model FLOPs utilization (MFU).
-
-Counted is what the mathematics needs, two operations for each multiply-add of a matrix product, as
-in PaLM (arXiv 2204.02311, appendix B): what checkpointing, attention kernels and chunked losses
-compute a second time is left out, and so is all that is not a matrix product.
-"""
+"""Floating-point operations of training, for model FLOPs utilization (MFU)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -36,9 +31,9 @@ def peak_flops(device_name: str) -> float | None:
 class FlopCounter:
     """Counts the operations of forward and backward for rows of any composition.
 
-    Weights that are frozen take no gradient, and nothing below the first that is trained takes any:
-    a frozen encoder costs its forward alone. The model is looked at before its layers are wrapped
-    (sharding, checkpointing), on the meta device perhaps.
+    They are what the mathematics needs, two for each multiply-add of a matrix product, as in PaLM
+    (arXiv 2204.02311, appendix B), without what checkpointing, kernels and chunked losses compute a
+    second time. The model is as it is before its layers are wrapped, on the meta device perhaps.
     """
 
     def __init__(self, model: Any) -> None:

@@ -1,9 +1,4 @@
-"""Memory of training on one of several devices, computed from a config.
-
-Weights come from the model on the meta device. Activations are those that autograd keeps of one
-real layer, run on tensors without storage, times the number of layers. So they are those without
-compilation, which keeps fewer.
-"""
+"""Memory of training on one of several devices, computed from a config."""
 
 from typing import Any
 
@@ -27,9 +22,9 @@ _LOGIT_BYTES = 2 + 4 + 4
 def estimate_memory(config: DictConfig, num_devices: int = 1) -> dict[str, int]:
     """Compute the bytes that the recipe ``finetune`` takes on each device, at its peak, by purpose.
 
-    Weights, gradients and optimizer are sharded over ``num_devices``; NF4 weights and activations
-    are not. Not in it are what the allocator loses to fragments, the CUDA context, about 0.5 GB,
-    and buffers of communication. Raises ``ValueError`` if the model cannot be built.
+    Weights but NF4 ones, gradients and optimizer are sharded over ``num_devices``. Not in it are
+    what the allocator loses to fragments, the CUDA context, about 0.5 GB, buffers of communication,
+    and what compilation saves. Raises ``ValueError`` if the model cannot be built.
     """
     dtype = DTYPES[config.dtype]
     compute_dtype = DTYPES[config.compute_dtype or config.dtype]
