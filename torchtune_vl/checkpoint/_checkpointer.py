@@ -27,7 +27,6 @@ from torchtune_vl.files._directory import (
     saved_with,
     survivor,
     write_json,
-    write_manifest,
 )
 from torchtune_vl.files._json import read_json_object
 from torchtune_vl.files._safetensors import (
@@ -199,7 +198,6 @@ class HubCheckpointer:
                 rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
                 with new_file(partial / RECIPE_STATE) as file:
                     save_tree(rest, file)
-            write_manifest(partial)
         self._take_recipe_state()
         log.info("Checkpoint written to %s", target)
 
@@ -286,7 +284,6 @@ def merge(
         log.warning(told, adapter_dir, adapter.base, base)
     with _new_output(output) as partial:
         write_weights(merge_adapter(weights, adapter, dtype), partial, base, max_shard_size)
-        write_manifest(partial)
 
 
 def export(
@@ -305,7 +302,6 @@ def export(
             save_adapter(adapter._replace(tensors=weights), partial)
         else:
             write_weights(weights, partial, source, max_shard_size)
-            write_manifest(partial)
 
 
 def _new_output(output: Path) -> AbstractContextManager[Path]:

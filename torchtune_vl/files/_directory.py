@@ -57,14 +57,13 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """Yield a directory, ``epoch_N.partial``, and name it ``epoch_N`` when it is on the disk.
+    """Yield a directory, ``epoch_N.partial``, and :func:`complete` it as ``epoch_N``.
 
-    What has this name is ``epoch_N.old`` between two renames, where :func:`survivor` finds it. What
-    crashes left, of an epoch of all beside it too, is put right before and after, under a lock.
-    Raises ``OSError`` if something cannot be written, or another process writes there; all is as
-    before then.
+    What crashes left, of an epoch of all beside it too, is put right before and after, under a
+    lock. Raises ``OSError`` if something cannot be written, or another process writes there; all is
+    as before then.
     """
-    partial, old = _beside(target, ".partial"), _beside(target, ".old")
+    partial = _beside(target, ".partial")
     locked = target.with_name(f".{'epochs' if _EPOCH.fullmatch(target.name) else target.name}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,10 +72,7 @@ def new_directory(target: Path) -> Iterator[Path]:
                 _tidy(target)
                 partial.mkdir()
                 yield partial
-                if target.exists():
-                    target.rename(old)
-                partial.rename(target)
-                flush(target.parent)
+                complete(partial, target)
             finally:
                 _tidy(target)
                 locked.unlink(missing_ok=True)
@@ -85,6 +81,19 @@ def new_directory(target: Path) -> Iterator[Path]:
             f"{target} cannot be written ({error}): make room, or name another output_dir; "
             "earlier checkpoints are as they were"
         ) from error
+
+
+def complete(partial: Path, target: Path) -> None:
+    """Give a directory whose files are on the disk checksums and its name.
+
+    What has this name is ``{target}.old`` between two renames, where :func:`survivor` finds it.
+    """
+    write_manifest(partial)
+    flush(partial)
+    if target.exists():
+        target.rename(_beside(target, ".old"))
+    partial.rename(target)
+    flush(target.parent)
 
 
 def _tidy(target: Path) -> None:

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple, TextIO
 
 from torchtune_vl.files._directory import (
     check_manifest,
-    flush,
+    complete,
     new_file,
     open_locked,
     remove,
     write_json,
-    write_manifest,
 )
 
 _PROGRESS = "progress.json"
@@ -103,11 +102,7 @@ class Steps:
 
     def finish(self, step: int) -> None:
         """Give a step that is on the disk its checksums and its name, and remove older ones."""
-        partial = self.partial(step)
-        write_manifest(partial)
-        flush(partial)
-        partial.rename(self.path(step))
-        flush(self.directory)
+        complete(self.partial(step), self.path(step))
         saved = self._newest_first()
         kept = {*saved[: self.keep_last]}
         kept |= {self.path(best) for directory in kept if (best := _best(directory)) is not None}
