@@ -1,6 +1,7 @@
 """Checkpoints that crash, do not fit on the disk, or are damaged."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -14,7 +15,13 @@ import torch
 
 from tests.reference import reference_config
 from torchtune_vl.files import _directory, _safetensors
-from torchtune_vl.files._directory import MANIFEST, check_manifest, new_directory, new_file
+from torchtune_vl.files._directory import (
+    MANIFEST,
+    check_manifest,
+    new_directory,
+    new_file,
+    open_locked,
+)
 from torchtune_vl.files._safetensors import (
     INDEX,
     read_tensors,
@@ -189,6 +196,30 @@ def test_what_a_living_process_writes_stays(base: Path, tmp_path: Path) -> None:
     (output / "merged.partial").mkdir()  # whose writer was killed
     export(base, output / "merged")
     assert not list(output.glob("*.partial"))
+
+
+def test_a_lock_whose_file_was_removed_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever held it removed the file between our opening and our locking it."""
+    lockf, path = fcntl.lockf, tmp_path / "lock"
+    monkeypatch.setattr(fcntl, "lockf", lambda *to: (lockf(*to), path.unlink(), path.touch()))
+    with pytest.raises(BlockingIOError, match="another process is writing there"):
+        open_locked(path)
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with new_directory(tmp_path / "epoch_0") as partial:
+        (partial / "weights").touch()
+    assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_0"}
+    check_manifest(tmp_path / "epoch_0", required=("weights",))
 
 
 def test_resuming_takes_weights_and_state_of_the_same_save(base: Path, tmp_path: Path) -> None:

@@ -160,6 +160,11 @@ DAMAGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "A alone": ({}, {"lora_b.weight": None}, "has for .*q_proj.weight lora_a.weight \\[4, 256\\]:"),
     "B alone": ({}, {"lora_a.weight": None}, "has for .*q_proj.weight lora_b.weight \\[256, 4\\]:"),
     "empty": ({}, {"lora_a.weight": torch.empty(0)}, "_a.weight \\[0\\].*not gathered"),
+    "empty columns": (
+        {},
+        {"lora_a.weight": torch.empty(4, 0)},
+        "_a.weight \\[4, 0\\].*not gathered",
+    ),
     "a vector": ({}, {"lora_b.weight": torch.ones(256)}, "lora_b.weight \\[256\\]"),
     "matrices of two ranks": ({}, {"lora_a.weight": torch.ones(3, 256)}, "r is 4 and"),
     "NaN": ({}, {"lora_b.weight": torch.full((256, 4), torch.nan)}, "lora_B.weight is not finite"),
