@@ -439,6 +439,13 @@ def test_peft_loads_our_tied_embedding(bases: dict[str, Path], tmp_path: Path) -
     state = Qwen2_5_VLCheckpointer(base, tmp_path / "out", adapter_dir=tmp_path).load_checkpoint()
     model.load_state_dict(state["model"])
     assert difference(our_logits(model, samples), ours, inputs) == 0
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.weight"] += 1
+    save_file(tensors, path)
+    (tmp_path / "checksums.json").unlink()
+    with pytest.raises(ValueError, match="one alone, or each in its own way"):
+        merge(base, tmp_path, tmp_path / "merged")
 
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

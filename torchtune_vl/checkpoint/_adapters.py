@@ -18,6 +18,7 @@ from torchtune_vl.models._families import families
 from torchtune_vl.modules.adapters import ADAPTER_SUFFIXES, DoRA, is_adapter
 
 T = TypeVar("T")
+Tensors = Mapping[str, torch.Tensor]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -58,7 +59,7 @@ class Adapter(NamedTuple):
     names: TensorNames  # of its family
 
 
-def load_adapter(directory: Path, weights: Mapping[str, torch.Tensor] | None = None) -> Adapter:
+def load_adapter(directory: Path, weights: Tensors | None = None) -> Adapter:
     """Read an adapter that peft or this project wrote, its tensors mapped from the file.
 
     ``weights`` are those of the model that it is to adapt, by our names; an output layer that is
@@ -83,12 +84,17 @@ def load_adapter(directory: Path, weights: Mapping[str, torch.Tensor] | None = N
         if not is_adapter(name) and not _is_within(peft_module(place.name), in_full):
             copies[name] = tensors.pop(name)
     # Without an output layer this is the token embedding
-    base = None if weights is None else {_OUTPUT: weights[_EMBEDDING], **weights}
+    base = {_OUTPUT: weights[_EMBEDDING], **weights} if weights else {}
     _check_shapes(tensors, config, base)
-    if weights is not None and base is not None:
+    if weights:
         if _OUTPUT not in weights:
             _untie(tensors, copies, directory)
-        _compare_copies(copies, base, directory)
+        for name, copy in copies.items():
+            if not _are_equal(copy, base.get(name)):
+                raise ValueError(
+                    f"{directory}: it has weights of its base, and {name} is not as in "
+                    "checkpoint_dir: name the base that it was trained on"
+                )
         # A pattern is of the names that modules had when the adapter was trained
         before_4_52 = any(place.name.startswith(_NAMES_BEFORE_4_52) for place in stored.values())
         rename = names.to_published if before_4_52 else names.to_peft
@@ -146,26 +152,12 @@ def _untie(
     tensors.pop(_OUTPUT, None)
 
 
-def _compare_copies(
-    copies: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], directory: Path
-) -> None:
-    for name, copy in copies.items():
-        weight = weights.get(name)
-        # Equal in the smaller of their dtypes
-        if weight is None or not (
-            torch.equal(copy.to(weight.dtype), weight) or torch.equal(copy, weight.to(copy.dtype))
-        ):
-            raise ValueError(
-                f"{directory}: it has weights of its base, and {name} is not as in checkpoint_dir: "
-                "name the base that it was trained on"
-            )
+def _are_equal(a: torch.Tensor, b: torch.Tensor | None) -> bool:
+    """Compare tensors in the smaller of their dtypes."""
+    return b is not None and (torch.equal(a.to(b.dtype), b) or torch.equal(a, b.to(a.dtype)))
 
 
-def _check_shapes(
-    tensors: Mapping[str, torch.Tensor],
-    config: JsonObject,
-    base: Mapping[str, torch.Tensor] | None,
-) -> None:
+def _check_shapes(tensors: Tensors, config: JsonObject, base: Tensors) -> None:
     """Compare the shapes of an adapter with its config, and with the weights that it adapts."""
     rank, use_dora = config.whole("r"), config.over({"use_dora": False}).flag("use_dora")
     if not any(map(is_adapter, tensors)):
@@ -175,9 +167,9 @@ def _check_shapes(
         adapted, suffix = _split(name)
         adapters.setdefault(adapted, {})[suffix] = tuple(tensor.shape)
     for name, shapes in adapters.items():
-        if base is None:  # as far as the adapter tells
-            shape = shapes.get("") or shapes.get(_B, ())[:1] + shapes.get(_A, ())[-1:]
-        else:
+        # As far as the adapter itself tells, without a base
+        shape = shapes.get("") or shapes.get(_B, ())[:1] + shapes.get(_A, ())[-1:]
+        if base:
             shape = tuple(base[name].shape) if name in base else ()
         expected = {_A: (rank, *shape[1:]), _B: (*shape[:1], rank)}
         expected |= {_MAGNITUDE: shape[:1]} if use_dora else {}
@@ -317,7 +309,7 @@ def save_adapter(adapter: Adapter, directory: Path) -> None:
 
 @torch.no_grad()
 def merge_adapter(
-    weights: Mapping[str, torch.Tensor], adapter: Adapter, dtype: torch.dtype | None = None
+    weights: Tensors, adapter: Adapter, dtype: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
     """Add adapters to the weights of their layers, which they fit, see :func:`load_adapter`.
 
