@@ -131,12 +131,10 @@ class HubCheckpointer:
         """Load the weights, and to resume the state of the recipe.
 
         Returns ``model``, from our names to tensors as stored, on the CPU and mapped from the
-        files, those of an adapter among them. These are in ``adapter`` too, with ``r``,
-        ``lora_alpha`` and the names of parameters in full, ``modules_to_save``, in
-        ``adapter_config``. To resume also the keys that the recipe had saved.
-
-        Raises ``ValueError`` if files are missing or damaged, or tensors are unknown, missing or of
-        another shape than the config says; it lists all of them.
+        files, with those of an adapter, which are in ``adapter`` too, and its ``r``, ``lora_alpha``
+        and names of parameters in full, ``modules_to_save``, in ``adapter_config``. Raises
+        ``ValueError`` with all files that are missing or damaged, or all tensors that are unknown,
+        missing or of another shape than the config says.
         """
         weights = load_weights(self._weights_dir, self._files)
         state: dict[str, Any] = {MODEL_KEY: weights}
@@ -183,9 +181,8 @@ class HubCheckpointer:
         """
         if adapter_only and ADAPTER_KEY not in state_dict:
             raise ValueError("adapter_only: there are no adapters to save")
-        target = self._output_dir / f"epoch_{epoch}"
         self._take_recipe_state()
-        with new_directory(target) as partial:
+        with new_directory(self._output_dir / f"epoch_{epoch}") as partial:
             if not adapter_only:
                 write_weights(state_dict[MODEL_KEY], partial, survivor(self._checkpoint_dir))
                 for name, text in (processor_files or {}).items():
@@ -199,7 +196,7 @@ class HubCheckpointer:
                 with new_file(partial / RECIPE_STATE) as file:
                     save_tree(rest, file)
         self._take_recipe_state()
-        log.info("Checkpoint written to %s", target)
+        log.info("Checkpoint written to %s", self._output_dir / f"epoch_{epoch}")
 
     def _take_recipe_state(self) -> None:
         """Move the state of the recipe to its place once the weights beside it are in theirs."""
@@ -252,8 +249,7 @@ def write_weights(
 
 def _state_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
     """State the dtype of the weights in a config, since transformers loads in what it states."""
-    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
-    name = str(dtype).removeprefix("torch.")
+    name = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     config = read_json_object(path).content
     parts = [config, *(config.get(part) or {} for part in ("text_config", "vision_config"))]
     stating = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]

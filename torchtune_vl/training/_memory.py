@@ -79,12 +79,13 @@ def _gathered_bytes(model: Any, dtype: torch.dtype) -> int:
 def _activation_bytes(config: DictConfig, model: Any) -> dict[str, int]:
     """What layers keep for their gradients, and what one layer takes beside that as it runs."""
     encoder, decoder = model.encoders["vision"], model.decoder
-    rows = config.rows
-    padded = "batch_size" in rows
-    tokens = rows.batch_size * config.tokenizer.max_seq_len if padded else rows.max_tokens
-    patches = encoder.merger.unit_size * tokens  # at most
-    patches = min(patches, (not padded and rows.max_patches) or patches)
-    embedding = decoder.tok_embeddings
+    embedding, rows = decoder.tok_embeddings, config.rows
+    if "batch_size" in rows:
+        tokens, most = rows.batch_size * config.tokenizer.max_seq_len, None
+    else:
+        tokens, most = rows.max_tokens, rows.max_patches
+    patches = encoder.merger.unit_size * tokens
+    patches = min(patches, most or patches)
     with FakeTensorMode():
         x_NE = torch.empty(patches, encoder.merger.norm.weight.numel(), requires_grad=True)
         rope = torch.empty(patches, 2, encoder.layers[0].attn.head_dim // 2, dtype=torch.float32)
@@ -114,10 +115,8 @@ def _activation_bytes(config: DictConfig, model: Any) -> dict[str, int]:
 
 def _kept_bytes(layer: nn.Module, x: torch.Tensor, **inputs: Any) -> int:
     """Bytes that autograd keeps of a layer from forward to backward."""
-    weights = {
-        name: torch.empty(p.shape, requires_grad=p.requires_grad)
-        for name, p in layer.named_parameters()
-    }
+    named = layer.named_parameters()
+    weights = {name: torch.empty(p.shape, requires_grad=p.requires_grad) for name, p in named}
     given = [x for x in (*weights.values(), *inputs.values()) if isinstance(x, torch.Tensor)]
     kept = []
 
@@ -127,5 +126,5 @@ def _kept_bytes(layer: nn.Module, x: torch.Tensor, **inputs: Any) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         functional_call(layer, weights, (x,), inputs)
-    own, all_kept = ({x.untyped_storage() for x in tensors} for tensors in (given, kept))
-    return sum(storage.nbytes() for storage in all_kept - own)
+    storages = {x.untyped_storage() for x in kept} - {x.untyped_storage() for x in given}
+    return sum(storage.nbytes() for storage in storages)
