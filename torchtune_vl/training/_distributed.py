@@ -76,16 +76,21 @@ def shard(
     # Inputs stay as they are: rotary tables are float32 in any computation
     precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-    whole = {p for p in model.parameters() if isinstance(p.data, NF4Tensor)}
+    whole = {*model.parameters()} - {*plain_parameters(model)}
     for module in (*layers, model):
         fully_shard(
             module, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=whole
         )
 
 
+def plain_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """List a module's parameters but for quantized ones."""
+    return [p for p in module.parameters() if not isinstance(p.data, NF4Tensor)]
+
+
 def dtypes_of(model: nn.Module) -> set[torch.dtype]:
-    """List the dtypes of a model's parameters but for quantized ones."""
-    return {p.dtype for p in model.parameters() if not isinstance(p.data, NF4Tensor)}
+    """List the dtypes of a model's :func:`plain_parameters`."""
+    return {p.dtype for p in plain_parameters(model)}
 
 
 def gather(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -8,12 +8,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from torchtune_vl._torchao import NF4Tensor
 from torchtune_vl._torchtune import instantiate
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.loss import CHUNK
 from torchtune_vl.modules.summary import num_bytes
-from torchtune_vl.training._distributed import DTYPES, default_dtype, dtypes_of
+from torchtune_vl.training._distributed import DTYPES, default_dtype, dtypes_of, plain_parameters
 
 # Logits of a chunk in the dtype of the model and in float32, and the float32 gradient
 _LOGIT_BYTES = 2 + 4 + 4
@@ -31,7 +30,7 @@ def estimate_memory(config: DictConfig, num_devices: int = 1) -> dict[str, int]:
     with default_dtype(dtype), torch.device("meta"):
         model = instantiate(config.model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    plain = _plain(model)
+    plain = plain_parameters(model)
     states = {
         "weights": sum(map(num_bytes, plain)),
         "gradients": sum(map(num_bytes, trained)),
@@ -51,10 +50,6 @@ def estimate_memory(config: DictConfig, num_devices: int = 1) -> dict[str, int]:
     return memory
 
 
-def _plain(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if not isinstance(p.data, NF4Tensor)]
-
-
 def _optimizer_bytes(component: DictConfig, dtype: torch.dtype) -> float:
     """Bytes of state for each parameter, as the optimizer allots them to one it is given."""
     parameter = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
@@ -68,8 +63,8 @@ def _optimizer_bytes(component: DictConfig, dtype: torch.dtype) -> float:
 
 def _gathered_bytes(model: Any, dtype: torch.dtype) -> int:
     """What is whole at a time: a layer, the next, what is in no layer, and gradients of these."""
-    layer = _plain(model.decoder.layers[0])
-    rest = {*_plain(model)}
+    layer = plain_parameters(model.decoder.layers[0])
+    rest = {*plain_parameters(model)}
     for layers in (model.decoder.layers, model.encoders["vision"].layers):
         rest -= {*layers.parameters()}
     gradients = sum(p.numel() for p in (*layer, *rest) if p.requires_grad)
