@@ -51,11 +51,9 @@ class Steps:
         return next(iter(self._newest_first()), None)
 
     def path(self, step: int) -> Path:
-        """Return the directory of a step that was saved."""
         return self.directory / f"step_{step}"
 
     def partial(self, step: int) -> Path:
-        """Return the directory that a step is written to, before it gets its name."""
         return self.directory / f"step_{step}.partial"
 
     def read(self, step: int) -> SavedStep:
@@ -110,7 +108,6 @@ class Steps:
             remove(old)
 
     def discard(self, step: int) -> None:
-        """Remove what was written of a step that cannot be saved."""
         remove(self.partial(step))
 
     def _newest_first(self) -> list[Path]:
