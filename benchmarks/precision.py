@@ -31,7 +31,7 @@ from quickstart.vocabulary import fetch_vocabulary
 from torchtune_vl.data import packed_collate_vision
 from torchtune_vl.datasets import vision_chat_dataset
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform, qwen2_5_vl_from_config
-from torchtune_vl.training._parallel import shard
+from torchtune_vl.training._sharding import shard
 
 STEPS = 300
 BATCH = 4

@@ -1,6 +1,7 @@
 """Checkpoints that crash, do not fit on the disk, or are damaged."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -14,7 +15,13 @@ import torch
 
 from tests.reference import reference_config
 from torchtune_vl.files import _directory, _safetensors
-from torchtune_vl.files._directory import MANIFEST, check_manifest, new_directory, new_file
+from torchtune_vl.files._directory import (
+    MANIFEST,
+    check_manifest,
+    new_directory,
+    new_file,
+    open_locked,
+)
 from torchtune_vl.files._safetensors import (
     INDEX,
     read_tensors,
@@ -127,7 +134,9 @@ def test_every_file_is_flushed_before_it_is_moved(
     replace = Path.replace
 
     def checked(source: Path, target: Path) -> Path:
-        assert source in flushed or source.suffix == ".next"
+        assert source in flushed or source.with_name(f"{source.name}.partial").name in {
+            path.name for path in flushed
+        }
         return replace(source, target)
 
     monkeypatch.setattr(Path, "replace", checked)
@@ -144,7 +153,7 @@ def test_what_a_crash_left_is_found_and_then_cleaned(base: Path, tmp_path: Path)
     (output / "epoch_0").rename(output / "epoch_0.old")
     (output / "epoch_0.partial").mkdir()
     (output / "epoch_7.partial").mkdir()
-    (output / "recipe_state" / "recipe_state.safetensors.next.partial").touch()
+    (output / "epoch_7.partial" / "recipe_state.next.partial").touch()
     assert resumed(base, output) == 1
     assert load(output / "epoch_0")["model"]
     save(base, output, epoch=1, value=1.5)
@@ -189,6 +198,30 @@ def test_what_a_living_process_writes_stays(base: Path, tmp_path: Path) -> None:
     assert not list(output.glob("*.partial"))
 
 
+def test_a_lock_whose_file_was_removed_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever held it removed the file between our opening and our locking it."""
+    lockf, path = fcntl.lockf, tmp_path / "lock"
+    monkeypatch.setattr(fcntl, "lockf", lambda *to: (lockf(*to), path.unlink(), path.touch()))
+    with pytest.raises(BlockingIOError, match="another process is writing there"):
+        open_locked(path)
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with new_directory(tmp_path / "epoch_0") as partial:
+        (partial / "weights").touch()
+    assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch_0"}
+    check_manifest(tmp_path / "epoch_0", required=("weights",))
+
+
 def test_resuming_takes_weights_and_state_of_the_same_save(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     save(base, output, epoch=0, value=1.0)
@@ -200,15 +233,16 @@ def test_resuming_takes_weights_and_state_of_the_same_save(base: Path, tmp_path:
     state.write_bytes(older)
     assert resumed(base, output) == 1
     # A crash just before the state of epoch 1 came to its place
-    pending = state.with_name(f"{state.name}.next")
-    pending.write_bytes(newer)
+    (output / "epoch_1" / "recipe_state.next").write_bytes(newer)
     assert resumed(base, output) == 2
     # ... and just before the weights of epoch 1 did
     (output / "epoch_1").rename(output / "epoch_1.partial")
     assert resumed(base, output) == 1
 
     (output / "epoch_0").rename(output / "other")
-    with pytest.raises(ValueError, match=r"recipe_state\.safetensors is damaged, or .* epoch_N"):
+    with pytest.raises(
+        ValueError, match=r"recipe_state\.safetensors is missing or damaged, or .* epoch_N"
+    ):
         resumed(base, output)
 
 
@@ -217,12 +251,18 @@ def test_recipe_checkpoint_is_taken_from_where_it_is_said_to_be(base: Path, tmp_
     save(base, output, epoch=0, value=1.0)
     elsewhere = tmp_path / "state.safetensors"
     (output / "recipe_state" / "recipe_state.safetensors").rename(elsewhere)
-    state = Qwen2_5_VLCheckpointer(
-        base, output, recipe_checkpoint=elsewhere, should_load_recipe_state=True
-    ).load_checkpoint()
-    assert state["value"] == 1
-    with pytest.raises(ValueError, match=r"there is no .*recipe_state\.safetensors"):
+    with pytest.raises(ValueError, match=r"recipe_state\.safetensors is missing or damaged"):
         resumed(base, output)
+    save(base, output, epoch=1, value=2.0)
+    for _ in range(2):  # also beside what a crash left
+        state = Qwen2_5_VLCheckpointer(
+            base, output, recipe_checkpoint=elsewhere, should_load_recipe_state=True
+        ).load_checkpoint()
+        assert state["value"] == 1
+        assert resumed(base, output) == 2
+        newest = output / "recipe_state" / "recipe_state.safetensors"
+        if newest.exists():
+            newest.rename(output / "epoch_1" / "recipe_state.next")
 
 
 @pytest.fixture
@@ -307,8 +347,8 @@ def truncate(path: Path) -> None:
     ("damage", "message"),
     [
         (Path.unlink, "is missing"),
-        (alter_a_byte, "another checksum"),
-        (truncate, "has a size of .* bytes, expected"),
+        (alter_a_byte, r"is \{'size': (\d+), .*, and was \{'size': \1, 'xxh3_128':"),
+        (truncate, "is {'size': .*, and was {'size': .* when it was written"),
     ],
 )
 @pytest.mark.parametrize("name", [FIRST_SHARD, INDEX, "config.json"])
@@ -334,7 +374,7 @@ def test_all_damages_are_listed_and_intended_ones_can_be_declared(saved: Path) -
     manifest = json.loads((saved / MANIFEST).read_text())
     del manifest["files"]["config.json"]
     (saved / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="has a size") as error:
+    with pytest.raises(ValueError, match="when it was written") as error:
         load(saved)
     assert "config.json" not in str(error.value)
     (saved / MANIFEST).write_text("{")

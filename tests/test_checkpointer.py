@@ -9,7 +9,7 @@ import torchao.optim
 from safetensors.torch import load_file, save_file
 
 from tests.reference import reference_config, reference_model
-from torchtune_vl.checkpoint._tree_file import load_tree, save_tree
+from torchtune_vl.files._safetensors import load_tree, save_tree
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_hf_to_tune
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 

@@ -31,7 +31,7 @@ from torchtune_vl.recipes._config_keys import Config
 from torchtune_vl.recipes.finetune import FinetuneRecipe
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 from torchtune_vl.training._fingerprint import FIXED
-from torchtune_vl.training._steps import Steps
+from torchtune_vl.training._saved_steps import Steps
 
 COUNT = 24
 VALIDATION = {

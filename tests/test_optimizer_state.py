@@ -21,7 +21,7 @@ from torchtune_vl.training._optimizer_state import (
     optimizer_state,
     set_plain_values,
 )
-from torchtune_vl.training._parallel import shard
+from torchtune_vl.training._sharding import shard
 
 ROOT = Path(__file__).parents[1]
 OPTIMIZERS: list[dict[str, Any]] = [

@@ -27,7 +27,7 @@ from torchtune_vl.models.qwen2_5_vl import (
 from torchtune_vl.modules.parallelism import decoder_tp_plan
 from torchtune_vl.recipes._check_config import read_config
 from torchtune_vl.recipes.finetune import FinetuneRecipe
-from torchtune_vl.training._parallel import (
+from torchtune_vl.training._sharding import (
     average_copies,
     clip_grad_norm,
     divide_layers,

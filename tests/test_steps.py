@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from torchtune_vl.training._steps import Steps, drop_steps_after, lock
+from torchtune_vl.training._saved_steps import Steps, drop_steps_after, lock
 
 
 def save(steps: Steps, number: int, best: int | None = None) -> None:
@@ -148,7 +148,7 @@ def test_a_directory_is_locked_until_its_process_dies(tmp_path: Path) -> None:
         "-c",
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from torchtune_vl.training._steps import lock\n"
+        "from torchtune_vl.training._saved_steps import lock\n"
         "try:\n"
         "    held = lock(Path(sys.argv[1]))\n"
         "    print('locked', flush=True)\n"

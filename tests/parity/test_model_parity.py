@@ -22,7 +22,7 @@ from tests.reference import (
     reference_model,
 )
 from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.files._names import published_name
+from torchtune_vl.files._tensor_names import published_name
 from torchtune_vl.models import model_from_pretrained
 from torchtune_vl.models._registry import family_of
 

@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "convolution": (
         {"target_modules": ["q_proj", "patch_embed.proj"]},
         UNTIED,
-        "patch_embed.proj is of a convolution.*merge_and_unload",
+        "patch_embed.proj.weight, in the base .*of a convolution, merge it by .*merge_and_unload",
     ),
     "adapter of the embedding": (
         {"target_modules": ["q_proj", "embed_tokens"]},
@@ -270,12 +270,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "embedding that is no longer tied": (
         {"modules_to_save": ["embed_tokens"]},
         "head_dim_128",
-        "token embedding and the output layer, which are one.*merge_and_unload",
+        "token embedding and the output layer, lm_head, are one.*merge_and_unload",
     ),
     "output layer that is tied": (
         {"target_modules": ["q_proj", "lm_head"]},
         "head_dim_128",
-        "adapts lm_head, which is the token embedding",
+        "an adapter of lm_head not even peft merges rightly: train one without",
     ),
 }
 
@@ -439,6 +439,13 @@ def test_peft_loads_our_tied_embedding(bases: dict[str, Path], tmp_path: Path) -
     state = Qwen2_5_VLCheckpointer(base, tmp_path / "out", adapter_dir=tmp_path).load_checkpoint()
     model.load_state_dict(state["model"])
     assert difference(our_logits(model, samples), ours, inputs) == 0
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.weight"] += 1
+    save_file(tensors, path)
+    (tmp_path / "checksums.json").unlink()
+    with pytest.raises(ValueError, match="one alone, or each in its own way"):
+        merge(base, tmp_path, tmp_path / "merged")
 
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from transformers import (
     Qwen2VLConfig,
 )
 
-from torchtune_vl.files._names import published_name
+from torchtune_vl.files._tensor_names import published_name
 from torchtune_vl.models import model_from_pretrained, qwen2_5_vl, qwen2_vl
 from torchtune_vl.models._config_json import TEXT_DEFAULTS
 from torchtune_vl.models.qwen2_5_vl import (

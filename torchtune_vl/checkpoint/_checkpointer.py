@@ -13,32 +13,32 @@ from torchtune_vl._torchtune import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY
 from torchtune_vl.checkpoint._adapters import (
     CONFIG,
     Adapter,
-    fit_adapter,
     load_adapter,
     merge_adapter,
     save_adapter,
 )
-from torchtune_vl.checkpoint._tree_file import load_tree, save_tree
 from torchtune_vl.files._directory import (
     MANIFEST,
-    belongs,
+    RECIPE_STATE,
     check_manifest,
     epochs,
     new_directory,
     new_file,
+    saved_with,
     survivor,
     write_json,
-    write_manifest,
 )
 from torchtune_vl.files._json import read_json_object
-from torchtune_vl.files._names import published_name
 from torchtune_vl.files._safetensors import (
     INDEX,
+    load_tree,
     read_tensors,
+    save_tree,
     stored_tensors,
     weight_files,
     write_shards,
 )
+from torchtune_vl.files._tensor_names import published_name
 from torchtune_vl.models._builders import part_of
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import load_weights
@@ -57,15 +57,10 @@ log = logging.getLogger(__name__)
 class HubCheckpointer:
     """torchtune checkpointer of directories as the hub has them.
 
-    Reads one safetensors file or several with an index, with the published names of tensors or
-    those that transformers >= 4.52 has in memory, and a flat or nested ``config.json``. Writes
-    ``{output_dir}/epoch_{n}`` as transformers, vLLM and SGLang load it: weights with the published
-    names, in files of at most 5 GB, config, tokenizer and processor files, and ``checksums.json``,
-    which loading compares with the files. A crash at any moment leaves the directory complete, as
-    it was before, or not there.
-
-    With recipes for adapters these are in ``{output_dir}/epoch_{n}/adapter`` too, as peft writes
-    them, and weights are merged. Resuming takes the weights of ``checkpoint_dir`` and the adapter.
+    Reads the published names of tensors and those that transformers >= 4.52 has in memory, and flat
+    and nested configs. Writes ``{output_dir}/epoch_{n}`` as transformers, vLLM and SGLang load it,
+    with ``checksums.json``, which loading compares; adapters are merged there, and in ``adapter``
+    as peft writes them. A crash leaves each directory complete, as it was before, or not there.
 
     Args:
         checkpoint_dir: directory to start from.
@@ -73,13 +68,12 @@ class HubCheckpointer:
         checkpoint_files: names of the files of weights in ``checkpoint_dir``; by default those of
             the index, or ``model.safetensors``.
         adapter_dir: directory of an adapter, of ours or of peft, to go on training from, with the
-            rank and alpha of the model. To train anything else on top of it, merge it first:
-            ``tune-vl merge``.
+            rank and alpha of the model. To train anything else on top of it, merge it first.
         model_type: ignored; stock configs state it.
         recipe_checkpoint: file with the state of the recipe, by default
             ``{output_dir}/recipe_state/recipe_state.safetensors``.
-        should_load_recipe_state: whether to resume: the recipe's state is loaded too, and weights
-            come from the epoch in ``output_dir`` that was saved together with it.
+        should_load_recipe_state: whether to resume: with the recipe's state, and the weights, or
+            the adapter, of the epoch in ``output_dir`` that was saved together with it.
 
     Raises:
         ValueError: if there are no weights, or nothing to resume from.
@@ -109,7 +103,7 @@ class HubCheckpointer:
         self._adapter_dir = None if adapter_dir is None else Path(adapter_dir)
         self._weights_dir = survivor(self._checkpoint_dir)
         if self._resume:
-            epoch, self._recipe_checkpoint = _newest_pair(self._output_dir, self._recipe_checkpoint)
+            epoch = self._find_epoch()
             check_manifest(epoch)
             if (epoch / _ADAPTER).is_dir():
                 self._adapter_dir = epoch / _ADAPTER
@@ -118,30 +112,37 @@ class HubCheckpointer:
         named = [self._weights_dir / name for name in checkpoint_files or ()]
         self._files = named or weight_files(self._weights_dir)
 
+    def _find_epoch(self) -> Path:
+        """Find the epoch to resume, and which state of the recipe was saved with it."""
+        given, states = self._recipe_checkpoint, [self._recipe_checkpoint]
+        if given == self._recipe_state:  # or where a crash left it
+            states = [*(epoch / RECIPE_STATE for epoch in epochs(self._output_dir)), given]
+        for state in states:
+            if state.is_file() and (epoch := saved_with(state, self._output_dir)):
+                self._recipe_checkpoint = state
+                return epoch
+        raise ValueError(
+            f"cannot resume: {given} is missing or damaged, or was saved with no epoch_N of "
+            f"{self._output_dir} (each names its own in {MANIFEST}): restore the epoch, or start "
+            "from its weights alone, with checkpoint_dir"
+        )
+
     def load_checkpoint(self) -> dict[str, Any]:
         """Load the weights, and to resume the state of the recipe.
 
-        Returns:
-            ``model``, from our names to tensors as stored, on the CPU and mapped from the files,
-            those of an adapter among them and, apart, in ``adapter``, with its ``r``,
-            ``lora_alpha`` and the names of parameters in full, ``modules_to_save``, in
-            ``adapter_config``; to resume also the keys that the recipe had saved.
-
-        Raises:
-            ValueError: if files are missing or damaged, or tensors are unknown, missing or of
-                another shape than the config says; it lists all of them.
+        Returns ``model``, from our names to tensors as stored, on the CPU and mapped from the
+        files, with those of an adapter, which are in ``adapter`` too, and its ``r``, ``lora_alpha``
+        and names of parameters in full, ``modules_to_save``, in ``adapter_config``. Raises
+        ``ValueError`` with all files that are missing or damaged, or all tensors that are unknown,
+        missing or of another shape than the config says.
         """
         weights = load_weights(self._weights_dir, self._files)
         state: dict[str, Any] = {MODEL_KEY: weights}
         if self._adapter_dir:
-            adapter = fit_adapter(load_adapter(self._adapter_dir), weights, self._adapter_dir)
-            log.warning(
-                "The adapter of %s goes on: it has rank %s and alpha %s, which must be lora_rank "
-                "and lora_alpha of the model",
-                self._adapter_dir,
-                adapter.rank,
-                adapter.alpha,
-            )
+            adapter = load_adapter(self._adapter_dir, weights)
+            told = "The adapter of %s goes on: it has rank %s and alpha %s, which must be "
+            told += "lora_rank and lora_alpha of the model"
+            log.warning(told, self._adapter_dir, adapter.rank, adapter.alpha)
             # Recipes read adapters apart only when they resume, and those among the weights always
             weights.update(adapter.tensors)
             state.update(adapter_state(adapter))
@@ -160,15 +161,12 @@ class HubCheckpointer:
         """Write ``epoch_{epoch}``, complete or not at all.
 
         Args:
-            state_dict: ``model``, from our names to tensors, and the state of the recipe. With
-                adapters these apart in ``adapter``, and ``adapter_config`` as
-                :meth:`load_checkpoint` returns it. Without its ``modules_to_save``, which
-                torchtune's recipes do not give, parts whose biases or normalisations are not
-                those to start from count as trained in full.
+            state_dict: what :meth:`load_checkpoint` returns, and the state of the recipe. Without
+                ``modules_to_save`` in ``adapter_config``, which torchtune's recipes do not give,
+                parts whose biases or normalisations have changed count as trained in full.
             epoch: number of the epoch.
             intermediate_checkpoint: whether to write the state of the recipe too, to resume from.
-            adapter_only: whether to leave out the weights, and write adapters alone. What else is
-                trained is left out then.
+            adapter_only: whether to write adapters alone, without all else that is trained.
             processor_files: texts of files, by name, that go in place of ``checkpoint_dir``'s:
                 the transform's ``processor_files()``, which tell servers what the model saw.
 
@@ -178,33 +176,29 @@ class HubCheckpointer:
         """
         if adapter_only and ADAPTER_KEY not in state_dict:
             raise ValueError("adapter_only: there are no adapters to save")
-        target = self._output_dir / f"epoch_{epoch}"
-        self._finish_recipe_state()
-        recipe_state = None
-        try:
-            with new_directory(target) as partial:
-                if not adapter_only:
-                    weights = state_dict[MODEL_KEY]
-                    write_weights(weights, partial, survivor(self._checkpoint_dir))
-                    for name, text in (processor_files or {}).items():
-                        with new_file(partial / name) as file:
-                            file.write_text(text, encoding="utf-8")
-                if ADAPTER_KEY in state_dict:
-                    (partial / _ADAPTER).mkdir()
-                    save_adapter(self._adapter(state_dict), partial / _ADAPTER)
-                if intermediate_checkpoint:
-                    rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
-                    pending = _pending(self._recipe_state)
-                    pending.parent.mkdir(exist_ok=True)
-                    with new_file(pending) as file:
-                        save_tree(rest, file)
-                    recipe_state = pending
-                write_manifest(partial, recipe_state)
-        finally:
-            self._finish_recipe_state()
-            if recipe_state:
-                recipe_state.unlink(missing_ok=True)  # of a save that failed
-        log.info("Checkpoint written to %s", target)
+        self._take_recipe_state()
+        with new_directory(self._output_dir / f"epoch_{epoch}") as partial:
+            if not adapter_only:
+                write_weights(state_dict[MODEL_KEY], partial, survivor(self._checkpoint_dir))
+                for name, text in (processor_files or {}).items():
+                    with new_file(partial / name) as file:
+                        file.write_text(text, encoding="utf-8")
+            if ADAPTER_KEY in state_dict:
+                (partial / _ADAPTER).mkdir()
+                save_adapter(self._adapter(state_dict), partial / _ADAPTER)
+            if intermediate_checkpoint:
+                rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
+                with new_file(partial / RECIPE_STATE) as file:
+                    save_tree(rest, file)
+        self._take_recipe_state()
+        log.info("Checkpoint written to %s", self._output_dir / f"epoch_{epoch}")
+
+    def _take_recipe_state(self) -> None:
+        """Move the state of the recipe to its place once the weights beside it are in theirs."""
+        for epoch in epochs(self._output_dir):
+            if (epoch / RECIPE_STATE).is_file():
+                self._recipe_state.parent.mkdir(exist_ok=True)
+                (epoch / RECIPE_STATE).replace(self._recipe_state)
 
     def _adapter(self, state_dict: Mapping[str, Any]) -> Adapter:
         """The adapters of a recipe's state, and the parts that it trained in full beside them."""
@@ -213,15 +207,13 @@ class HubCheckpointer:
         if in_full is None:
             in_full = self._trained_in_full(weights)
         tensors = {**state_dict[ADAPTER_KEY], **{name: weights[name] for name in in_full}}
-        base = str(self._checkpoint_dir.resolve())
-        names = family_of(self._checkpoint_dir).names
-        return Adapter(tensors, config["r"], config["lora_alpha"], base, names)
+        base, names = self._checkpoint_dir, family_of(self._checkpoint_dir).names
+        return Adapter(tensors, config["r"], config["lora_alpha"], str(base.resolve()), names)
 
     def _trained_in_full(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
-        """Names of the weights of those parts that were trained themselves, not by adapters alone.
+        """Names of the weights of parts whose biases or normalisations have changed.
 
-        torchtune's recipes do not tell. But adapters, merged or not, and NF4 change matrices only:
-        a part whose biases or normalisations are not those to start from was trained in full.
+        torchtune's recipes do not tell, but adapters, merged or not, and NF4 change matrices only.
         """
         names = family_of(self._weights_dir).names
         stored = names.from_published(stored_tensors(self._files, published_name))
@@ -233,12 +225,6 @@ class HubCheckpointer:
         }
         return [name for name in weights if part_of(name) in changed]
 
-    def _finish_recipe_state(self) -> None:
-        """Move the state of the recipe to its place if the weights beside it are in theirs."""
-        pending = _pending(self._recipe_state)
-        if pending.is_file() and any(belongs(pending, d) for d in epochs(self._output_dir)):
-            pending.replace(self._recipe_state)
-
 
 def adapter_state(adapter: Adapter) -> dict[str, Any]:
     """Put an adapter under the names under which recipes and checkpointers exchange it."""
@@ -248,37 +234,12 @@ def adapter_state(adapter: Adapter) -> dict[str, Any]:
     return {ADAPTER_KEY: adapters, ADAPTER_CONFIG: settings}
 
 
-def _pending(recipe_state: Path) -> Path:
-    """Where the state of the recipe waits until the weights beside it are in place."""
-    return recipe_state.with_name(f"{recipe_state.name}.next")
-
-
-def _newest_pair(output_dir: Path, recipe_state: Path) -> tuple[Path, Path]:
-    """Weights and state of the recipe that were saved together."""
-    states = [path for path in (_pending(recipe_state), recipe_state) if path.is_file()]
-    if not states:
-        raise ValueError(f"cannot resume: there is no {recipe_state}")
-    for state in states:
-        for directory in epochs(output_dir):
-            if belongs(state, directory):
-                return directory, state
-    raise ValueError(
-        f"cannot resume: {recipe_state} is damaged, or was saved with no epoch_N of {output_dir} "
-        f"(each names its own in {MANIFEST}): restore the epoch, or start from its weights alone, "
-        "with checkpoint_dir"
-    )
-
-
 def write_weights(
-    weights: Mapping[str, torch.Tensor],
-    directory: Path,
-    source: Path,
-    max_shard_size: str = "5GB",
+    weights: Mapping[str, torch.Tensor], directory: Path, source: Path, max_shard_size: str = "5GB"
 ) -> None:
-    """Write weights in the published layout into an empty directory.
+    """Write weights in the published layout, with the other files of a checkpoint, ``source``.
 
-    Config, tokenizer and processor files come from another checkpoint, ``source``. Raises
-    ``ValueError`` if a tensor is not of the model, and ``OSError`` if a file cannot be written.
+    Raises ``ValueError`` if a tensor is not of its model.
     """
     published = family_of(source).names.to_published(weights)
     for path in source.iterdir():
@@ -291,10 +252,9 @@ def write_weights(
 
 def _state_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
     """State the dtype of the weights in a config, since transformers loads in what it states."""
-    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
-    name = str(dtype).removeprefix("torch.")
+    name = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     config = read_json_object(path).content
-    parts = [config, config.get("text_config") or {}, config.get("vision_config") or {}]
+    parts = [config, *(config.get(part) or {} for part in ("text_config", "vision_config"))]
     stating = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
     for part, key in stating or [(config, "torch_dtype")]:
         part[key] = name
@@ -310,27 +270,19 @@ def merge(
 ) -> None:
     """Write the checkpoint that a base model and its adapter, of ours or of peft, make.
 
-    Weights do not tell whether an adapter was trained on them: a base of another name is logged.
-
-    Args:
-        base: checkpoint directory of the base model.
-        adapter_dir: directory of the adapter.
-        output: directory to make.
-        dtype: dtype of the weights, by default that of each in the base model.
-        max_shard_size: most bytes of tensors in a file, such as ``500MB``.
-
-    Raises:
-        ValueError: if a directory is damaged or they do not fit each other.
-        OSError: if a file cannot be written, or the output exists.
+    Weights have ``dtype``, by default that of each in the base model, and files at most
+    ``max_shard_size`` bytes of tensors, such as ``500MB``. Weights do not tell whether an adapter
+    was trained on them: a base of another name is logged. Raises ``ValueError`` if a directory is
+    damaged or they do not fit each other, and ``OSError`` if a file cannot be written, or the
+    output exists.
     """
     weights = load_weights(base, weight_files(base))
-    adapter = fit_adapter(load_adapter(adapter_dir), weights, adapter_dir)
+    adapter = load_adapter(adapter_dir, weights)
     if adapter.base and Path(adapter.base).name != base.resolve().name:
         told = "The adapter of %s was trained on %s: see that %s has the same weights"
         log.warning(told, adapter_dir, adapter.base, base)
     with _new_output(output) as partial:
         write_weights(merge_adapter(weights, adapter, dtype), partial, base, max_shard_size)
-        write_manifest(partial)
 
 
 def export(
@@ -349,7 +301,6 @@ def export(
             save_adapter(adapter._replace(tensors=weights), partial)
         else:
             write_weights(weights, partial, source, max_shard_size)
-            write_manifest(partial)
 
 
 def _new_output(output: Path) -> AbstractContextManager[Path]:

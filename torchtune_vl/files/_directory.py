@@ -1,16 +1,18 @@
-"""Files and directories of checkpoints that are complete or not there, with checksums."""
+"""Files and directories that are complete or not there, with checksums."""
 
 import fcntl
 import json
+import logging
 import mmap
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 import xxhash
 from safetensors import SafetensorError
@@ -18,16 +20,19 @@ from safetensors import SafetensorError
 from torchtune_vl.files._json import JsonObject, read_json_object
 
 MANIFEST = "checksums.json"
-_RECIPE_STATE = "recipe_state"
+# In an epoch until this is complete: the state of a recipe that was saved with it
+RECIPE_STATE = "recipe_state.next"
+_ITS_ENTRY = "recipe_state"
 _EPOCH = re.compile(r"epoch_(\d+)")
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a path beside a file's to write to, and move it there when it is on the disk.
 
-    What is at the place stays until then, and goes on to exist for whoever has it mapped: nothing
-    is ever written over. If writing fails there is no rest of it.
+    What is there stays until then, and for whoever has it mapped. A failure leaves nothing.
     """
     partial = _beside(path, ".partial")
     try:
@@ -52,33 +57,88 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """Yield a directory, ``epoch_N.partial``, and name it ``epoch_N`` when it is on the disk.
+    """Yield a directory, ``epoch_N.partial``, and :func:`complete` it as ``epoch_N``.
 
-    An older directory of this name is ``epoch_N.old`` between two renames, where :func:`survivor`
-    finds it after a crash. What crashes left of it, and of an epoch all others beside it, is put
-    right before and after. A lock keeps this from what another process is writing: one writes
-    epochs into a directory at a time. Raises ``OSError`` if something cannot be written, or another
-    process is writing there; all is as before then.
+    What crashes left, of an epoch of all beside it too, is put right before and after, under a
+    lock. Raises ``OSError`` if something cannot be written, or another process writes there; all is
+    as before then.
     """
     partial = _beside(target, ".partial")
+    locked = target.with_name(f".{'epochs' if _EPOCH.fullmatch(target.name) else target.name}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target):
-            _tidy(target)
-            partial.mkdir()
+        with open_locked(locked):
             try:
+                _tidy(target)
+                partial.mkdir()
                 yield partial
-                if target.exists():
-                    target.rename(_beside(target, ".old"))
-                partial.rename(target)
-                flush(target.parent)
+                complete(partial, target)
             finally:
                 _tidy(target)
+                locked.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(
             f"{target} cannot be written ({error}): make room, or name another output_dir; "
             "earlier checkpoints are as they were"
         ) from error
+
+
+def complete(partial: Path, target: Path) -> None:
+    """Give a directory whose files are on the disk checksums and its name.
+
+    What has this name is ``{target}.old`` between two renames, where :func:`survivor` finds it.
+    """
+    write_manifest(partial)
+    flush(partial)
+    if target.exists():
+        target.rename(_beside(target, ".old"))
+    partial.rename(target)
+    flush(target.parent)
+
+
+def _tidy(target: Path) -> None:
+    """Bring back what was being replaced when a crash came, and remove all else that it left."""
+    places = _epoch_places(target.parent) if _EPOCH.fullmatch(target.name) else []
+    for place in {target, *places}:
+        remove(_beside(place, ".partial"))
+        old = _beside(place, ".old")
+        if place.exists():
+            remove(old)
+        elif old.is_dir():
+            old.rename(place)
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory, if it is there; that it cannot be removed is a warning."""
+    if not directory.is_dir():
+        return
+    try:
+        if directory.suffix != ".partial":
+            # Half of a directory must not look like a whole one
+            directory = directory.rename(directory.with_suffix(".partial"))
+        shutil.rmtree(directory)
+    except OSError as error:
+        log.warning("%s cannot be removed (%s): remove it yourself", directory, error)
+
+
+def open_locked(path: Path) -> TextIO:
+    """Open a file that no other process can lock until it is closed or this process ends.
+
+    Raises ``BlockingIOError`` if another process has it.
+    """
+    file = path.open("a", encoding="utf-8")
+    try:
+        # Unlike flock's, it is not shared with data workers, which may outlive the process
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever held it may have removed the file since it was opened, and another made it anew
+        if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            raise BlockingIOError
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        file.close()
+        raise BlockingIOError(f"another process is writing there, and holds {path}") from None
+    except OSError as error:  # of some file systems of clusters
+        log.warning("%s cannot be locked (%s): see that nobody else writes there", path, error)
+    return file
 
 
 def survivor(target: Path) -> Path:
@@ -89,51 +149,52 @@ def survivor(target: Path) -> Path:
 
 def epochs(output_dir: Path) -> list[Path]:
     """List all complete ``epoch_N``, from the highest number down."""
-    matches = [re.fullmatch(r"epoch_(\d+)(\.old)?", path.name) for path in output_dir.glob("*")]
-    numbers = {int(match[1]) for match in matches if match}
-    return [survivor(output_dir / f"epoch_{number}") for number in sorted(numbers, reverse=True)]
+    return [path for place in _epoch_places(output_dir) if (path := survivor(place)).exists()]
 
 
-def write_manifest(directory: Path, recipe_state: Path | None = None) -> None:
-    """Write ``checksums.json``: size in bytes and checksum of each file in a directory.
+def _epoch_places(directory: Path) -> list[Path]:
+    names = (_EPOCH.fullmatch(path.stem) for path in directory.glob("epoch_*"))
+    numbers = {int(name[1]) for name in names if name}
+    return [directory / f"epoch_{number}" for number in sorted(numbers, reverse=True)]
 
-    ``recipe_state`` is a file elsewhere that belongs to it, see :func:`belongs`.
-    """
+
+def write_manifest(directory: Path) -> None:
+    """Write ``checksums.json``: sizes and checksums of all files, and apart of a recipe's state."""
     own = directory / MANIFEST
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != own)
     names = [path.relative_to(directory).as_posix() for path in paths]
     with ThreadPoolExecutor() as pool:
-        manifest = {"files": dict(zip(names, pool.map(_entry, paths), strict=True))}
-    if recipe_state:
-        manifest[_RECIPE_STATE] = _entry(recipe_state)
-    write_json(own, manifest)
+        files = dict(zip(names, pool.map(_entry, paths), strict=True))
+    state = {_ITS_ENTRY: files.pop(RECIPE_STATE)} if RECIPE_STATE in files else {}
+    write_json(own, {"files": files, **state})
 
 
-def check_manifest(directory: Path) -> None:
-    """Raise ``ValueError`` with all :func:`damages` of a directory, if it has any."""
-    problems = damages(directory)
-    if problems:
-        raise ValueError(
-            "\n".join(problems) + "\ncopy these files again, or take another checkpoint; if you "
-            f"changed them yourself, remove them from {directory / MANIFEST}"
-        )
+def check_manifest(directory: Path, required: Iterable[str] = ()) -> None:
+    """Raise ``ValueError`` with all files that are not as ``checksums.json`` says, if there is one.
 
-
-def damages(directory: Path, required: Iterable[str] = ()) -> list[str]:
-    """Compare the files of a directory with its ``checksums.json``, if it has one.
-
-    Returns a sentence for each file that is missing or has another size or checksum, and for each
-    of the ``required`` names that are not listed. Raises ``ValueError`` if ``checksums.json``
-    itself is damaged, or lists files of other directories.
+    So it is if that is damaged, lists files of other directories, or not all ``required`` ones.
     """
-    files = _manifest(directory).part("files")
+    manifest, files = directory / MANIFEST, _manifest(directory).part("files")
     for name in files.content:
         if not is_inside(name):
             raise files.error(name, f"a file inside of {directory}: remove the entry")
-    unknown = [f"{directory / MANIFEST} has no {name}" for name in required if name not in files]
+
+    def damage(name: str) -> str | None:
+        path, expected = directory / name, files.part(name).content
+        found = _entry(path) if path.is_file() else {}
+        if found and found.items() <= expected.items():
+            return None
+        was = reprlib.repr(expected)
+        return f"{path} is {found or 'missing'}, and was {was} when it was written"
+
+    problems = [f"{manifest} has no {name}" for name in required if name not in files]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _damage(directory / name, files.part(name)), files.content)
-        return unknown + [damage for damage in found if damage]
+        problems += filter(None, pool.map(damage, files.content))
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems)}: copy these files again, or take another checkpoint; if you "
+            f"changed them yourself, remove them from {manifest}"
+        )
 
 
 def is_inside(name: str) -> bool:
@@ -145,32 +206,21 @@ def is_inside(name: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
-def belongs(recipe_state: Path, directory: Path) -> bool:
-    """Tell whether a file is what ``recipe_state`` was when a directory's list was written."""
-    manifest = _manifest(directory)
-    return _RECIPE_STATE in manifest and not _damage(recipe_state, manifest.part(_RECIPE_STATE))
+def saved_with(recipe_state: Path, output_dir: Path) -> Path | None:
+    """Find the epoch that was saved with this state of a recipe, by what its list says of it."""
+    found = _entry(recipe_state).items()
+    for directory in epochs(output_dir):
+        if found <= _manifest(directory).part(_ITS_ENTRY).content.items():
+            return directory
+    return None
 
 
 def _manifest(directory: Path) -> JsonObject:
     path = directory / MANIFEST
-    if not path.is_file():
-        return JsonObject(path, {})
     try:
-        return read_json_object(path)
+        return read_json_object(path) if path.is_file() else JsonObject(path, {})
     except ValueError as error:
         raise ValueError(f"{error}: copy it again, or delete it") from None
-
-
-def _damage(path: Path, expected: JsonObject) -> str | None:
-    expected_size, expected_sum = expected.whole("size", 0), expected.text("xxh3_128")
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    if size != expected_size:
-        return f"{path} has a size of {size} bytes, expected {expected_size}"
-    if checksum(path) != expected_sum:
-        return f"{path} has another checksum than when it was written"
-    return None
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -200,42 +250,3 @@ def flush(path: Path) -> None:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Keep other processes from writing a directory, or any epoch beside an epoch."""
-    lock = target.with_name(f".{'epochs' if _EPOCH.fullmatch(target.name) else target.name}.lock")
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is writing there, and holds {lock}") from None
-        except OSError:  # a file system without locks
-            yield
-            return
-        # Whoever held it may have removed the file since it was opened, and another made it anew
-        if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))):
-            raise BlockingIOError(f"another process is writing there, and held {lock}")
-        try:
-            yield
-        finally:
-            lock.unlink()
-
-
-def _tidy(target: Path) -> None:
-    """Put right what crashes left of a directory, and of all epochs if it is one.
-
-    What was being replaced comes back, all else goes.
-    """
-    names = {target.name}
-    if _EPOCH.fullmatch(target.name):
-        names |= {p.stem for p in target.parent.glob("epoch_*.*") if _EPOCH.fullmatch(p.stem)}
-    for place in (target.with_name(name) for name in names):
-        partial, old = _beside(place, ".partial"), _beside(place, ".old")
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.is_dir() and place.exists():
-            # Half of an old directory must not look like a whole one
-            shutil.rmtree(old.rename(partial), ignore_errors=True)
-        elif old.is_dir():
-            old.rename(place)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchtune_vl.chat import ChatTransform
 from torchtune_vl.files._json import JsonObject
-from torchtune_vl.files._names import TensorNames
+from torchtune_vl.files._tensor_names import TensorNames
 from torchtune_vl.media import Geometry
 from torchtune_vl.models import lora_model_from_pretrained, model_from_pretrained
 from torchtune_vl.models._config_json import read_config

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune_vl._torchao import NF4Tensor, to_nf4
 from torchtune_vl._torchtune import DoRALinear, LoRALinear
 from torchtune_vl.files._directory import check_manifest
-from torchtune_vl.files._names import published_name
 from torchtune_vl.files._safetensors import Stored, read_tensors, stored_tensors, weight_files
+from torchtune_vl.files._tensor_names import published_name
 from torchtune_vl.models._builders import vision_language_model
 from torchtune_vl.models._registry import family_and_dimensions
 from torchtune_vl.modules.vision import VisionLanguageModel

@@ -55,10 +55,10 @@ from torchtune_vl.modules.adapters import DoRA, is_adapter
 from torchtune_vl.recipes._run_recipe import run_recipe
 from torchtune_vl.training import _fingerprint as fingerprint
 from torchtune_vl.training import _optimizer_state as states
-from torchtune_vl.training import _parallel as parallel
+from torchtune_vl.training import _sharding as sharding
 from torchtune_vl.training._flops import FlopCounter
 from torchtune_vl.training._metrics import Metrics
-from torchtune_vl.training._steps import SavedStep, Steps, drop_steps_after, lock
+from torchtune_vl.training._saved_steps import SavedStep, Steps, drop_steps_after, lock
 
 log = get_logger("INFO")
 
@@ -82,8 +82,8 @@ class FinetuneRecipe:
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-        self.dtype = parallel.dtype_on(self.device, cfg.dtype)
-        self.compute_dtype = parallel.dtype_on(self.device, cfg.compute_dtype or cfg.dtype)
+        self.dtype = sharding.dtype_on(self.device, cfg.dtype)
+        self.compute_dtype = sharding.dtype_on(self.device, cfg.compute_dtype or cfg.dtype)
         shape = (dist.get_world_size() // cfg.parallel.tensor, cfg.parallel.tensor)
         names = ("data", "tensor")
         self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
@@ -234,12 +234,12 @@ class FinetuneRecipe:
     def _make_model(self) -> nn.Module:
         """Build on the meta device, divide over devices, and only then load each one's part."""
         cfg = self.cfg
-        with parallel.default_dtype(self.dtype), torch.device("meta"):
+        with sharding.default_dtype(self.dtype), torch.device("meta"):
             model = instantiate(cfg.model)
         self.flops = FlopCounter(model)
         if cfg.parallel.tensor > 1:
             plan = instantiate(cfg.parallel.plan, model)
-            parallel.divide_layers(model, self.mesh["tensor"], plan)
+            sharding.divide_layers(model, self.mesh["tensor"], plan)
         layers = [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
         # No backward comes through a frozen encoder: what it kept for one would never be let go
         encoder_layers = [layer for e in model.encoders.values() for layer in e.layers]
@@ -252,8 +252,8 @@ class FinetuneRecipe:
             if every and number % every == 0 and layer not in frozen:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         offload = cfg.parallel.cpu_offload
-        if self.data_ranks > 1 or parallel.dtypes_of(model) != {self.compute_dtype} or offload:
-            parallel.shard(model, layers, self.mesh["data"], self.compute_dtype, offload)
+        if self.data_ranks > 1 or sharding.dtypes_of(model) != {self.compute_dtype} or offload:
+            sharding.shard(model, layers, self.mesh["data"], self.compute_dtype, offload)
         state = self.checkpointer.load_checkpoint()
         weights = state[MODEL_KEY]
         if ADAPTER_CONFIG in state:
@@ -411,10 +411,10 @@ class FinetuneRecipe:
             for p in self.seeing.values():
                 p.grad = None
         if self.cfg.parallel.tensor > 1:
-            parallel.average_copies(self.trained.values(), self.mesh["tensor"])
+            sharding.average_copies(self.trained.values(), self.mesh["tensor"])
         dist.all_reduce(mean_loss)
         mean_loss /= self.mesh["tensor"].size()  # which have the same rows
-        norm = parallel.clip_grad_norm(self.trained.values(), self.cfg.clip_grad_norm or math.inf)
+        norm = sharding.clip_grad_norm(self.trained.values(), self.cfg.clip_grad_norm or math.inf)
         # The one wait for the device in a step: no optimizer can take a step back
         loss, self.grad_norm = torch.stack([mean_loss, norm.to(mean_loss)]).tolist()
         self._refuse_non_finite(loss, rows)
@@ -452,7 +452,7 @@ class FinetuneRecipe:
         )
 
     def _refuse_non_finite_weights(self, step: int) -> None:
-        names = parallel.non_finite(self.trained, self.device)
+        names = sharding.non_finite(self.trained, self.device)
         if names:
             self._end(
                 f"{f'after step {step}' if step else 'before the first step'}, {names[0]} is not "
@@ -582,7 +582,7 @@ class FinetuneRecipe:
             dcp.load({"model": self._state()["model"]}, checkpoint_id=saved.directory)
             self.position = saved.progress["position"]
             log.info("Exporting step %d, which has the lowest validation loss", best)
-        trained = parallel.gather(self.trained)
+        trained = sharding.gather(self.trained)
         if not self.is_main:
             return
         weights = self.checkpointer.load_checkpoint()[MODEL_KEY] | trained

@@ -37,21 +37,18 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 def _flat(node: Any, key: str) -> dict[str, Any]:
     if not isinstance(node, dict) or not node:
         return {key: node}
-    prefix = f"{key}." if key else ""
-    items = ((name, value) for name, value in node.items() if name not in _PLACES)
-    return {k: v for name, value in items for k, v in _flat(value, f"{prefix}{name}").items()}
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        if name not in _PLACES:
+            flat |= _flat(value, f"{key}.{name}".removeprefix("."))
+    return flat
 
 
 def model_fingerprint(weights: Mapping[str, torch.Tensor], checkpoint_dir: Path) -> dict[str, str]:
-    """Tell a model from others, without reading it all.
-
-    Returns checksums of config, tokenizer and processor files by name, and one of names, shapes,
-    dtypes and the first 4 KiB of each tensor as loaded.
-    """
+    """Tell a model from others by checksums of its JSON and text files, and of parts of tensors."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(weights.items()):
-        count = _BYTES_OF_EACH_TENSOR // tensor.element_size()
-        start = tensor.detach().flatten()[:count]
+        start = tensor.detach().flatten()[: _BYTES_OF_EACH_TENSOR // tensor.element_size()]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(start.view(torch.uint8).numpy().tobytes())
     files = {
@@ -63,10 +60,7 @@ def model_fingerprint(weights: Mapping[str, torch.Tensor], checkpoint_dir: Path)
 
 
 def data_fingerprint(dataset: DictConfig, sizes: np.ndarray) -> dict[str, str]:
-    """Tell a dataset from others by its config and its samples' sizes, without reading its media.
-
-    Returns checksums of the local files of its ``data_files`` by name, and of the sizes.
-    """
+    """Tell a dataset from others by checksums of its local ``data_files`` and of samples' sizes."""
     content: Any = OmegaConf.to_container(dataset, resolve=True)
     patterns = tree_leaves(content.get("data_files") or [])
     files: dict[str, str] = {}
@@ -79,15 +73,15 @@ def data_fingerprint(dataset: DictConfig, sizes: np.ndarray) -> dict[str, str]:
 
 
 def refuse_changes(kind: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` with what a run was begun with and does not go on with, by name.
-
-    Of ``settings`` the values are told; any other ``kind`` is what the checksums are of.
-    """
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if names:
-        changes = [f"{name} has changed" for name in names]
-        if kind == "settings":
-            changes = [f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in names]
+    """Raise ``ValueError`` with what a run was begun with and does not go on with, by name."""
+    # Of all but settings these are checksums
+    told = "{} was {!r} and is {!r}" if kind == "settings" else "{} has changed"
+    changes = [
+        told.format(name, before.get(name), now.get(name))
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
         raise ValueError(
             f"a run goes on with the {kind} that it began with, but {', '.join(changes)}: restore "
             "what it was, or start anew in another output_dir"

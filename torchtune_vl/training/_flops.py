@@ -1,9 +1,4 @@
-"""Floating-point operations of training, for model FLOPs utilization (MFU).
-
-Counted is what the mathematics needs, two operations for each multiply-add of a matrix product, as
-in PaLM (arXiv 2204.02311, appendix B): what checkpointing, attention kernels and chunked losses
-compute a second time is left out, and so is all that is not a matrix product.
-"""
+"""Floating-point operations of training, for model FLOPs utilization (MFU)."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -36,30 +31,25 @@ def peak_flops(device_name: str) -> float | None:
 class FlopCounter:
     """Counts the operations of forward and backward for rows of any composition.
 
-    Weights that are frozen take no gradient, and nothing below the first that is trained takes any:
-    a frozen encoder costs its forward alone.
-
-    Args:
-        model: the model, before its layers are wrapped (sharding, checkpointing). It is only looked
-            at; the meta device will do.
+    They are what the mathematics needs, two for each multiply-add of a matrix product, as in PaLM
+    (arXiv 2204.02311, appendix B), without what checkpointing, kernels and chunked losses compute a
+    second time. The model is as it is before its layers are wrapped, on the meta device perhaps.
     """
 
     def __init__(self, model: Any) -> None:
-        encoder = model.encoders["vision"]
+        encoder, merger = model.encoders["vision"], model.encoders["vision"].merger
         trace = _Trace(carries=False)
         self._patch = trace.linear(encoder.patch_embed)
         self._patch_pair = {"windows": 0, "frames": 0}
         for i, layer in enumerate(encoder.layers):
             row, pair = trace.layer(layer)
-            kind = "frames" if i in encoder.full_attention_layers else "windows"
             self._patch += row
+            kind = "frames" if i in encoder.full_attention_layers else "windows"
             self._patch_pair[kind] += pair
-        trace.pass_through(encoder.merger.norm)
-        unit = trace.linear(encoder.merger.mlp.w1) + trace.linear(encoder.merger.mlp.w2)
-        # The merger works on several patches at once
-        self._patch += unit // encoder.merger.unit_size
-        self._text = _decoder_flops(model, carries=False)
-        self._text_with_media = _decoder_flops(model, carries=trace.carries)
+        unit = sum(map(trace.linear, (merger.norm, merger.mlp.w1, merger.mlp.w2)))
+        self._patch += unit // merger.unit_size  # it works on several patches at once
+        self._text = _decoder_flops(model.decoder, carries=False)
+        self._text_with_media = _decoder_flops(model.decoder, carries=trace.carries)
 
     def step(
         self, documents: Sequence[int], media: Mapping[str, Any] | None, num_targets: int
@@ -68,9 +58,8 @@ class FlopCounter:
 
         Args:
             documents: tokens of each document; tokens attend to earlier ones of their own.
-            media: ``encoder_input["vision"]`` of the batch, if it has media. Only the lengths of
-                ``windows`` and ``frames`` are read, see
-                :func:`~torchtune_vl.modules.encoder_index`: no device is waited for.
+            media: ``encoder_input["vision"]`` of the batch, if it has media; only the lengths of
+                ``windows`` and ``frames`` are read, so no device is waited for.
             num_targets: positions that the output layer is computed for.
         """
         token, pair, target = self._text if media is None else self._text_with_media
@@ -83,13 +72,13 @@ class FlopCounter:
         return flops
 
 
-def _decoder_flops(model: Any, carries: bool) -> tuple[int, int, int]:
+def _decoder_flops(decoder: Any, carries: bool) -> tuple[int, int, int]:
     """Operations for each token, for each pair of a query and a key, and for each target."""
     trace = _Trace(carries)
-    trace.pass_through(model.decoder.tok_embeddings)
-    layers = [trace.layer(layer) for layer in model.decoder.layers]
-    trace.pass_through(model.decoder.norm)
-    target = trace.linear(model.decoder.output or model.decoder.tok_embeddings)
+    trace.carries = trace.after(decoder.tok_embeddings)
+    layers = [trace.layer(layer) for layer in decoder.layers]
+    trace.linear(decoder.norm)
+    target = trace.linear(decoder.output or decoder.tok_embeddings)
     return sum(row for row, _ in layers), sum(pair for _, pair in layers), target
 
 
@@ -103,35 +92,24 @@ class _Trace:
         """Whether the output of a module carries gradients."""
         return self.carries or any(p.requires_grad for p in module.parameters())
 
-    def pass_through(self, module: nn.Module) -> None:
-        self.carries = self.after(module)
-
     def linear(self, *layers: nn.Module) -> int:
         """Operations per row of layers that have one input, with adapters of their own weights."""
         flops = 0
         for name, weight in nn.ModuleList(layers).named_parameters():
-            if weight.ndim > 1:
+            if weight.ndim > 1:  # others, of normalisations too, are no matrices
                 takes_input_gradient = self.carries or "lora_b" in name  # lora_a, below, is trained
                 flops += 2 * weight.numel() * (1 + takes_input_gradient + weight.requires_grad)
-        self.carries = any(self.after(layer) for layer in layers)
+        self.carries = any(map(self.after, layers))
         return flops
 
     def layer(self, layer: Any) -> tuple[int, int]:
         """Operations of a transformer layer per row, and per pair of a query and a key."""
         attn, mlp = layer.attn, layer.mlp
-        self.pass_through(layer.sa_norm)
+        self.linear(layer.sa_norm)
         inputs = [attn.qkv] if hasattr(attn, "qkv") else [attn.q_proj, attn.k_proj, attn.v_proj]
         q, k, v = (self.after(inputs[i % len(inputs)]) for i in range(3))
         # Scores and weighted values; the gradient of weights, and those of queries, keys and values
-        products = 2 + (q or k) + q + k + v
-        pair = 2 * products * _in_dim(attn.output_proj)
-        row = self.linear(*inputs)
-        row += self.linear(attn.output_proj)
-        self.pass_through(layer.mlp_norm)
-        into = [mlp.w1] if mlp.w3 is None else [mlp.w1, mlp.w3]
-        row += self.linear(*into) + self.linear(mlp.w2)
+        pair = 2 * (2 + (q or k) + q + k + v) * attn.output_proj.weight.shape[1]
+        row = self.linear(*inputs) + self.linear(attn.output_proj) + self.linear(layer.mlp_norm)
+        row += self.linear(*(w for w in (mlp.w1, mlp.w3) if w is not None)) + self.linear(mlp.w2)
         return row, pair
-
-
-def _in_dim(linear: Any) -> int:
-    return linear.weight.shape[1]

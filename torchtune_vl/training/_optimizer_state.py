@@ -1,6 +1,6 @@
 """The state of any optimizer as tensors that a distributed checkpoint can hold, by name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,23 +18,19 @@ def optimizer_state(
     Tensors of low-bit optimizers are taken to pieces, ``{parameter}.{key}.{piece}.{place}``, whose
     layout depends on how many processes there are.
     """
-    return {
-        name: tensor
-        for parameter, p in parameters.items()
-        for key, value in optimizer.state.get(p, {}).items()
-        for name, tensor in _pieces(f"{parameter}.{key}", value)
-    }
-
-
-def _pieces(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    local = value.to_local() if isinstance(value, DTensor) else value
-    if not hasattr(local, "__tensor_flatten__"):
-        yield name, value
-        return
-    # Blocks of low-bit values go on over the end of a row: each process keeps its own
-    place = f"{dist.get_rank()}_of_{dist.get_world_size()}"
-    for piece in local.__tensor_flatten__()[0]:
-        yield f"{name}.{piece}.{place}", getattr(local, piece)
+    state: dict[str, Any] = {}
+    for parameter, p in parameters.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            name = f"{parameter}.{key}"
+            local = value.to_local() if isinstance(value, DTensor) else value
+            if hasattr(local, "__tensor_flatten__"):
+                # Blocks of low-bit values go on over the end of a row: each process keeps its own
+                place = f"{dist.get_rank()}_of_{dist.get_world_size()}"
+                for piece in local.__tensor_flatten__()[0]:
+                    state[f"{name}.{piece}.{place}"] = getattr(local, piece)
+            else:
+                state[name] = value
+    return state
 
 
 @torch.no_grad()
@@ -54,22 +50,20 @@ def initialize(optimizer: torch.optim.Optimizer) -> None:
 def fit(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: set[str]
 ) -> None:
-    """Drop the state of parameters that have none in a checkpoint, since they had no gradient yet.
+    """Drop the initialized state of parameters that have none, without gradients yet, in a save.
 
-    The optimizer has a state of all of them, see :func:`initialize`; ``saved`` are the names of
-    :func:`optimizer_state` that the checkpoint has. Raises ``ValueError`` if it has low-bit values
-    of another number of processes.
+    ``saved`` are the names of :func:`optimizer_state` there. Raises ``ValueError`` if it has
+    low-bit values of another number of processes.
     """
     for name, p in parameters.items():
         missing = optimizer_state(optimizer, {name: p}).keys() - saved
-        if not missing:
-            continue
-        if any(key.startswith(f"{name}.") for key in saved):
+        if missing and any(key.startswith(f"{name}.") for key in saved):
             raise ValueError(
                 f"the optimizer's state was saved by another number of processes ({min(missing)} "
                 "is not in it): a low-bit optimizer goes on with as many as before"
             )
-        del optimizer.state[p]
+        if missing:
+            del optimizer.state[p]
 
 
 def set_plain_values(

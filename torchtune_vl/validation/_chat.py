@@ -11,8 +11,8 @@ import torch
 
 from torchtune_vl.chat._tokenizer import STRUCTURAL_TOKENS
 from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.files._names import published_name
 from torchtune_vl.files._safetensors import weight_files
+from torchtune_vl.files._tensor_names import published_name
 from torchtune_vl.models import model_from_pretrained
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import load_weights

@@ -28,13 +28,12 @@ _DECODER = {
     "model.layers.{}.mlp.down_proj": "decoder.layers.{}.mlp.w2",
     "model.layers.{}.mlp.up_proj": "decoder.layers.{}.mlp.w3",
 }
-_WITH_BIAS = tuple(f"self_attn.{name}_proj" for name in "qkv")
+_WITH_BIAS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 class TensorNames:
-    """The names of a family's tensors.
+    """The names of a family's tensors: its methods give values, by names, other names.
 
-    Methods take dicts from names to values of any kind, and return the same values by other names.
     They raise ``ValueError`` with all names that are of no tensor, and for two names of one tensor.
 
     Args:
@@ -48,45 +47,40 @@ class TensorNames:
         self, family: str, encoder: Mapping[str, str], without_bias: frozenset[str] = frozenset()
     ) -> None:
         self.family = family
-        self._published: dict[str, str] = {}
-        adapters: dict[str, str] = {}
         modules = [(theirs, ours, theirs.endswith(_WITH_BIAS)) for theirs, ours in _DECODER.items()]
         modules += [
             (f"visual.{theirs}", f"encoders.vision.{ours}", theirs not in without_bias)
             for theirs, ours in encoder.items()
         ]
+        self._published: dict[str, str] = {}  # by our names
+        self._in_peft: dict[str, str] = {}
         for theirs, ours, has_bias in modules:
             for kind in ("weight", "bias") if has_bias else ("weight",):
                 self._published[f"{ours}.{kind}"] = f"{theirs}.{kind}"
             for kind, kind_in_peft in _ADAPTERS.items():
-                adapters[f"{ours}.{kind}"] = f"{theirs}.{kind_in_peft}"
-        self._ours = {theirs: ours for ours, theirs in self._published.items()}
-        in_peft = {**self._published, **adapters}
-        self._ours_from_peft = {theirs: ours for ours, theirs in in_peft.items()}
-        self._peft = {ours: _PREFIX_OF_PEFT + _in_memory(name) for ours, name in in_peft.items()}
+                self._in_peft[f"{ours}.{kind}"] = f"{theirs}.{kind_in_peft}"
+        self._in_peft |= self._published
 
     def from_published(self, state_dict: Mapping[str, T]) -> dict[str, T]:
-        """Rename the tensors of a published checkpoint to the names of our model.
+        """Rename tensors from published names, or those transformers >= 4.52 has in memory.
 
-        Takes the published names (``visual.*``, ``model.*``, ``lm_head.*``) and those that
-        transformers >= 4.52 has in memory (``model.visual.*``, ``model.language_model.*``).
+        These are ``visual.*``, ``model.*``, ``lm_head.*``, or ``model.visual.*`` and
+        ``model.language_model.*``.
         """
-        return self._rename(state_dict, self._ours, published_name)
+        return self._rename(state_dict, _inverted(self._published), published_name)
 
     def to_published(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename our tensors as a checkpoint has them that transformers and servers load."""
         return self._rename(state_dict, self._published)
 
+    def from_peft(self, state_dict: Mapping[str, T]) -> dict[str, T]:
+        """Rename the tensors of peft's ``adapter_model.safetensors``, of any transformers."""
+        return self._rename(state_dict, _inverted(self._in_peft), _name_in_base)
+
     def to_peft(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename adapters, and parameters trained in full beside them, as peft saves them."""
-        return self._rename(state_dict, self._peft)
-
-    def from_peft(self, state_dict: Mapping[str, T]) -> dict[str, T]:
-        """Rename the tensors of peft's ``adapter_model.safetensors`` to the names of our model.
-
-        Takes the names of modules in transformers >= 4.52, and those before.
-        """
-        return self._rename(state_dict, self._ours_from_peft, _name_in_base)
+        renamed = self._rename(state_dict, self._in_peft)
+        return {_PREFIX_OF_PEFT + _in_memory(name): value for name, value in renamed.items()}
 
     def _rename(
         self,
@@ -94,20 +88,28 @@ class TensorNames:
         templates: Mapping[str, str],
         simplify: Callable[[str], str] = str,
     ) -> dict[str, T]:
-        names = {name: _translate(simplify(name), templates) for name in state_dict}
-        unknown = sorted(name for name, new in names.items() if new is None)
-        if unknown:
-            raise ValueError(
-                f"{len(unknown)} names are not of {self.family}'s tensors: {', '.join(unknown)}"
-            )
-        first: dict[str, str] = {}
-        for name, new in names.items():
-            other = first.setdefault(str(new), name)
+        names: dict[str, str] = {}  # from new ones to old ones
+        unknown = []
+        for name in state_dict:
+            simple = simplify(name)
+            template = templates.get(re.sub(r"\.(layers|blocks)\.\d+\.", r".\1.{}.", simple))
+            if template is None:
+                unknown.append(name)
+                continue
+            indices = re.findall(r"\.(?:layers|blocks)\.(\d+)\.", simple)
+            other = names.setdefault(template.format(*indices), name)
             if other != name:
                 raise ValueError(
                     f"{other} and {name} are two names of one tensor: remove one of both"
                 )
-        return {new: state_dict[name] for new, name in first.items()}
+        if unknown:
+            told = ", ".join(sorted(unknown))
+            raise ValueError(f"{len(unknown)} names are not of {self.family}'s tensors: {told}")
+        return {new: state_dict[name] for new, name in names.items()}
+
+
+def _inverted(names: Mapping[str, str]) -> dict[str, str]:
+    return {new: old for old, new in names.items()}
 
 
 def published_name(name: str) -> str:
@@ -131,10 +133,3 @@ def _in_memory(name: str) -> str:
     if name.startswith("visual."):
         return f"model.{name}"
     return re.sub(r"^model\.", "model.language_model.", name)
-
-
-def _translate(name: str, templates: Mapping[str, str]) -> str | None:
-    template = re.sub(r"\.(layers|blocks)\.\d+\.", r".\1.{}.", name)
-    if template not in templates:
-        return None
-    return templates[template].format(*re.findall(r"\.(?:layers|blocks)\.(\d+)\.", name))

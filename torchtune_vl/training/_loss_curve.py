@@ -1,11 +1,10 @@
-"""Pictures of a run."""
+"""The picture of a run's losses."""
 
 from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -18,7 +17,7 @@ def plot_losses(
 
 
 def draw_losses(losses: Sequence[float], validation_losses: Sequence[tuple[int, float]]) -> Figure:
-    """Draw what :func:`plot_losses` writes."""
+    """Draw what :func:`plot_losses` writes: whole steps, and losses in plain numbers."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps = range(1, len(losses) + 1)
@@ -29,21 +28,17 @@ def draw_losses(losses: Sequence[float], validation_losses: Sequence[tuple[int, 
         axes.plot(*zip(*validation_losses, strict=True), "o-", color="C1", label="validation")
     title = "Training and validation loss" if validation_losses else "Training loss"
     axes.set(title=title, xlabel="step", ylabel="cross-entropy per supervised token")
-    _set_ticks(axes, [*losses, *(loss for _, loss in validation_losses)])
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
-    return figure
-
-
-def _set_ticks(axes: Axes, losses: Sequence[float]) -> None:
-    """Whole steps, and losses in plain numbers, also where they are on a logarithmic scale."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.ticklabel_format(style="plain", useOffset=False)
-    if max(losses) > 10 * min(losses) > 0:
+    shown = [*losses, *(loss for _, loss in validation_losses)]
+    if max(shown) > 10 * min(shown) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(_plain)
         axes.yaxis.set_minor_formatter(NullFormatter())
+    return figure
 
 
 def _plain(value: float, _position: float) -> str:

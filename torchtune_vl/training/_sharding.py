@@ -67,30 +67,30 @@ def shard(
     compute_dtype: torch.dtype,
     cpu_offload: bool,
 ) -> None:
-    """Shard a model over data-parallel devices by FSDP2: each layer, and the rest as one.
+    """Shard a model on the meta device over data-parallel devices by FSDP2, and layers one by one.
 
-    The model is on the meta device. Gathered weights, and so the computation, have
-    ``compute_dtype``; gradients are summed in float32. Weights, gradients and optimizer states may
-    live in the host's memory (``cpu_offload``). Quantized weights, which are frozen and small, stay
-    whole.
+    Gathered weights, and so the computation, have ``compute_dtype``; gradients are summed in
+    float32. Weights, gradients and optimizer states may live in the host's memory
+    (``cpu_offload``). Quantized weights, which are frozen and small, stay whole.
     """
     # Inputs stay as they are: rotary tables are float32 in any computation
     precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-    quantized = {p for p in model.parameters() if isinstance(p.data, NF4Tensor)}
+    whole = {*model.parameters()} - {*plain_parameters(model)}
     for module in (*layers, model):
         fully_shard(
-            module,
-            mesh=mesh,
-            mp_policy=precision,
-            offload_policy=offload,
-            ignored_params=quantized,
+            module, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=whole
         )
 
 
+def plain_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """List a module's parameters but for quantized ones."""
+    return [p for p in module.parameters() if not isinstance(p.data, NF4Tensor)]
+
+
 def dtypes_of(model: nn.Module) -> set[torch.dtype]:
-    """List the dtypes of a model's parameters but for quantized ones."""
-    return {p.dtype for p in model.parameters() if not isinstance(p.data, NF4Tensor)}
+    """List the dtypes of a model's :func:`plain_parameters`."""
+    return {p.dtype for p in plain_parameters(model)}
 
 
 def gather(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
@@ -104,10 +104,7 @@ def gather(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
 
 
 def non_finite(parameters: Mapping[str, nn.Parameter], device: torch.device) -> list[str]:
-    """Name the parameters, sharded or not, that are not finite on any process.
-
-    The processes exchange what they found on ``device``.
-    """
+    """Name the parameters, sharded or not, that are not finite on all processes."""
     local = [_local(p).detach() for p in parameters.values()]
     bad = torch.stack([(~p.isfinite()).any().to(device, torch.int32) for p in local])
     dist.all_reduce(bad)
@@ -117,8 +114,7 @@ def non_finite(parameters: Mapping[str, nn.Parameter], device: torch.device) -> 
 def average_copies(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
     """Average the gradients of what each device of a mesh with one named dimension has a copy of.
 
-    All compute the same, but not to the last bit where a device's backward is not deterministic,
-    and the copies would drift apart.
+    Where a backward is not deterministic to the last bit, the copies would drift apart.
     """
     (name,) = mesh.mesh_dim_names or ()
     for gradient in (p.grad for p in parameters if p.grad is not None):
@@ -134,26 +130,24 @@ def average_copies(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale gradients down to a norm that they exceed, over parameters sharded in several ways.
 
-    Like :func:`torch.nn.utils.clip_grad_norm_`, which takes those of one mesh only. Returns the
-    norm before, a scalar, on the device and not waited for; an infinite ``max_norm`` is for that
-    alone.
+    :func:`torch.nn.utils.clip_grad_norm_` takes those of one mesh only. Returns the norm before, a
+    scalar, on the device and not waited for.
     """
     groups: dict[object, list[torch.Tensor]] = {}
     for p in parameters:
         if p.grad is not None:
             layout = (p.grad.device_mesh, p.grad.placements) if isinstance(p.grad, DTensor) else ()
             groups.setdefault(layout, []).append(p.grad)
+    if not groups:
+        return torch.zeros(())
     norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    if not whole:
-        return torch.zeros(())
     total = torch.linalg.vector_norm(torch.stack(whole))
-    if math.isinf(max_norm):
-        return total
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for gradients in groups.values():
-        local = [_local(gradient) for gradient in gradients]
-        torch._foreach_mul_(local, factor.to(local[0].device))
+    if not math.isinf(max_norm):
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for gradients in groups.values():
+            local = [_local(gradient) for gradient in gradients]
+            torch._foreach_mul_(local, factor.to(local[0].device))
     return total
 
 

@@ -1,0 +1,160 @@
+"""Steps that a run can go on from, in directories; its lock, and its log of samples."""
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from torchtune_vl.files._directory import (
+    check_manifest,
+    complete,
+    new_file,
+    open_locked,
+    remove,
+    write_json,
+)
+
+_PROGRESS = "progress.json"
+_NAME = re.compile(r"step_(0|[1-9][0-9]*)")
+
+log = logging.getLogger(__name__)
+
+
+class SavedStep(NamedTuple):
+    """A step that is whole; its progress is what :meth:`Steps.begin` was given."""
+
+    directory: Path
+    progress: dict[str, Any]
+
+
+class Steps:
+    """``step_N`` in a directory, each complete, with checksums, or not there.
+
+    Of these the newest ``keep_last`` are kept, and the best that they know of. Other names in the
+    directory are not looked at.
+    """
+
+    def __init__(self, directory: Path, keep_last: int) -> None:
+        self.directory = directory
+        self.keep_last = keep_last
+
+    def tidy(self) -> None:
+        """Remove directories that were being written or removed when a crash came."""
+        for left in self.directory.glob("step_*.partial"):
+            if _NAME.fullmatch(left.stem):
+                remove(left)
+
+    def newest(self) -> Path | None:
+        """Return the directory of the last step that was saved, or None."""
+        return next(iter(self._newest_first()), None)
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step_{step}"
+
+    def partial(self, step: int) -> Path:
+        return self.directory / f"step_{step}.partial"
+
+    def read(self, step: int) -> SavedStep:
+        """Return a step, or raise ``ValueError`` with all in which it is not as it was written."""
+        directory = self.path(step)
+        check_manifest(directory, required=(_PROGRESS, ".metadata"))
+        return SavedStep(directory, _progress(directory))
+
+    def newest_whole(self) -> SavedStep | None:
+        """Return the newest step that is as it was written, or None if none was saved.
+
+        Damaged ones are renamed to ``step_N.damaged``, since their numbers come again. Raises
+        ``ValueError`` if all are damaged.
+        """
+        reasons: dict[Path, str] = {}
+        for directory in self._newest_first():
+            try:
+                step = self.read(_number(directory))
+            except (ValueError, OSError) as error:
+                reasons[directory] = str(error)
+                continue
+            for damaged, reason in reasons.items():
+                aside = damaged.with_suffix(".damaged")
+                remove(aside)
+                damaged.rename(aside)
+                told = "%s is damaged (%s): it is %s now, and the run goes on from %s"
+                log.warning(told, damaged, reason, aside.name, directory.name)
+            return step
+        if reasons:
+            raise ValueError(
+                f"no step in {self.directory} can be gone on from ({'; '.join(reasons.values())}): "
+                "restore one, or name another output_dir"
+            )
+        return None
+
+    def begin(self, step: int, progress: dict[str, Any]) -> None:
+        """Make the directory that a step is written to, and write its progress as JSON.
+
+        Its ``["best"]["step"]`` is the number of a step to keep as long as this one, or None.
+        """
+        self.discard(step)
+        self.partial(step).mkdir(parents=True)
+        write_json(self.partial(step) / _PROGRESS, progress)
+
+    def finish(self, step: int) -> None:
+        """Give a step that is on the disk its checksums and its name, and remove older ones."""
+        complete(self.partial(step), self.path(step))
+        saved = self._newest_first()
+        kept = {*saved[: self.keep_last]}
+        kept |= {self.path(best) for directory in kept if (best := _best(directory)) is not None}
+        for old in set(saved) - kept:
+            remove(old)
+
+    def discard(self, step: int) -> None:
+        remove(self.partial(step))
+
+    def _newest_first(self) -> list[Path]:
+        paths = self.directory.glob("step_*")
+        steps = (path for path in paths if _NAME.fullmatch(path.name) and path.is_dir())
+        return sorted(steps, key=_number, reverse=True)
+
+
+def _number(directory: Path) -> int:
+    return int(directory.name.removeprefix("step_"))
+
+
+def _progress(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / _PROGRESS).read_text(encoding="utf-8")))
+
+
+def _best(directory: Path) -> int | None:
+    try:
+        return _progress(directory)["best"]["step"]
+    except (OSError, ValueError, LookupError, TypeError):  # damaged: found when resuming
+        return None
+
+
+def lock(directory: Path) -> TextIO:
+    """Make a directory and keep others from it until the file is closed or this process ends.
+
+    Raises ``ValueError`` if another process does so.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        return open_locked(directory / ".lock")
+    except BlockingIOError:
+        raise ValueError(
+            f"another run writes to {directory}: wait until it has ended, or name another "
+            "output_dir"
+        ) from None
+
+
+def drop_steps_after(step: int, path: Path) -> None:
+    """Drop lines of later steps, which come again, and torn ones from JSON Lines with ``step``s."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(line for line in lines if _step_of(line) <= step)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError):
+        return math.inf
