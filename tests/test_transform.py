@@ -150,8 +150,8 @@ def test_images_of_the_sample_fill_the_places(transform: Qwen2_5_VLTransform) ->
             [user(image(), {"type": "boxes", "boxes": [], "polygons": [[1, 2]]})],
             r"item 1: an item of boxes has no key \['polygons'\]",
         ),
-        ([{"role": "user", "content": "a", "images": ["a.png"]}], "its key 'images' names"),
-        ([user({**text("a"), "image": "a.png"})], "item 0: its key 'image' names a medium"),
+        ([{"role": "user", "content": "a", "images": ["a.png"]}], "its key 'images' is not und"),
+        ([user({**text("a"), "image": "a.png"})], "item 0: its key 'image' is not understood"),
         ([user(image() | {"max_pixel": 3})], r"no setting \['max_pixel'\].*max_pixels"),
         ([user({"type": "image", "image": IMAGE, "path": "a.png"})], "more than one image"),
         ([user({"type": "image"})], "place of image 0.*'images'"),
@@ -490,14 +490,23 @@ def test_boxes_in_text(transform: Qwen2_5_VLTransform) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"type": "boxes", "boxes": [{"bbox_2d": [0, 0, 1, 1]}]}], "no image before its boxes"),
+        (
+            [{"type": "boxes", "boxes": [{"bbox_2d": [0, 0, 1, 1]}]}],
+            r"of image -1, but the conversation has 0 images",
+        ),
         ([image(), {"type": "boxes", "boxes": [{"label": "a"}]}], "no 'bbox_2d' and no 'point_2d'"),
-        ([image(), {"type": "boxes", "boxes": {"bbox_2d": 1}}], "boxes are no list"),
+        (
+            [image(), {"type": "boxes", "boxes": {"bbox_2d": 1}}],
+            "boxes is of type dict, expected a list",
+        ),
         (
             [image(), {"bbox_2d": [0, 0, 1, 1], "image": 1}],
-            "image 1 .*, but the conversation has 1 im",
+            "of image 1, but the conversation has 1 images",
         ),
-        ([image(), {"bbox_2d": [0, 0, 1, 1], "image": "first"}], "'image' is 'first'"),
+        (
+            [image(), {"bbox_2d": [0, 0, 1, 1], "image": "first"}],
+            "of image 'first', but the conversation has 1",
+        ),
         ([image(), {"bbox_2d": [0, 0, 57, 1]}], r"bbox_2d .* outside"),
         ([image(), {"bbox_2d": [0, 0, 1, 1], "label": {1, 2}}], "cannot be written as JSON"),
         ([image(), text("{a}") | {"fields": {"b": {"point_2d": [0, 0]}}}], r"no place \{b\}"),

@@ -137,7 +137,7 @@ def test_torchtune_messages_of_tools(checkpoint: Path) -> None:
         ({"tool_calls": [{"name": "f", "arguments": "[]"}]}, "message 0.*of type list, expected"),
         ({"tool_calls": [{"arguments": {}}]}, "message 0.*no function with a name"),
         ({"tool_calls": ["f"]}, "message 0.*no function with a name"),
-        ({"tool_calls": True}, "message 0.*tool_calls are of type bool"),
+        ({"tool_calls": True}, "message 0.*tool_calls is of type bool"),
         ({"tool_calls": [{"name": "f", "arguments": {"a": {1}}}]}, "cannot be written as JSON"),
         ({"tools": {"name": "f"}}, "tools is of type dict, expected a list"),
         ({"tools": "{"}, "tools: no JSON"),
@@ -285,13 +285,13 @@ def test_weights_with_templates(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        ("{{ messages[0].content }}", None, "marks no answer.*generation"),
+        ("{{ messages[0].content }}", None, "marks 0 answers of 1.*generation"),
         ("{% if %}", None, "chat template fails"),
         ("{{ raise_exception('no system') }}", None, "no system"),
         ("{{ ''.__class__.__mro__ }}", None, "chat template fails"),
         ("{{ messages.append(1) }}", None, "chat template fails"),
         ("{% generation %}{{ messages[9].content }}{% endgeneration %}", None, "fails"),
-        ("{% generation %}a{% endgeneration %}<|image_pad|>", None, "without its start"),
+        ("{% generation %}a{% endgeneration %}<|image_pad|>", None, "not those of the media"),
         (
             "{% generation %}a{% endgeneration %}<|vision_start|><|image_pad|><|vision_end|>",
             None,

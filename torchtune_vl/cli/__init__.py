@@ -5,8 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from torchtune_vl._shown import shown
 from torchtune_vl.cli import estimate, export, files, merge, run, validate, validate_config
+from torchtune_vl.files._printable import shown
 
 # Each has `add_parser`, which sets the function to run; what takes long to import it imports there
 _SUBCOMMANDS = (files, run, validate_config, estimate, validate, merge, export)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from torchtune_vl._shown import shown
+from torchtune_vl.files._printable import shown
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from torchtune_vl._shown import shown
+from torchtune_vl.files._printable import shown
 from torchtune_vl.recipes._config import Config
 from torchtune_vl.recipes._read_config import check_components, read_config
 

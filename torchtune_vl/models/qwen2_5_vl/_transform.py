@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from torchtune_vl.chat import ChatTransform, ProcessorClasses, boxes_in_original
-from torchtune_vl.chat._pretrained import read_if_there
+from torchtune_vl.chat._processor_files import read_if_there
 from torchtune_vl.media import ImageTransform, VideoTransform
 from torchtune_vl.models.qwen2_5_vl._geometry import GEOMETRY
 
