@@ -26,20 +26,10 @@ def rescaled(
 ) -> dict[str, Any]:
     """Take a box or point from the user's image to what the model is to read or write.
 
-    Args:
-        entry: ``bbox_2d`` [x1, y1, x2, y2] or ``point_2d`` [x, y], and anything else beside.
-        unit: of its coordinates: "pixels" of the upright image, or its width and height as 1
-            ("0..1") or 1000 ("0..1000").
-        original_size: height and width of the upright image in pixels.
-        extent: the numbers that the lower and the right edge of the image have for the model, such
-            as pixels of the resized image.
-
-    Returns:
-        The entry with whole numbers in these.
-
-    Raises:
-        ValueError: if the coordinates are no numbers, out of order or outside of the image, or
-            the entry has others or none.
+    ``bbox_2d`` [x1, y1, x2, y2] or ``point_2d`` [x, y] are in a unit of the upright image of
+    ``original_size``, height and width in pixels, and become whole numbers of ``extent``, those of
+    its lower and its right edge for the model. What else the entry has stays, unless it is of
+    numbers that would have to change as well: ``ValueError``, as for wrong coordinates.
     """
     if unit not in [*_UNITS]:
         raise ValueError(f"unknown unit {unit!r} of coordinates: use one of {', '.join(_UNITS)}")

@@ -14,7 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from torchtune_vl.chat._messages import ROLES
-from torchtune_vl.chat._tokenizer import STRUCTURAL_TOKENS
+from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
 
 # The template of the published checkpoints for conversations without tools, a value that they ship
 # (Apache-2.0)
@@ -55,33 +55,26 @@ _TOOLS_TAIL = (
 
 def call_text(call: Mapping[str, Any]) -> str:
     """A function's call in an answer. As published: its name is not escaped."""
-    arguments = to_json(call["arguments"])
+    arguments = as_json(call["arguments"])
     return f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>'
 
 
 def tools_prompt(tools: Sequence[Mapping[str, Any]]) -> str:
     """What stands behind the system prompt when there are tools."""
-    schemas = "".join(f"\n{to_json(tool)}" for tool in tools)
+    schemas = "".join(f"\n{as_json(tool)}" for tool in tools)
     return f"{_TOOLS_HEAD}{schemas}{_TOOLS_TAIL}" if tools else ""
 
 
-def to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """What transformers' templates know as ``tojson``."""
-    layout: dict[str, Any] = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+    """What transformers' templates know as ``tojson``, with ``indent`` and so on."""
     try:
         return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
     except (TypeError, RecursionError, ValueError) as error:
         raise ValueError(f"a tool or call cannot be written as JSON: {error}") from error
 
 
-# Noncharacters of Unicode, which stand for something else while a template is run: the beginning
-# and the end of what the loss is taken of, and structural tokens within texts of messages
+# Noncharacters of Unicode stand for other things while a template is run: for the beginning and the
+# end of what the loss is taken of, and for structural tokens within texts of messages
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 START, END = "\ufdd0", "\ufdd1"
 _STAND_INS = {chr(0xFDD2 + number): token for number, token in enumerate(STRUCTURAL_TOKENS)}
@@ -99,33 +92,15 @@ class _Generation(Extension):
         return [start, nodes.Scope(body).set_lineno(line), end]
 
 
-def render_template(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]],
-    *,
-    hides_structure: bool,
-    **variables: Any,
-) -> str:
+def render(template: str, hides_structure: bool, **variables: Any) -> str:
     """Run a chat template as transformers' ``apply_chat_template`` does.
 
-    Args:
-        template: Jinja source.
-        messages: what the template calls ``messages``.
-        tools: what it calls ``tools``; None to it if there are none.
-        hides_structure: whether structural tokens in these are to be told from the template's own.
-        **variables: what else it may read.
-
-    Returns:
-        The text, with ``START`` and ``END`` around what stands between ``{% generation %}`` and
-        ``{% endgeneration %}``, and what :func:`reveal` undoes in place of hidden tokens.
-
-    Raises:
-        ValueError: if the template is wrong, or refuses the conversation.
+    The text has ``START`` and ``END`` around what stands between ``{% generation %}`` and
+    ``{% endgeneration %}``, and, if ``hides_structure``, what :func:`reveal` undoes in place of the
+    structural tokens in variables. ``ValueError`` if the template fails.
     """
-    messages, tools = (_hide(values, hides_structure) for values in (messages, tools))
     try:
-        return _compile(template).render(messages=messages, tools=tools or None, **variables)
+        return _compile(template).render(_hide(variables, hides_structure))
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template fails: {error}") from error
 
@@ -154,13 +129,9 @@ def reveal(text: str) -> str:
 
 @lru_cache(maxsize=8)
 def known_roles(template: str | None) -> frozenset[str]:
-    """Tell which roles a chat template knows.
+    """The roles of the published templates (None), and every text constant of another one.
 
-    These are those of the published templates (None), and every text constant of this one: a role
-    that it does not name it treats like any other, an answer's perhaps as one without loss.
-
-    Raises:
-        ValueError: if the template is wrong.
+    One that it does not name it treats like any other, an answer's perhaps as one without loss.
     """
     try:
         parsed = _environment().parse(template or "")
@@ -180,7 +151,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
     )
-    environment.filters["tojson"] = to_json
+    environment.filters["tojson"] = as_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
     return environment

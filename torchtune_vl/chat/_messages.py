@@ -1,8 +1,7 @@
 """Conversations as users have them, to turns of text, media and boxes."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -14,8 +13,7 @@ from torchtune_vl.files._json import from_json_text
 Kind = Literal["image", "video"]
 # Of the published templates
 ROLES = ("system", "user", "assistant", "tool")
-# Keys of a message by which it carries loss or not, with the value for no loss; the last is
-# torchtune's
+# Keys by which a message carries loss or not, with the value for no loss; the last is torchtune's
 _LOSS_KEYS = {"weight": 0, "loss": 0, "loss_mask": 0, "masked": 1}
 _ABOUT_LOSS = re.compile("loss|mask|weight|train", re.IGNORECASE)
 _ABOUT_MEDIA = re.compile("(image|video|audio)(s|_url|_urls)?")
@@ -29,11 +27,14 @@ _IMPLIED = {
 # Where transformers' chat format, OpenAI's and torchtune's keep a medium, after "image" or "video"
 _SOURCE_KEYS = ("content", "url", "path", "base64")
 _SIZE_SETTINGS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-_SAMPLING_SETTINGS = (
-    *("total_pixels", "fps", "nframes", "min_frames", "max_frames"),
-    *("video_start", "video_end", "sample_fps", "frame_indices"),
-)
-_SETTINGS = {"image": _SIZE_SETTINGS, "video": (*_SIZE_SETTINGS, *_SAMPLING_SETTINGS)}
+_SETTINGS = {
+    "image": _SIZE_SETTINGS,
+    "video": (
+        *(*_SIZE_SETTINGS, "total_pixels", "fps", "nframes", "min_frames", "max_frames"),
+        *("video_start", "video_end", "sample_fps", "frame_indices"),
+    ),
+}
+_KINDS: dict[str, Any] = {"list": Sequence, "dict": Mapping, "str": str}
 Item = TypeVar("Item")
 
 
@@ -81,14 +82,9 @@ class Objects(NamedTuple):
 
 @dataclass(frozen=True)
 class Turn(Generic[Item]):
-    """One message.
+    """One message; ``given`` has what it has but for its content, for templates that read more.
 
-    Args:
-        role: who speaks.
-        content: its items in their order.
-        masked: whether its tokens carry no loss.
-        given: the message but for its content, for templates that read more of it; the arguments
-            of its ``tool_calls`` are parsed.
+    The arguments of its ``tool_calls`` are parsed there. If ``masked``, it carries no loss.
     """
 
     role: str
@@ -106,15 +102,6 @@ class Turn(Generic[Item]):
 EncodedTurn = Turn[str | EncodedMedium]
 
 
-@contextmanager
-def located(place: str) -> Iterator[None]:
-    """Names a place in errors."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-
-
 def read_conversation(
     messages: Any,
     images: Sequence[Any] | None = None,
@@ -123,36 +110,35 @@ def read_conversation(
 ) -> list[Turn[str | Medium | Objects]]:
     """Read torchtune's messages, or messages in the chat format of transformers and OpenAI.
 
+    Keys whose value is None count as absent, and torchtune's role ``ipython`` is ``tool``.
+
     Args:
-        messages: torchtune's ``Message`` or dicts with ``role``, ``content`` (a str or a
-            list of items), and perhaps ``tool_calls`` and ``weight``, ``loss`` or ``loss_mask``
-            (0: no loss). Keys whose value is None count as absent.
+        messages: those of a sample.
         images: what fills the items of type image that name none, in order.
         videos: likewise for videos.
         roles: those that the chat template knows.
-
-    Returns:
-        The turns, roles as given but for ``ipython``, which is torchtune's name of ``tool``.
 
     Raises:
         ValueError: if a message or item is not understood, or images and videos do not fit their
             places; it says which.
     """
-    if not _list(messages, "messages"):
+    if not _typed(messages, "list", "messages"):
         raise ValueError("a conversation needs at least one message")
     reader = _Reader(roles, {"image": images, "video": videos})
     turns = []
     for number, message in enumerate(messages):
-        is_dict = isinstance(message, Mapping)
-        role = message.get("role") if is_dict else getattr(message, "role", None)
-        with located(f"message {number}{f' ({role})' if isinstance(role, str) else ''}"):
+        try:
             turns.append(reader.turn(message))
+        except ValueError as error:
+            is_dict = isinstance(message, Mapping)
+            role = message.get("role") if is_dict else getattr(message, "role", None)
+            who = f" ({role})" if isinstance(role, str) else ""
+            raise ValueError(f"message {number}{who}: {error}") from error
     for kind, given in reader.given.items():
-        if given is not None and reader.places[kind] != len(given):
-            raise ValueError(
-                f"the messages have {reader.places[kind]} places for {kind}s, but there are "
-                f"{len(given)} {kind}s"
-            )
+        places = reader.places[kind]
+        if given is not None and places != len(given):
+            found = f"there are {len(given)} {kind}s"
+            raise ValueError(f"the messages have {places} places for {kind}s, but {found}")
     return turns
 
 
@@ -166,56 +152,43 @@ class _Reader:
         self.images_so_far = 0
 
     def turn(self, message: Any) -> Turn[str | Medium | Objects]:
-        if isinstance(message, Mapping):
-            # Tables such as Arrow's give every message every key, None where there is nothing
-            given = {key: value for key, value in message.items() if value is not None}
-            role = self._role(given.get("role"))
-        elif isinstance(message, Message):
+        if not isinstance(message, Mapping) and isinstance(message, Message):
             role = self._role(message.role)
-            given = {"role": role, "content": message.content, "masked": message.masked}
-        else:
-            raise ValueError(
-                f"is of type {type(message).__name__}, expected a torchtune Message or a dict"
-            )
+            message = {"role": role, "content": message.content, "masked": message.masked}
+        # Tables such as Arrow's give every message every key, None where there is nothing
+        given = _without_nulls(_typed(message, "dict", "it"))
+        role = self._role(given.get("role"))
         content = given.pop("content", None)
         _refuse_unread(given, _LOSS_KEYS)
         if "tool_calls" in given:
             given["tool_calls"] = _tool_calls(given["tool_calls"])
             if given["tool_calls"] and content is None:
                 content = ""
-        return Turn(role, self._items(content), _is_masked(given), given)
+        if isinstance(content, str):
+            return Turn(role, [content], _is_masked(given), given)
+        items = []
+        for number, item in enumerate(_typed(content, "list", "its content")):
+            try:
+                items.append(self._item(_without_nulls(_typed(item, "dict", "it"))))
+            except ValueError as error:
+                raise ValueError(f"item {number}: {error}") from error
+        return Turn(role, items, _is_masked(given), given)
 
     def _role(self, role: Any) -> str:
         if role == "ipython":  # torchtune's name of it
             return "tool"
         if not isinstance(role, str) or role not in self.roles:
-            raise ValueError(
-                f"its role is {role!r}; known are {', '.join(ROLES)}, and what a chat template of "
-                "your own names: rename it"
-            )
+            known = ", ".join(ROLES)
+            raise ValueError(f"its role is {role!r}; known are {known}, and those of a template")
         return role
 
-    def _items(self, content: Any) -> list[str | Medium | Objects]:
-        if isinstance(content, str):
-            return [content]
-        items = []
-        for number, item in enumerate(_list(content, "its content", "a str or a list")):
-            with located(f"item {number}"):
-                items.append(self._item(item))
-        return items
-
-    def _item(self, item: Any) -> str | Medium | Objects:
-        if not isinstance(item, Mapping):
-            raise ValueError(f"is of type {type(item).__name__}, expected a dict")
-        item = {key: value for key, value in item.items() if value is not None}
+    def _item(self, item: dict[str, Any]) -> str | Medium | Objects:
         implied = (kind for kind, keys in _IMPLIED.items() if item.keys() & keys)
         kind = item.get("type") or next(implied, None)
-        if kind in ("image", "image_url"):
-            return self._medium("image", item)
-        if kind in ("video", "video_url"):
-            return self._medium("video", item)
+        if kind in ("image", "image_url", "video", "video_url"):
+            return self._medium("video" if "video" in kind else "image", item)
         if kind == "boxes":
-            return self._boxes(item)
+            return self._objects(item)
         if kind == "text" and ("text" in item or "content" in item):
             return self._text(item)
         raise ValueError(
@@ -228,10 +201,8 @@ class _Reader:
         settings = {key: value for key, value in item.items() if key not in (*names, "type")}
         unknown = settings.keys() - {*_SETTINGS[kind]}
         if unknown:
-            raise ValueError(
-                f"an item of type {kind} has no setting {sorted(unknown)}; there are "
-                f"{', '.join(_SETTINGS[kind])}"
-            )
+            known = ", ".join(_SETTINGS[kind])
+            raise ValueError(f"{kind}s have no setting {sorted(unknown)}; there are {known}")
         if len(names) > 1:
             raise ValueError(f"it names more than one {kind}: {sorted(names)}")
         self.images_so_far += kind == "image"
@@ -245,107 +216,82 @@ class _Reader:
         self.places[kind] += 1
         if given is None:
             raise ValueError(
-                f"it is the place of {kind} {number}, but the sample has no list of {kind}s: put "
-                f"the {kind} into the item, or a list {kind + 's'!r} beside the messages"
+                f"it is the place of {kind} {number}, but names none: put the {kind} into it, or a "
+                f"list {kind + 's'!r} beside the messages"
             )
         # One that is missing is counted, and reported with all others
         return given[number] if number < len(given) else None
 
     def _text(self, item: dict[str, Any]) -> str | Objects:
-        text = item.get("text", item.get("content"))
-        if not isinstance(text, str):
-            raise ValueError(f"its text is of type {type(text).__name__}, expected a str")
-        if "fields" not in item:
-            _refuse_unread(item)
-            return text
-        _refuse_unread(item, ("image",))
-        if not isinstance(item["fields"], Mapping):
-            raise ValueError("its fields are no dict of a name and a box or point each")
-        fields = {name: value for name, value in item["fields"].items() if value is not None}
+        text: str = _typed(item.get("text", item.get("content")), "str", "its text")
+        _refuse_unread(item, ("image",) if "fields" in item else ())
+        fields = _without_nulls(_typed(item.get("fields", {}), "dict", "fields"))
         for name in fields:
             if f"{{{name}}}" not in text:
                 raise ValueError(f"its text has no place {{{name}}} for the field {name!r}")
-        return self._objects([*fields.values()], item, text, tuple(fields)) if fields else text
-
-    def _boxes(self, item: dict[str, Any]) -> Objects:
-        others = {key: value for key, value in item.items() if key not in ("type", "unit", "image")}
-        if "boxes" not in item:
-            return self._objects([others], item)
-        if len(others) > 1:
-            raise ValueError(
-                f"an item of boxes has no key {sorted(others.keys() - {'boxes'})}; there are unit "
-                "and image, and what is to be written stands in each of its boxes"
-            )
-        return self._objects(_list(item["boxes"], "boxes"), item)
+        return self._objects(item, text, fields) if fields else text
 
     def _objects(
-        self, entries: Sequence[Any], item: dict[str, Any], text: str = "", names: tuple = ()
+        self, item: dict[str, Any], text: str = "", fields: Mapping[str, Any] | None = None
     ) -> Objects:
+        others = {key: value for key, value in item.items() if key not in ("type", "unit", "image")}
+        entries = [*fields.values()] if fields else [others]
+        if not fields and "boxes" in item:
+            entries = _typed(others.pop("boxes"), "list", "boxes")
+            if others:
+                raise ValueError(f"an item of boxes has no {[*others]}: put it into each of them")
         image = item.get("image", self.images_so_far - 1)
-        return Objects(entries, item.get("unit", "pixels"), image, text, names)
+        return Objects(entries, item.get("unit", "pixels"), image, text, tuple(fields or ()))
 
 
 def read_tools(tools: Any) -> list[Mapping[str, Any]]:
-    """Read the function schemas of a sample.
-
-    Args:
-        tools: list of JSON schemas, each perhaps as JSON text, the JSON text of a list, or None.
-
-    Returns:
-        The schemas.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    tools = [] if tools is None else _list(from_json_text(tools, "tools"), "tools")
-    tools = [from_json_text(tool, f"tool {number}") for number, tool in enumerate(tools)]
-    for number, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            raise ValueError(
-                f"tool {number} is of type {type(tool).__name__}, expected its JSON schema as a "
-                "dict; transformers.utils.get_json_schema makes one of a function"
-            )
-    return tools
+    """Read the function schemas of a sample: a list, which and each of which may be JSON text."""
+    tools = _parsed([] if tools is None else tools, "list", "tools")
+    return [_parsed(tool, "dict", f"tool {number}") for number, tool in enumerate(tools)]
 
 
 def _tool_calls(calls: Any) -> list[Mapping[str, Any]]:
     parsed: list[Mapping[str, Any]] = []
-    for call in _list(from_json_text(calls, "its tool_calls"), "tool_calls"):
+    for call in _parsed(calls, "list", "tool_calls"):
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(f"the tool call {call!r} has no function with a name")
-        what = f"the arguments of the tool call {function['name']!r}"
+        what = f"arguments of the tool call {function['name']!r}"
         # OpenAI's are JSON text, which the published template would quote once more
-        arguments = from_json_text(function.get("arguments"), what)
-        if not isinstance(arguments, Mapping):
-            raise ValueError(f"{what} are of type {type(arguments).__name__}, expected a dict")
+        arguments = _parsed(function.get("arguments"), "dict", what)
         function = {**function, "arguments": arguments}
         parsed.append({**call, "function": function} if "function" in call else function)
     return parsed
 
 
-def _list(value: Any, what: str, expected: str = "a list") -> Sequence[Any]:
-    if isinstance(value, Mapping | str) or not isinstance(value, Sequence):
-        raise ValueError(f"{what} is of type {type(value).__name__}, expected {expected}")
+def _parsed(value: Any, kind: Literal["list", "dict"], what: str) -> Any:
+    return _typed(from_json_text(value, what), kind, what)
+
+
+def _typed(value: Any, kind: Literal["list", "dict", "str"], what: str) -> Any:
+    if not isinstance(value, _KINDS[kind]) or (kind == "list" and isinstance(value, str)):
+        raise ValueError(f"{what} is of type {type(value).__name__}, expected a {kind}")
     return value
+
+
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _is_masked(message: Mapping[str, Any]) -> bool:
     """Whether a message carries no loss, which several keys may say."""
     said = {}
     for key, no_loss in _LOSS_KEYS.items():
-        value = message.get(key, no_loss)
+        if key not in message:
+            continue
+        value = message[key]
         if not isinstance(value, int | float) or value not in (0, 1):
             raise ValueError(f"its {key} is {value!r}; only 0 (no loss) and 1 are supported")
-        if key in message:
-            said[key] = value == no_loss
+        said[key] = value == no_loss
+        if key != "masked" and value and message["role"] != "assistant":
+            raise ValueError(f"its {key} is 1, but only messages of the assistant carry loss")
     if len({*said.values()}) > 1:
         raise ValueError(f"its keys {', '.join(said)} disagree whether it carries loss")
-    carrying = [key for key, is_masked in said.items() if not is_masked and key != "masked"]
-    if carrying and message.get("role") != "assistant":
-        raise ValueError(
-            f"its {carrying[0]} is 1, but only messages of the assistant carry loss: remove it"
-        )
     return any(said.values())
 
 

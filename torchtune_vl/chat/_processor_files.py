@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +20,8 @@ NUMBERS_MEDIA = "{% set add_vision_id = true %}"
 _SHA256_WITH_TOOLS = "55b2f4a26ac9ee719330a61a0c39d9e538b0e9322212f048326318cff4f8674a"
 # What our transforms always do; the values that a file may state
 _FIXED_SETTINGS = {
-    "do_resize": True,
-    "do_rescale": True,
+    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True),
     "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "do_convert_rgb": True,
     "resample": 3,
 }
 
@@ -48,8 +46,7 @@ def read_settings(directory: Path, geometry: Geometry) -> dict[str, Any]:
     images = _processor(directory, "image_processor", "preprocessor_config.json")
     if images is None:
         raise ValueError(
-            f"{directory} has no preprocessor_config.json, which holds the limits of image sizes: "
-            "copy it from the published checkpoint"
+            f"{directory} has no preprocessor_config.json: copy it from the published checkpoint"
         )
     _check_fixed(images, fixed)
     normalization = {}
@@ -59,22 +56,20 @@ def read_settings(directory: Path, geometry: Geometry) -> dict[str, Any]:
             normalization[name] = [channels.number(c, least, 1) for c in channels.content]
             if len(normalization[name]) != CHANNELS:
                 raise images.error(name, f"{CHANNELS} numbers, one for each colour")
-    settings: dict[str, Any] = {
-        **_limits(images),
-        **normalization,
-        "chat_template_file": _chat_template_file(directory),
-    }
+    settings: dict[str, Any] = {**_limits(images), **normalization}
+    settings["chat_template_file"] = _chat_template_file(directory)
     videos = _processor(directory, "video_processor", "video_preprocessor_config.json")
     # Others, as of the published checkpoints, hold the limits of images: nothing is taken from them
     if videos is None or not videos.content.get("cap_pixels_per_frame"):
         return settings
     _check_fixed(videos, {**fixed, **normalization})
     settings |= {f"video_{name}": value for name, value in _limits(videos).items()}
-    for name, least in (("min_frames", 0), ("max_frames", 1)):
-        if name in videos:
-            settings[name] = videos.whole(name, least)
-    if "fps" in videos:
-        settings["fps"] = videos.number("fps", 1e-6, 1e6)
+    readers: dict[str, Callable[[str], float]] = {
+        "fps": partial(videos.number, least=1e-6, most=1e6),
+        "min_frames": partial(videos.whole, least=0),
+        "max_frames": videos.whole,
+    }
+    settings |= {name: read(name) for name, read in readers.items() if name in videos}
     if "max_video_tokens" in videos:
         # Nine tenths of a context of so many tokens, as transformers has it
         area = videos.whole("max_video_tokens") * geometry.unit**2
@@ -106,16 +101,15 @@ def _limits(config: JsonObject) -> dict[str, int]:
         elif name_in_size in size:
             limits[name] = size.whole(name_in_size)
     if limits.get("min_pixels", 0) > limits.get("max_pixels", math.inf):
-        shown = f"{limits['min_pixels']} and {limits['max_pixels']}"
-        raise ValueError(f"{config.file}: min_pixels and max_pixels are {shown}: nothing fits")
+        raise ValueError(f"{config.file}: no size is within {limits}")
     return limits
 
 
 def _chat_template_file(directory: Path) -> Path | None:
     """The file that servers take the chat template from: the processor's, or the tokenizer's."""
-    for name in ("chat_template.json", "chat_template.jinja"):
-        if (directory / name).exists():
-            return directory / name
+    for path in (directory / "chat_template.json", directory / "chat_template.jinja"):
+        if path.exists():
+            return path
     config = read_if_there(directory / "tokenizer_config.json")
     return config.file if config is not None and "chat_template" in config else None
 
@@ -150,13 +144,9 @@ def check_token_ids(vocabulary: Path, tokenizer: QwenTokenizer) -> None:
     config = read_if_there(vocabulary.parent / "config.json")
     if config is None:
         return
-    text = text_config(config)
-    last = max(tokenizer.special_tokens.values())
+    text, last = text_config(config), max(tokenizer.special_tokens.values())
     if "vocab_size" in text and text.whole("vocab_size") <= last:
-        raise ValueError(
-            f"{vocabulary}: a special token has the id {last}, beyond the model's vocabulary: "
-            f"vocab_size in {config.file} is {text.whole('vocab_size')}"
-        )
+        raise text.error("vocab_size", f"more than {last}, a special token's id in {vocabulary}")
     ids = {"image_token_id": tokenizer.image_pad_id, "video_token_id": tokenizer.video_pad_id}
     for name, token_id in ids.items():
         if name in config and config.whole(name, 0) != token_id:
@@ -177,25 +167,21 @@ def processor_files(
     but the processor.
     """
     processor = {"processor_class": classes.processor}
+    # qwen-vl-utils' rules. No frames are chosen unless a server asks for it (`do_sample_frames`):
+    # it has chosen before, and this would choose among its choice
+    of_videos = {
+        "cap_pixels_per_frame": True,
+        # transformers leaves videos nine tenths of a context of so many tokens
+        "max_video_tokens": int(videos.total_pixels * 10) // (9 * videos.geometry.unit**2),
+        "fps": videos.fps,
+        "min_frames": math.ceil(videos.min_frames / FRAME_FACTOR) * FRAME_FACTOR,
+        "max_frames": videos.max_frames // FRAME_FACTOR * FRAME_FACTOR,
+    }
+    image_type = {"image_processor_type": classes.images}
+    video_type = {"video_processor_type": classes.videos}
     contents = {
-        "preprocessor_config.json": {
-            **_written(images),
-            **processor,
-            "image_processor_type": classes.images,
-        },
-        "video_preprocessor_config.json": {
-            **_written(videos),
-            **processor,
-            "video_processor_type": classes.videos,
-            # qwen-vl-utils' rules. No frames are chosen unless a server asks for it
-            # (`do_sample_frames`): it has chosen before, and this would choose among its choice
-            "cap_pixels_per_frame": True,
-            # transformers leaves videos nine tenths of a context of so many tokens
-            "max_video_tokens": int(videos.total_pixels * 10) // (9 * videos.geometry.unit**2),
-            "fps": videos.fps,
-            "min_frames": math.ceil(videos.min_frames / FRAME_FACTOR) * FRAME_FACTOR,
-            "max_frames": videos.max_frames // FRAME_FACTOR * FRAME_FACTOR,
-        },
+        "preprocessor_config.json": _written(images) | processor | image_type,
+        "video_preprocessor_config.json": _written(videos) | processor | video_type | of_videos,
         "processor_config.json": processor,
         "chat_template.json": {"chat_template": chat_template},
     }

@@ -3,13 +3,13 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby, repeat
-from operator import itemgetter
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 from torchtune_vl.chat import _chat_template as template
 from torchtune_vl.chat._messages import ROLES, EncodedMedium, EncodedTurn, Turn
-from torchtune_vl.chat._tokenizer import STRUCTURAL_TOKENS, QwenTokenizer
+from torchtune_vl.chat._tokenizer import QwenTokenizer
+from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
 
 Special = Literal["content", "all"]
 # A text, token or medium, and whether the loss is taken of it
@@ -39,19 +39,11 @@ class Prompt(NamedTuple):
 
 
 class PromptBuilder:
-    """Applies a chat template and tokenizes what it gives.
-
-    Args:
-        tokenizer: the vocabulary.
-        parse_special: "content" or "all" added tokens in messages become their ids.
-        add_vision_id: whether to number media in the text.
-        chat_template: Jinja source of a template, or None for the published ones.
-    """
+    """Applies a chat template, None for the published ones, and tokenizes what it gives."""
 
     def __init__(
         self,
         tokenizer: QwenTokenizer,
-        *,
         parse_special: Special,
         add_vision_id: bool,
         chat_template: str | None,
@@ -66,21 +58,12 @@ class PromptBuilder:
     def build(
         self, turns: Sequence[EncodedTurn], tools: Sequence[Mapping[str, Any]], inference: bool
     ) -> Prompt:
-        """Apply the chat template.
+        """Apply the chat template to turns, with JSON schemas of functions.
 
-        Args:
-            turns: the conversation, media encoded.
-            tools: JSON schemas of functions.
-            inference: whether to end with the prompt for an answer.
-
-        Returns:
-            The prompt.
-
-        Raises:
-            ValueError: if the template cannot render the conversation.
+        ``inference`` ends it with the prompt for an answer. ``ValueError`` if it cannot be applied.
         """
         if self.chat_template is not None:
-            return self._tokenize(self._rendered(self.chat_template, turns, tools, inference))
+            return self._tokenize(self._rendered(turns, tools, inference))
         has_tools = bool(tools) or any(turn.tool_calls or turn.role == "tool" for turn in turns)
         if turns[0].role == "system":
             system, turns = turns[0].content, turns[1:]
@@ -125,18 +108,14 @@ class PromptBuilder:
                 yield self._line_break, False
 
     def _rendered(
-        self,
-        source: str,
-        turns: Sequence[EncodedTurn],
-        tools: Sequence[Mapping[str, Any]],
-        inference: bool,
+        self, turns: Sequence[EncodedTurn], tools: Sequence[Mapping[str, Any]], inference: bool
     ) -> Iterator[_Piece]:
         """What a template of the user's gives."""
-        text = template.render_template(
-            source,
-            [_as_dict(turn) for turn in turns],
-            tools,
+        text = template.render(
+            self.chat_template or "",
             hides_structure=self.parse_special == "content",
+            messages=[_as_dict(turn) for turn in turns],
+            tools=tools or None,
             add_generation_prompt=inference,
             add_vision_id=self.add_vision_id,
         )
@@ -145,16 +124,15 @@ class PromptBuilder:
         is_unmarked = num_answers and not num_marked and not inference
         if is_unmarked or (any(without_loss) and num_marked != num_answers):
             raise ValueError(
-                f"the chat template marks {num_marked} answers of {num_answers} assistant messages:"
-                " put {% generation %} and {% endgeneration %} around what the loss is to be taken "
-                "of in each, in a file that chat_template_file names"
+                f"the chat template marks {num_marked} answers of {num_answers}: put "
+                "{% generation %} and {% endgeneration %} around what the loss is to be taken of "
+                "in each, in a file that chat_template_file names"
             )
         others = {turn.role for turn in turns if turn.masked and turn.role not in ROLES}
         if num_marked and others:
             raise ValueError(
                 f"messages of the role {min(others)!r} are to carry no loss (their weight, or "
-                "train_on), which works for those of the role assistant alone: rename it in data "
-                "and chat template"
+                "train_on), as those of assistant alone can: rename it in data and chat template"
             )
         pieces = _STRUCTURE.split(text)
         media = [part for turn in turns for part in turn.content if isinstance(part, EncodedMedium)]
@@ -183,10 +161,12 @@ class PromptBuilder:
         texts: list[tuple[str, bool]] = []
         for part, is_trained in pieces:
             if isinstance(part, str):
-                texts.append((part, is_trained))
+                before = texts.pop()[0] if texts and texts[-1][1] == is_trained else ""
+                texts.append((before + part, is_trained))
                 continue
-            self._append_texts(prompt, texts)
-            texts = []
+            if texts:
+                self._append_texts(prompt, texts)
+                texts = []
             if isinstance(part, int):
                 prompt.tokens.append(part)
                 prompt.mask.append(not is_trained)
@@ -195,29 +175,30 @@ class PromptBuilder:
                 pad = t.special_tokens[f"<|{part.kind}_pad|>"]
                 prompt.tokens.extend([t.vision_start_id, *[pad] * part.num_tokens, t.vision_end_id])
                 prompt.mask.extend([True] * (part.num_tokens + 2))
-        self._append_texts(prompt, texts)
+        if texts:
+            self._append_texts(prompt, texts)
         return prompt
 
     def _append_texts(self, prompt: Prompt, texts: Sequence[tuple[str, bool]]) -> None:
         """Append texts as one, since BPE merges across their seams.
 
-        A token that lies across a seam is trained if one of its sides is: an answer that begins
-        with line breaks shares a token with its header.
+        A token across a seam is trained if one of its sides is: an answer that begins with line
+        breaks shares one with its header.
         """
         ids = self._encode("".join(text for text, _ in texts))
-        runs = [(k, "".join(t for t, _ in group)) for k, group in groupby(texts, itemgetter(1))]
-        seams, before = [0], ""
-        for _, text in runs[:-1]:
+        _, is_last_trained = texts[-1]
+        mask = [not is_last_trained] * len(ids)
+        trained: list[tuple[float, float]] = []
+        before, start = "", 0
+        for text, is_trained in texts[:-1]:
             before += text
-            seams.append(len(before) if before.isascii() else self._num_bytes(self._encode(before)))
-        stops = [*seams[1:], math.inf]
-        trained = [
-            (a, b) for (is_trained, _), a, b in zip(runs, seams, stops, strict=False) if is_trained
-        ]
-        mask = [not (runs and runs[-1][0])] * len(ids)
+            stop = len(before) if before.isascii() else self._num_bytes(self._encode(before))
+            trained += [(start, stop)] if is_trained else []
+            start = stop
+        trained += [(start, math.inf)] if is_last_trained else []
         position = 0
         for i, token in enumerate(ids):
-            if position >= seams[-1]:
+            if position >= start:
                 break
             stop = position + self._num_bytes([token])
             mask[i] = not any(a < stop and b > position for a, b in trained)

@@ -9,19 +9,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from torchtune_vl.chat._vocabulary import (
-    BLANKS,
-    EOS,
-    PAD,
-    STRUCTURAL_TOKENS,
-    WORDS_AND_LINE_BREAKS,
-    read_vocabulary,
-    vocabulary_files,
-)
-
-# The published expression in a third less time: tiktoken's regex engine tries the alternatives of
-# one with a lookahead one by one, but compiles a group without one into a single automaton
-_REGEX = f"(?:{WORDS_AND_LINE_BREAKS})|{BLANKS}"
+from torchtune_vl.chat import _vocabulary as vocabulary
 
 # The `tokenizers` library normalizes by the tables of Unicode 9. These are the characters since
 # then that combine, compose or decompose: to it they are letters like any other, which no mark
@@ -56,7 +44,9 @@ class QwenTokenizer:
     """Encodes and decodes text as transformers' ``Qwen2Tokenizer`` does with Qwen's files.
 
     Text is split at added tokens, each piece normalized and split by a regular expression, and
-    bytes are merged by rank.
+    bytes are merged by rank. ``special_tokens`` are the ids of added tokens by their content,
+    ``base_vocab_size`` is the number of the others, ``vocab_size`` of all, and ``stop_tokens`` end
+    a generation; ids of the tokens that messages are made with have their names.
 
     Args:
         path: ``vocab.json``, ``tokenizer.json`` or a ``.tiktoken`` rank file.
@@ -66,26 +56,10 @@ class QwenTokenizer:
         max_seq_len: longest sample, for the transforms that use this tokenizer; ``encode`` does
             not truncate.
 
-    Attributes:
-        special_tokens (dict[str, int]): every added token and its id.
-        base_vocab_size (int): number of tokens without the added ones.
-        vocab_size (int): number of tokens.
-        pad_id, eos_id, bos_id: ids of ``<|endoftext|>`` and ``<|im_end|>``, and None.
-        stop_tokens (list[int]): ids that end a generation.
-        im_start_id, im_end_id, vision_start_id, vision_end_id, image_pad_id, video_pad_id (int):
-            ids of the tokens that messages are made with.
-
     Raises:
         FileNotFoundError: if a file does not exist.
         ValueError: if a file is damaged or holds another kind of tokenizer, or if
             ``special_tokens`` does not fit the vocabulary.
-
-    Examples:
-        >>> tokenizer = QwenTokenizer("vocab.json", "merges.txt")
-        >>> tokenizer.encode("Hello world", add_eos=False)
-        [9707, 1879]
-        >>> tokenizer.decode([9707, 1879])
-        'Hello world'
     """
 
     def __init__(
@@ -96,25 +70,24 @@ class QwenTokenizer:
         special_tokens: dict[str, int] | None = None,
         max_seq_len: int | None = None,
     ) -> None:
-        self._vocabulary = read_vocabulary(Path(path), merges_file, special_tokens)
-        tokens, added, plain = self._vocabulary
+        files = Path(path), merges_file
+        tokens, added, self._plain = vocabulary.read_vocabulary(*files, special_tokens)
         self._encoding = tiktoken.Encoding(
             "qwen",
-            pat_str=_REGEX,
+            pat_str=vocabulary.FAST_REGEX,
             mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
             special_tokens=added,
         )
         self._added = _any_of(added)
-        self._added_content = _any_of(added.keys() - {*STRUCTURAL_TOKENS})
-        self._plain_ids = {token_id for name, token_id in added.items() if name in plain}
+        self._added_content = _any_of(added.keys() - {*vocabulary.STRUCTURAL_TOKENS})
         self.special_tokens = added
         self.base_vocab_size = len(tokens)
         self.vocab_size = len(tokens) + len(added)
         self.max_seq_len = max_seq_len
 
         self.bos_id = None
-        self.eos_id = self.im_end_id = added[EOS]
-        self.pad_id = added[PAD]
+        self.eos_id = self.im_end_id = added[vocabulary.EOS]
+        self.pad_id = added[vocabulary.PAD]
         self.stop_tokens = [self.eos_id, self.pad_id]
         self.im_start_id = added["<|im_start|>"]
         self.vision_start_id = added["<|vision_start|>"]
@@ -125,25 +98,14 @@ class QwenTokenizer:
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Encode text; added tokens in it become their ids.
 
-        Args:
-            text: any text.
-            add_bos: without effect, since Qwen has no such token; part of torchtune's interface.
-            add_eos: whether to append ``eos_id``.
-
-        Returns:
-            Ids, without ``eos_id`` those of transformers.
-
-        Raises:
-            ValueError: if the text holds a lone surrogate, which no UTF-8 can express.
+        ``add_bos`` is of torchtune's interface: Qwen has no such token. ``add_eos`` appends
+        ``eos_id``. ``ValueError`` if the text holds a lone surrogate, which no UTF-8 can express.
         """
         ids = self._encode(text, self._added)
         return [*ids, self.eos_id] if add_eos else ids
 
     def encode_content(self, text: str) -> list[int]:
-        """Encode the text of a message: tokens that carry structure are plain text in it.
-
-        Those of grounding, tools and code become their ids.
-        """
+        """Encode the text of a message: tokens that carry structure are plain text in it."""
         return self._encode(text, self._added_content)
 
     def token_bytes(self, ids: Sequence[int]) -> list[bytes]:
@@ -156,23 +118,15 @@ class QwenTokenizer:
         """Decode ids to the text of transformers' ``Qwen2Tokenizer.decode``.
 
         Bytes that are not valid UTF-8 become U+FFFD, and ids without a token, such as those that
-        pad the model's vocabulary, become nothing.
-
-        Args:
-            token_ids: ids, in one dimension.
-            skip_special_tokens: whether to leave out the tokens that the tokenizer flags as
-                special. ``<tool_call>`` and the code tokens are not.
-
-        Returns:
-            The text.
-
-        Raises:
-            ValueError: if an id is negative.
+        pad the model's vocabulary, become nothing. ``skip_special_tokens`` leaves out the tokens
+        that are flagged as special; ``<tool_call>`` and the code tokens are not. ``ValueError`` if
+        an id is negative.
         """
         ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else token_ids
         if min(ids, default=0) < 0:
             raise ValueError(f"token ids hold {min(ids)}: take ignored labels out before decoding")
-        added = self._plain_ids if skip_special_tokens else {*self.special_tokens.values()}
+        skipped = self.special_tokens.keys() - self._plain if skip_special_tokens else ()
+        added = {i for name, i in self.special_tokens.items() if name not in skipped}
         known = [i for i in ids if i < self.base_vocab_size or i in added]
         return self._encoding.decode_bytes(known).decode("utf-8", errors="replace")
 
@@ -180,17 +134,14 @@ class QwenTokenizer:
         """Write the tokenizer files of a checkpoint, for transformers' ``Qwen2Tokenizer`` to read.
 
         These are ``vocab.json``, ``merges.txt``, ``tokenizer.json`` and ``tokenizer_config.json``,
-        with the content of the published ones except for the chat template.
-
-        Args:
-            directory: where to write; made if missing.
-
-        Raises:
-            ValueError: if the ranks are not those of byte-pair merges.
+        with the content of the published ones except for the chat template. ``ValueError`` if the
+        ranks are not those of byte-pair merges.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for name, text in vocabulary_files(self._vocabulary).items():
+        tokens = self.token_bytes(range(self.base_vocab_size))
+        files = vocabulary.vocabulary_files(tokens, self.special_tokens, self._plain)
+        for name, text in files.items():
             (directory / name).write_text(text, encoding="utf-8", newline="\n")
 
     def _encode(self, text: str, added: re.Pattern[str]) -> list[int]:
@@ -204,15 +155,13 @@ class QwenTokenizer:
         return ids
 
     def _encode_piece(self, text: str) -> list[int]:
-        """Ids of normalized text, with long runs of blanks kept from tiktoken's regex engine.
-
-        The regular expression makes one piece of such a run, without its last blank if more text
-        follows. Blanks before a line break are part of another piece, which is harmless.
-        """
+        """Ids of normalized text, with long runs of blanks kept from tiktoken's regex engine."""
         if len(text) < _MANY_BLANKS:
             return self._encoding.encode_ordinary(text)
         ids: list[int] = []
         done = 0
+        # The regular expression makes one piece of such a run, without its last blank if more text
+        # follows. Blanks before a line break are part of another piece, which is harmless
         for run in _BLANK_RUN.finditer(text):
             if text[run.end() : run.end() + 1] in ("\r", "\n"):
                 continue

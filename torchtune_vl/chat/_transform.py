@@ -23,7 +23,6 @@ from torchtune_vl.chat._messages import (
     Message,
     Objects,
     Turn,
-    located,
     read_conversation,
     read_tools,
 )
@@ -61,28 +60,22 @@ class ChatTransform:
             or the oldest whole "turns", each a user's message with what follows it, but never the
             system's. A prompt for generation is not cut.
         train_on: which answers carry loss, "all" or the "last" one.
-        parse_special: "content": tokens that carry structure, such as ``<|im_start|>`` and
-            ``<|image_pad|>``, are plain text where they occur in a message; "all": they are
-            tokens, as in transformers.
+        parse_special: "content": tokens that carry structure, such as ``<|im_start|>``, are plain
+            text where they occur in a message; "all": they are tokens, as in transformers.
         add_vision_id: whether to number media in the text, "Picture 1: ", "Video 1: ".
         chat_template: Jinja source of another template; what it puts between ``{% generation %}``
             and ``{% endgeneration %}`` carries loss.
         chat_template_file: Jinja file, or ``chat_template.json``, that has it.
-        min_pixels, max_pixels: images with fewer pixels are enlarged, with more reduced.
-        image_backend, alpha: see :class:`~torchtune_vl.media.ImageTransform`.
-        fps, min_frames, max_frames: frames of a video per second, fewest and most of them.
-        video_min_pixels, video_max_pixels: fewest and most pixels of a frame.
-        video_total_pixels: most pixels of a video, over all frames, halved as two share a token.
-        patch_dtype: "float32", or "uint8" for patches of a fraction of the bytes (images an eighth,
-            videos a quarter), which the model normalizes on its device.
+        min_pixels, max_pixels, image_backend, alpha, image_mean, image_std, patch_dtype: of
+            :class:`~torchtune_vl.media.ImageTransform`, the last three of videos too.
+        fps, min_frames, max_frames, video_min_pixels, video_max_pixels, video_total_pixels: of
+            :class:`~torchtune_vl.media.VideoTransform`.
         allow_remote: whether https addresses of media are fetched.
-        image_mean, image_std: of each RGB channel, for values in [0, 1].
         tokens_per_second: temporal positions per second of video; None: one for each step of its
             grid. The family's by default.
 
     Raises:
-        ValueError: if a file is not a vocabulary of Qwen's, or a setting is unknown or makes no
-            sense.
+        ValueError: if a file is not a vocabulary of Qwen's, or a setting makes no sense.
     """
 
     geometry: ClassVar[Geometry]
@@ -121,12 +114,11 @@ class ChatTransform:
             ("truncation", truncation, get_args(Truncation)),
             ("train_on", train_on, get_args(Turns)),
             ("parse_special", parse_special, get_args(Special)),
+            ("add_vision_id", add_vision_id, (True, False)),
+            ("allow_remote", allow_remote, (True, False)),
         ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: use one of {known}")
-        for name, flag in (("add_vision_id", add_vision_id), ("allow_remote", allow_remote)):
-            if not isinstance(flag, bool):
-                raise ValueError(f"{name} is {flag!r}: make it True or False")
+            if not isinstance(value, type(known[0])) or value not in known:
+                raise ValueError(f"{name} is {value!r}: make it one of {known}")
         numbers = {"max_seq_len": max_seq_len, "tokens_per_second": tokens_per_second}
         for name, number in numbers.items():
             if number is not None and (type(number) is not int or number < 1):
@@ -135,25 +127,16 @@ class ChatTransform:
             chat_template, numbers_media = files.read_chat_template(chat_template_file)
             add_vision_id |= numbers_media
         self.tokenizer = QwenTokenizer(path, merges_file, max_seq_len=max_seq_len)
-        self.prompts = PromptBuilder(
-            self.tokenizer,
-            parse_special=parse_special,
-            add_vision_id=add_vision_id,
-            chat_template=chat_template,
-        )
-        of_both: dict[str, Any] = {
+        self.prompts = PromptBuilder(self.tokenizer, parse_special, add_vision_id, chat_template)
+        shared: dict[str, Any] = {
             "image_mean": image_mean,
             "image_std": image_std,
             "patch_dtype": patch_dtype,
             "remote": RemoteLimits() if allow_remote else None,
         }
+        limits: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self.image_transform = ImageTransform(
-            self.geometry,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            backend=image_backend,
-            alpha=alpha,
-            **of_both,
+            self.geometry, backend=image_backend, alpha=alpha, **limits, **shared
         )
         self.video_transform = VideoTransform(
             self.geometry,
@@ -163,7 +146,7 @@ class ChatTransform:
             min_pixels=video_min_pixels,
             max_pixels=video_max_pixels,
             total_pixels=video_total_pixels,
-            **of_both,
+            **shared,
         )
         self.truncation = truncation
         self.train_on = train_on
@@ -175,19 +158,15 @@ class ChatTransform:
         self.vocab_size = self.tokenizer.vocab_size
         self.pad_id = self.tokenizer.pad_id
         self.stop_tokens = self.tokenizer.stop_tokens
-        self._told_cuts: frozenset[bool] = frozenset()
+        self._told_cuts: frozenset[str] = frozenset()
 
     @classmethod
     def from_pretrained(cls, checkpoint_dir: str | Path, **settings: Any) -> "ChatTransform":
-        """Read vocabulary, chat template and settings from a checkpoint directory.
+        """Read vocabulary, chat template and settings from the files of a checkpoint directory.
 
         Args:
-            checkpoint_dir: directory with ``tokenizer.json`` (or ``vocab.json`` and
-                ``merges.txt``) and ``preprocessor_config.json``.
+            checkpoint_dir: the directory.
             **settings: those of the class, which go before the directory's. None counts as absent.
-
-        Returns:
-            The transform.
 
         Raises:
             ValueError: if a file is missing, asks for what the transform does not do, or a setting
@@ -195,12 +174,8 @@ class ChatTransform:
         """
         directory = Path(checkpoint_dir)
         if not directory.is_dir():
-            raise ValueError(
-                f"{directory} is not a directory: checkpoint_dir names one that has the files of a "
-                "published checkpoint"
-            )
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+            raise ValueError(f"{directory} is not a directory: checkpoint_dir names a checkpoint's")
+        known = inspect.getfullargspec(cls.__init__).kwonlyargs
         for name in settings.keys() - {*known}:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             found = f"the nearest is {near[0]!r}" if near else f"there are {', '.join(known)}"
@@ -215,11 +190,7 @@ class ChatTransform:
 
     @classmethod
     def settings_of(cls, directory: Path) -> dict[str, Any]:
-        """Read the settings of the class that a checkpoint directory has, by name.
-
-        Raises:
-            ValueError: if a file is missing or damaged, or asks for what the class does not do.
-        """
+        """Read the settings that a checkpoint directory has; ``ValueError`` as on construction."""
         return files.read_settings(directory, cls.geometry)
 
     @property
@@ -229,16 +200,13 @@ class ChatTransform:
         return files.NUMBERS_MEDIA * self.prompts.add_vision_id + template
 
     def processor_files(self) -> dict[str, str]:
-        """Write the settings down as transformers and servers read them.
+        """Write the settings down as transformers and servers read them, text by name of file.
 
         With these files in a checkpoint's directory, transformers' ``AutoProcessor`` gives what
         this transform gives: ids, grids and pixels of the same images and frames (with
         ``do_sample_frames`` as many frames of a file, chosen by another rule), and
         :meth:`from_pretrained` a transform of the same settings. ``max_seq_len``, ``truncation``,
         ``alpha`` and ``backend`` of images have no place in them.
-
-        Returns:
-            Text by name of file.
         """
         written = files.processor_files(
             self.image_transform, self.video_transform, self.chat_template, self.processors
@@ -269,17 +237,9 @@ class ChatTransform:
     def tokenize_messages(
         self, messages: Sequence[Message | Mapping[str, Any]], **kwargs: Any
     ) -> tuple[list[int], list[bool]]:
-        """Tokenize a conversation, placeholders expanded.
+        """Tokenize ``messages`` of :meth:`__call__` to ids and, for each, whether it has no loss.
 
-        Args:
-            messages: as in :meth:`__call__`; they are not cut at ``max_seq_len``.
-            **kwargs: ignored; torchtune's recipes pass settings of other tokenizers.
-
-        Returns:
-            Ids and, for each, whether the loss ignores it.
-
-        Raises:
-            ValueError: if a message cannot be read; it says which and why.
+        They are not cut. ``kwargs`` are ignored: recipes pass those of other tokenizers.
         """
         turns = self._encoded(read_conversation(messages, roles=self.prompts.roles))
         prompt = self.prompts.build(turns, [], inference=False)
@@ -289,31 +249,27 @@ class ChatTransform:
         """Transform one sample.
 
         Args:
-            sample: ``messages``, a list of torchtune's ``Message`` or of
-                dicts in the chat format of transformers: ``role``, one of the template's,
-                ``content``, and perhaps ``tool_calls`` and ``weight``, ``loss`` or ``loss_mask``
-                (0: no loss). Content is a str or a list of items:
+            sample: ``messages``, a list of torchtune's ``Message`` or of dicts in the chat format
+                of transformers: ``role``, one of the template's, ``content``, and perhaps
+                ``tool_calls`` and ``weight``, ``loss`` or ``loss_mask`` (0: no loss). Content is a
+                str or a list of items, torchtune's or:
 
                 - ``{"type": "text", "text": str}``, with ``fields`` perhaps, a dict of boxes and
                   points whose coordinates replace ``{name}`` in the text;
-                - ``{"type": "image", "image": source}``, with ``min_pixels``, ``max_pixels`` or
-                  ``resized_height`` and ``resized_width`` perhaps;
-                - ``{"type": "video", "video": source}``, with settings of
-                  :class:`~torchtune_vl.media.VideoTransform`;
+                - ``{"type": "image", "image": source}`` or ``"video"``, with settings that
+                  :class:`~torchtune_vl.media.ImageTransform` and ``VideoTransform`` know; without
+                  a source, of the next of the sample's ``images`` or ``videos``;
                 - ``{"type": "boxes", "boxes": [{"bbox_2d": [x1, y1, x2, y2], "label": str}, ...]}``
                   of the last image before it, or of ``image``, its number from 0; in ``unit``
-                  ``"pixels"`` (default), ``"0..1"`` or ``"0..1000"`` of the upright original. They
-                  are written as JSON in pixels of the resized image.
+                  ``"pixels"`` (default), ``"0..1"`` or ``"0..1000"`` of the upright original.
 
-                Torchtune's items name text and media ``content``. Items that name no medium take
-                the next of the sample's ``images`` or ``videos``. ``tools``, a list of JSON
-                schemas, is optional, and an ``id`` names the sample in errors.
+                ``tools``, a list of JSON schemas, is optional, and an ``id`` is named in errors.
             inference: whether to end with the prompt for an answer. An empty assistant message
                 at the end, which torchtune's inference recipes add, becomes that prompt.
 
         Returns:
             ``tokens``, list[int] of length s; ``mask``, list[bool] of length s, True where the
-            loss ignores the token: everywhere but in the text of assistant messages and their
+            loss ignores the token: everywhere but in the text of answers and their
             ``<|im_end|>``, and there too if the message is ``masked`` or of weight 0;
             ``input_pos``, M-RoPE positions, int64 [s, 3]; if there are media ``encoder_input``,
             whose ``vision`` has ``patches``, float32 [n, 1176] or uint8 [n, 588] (with videos
@@ -322,8 +278,7 @@ class ChatTransform:
 
         Raises:
             ValueError: if a message or medium cannot be read, media and their places do not match,
-                or the sample is too long and nothing would be left to learn; it says which and
-                why.
+                or the sample is too long and nothing would be left to learn.
         """
         with _naming(sample):
             whole, prompt = self._prompts_of(sample, inference)
@@ -348,19 +303,13 @@ class ChatTransform:
     def measure(self, sample: Mapping[str, Any], inference: bool = False) -> tuple[int, int, int]:
         """Find how large :meth:`__call__` makes a sample, without decoding its media.
 
-        Of image files the header is read, of video files the list of packets.
-
-        Args:
-            sample: as in :meth:`__call__`.
-            inference: likewise.
+        Of image files the header is read, of video files the list of packets. ``ValueError`` as
+        there, but for what only decoding shows, and unless ``inference`` as
+        :meth:`check_supervised` raises it.
 
         Returns:
             Of what is left within ``max_seq_len`` the number of tokens, of patches, and of tokens
             that carry loss, the first token aside, which nothing predicts.
-
-        Raises:
-            ValueError: as :meth:`__call__` does, but for what only decoding shows, and unless
-                ``inference`` as :meth:`check_supervised` does.
         """
         return self.examine(sample, inference)[0]
 
@@ -377,11 +326,7 @@ class ChatTransform:
         return size, None if prompt is whole else difference(whole, prompt)
 
     def check_supervised(self, tokens: Sequence[int], mask: Sequence[bool]) -> None:
-        """Refuse ids of which the ``mask`` leaves none to the loss but those that end an answer.
-
-        Raises:
-            ValueError: if it is so.
-        """
+        """Raise ``ValueError`` if the loss is taken of no id but those that end an answer."""
         if not self._is_supervised(tokens, mask):
             raise ValueError(
                 "no token of an answer carries loss: give it a message of the role assistant with "
@@ -398,19 +343,11 @@ class ChatTransform:
         grid_thw: torch.Tensor,
         seconds_per_step: Sequence[float | None],
     ) -> torch.Tensor:
-        """Find the M-RoPE positions of a sample.
+        """Find the M-RoPE positions of ids whose placeholders are expanded, int64 [s, 3].
 
-        Args:
-            tokens: its ids, placeholders expanded, of length s.
-            grid_thw: patches of each medium along time, height and width, int64 [k, 3], in order.
-            seconds_per_step: for each medium the seconds between steps of its temporal grid; None
-                for an image.
-
-        Returns:
-            int64 [s, 3].
-
-        Raises:
-            ValueError: if the placeholders do not fit the grids.
+        ``grid_thw`` is of their media, patches along time, height and width, int64 [k, 3], and
+        ``seconds_per_step`` between steps of each, None for an image. ``ValueError`` if they do
+        not fit the placeholders.
         """
         rate = self.tokens_per_second
         return mrope_positions(
@@ -427,9 +364,8 @@ class ChatTransform:
         """The whole prompt of a sample, and what is left of it within ``max_seq_len``."""
         if "messages" not in sample:
             raise ValueError(f"it has no 'messages', but {sorted(map(str, sample))}")
-        turns = read_conversation(
-            sample["messages"], sample.get("images"), sample.get("videos"), self.prompts.roles
-        )
+        media = sample.get("images"), sample.get("videos")
+        turns = read_conversation(sample["messages"], *media, self.prompts.roles)
         tools = read_tools(sample.get("tools"))
         last = turns[-1]
         if inference and last.role == "assistant" and not last.tool_calls and not any(last.content):
@@ -446,11 +382,9 @@ class ChatTransform:
             raise ValueError(f"the prompt has {length} tokens: {help_}")
         build = partial(self.prompts.build, tools=tools, inference=False)
         prompt = truncate(whole, limit, self.truncation, encoded, build)
-        if len(prompt.tokens) > limit:
-            raise ValueError(
-                f"the sample has {length} tokens, and its last turn alone {len(prompt.tokens)}: "
-                f"{help_}"
-            )
+        left = len(prompt.tokens)
+        if left > limit:
+            raise ValueError(f"the sample has {length} tokens, its last turn alone {left}: {help_}")
         if not self._is_supervised(prompt.tokens, prompt.mask):
             raise ValueError(
                 f"the sample has {length} tokens, and none that carries loss would be left of it: "
@@ -459,70 +393,61 @@ class ChatTransform:
         return whole, prompt
 
     def _tell_cut(self, cut: Mapping[str, int]) -> None:
-        """Tell once that samples lose text, and once that they lose media."""
-        loses_media = cut["images"] + cut["videos"] > 0
-        if loses_media not in self._told_cuts:
-            self._told_cuts |= {loses_media}
+        kind = "media" if cut["images"] or cut["videos"] else "texts"
+        if kind not in self._told_cuts:
+            self._told_cuts |= {kind}
             _log.warning(
-                "A sample is longer than max_seq_len=%s and loses %s. %s are said once; each "
+                "A sample is longer than max_seq_len=%s and loses %s. Lost %s are said once; each "
                 "sample tells it as 'truncated'.",
                 self.max_seq_len,
                 ", ".join(f"{count} {what}" for what, count in cut.items()),
-                "Lost media" if loses_media else "Lost texts",
+                kind,
             )
 
     def _encoded(
         self, turns: Sequence[Turn[str | Medium | Objects]], measuring: bool = False
     ) -> list[EncodedTurn]:
         """Encode media, and write boxes in the pixels of the images that they belong to."""
-
-        def encode(item: str | Medium | Objects) -> str | EncodedMedium | Objects:
-            if isinstance(item, str):
-                self._check_text(item)
-            return self._encode_medium(item, measuring) if isinstance(item, Medium) else item
-
-        encoded = _each_item(turns, encode)
+        encoded = _each_item(turns, partial(self._encode_item, measuring=measuring))
         parts = [part for turn in encoded for part in turn.content]
-        media = [part for part in parts if isinstance(part, EncodedMedium)]
-        images = [medium for medium in media if medium.kind == "image"]
-
-        def write(part: str | EncodedMedium | Objects) -> str | EncodedMedium:
-            return self._write_objects(part, images) if isinstance(part, Objects) else part
-
+        images = [p for p in parts if isinstance(p, EncodedMedium) and p.kind == "image"]
         # Boxes may be of an image that comes later
-        written = _each_item(encoded, write)
+        written = _each_item(encoded, partial(self._write_item, images=images))
         if self.train_on == "last":
             last = max((i for i, t in enumerate(written) if t.role == "assistant"), default=None)
-            written = [t if i == last else replace(t, masked=True) for i, t in enumerate(written)]
+            return [t if i == last else replace(t, masked=True) for i, t in enumerate(written)]
         return written
 
-    def _check_text(self, text: str) -> None:
-        check_surrogates(text)
-        if self.parse_special == "all" and ("<|image_pad|>" in text or "<|video_pad|>" in text):
-            raise ValueError(
-                "its text has a placeholder <|image_pad|> or <|video_pad|> without an image or "
-                "video: give media as items of the message's content"
-            )
+    def _encode_item(
+        self, item: str | Medium | Objects, measuring: bool
+    ) -> str | EncodedMedium | Objects:
+        if isinstance(item, str):
+            check_surrogates(item)
+            if self.parse_special == "all" and ("<|image_pad|>" in item or "<|video_pad|>" in item):
+                raise ValueError(
+                    "its text has a placeholder <|image_pad|> or <|video_pad|> without an image or "
+                    "video: give media as items of the message's content"
+                )
+        if not isinstance(item, Medium):
+            return item
+        kind = item.kind
+        transform = self.image_transform if kind == "image" else self.video_transform
+        encode = transform.measure if measuring else transform
+        made = encode({kind: item.source, **item.settings})
+        pixels = made["pixel_values" if kind == "image" else "pixel_values_videos"]
+        grid_thw, num_tokens = made[f"{kind}_grid_thw"], made[f"num_{kind}_tokens"]
+        seconds, size = made.get("seconds_per_step"), made.get("original_size", (0, 0))
+        return EncodedMedium(kind, pixels, grid_thw, num_tokens, seconds, size)
 
-    def _encode_medium(self, item: Medium, measuring: bool) -> EncodedMedium:
-        kind, source, settings = item
-        is_image = kind == "image"
-        transform = self.image_transform if is_image else self.video_transform
-        made = (transform.measure if measuring else transform)({kind: source, **settings})
-        return EncodedMedium(
-            kind,
-            made["pixel_values" if is_image else "pixel_values_videos"],
-            made[f"{kind}_grid_thw"],
-            made[f"num_{kind}_tokens"],
-            None if is_image else made["seconds_per_step"],
-            made["original_size"] if is_image else (0, 0),
-        )
-
-    def _write_objects(self, item: Objects, images: Sequence[EncodedMedium]) -> str:
+    def _write_item(
+        self, item: str | EncodedMedium | Objects, images: Sequence[EncodedMedium]
+    ) -> str | EncodedMedium:
+        if not isinstance(item, Objects):
+            return item
         if not isinstance(item.image, int) or not 0 <= item.image < len(images):
             raise ValueError(
-                f"its boxes are of image {item.image!r}, but the conversation has {len(images)} "
-                "images, from 0: put them behind their image, or name it by 'image'"
+                f"its boxes are of image {item.image!r} (from 0), but the conversation has "
+                f"{len(images)} images: put them behind their image, or name it by 'image'"
             )
         image = images[item.image]
         ((_, *sides),) = image.grid_thw.tolist()
@@ -541,11 +466,7 @@ class ChatTransform:
         return height, width
 
     def write_boxes(self, entries: Sequence[Mapping[str, Any]]) -> str:
-        """Write boxes and points, in whole numbers, as the family's pre-training had them.
-
-        Raises:
-            ValueError: if an entry cannot be written.
-        """
+        """Write boxes and points, in whole numbers, as the family's pre-training had them."""
         return to_json(entries)
 
     def write_coordinates(self, coordinates: Sequence[int]) -> str:
@@ -559,8 +480,11 @@ def _each_item(turns: Sequence[Turn[_A]], convert: Callable[[_A], _B]) -> list[T
     for number, turn in enumerate(turns):
         content = []
         for index, item in enumerate(turn.content):
-            with located(f"message {number} ({turn.role}): item {index}"):
+            try:
                 content.append(convert(item))
+            except ValueError as error:
+                place = f"{number} ({turn.role}): item {index}"
+                raise ValueError(f"message {place}: {error}") from error
         converted.append(Turn(turn.role, content, turn.masked, turn.given))
     return converted
 

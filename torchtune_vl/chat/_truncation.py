@@ -30,18 +30,10 @@ def truncate(
     turns: Sequence[EncodedTurn],
     build: Callable[[Sequence[EncodedTurn]], Prompt],
 ) -> Prompt:
-    """Cut a prompt that is longer than a limit.
+    """Cut a prompt of turns that is longer than a limit, ``build`` making one of fewer turns.
 
-    Args:
-        whole: the prompt.
-        limit: most tokens.
-        truncation: what goes: its "right" or "left" end, or the oldest whole "turns", each a
-            user's message with what follows it, but never the system's and never the last.
-        turns: what it was built of.
-        build: makes a prompt of turns.
-
-    Returns:
-        What is left of it; it may still be too long where its last turn alone is.
+    Its "right" or "left" end goes, or the oldest whole "turns", each a user's message with what
+    follows it, but never the system's and never the last, which alone may still be too long.
     """
     length = len(whole.tokens)
     if truncation != "turns":
