@@ -522,6 +522,16 @@ def test_wrong_boxes_are_located(
         transform({"messages": [user(*content)]})
 
 
+@pytest.mark.parametrize("fields", [{}, {"unused": None}])
+def test_a_text_without_any_field_is_that_text(
+    transform: Qwen2_5_VLTransform, fields: dict[str, Any]
+) -> None:
+    """As tables have it whose other rows have fields."""
+    expected = transform({"messages": [user(text("{ok}")), assistant("b")]})
+    given = transform({"messages": [user(text("{ok}") | {"fields": fields}), assistant("b")]})
+    assert given["tokens"] == expected["tokens"]
+
+
 def test_data_workers_can_take_it(transform: Qwen2_5_VLTransform) -> None:
     sample = {"messages": [user(image(), text("a")), assistant("b")]}
     copied = pickle.loads(pickle.dumps(transform))

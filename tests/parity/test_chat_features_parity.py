@@ -235,6 +235,29 @@ def test_other_templates(
         record("conversations with other templates: ids and masks", 1, 0)
 
 
+def test_tokens_across_the_edges_of_answers(
+    checkpoint: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """An empty one within a token, too."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: x{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% endif %}y\n\n{% endfor %}"
+    )
+    transform = with_template(checkpoint, template)
+    for contents in (("", "a"), ("y", ""), ("\n", " b"), ("xy", "y\nx"), ("", "")):
+        conversation = [{"role": "assistant", "content": content} for content in contents]
+        expected = tokenizer.apply_chat_template(
+            conversation,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            return_dict=True,
+        )
+        sample = transform({"messages": conversation})
+        assert sample["tokens"] == expected["input_ids"], contents
+        trained = [bool(mask) for mask in expected["assistant_masks"]]
+        assert [not mask for mask in sample["mask"]] == trained, contents
+
+
 def test_published_template_as_a_template(checkpoint: Path) -> None:
     from torchtune_vl.chat import CHAT_TEMPLATE
 

@@ -215,10 +215,7 @@ class _Reader:
         given, number = self.given[kind], self.places[kind]
         self.places[kind] += 1
         if given is None:
-            raise ValueError(
-                f"it is the place of {kind} {number}, but names none: put the {kind} into it, or a "
-                f"list {kind + 's'!r} beside the messages"
-            )
+            raise ValueError(f"it is the place of {kind} {number}: name it here, or in '{kind}s'")
         # One that is missing is counted, and reported with all others
         return given[number] if number < len(given) else None
 

@@ -45,10 +45,9 @@ def read_settings(directory: Path, geometry: Geometry) -> dict[str, Any]:
     fixed = {**_FIXED_SETTINGS, **sizes_of_patches(geometry)}
     images = _processor(directory, "image_processor", "preprocessor_config.json")
     if images is None:
-        raise ValueError(
-            f"{directory} has no preprocessor_config.json: copy it from the published checkpoint"
-        )
-    _check_fixed(images, fixed)
+        raise ValueError(f"{directory} has no preprocessor_config.json: copy the published one")
+    settings: dict[str, Any] = _limits(images, fixed)
+    settings["chat_template_file"] = _chat_template_file(directory)
     normalization = {}
     for name, least in (("image_mean", 0), ("image_std", 1e-6)):  # of values from 0 to 1
         if name in images:
@@ -56,14 +55,13 @@ def read_settings(directory: Path, geometry: Geometry) -> dict[str, Any]:
             normalization[name] = [channels.number(c, least, 1) for c in channels.content]
             if len(normalization[name]) != CHANNELS:
                 raise images.error(name, f"{CHANNELS} numbers, one for each colour")
-    settings: dict[str, Any] = {**_limits(images), **normalization}
-    settings["chat_template_file"] = _chat_template_file(directory)
+    settings |= normalization
     videos = _processor(directory, "video_processor", "video_preprocessor_config.json")
     # Others, as of the published checkpoints, hold the limits of images: nothing is taken from them
     if videos is None or not videos.content.get("cap_pixels_per_frame"):
         return settings
-    _check_fixed(videos, {**fixed, **normalization})
-    settings |= {f"video_{name}": value for name, value in _limits(videos).items()}
+    limits = _limits(videos, {**fixed, **normalization})
+    settings |= {f"video_{name}": value for name, value in limits.items()}
     readers: dict[str, Callable[[str], float]] = {
         "fps": partial(videos.number, least=1e-6, most=1e6),
         "min_frames": partial(videos.whole, least=0),
@@ -85,14 +83,11 @@ def _processor(directory: Path, part: str, name: str) -> JsonObject | None:
     return read_if_there(directory / name)
 
 
-def _check_fixed(config: JsonObject, fixed: Mapping[str, Any]) -> None:
+def _limits(config: JsonObject, fixed: Mapping[str, Any]) -> dict[str, int]:
+    """Of the areas of images or frames, by the names of old releases or of new ones."""
     for name, value in fixed.items():
         if config.content.get(name, value) != value:
             raise config.error(name, f"{value!r}: nothing else is supported")
-
-
-def _limits(config: JsonObject) -> dict[str, int]:
-    """Of the areas of images or frames, by the names of old releases or of new ones."""
     limits = {}
     size = config.part("size")
     for name, name_in_size in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):

@@ -105,10 +105,8 @@ def read_vocabulary(
     counts = Counter(added.values())
     wrong = [name for name, token_id in added.items() if not name or counts[token_id] > 1]
     if wrong:
-        raise ValueError(
-            f"{path}: the special token {wrong[0]!r} has the id {added[wrong[0]]}: give each a "
-            "content and an id of its own"
-        )
+        name = f"the special token {wrong[0]!r} has the id {added[wrong[0]]}"
+        raise ValueError(f"{path}: {name}: give each a content and an id of its own")
     # No message has this one
     missing = {*STRUCTURAL_TOKENS} - added.keys() - {"<|vision_pad|>"}
     if missing:
