@@ -125,13 +125,13 @@ def test_images_of_the_sample_fill_the_places(transform: Qwen2_5_VLTransform) ->
             [user(text("a"), {"type": "audio", "content": b""})],
             r"message 0 \(user\): item 1.*audio",
         ),
-        ([Message(role="user", content=["a"])], "item 0: is of type str, expected a dict"),
+        ([Message(role="user", content=["a"])], "item 0: it is of type str, expected a dict"),
         ([user({"content": "a"})], r"message 0 \(user\): item 0: its type is None"),
         ([user({"type": "text", "content": None})], "its type is 'text' and its keys are"),
         ([user({"type": "text", "text": 3})], "text is of type int, expected a str"),
         ("hello", "messages is of type str, expected a list"),
         ({"role": "user"}, "messages is of type dict"),
-        ([None], "message 0: is of type NoneType"),
+        ([None], "message 0: it is of type NoneType"),
         ([{"content": "a"}], "its role is None"),
         ([{"role": "", "content": "a"}], "its role is ''"),
         ([{"role": "user"}], r"message 0 \(user\): its content is of type NoneType"),
@@ -148,10 +148,10 @@ def test_images_of_the_sample_fill_the_places(transform: Qwen2_5_VLTransform) ->
         ([user({**text("a"), "keypoints": [[1, 2]]})], "item 0: its key 'keypoints' is not under"),
         (
             [user(image(), {"type": "boxes", "boxes": [], "polygons": [[1, 2]]})],
-            r"item 1: an item of boxes has no key \['polygons'\]",
+            r"item 1: an item of boxes has no \['polygons'\]",
         ),
-        ([{"role": "user", "content": "a", "images": ["a.png"]}], "its key 'images' names"),
-        ([user({**text("a"), "image": "a.png"})], "item 0: its key 'image' names a medium"),
+        ([{"role": "user", "content": "a", "images": ["a.png"]}], "its key 'images' is not und"),
+        ([user({**text("a"), "image": "a.png"})], "item 0: its key 'image' is not understood"),
         ([user(image() | {"max_pixel": 3})], r"no setting \['max_pixel'\].*max_pixels"),
         ([user({"type": "image", "image": IMAGE, "path": "a.png"})], "more than one image"),
         ([user({"type": "image"})], "place of image 0.*'images'"),
@@ -232,7 +232,9 @@ def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"no preprocessor_config\.json"):
         Qwen2_5_VLTransform.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"none is not a directory: checkpoint_dir names one"):
+    with pytest.raises(
+        ValueError, match=r"none is not a directory: checkpoint_dir names a checkpoint's"
+    ):
         Qwen2_5_VLTransform.from_pretrained(tmp_path / "none")
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": renamed}))
     assert Qwen2_5_VLTransform.from_pretrained(tmp_path).image_transform.max_pixels == 200000
@@ -321,14 +323,14 @@ def test_settings_that_are_unknown(vocabulary: Path, tmp_path: Path) -> None:
 def test_settings_of_a_wrong_kind(vocabulary: Path, settings: dict[str, Any]) -> None:
     """A float among them would be exported, and refused where the export is read."""
     ((name, value),) = settings.items()
-    message = f"{name.removeprefix('video_')} is {value!r}: make it (an integer|True)"
+    message = f"{name.removeprefix('video_')} is {value!r}: make it (an integer|one of)"
     with pytest.raises(ValueError, match=message):
         qwen2_5_vl_transform(vocabulary / "tokenizer.json", **settings)
 
 
 @pytest.mark.parametrize("name", ["truncation", "train_on", "parse_special"])
 def test_unknown_settings(vocabulary: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown {name} 'some'"):
+    with pytest.raises(ValueError, match=f"{name} is 'some': make it one of"):
         Qwen2_5_VLTransform(vocabulary / "tokenizer.json", **{name: "some"})
 
 
@@ -490,18 +492,27 @@ def test_boxes_in_text(transform: Qwen2_5_VLTransform) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"type": "boxes", "boxes": [{"bbox_2d": [0, 0, 1, 1]}]}], "no image before its boxes"),
+        (
+            [{"type": "boxes", "boxes": [{"bbox_2d": [0, 0, 1, 1]}]}],
+            r"of image -1 .* has 0 images",
+        ),
         ([image(), {"type": "boxes", "boxes": [{"label": "a"}]}], "no 'bbox_2d' and no 'point_2d'"),
-        ([image(), {"type": "boxes", "boxes": {"bbox_2d": 1}}], "boxes are no list"),
+        (
+            [image(), {"type": "boxes", "boxes": {"bbox_2d": 1}}],
+            "boxes is of type dict, expected a list",
+        ),
         (
             [image(), {"bbox_2d": [0, 0, 1, 1], "image": 1}],
-            "image 1 .*, but the conversation has 1 im",
+            "of image 1 .* has 1 images",
         ),
-        ([image(), {"bbox_2d": [0, 0, 1, 1], "image": "first"}], "'image' is 'first'"),
+        (
+            [image(), {"bbox_2d": [0, 0, 1, 1], "image": "first"}],
+            "of image 'first' .* has 1 images",
+        ),
         ([image(), {"bbox_2d": [0, 0, 57, 1]}], r"bbox_2d .* outside"),
         ([image(), {"bbox_2d": [0, 0, 1, 1], "label": {1, 2}}], "cannot be written as JSON"),
         ([image(), text("{a}") | {"fields": {"b": {"point_2d": [0, 0]}}}], r"no place \{b\}"),
-        ([image(), text("{a}") | {"fields": ["a"]}], "fields are no dict"),
+        ([image(), text("{a}") | {"fields": ["a"]}], "fields is of type list, expected a dict"),
     ],
 )
 def test_wrong_boxes_are_located(
@@ -509,6 +520,16 @@ def test_wrong_boxes_are_located(
 ) -> None:
     with pytest.raises(ValueError, match=rf"message 0 \(user\): item \d: .*{message}"):
         transform({"messages": [user(*content)]})
+
+
+@pytest.mark.parametrize("fields", [{}, {"unused": None}])
+def test_a_text_without_any_field_is_that_text(
+    transform: Qwen2_5_VLTransform, fields: dict[str, Any]
+) -> None:
+    """As tables have it whose other rows have fields."""
+    expected = transform({"messages": [user(text("{ok}")), assistant("b")]})
+    given = transform({"messages": [user(text("{ok}") | {"fields": fields}), assistant("b")]})
+    assert given["tokens"] == expected["tokens"]
 
 
 def test_data_workers_can_take_it(transform: Qwen2_5_VLTransform) -> None:

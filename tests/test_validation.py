@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from quickstart.checkpoint import PREPROCESSOR_CONFIG, write_tiny_checkpoint
 from tests.reference import QWEN2_VL, reference_config, reference_model
 from torchtune_vl.chat import CHAT_TEMPLATE, QwenTokenizer
-from torchtune_vl.chat._tokenizer import SPECIAL_TOKENS
+from torchtune_vl.chat._vocabulary import SPECIAL_TOKENS
 from torchtune_vl.media import ImageTransform
 from torchtune_vl.models.qwen2_5_vl import (
     Qwen2_5_VLTokenizer,

@@ -137,7 +137,7 @@ def test_torchtune_messages_of_tools(checkpoint: Path) -> None:
         ({"tool_calls": [{"name": "f", "arguments": "[]"}]}, "message 0.*of type list, expected"),
         ({"tool_calls": [{"arguments": {}}]}, "message 0.*no function with a name"),
         ({"tool_calls": ["f"]}, "message 0.*no function with a name"),
-        ({"tool_calls": True}, "message 0.*tool_calls are of type bool"),
+        ({"tool_calls": True}, "message 0.*tool_calls is of type bool"),
         ({"tool_calls": [{"name": "f", "arguments": {"a": {1}}}]}, "cannot be written as JSON"),
         ({"tools": {"name": "f"}}, "tools is of type dict, expected a list"),
         ({"tools": "{"}, "tools: no JSON"),
@@ -235,6 +235,29 @@ def test_other_templates(
         record("conversations with other templates: ids and masks", 1, 0)
 
 
+def test_tokens_across_the_edges_of_answers(
+    checkpoint: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """An empty one within a token, too."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: x{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% endif %}y\n\n{% endfor %}"
+    )
+    transform = with_template(checkpoint, template)
+    for contents in (("", "a"), ("y", ""), ("\n", " b"), ("xy", "y\nx"), ("", "")):
+        conversation = [{"role": "assistant", "content": content} for content in contents]
+        expected = tokenizer.apply_chat_template(
+            conversation,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            return_dict=True,
+        )
+        sample = transform({"messages": conversation})
+        assert sample["tokens"] == expected["input_ids"], contents
+        trained = [bool(mask) for mask in expected["assistant_masks"]]
+        assert [not mask for mask in sample["mask"]] == trained, contents
+
+
 def test_published_template_as_a_template(checkpoint: Path) -> None:
     from torchtune_vl.chat import CHAT_TEMPLATE
 
@@ -285,13 +308,13 @@ def test_weights_with_templates(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        ("{{ messages[0].content }}", None, "marks no answer.*generation"),
+        ("{{ messages[0].content }}", None, "marks 0 answers of 1.*generation"),
         ("{% if %}", None, "chat template fails"),
         ("{{ raise_exception('no system') }}", None, "no system"),
         ("{{ ''.__class__.__mro__ }}", None, "chat template fails"),
         ("{{ messages.append(1) }}", None, "chat template fails"),
         ("{% generation %}{{ messages[9].content }}{% endgeneration %}", None, "fails"),
-        ("{% generation %}a{% endgeneration %}<|image_pad|>", None, "without its start"),
+        ("{% generation %}a{% endgeneration %}<|image_pad|>", None, "not those of the media"),
         (
             "{% generation %}a{% endgeneration %}<|vision_start|><|image_pad|><|vision_end|>",
             None,

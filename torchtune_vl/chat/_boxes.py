@@ -1,17 +1,15 @@
-"""Boxes and points between the user's image and the resized one that the model sees.
-
-Qwen2.5-VL's coordinates are absolute pixels of the resized image ("Qwen2.5-VL Technical Report",
-arXiv 2502.13923, section 2.2), whose size depends on the limits of the image transform.
-"""
+"""Boxes and points between the user's image and the resized one that the model sees."""
 
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any
 
-Unit = Literal["pixels", "0..1", "0..1000"]
+# What the sides of the user's image are in each unit; 0: as many pixels as it has
+_UNITS = {"pixels": 0, "0..1": 1, "0..1000": 1000}
 _COORDINATES = {"bbox_2d": 4, "point_2d": 2}
 # Words of keys whose numbers are places or lengths in an image
 _GEOMETRY = re.compile(
@@ -24,98 +22,67 @@ _GEOMETRY = re.compile(
 
 
 def rescaled(
-    entry: Mapping[str, Any],
-    unit: Unit,
-    original_size: tuple[int, int],
-    extent: tuple[int, int],
+    entry: Any, unit: str, original_size: tuple[int, int], extent: tuple[int, int]
 ) -> dict[str, Any]:
     """Take a box or point from the user's image to what the model is to read or write.
 
-    Args:
-        entry: ``bbox_2d`` [x1, y1, x2, y2] or ``point_2d`` [x, y], and anything else beside.
-        unit: of its coordinates: "pixels" of the upright image, or its width and height as 1 or
-            1000.
-        original_size: height and width of the upright image in pixels.
-        extent: the numbers that the lower and the right edge of the image have for the model, such
-            as pixels of the resized image.
-
-    Returns:
-        The entry with whole numbers in these.
-
-    Raises:
-        ValueError: if the coordinates are no numbers, out of order or outside of the image, or
-            the entry has other coordinates.
+    ``bbox_2d`` [x1, y1, x2, y2] or ``point_2d`` [x, y] are in a unit of the upright image of
+    ``original_size``, height and width in pixels, and become whole numbers of ``extent``, those of
+    its lower and its right edge for the model. What else the entry has stays, unless it is of
+    numbers that would have to change as well: ``ValueError``, as for wrong coordinates.
     """
-    if unit not in get_args(Unit):
-        raise ValueError(f"unknown unit {unit!r} of coordinates: use one of {get_args(Unit)}")
-    for key, value in entry.items():
-        if key not in _COORDINATES and (is_geometry(key, value) or _has_list_of_numbers(value)):
+    if unit not in [*_UNITS]:
+        raise ValueError(f"unknown unit {unit!r} of coordinates: use one of {', '.join(_UNITS)}")
+    result = {}
+    for key, value in entry.items() if isinstance(entry, Mapping) else ():
+        if key in _COORDINATES and value is not None:
+            sides = (_UNITS[unit],) * 2 if _UNITS[unit] else original_size
+            value = _rescaled_numbers(key, value, sides, extent)
+        elif is_geometry(key, value) or _has_number(value, bare=False):
             raise ValueError(
                 f"the numbers of {key!r} would stay those of the original image: only bbox_2d and "
                 "point_2d are taken to the resized one, each also as a field of a text; remove it "
                 "or write it so"
             )
-    given = original_size if unit == "pixels" else (1, 1) if unit == "0..1" else (1000, 1000)
-    return {
-        key: _rescale(key, value, given, extent) if key in _COORDINATES else value
-        for key, value in entry.items()
-    }
+        if value is not None:
+            result[key] = value
+    if not result.keys() & _COORDINATES:
+        raise ValueError(f"{entry!r} has no 'bbox_2d' and no 'point_2d'")
+    return result
 
 
-def _rescale(
-    key: str, coordinates: Any, given: tuple[int, int], extent: tuple[int, int]
+def _rescaled_numbers(
+    key: str, coordinates: Any, sides: tuple[int, int], extent: tuple[int, int]
 ) -> list[int]:
-    _check(key, coordinates, given)
-    # Half up, not to even: neighbours stay in order
-    return [
-        math.floor(value / given[1 - i % 2] * extent[1 - i % 2] + 0.5)
-        for i, value in enumerate(coordinates)
-    ]
-
-
-def _check(key: str, coordinates: Any, extent: tuple[int, int]) -> None:
-    count = _COORDINATES[key]
-    is_list = isinstance(coordinates, Sequence) and not isinstance(coordinates, str)
-    if not is_list or len(coordinates) != count or not all(map(_is_number, coordinates)):
-        raise ValueError(f"{key} is {coordinates!r}, expected {count} numbers")
-    height, width = extent
-    xs, ys = coordinates[::2], coordinates[1::2]
-    if min(*coordinates) < 0 or max(xs) > width or max(ys) > height:
+    if not _is_coordinates(key, coordinates):
+        raise ValueError(f"{key} is {coordinates!r}, expected {_COORDINATES[key]} numbers")
+    height, width = sides
+    scaled = [*zip(coordinates, cycle((width, height)), cycle(extent[::-1]))]
+    if not all(0 <= value <= side for value, side, _ in scaled):
         raise ValueError(
             f"{key} {list(coordinates)} is outside of the image, whose width is {width} and "
             f"height {height} in its unit: correct it, clip it or give the right 'unit'"
         )
-    if list(xs) != sorted(xs) or list(ys) != sorted(ys):
+    if any(first > last for first, last in zip(coordinates, coordinates[2:], strict=False)):
         raise ValueError(
             f"{key} {list(coordinates)} is no [x1, y1, x2, y2] with x1 <= x2, y1 <= y2"
         )
+    # Half up, not to even: neighbours stay in order
+    return [math.floor(value / side * new_side + 0.5) for value, side, new_side in scaled]
 
 
 def is_geometry(key: str, value: Any) -> bool:
-    """Tell whether a key of a message, item or box says where in an image something is.
-
-    Args:
-        key: the key.
-        value: its value.
-
-    Returns:
-        Whether its name is one of geometry, and numbers are in its value.
-    """
-    return _GEOMETRY.search(str(key)) is not None and _has_number(value)
+    """Whether a key's name says where in an image something is, and its value has numbers."""
+    return _GEOMETRY.search(str(key)) is not None and _has_number(value, bare=True)
 
 
-def _has_number(value: Any) -> bool:
+def _has_number(value: Any, bare: bool) -> bool:
+    """Whether a value has a number in a list, or a bare one."""
     if isinstance(value, Mapping):
-        return any(map(_has_number, value.values()))
+        return any(_has_number(entry, bare) for entry in value.values())
     if isinstance(value, list | tuple):
-        return any(map(_has_number, value))
-    return _is_number(value)
-
-
-def _has_list_of_numbers(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_has_list_of_numbers, value.values()))
-    return isinstance(value, list | tuple) and _has_number(value)
+        return any(_has_number(entry, bare=True) for entry in value)
+    return bare and _is_number(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -123,17 +90,7 @@ def _is_number(value: Any) -> bool:
 
 
 def to_json(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Write boxes and points as a fenced JSON list, one entry a line.
-
-    Args:
-        entries: what :func:`rescaled` returns.
-
-    Returns:
-        The text.
-
-    Raises:
-        ValueError: if an entry holds what JSON cannot express.
-    """
+    """Write boxes and points as a fenced JSON list, one entry a line."""
     try:
         lines = [f"\t{json.dumps(entry, ensure_ascii=False)}" for entry in entries]
     except TypeError as error:
@@ -158,25 +115,20 @@ def boxes_in_original(
     Returns:
         Each entry that has ``bbox_2d`` or ``point_2d``, with these as float pixels.
     """
-    scales = [original / edge for original, edge in zip(original_size, extent, strict=True)]
-    return [
-        {
-            key: [float(v) * scales[1 - i % 2] for i, v in enumerate(value)]
-            if _is_coordinates(key, value)
-            else value
-            for key, value in entry.items()
-        }
-        for entry in _json_objects(text)
-        if any(_is_coordinates(key, value) for key, value in entry.items())
-    ]
+    height, width = (original / edge for original, edge in zip(original_size, extent, strict=True))
+    found = []
+    for entry in _json_objects(text):
+        boxes = {key: entry[key] for key in _COORDINATES if _is_coordinates(key, entry.get(key))}
+        for key, numbers in boxes.items():
+            entry[key] = [float(n) * scale for n, scale in zip(numbers, cycle((width, height)))]
+        if boxes:
+            found.append(entry)
+    return found
 
 
 def _is_coordinates(key: str, value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == _COORDINATES.get(key)
-        and all(map(_is_number, value))
-    )
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return is_list and len(value) == _COORDINATES[key] and all(map(_is_number, value))
 
 
 def _json_objects(text: str) -> Iterator[dict[str, Any]]:

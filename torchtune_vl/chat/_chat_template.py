@@ -1,5 +1,23 @@
-"""The chat template of the published checkpoints, a value that they ship (Apache-2.0)."""
+"""Chat templates: the two published ones, followed by code, and any other, run by Jinja."""
 
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from torchtune_vl.chat._messages import ROLES
+from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
+
+# The template of the published checkpoints for conversations without tools, a value that they ship
+# (Apache-2.0)
 CHAT_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -18,3 +36,126 @@ CHAT_TEMPLATE = (
     "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Of conversations without tools, and with: `chat_template` of the published tokenizer_config.json
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+)
+# What that one has around the schemas of tools
+_TOOLS_HEAD = (
+    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_TOOLS_TAIL = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
+    "within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+
+
+def call_text(call: Mapping[str, Any]) -> str:
+    """A function's call in an answer. As published: its name is not escaped."""
+    arguments = as_json(call["arguments"])
+    return f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def tools_prompt(tools: Sequence[Mapping[str, Any]]) -> str:
+    """What stands behind the system prompt when there are tools."""
+    schemas = "".join(f"\n{as_json(tool)}" for tool in tools)
+    return f"{_TOOLS_HEAD}{schemas}{_TOOLS_TAIL}" if tools else ""
+
+
+def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+    """What transformers' templates know as ``tojson``, with ``indent`` and so on."""
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+    except (TypeError, RecursionError, ValueError) as error:
+        raise ValueError(f"a tool or call cannot be written as JSON: {error}") from error
+
+
+# Noncharacters of Unicode stand for other things while a template is run: for the beginning and the
+# end of what the loss is taken of, and for structural tokens within texts of messages
+_NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
+START, END = "\ufdd0", "\ufdd1"
+_STAND_INS = {chr(0xFDD2 + number): token for number, token in enumerate(STRUCTURAL_TOKENS)}
+
+
+class _Generation(Extension):
+    """``{% generation %}``, which says what the loss is taken of."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        start, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (START, END))
+        return [start, nodes.Scope(body).set_lineno(line), end]
+
+
+def render(template: str, hides_structure: bool, **variables: Any) -> str:
+    """Run a chat template as transformers' ``apply_chat_template`` does.
+
+    The text has ``START`` and ``END`` around what stands between ``{% generation %}`` and
+    ``{% endgeneration %}``, and, if ``hides_structure``, what :func:`reveal` undoes in place of the
+    structural tokens in variables. ``ValueError`` if the template fails.
+    """
+    try:
+        return _compile(template).render(_hide(variables, hides_structure))
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template fails: {error}") from error
+
+
+def _hide(value: Any, hides_structure: bool) -> Any:
+    """A copy of JSON-like data, whose texts may hold none of the noncharacters."""
+    if isinstance(value, str):
+        if _NONCHARACTERS.search(value):
+            raise ValueError("a text has a noncharacter of Unicode (U+FDD0 to U+FDEF): remove it")
+        for stand_in, token in _STAND_INS.items() if hides_structure else ():
+            value = value.replace(token, stand_in)
+        return value
+    if isinstance(value, Mapping):
+        return {_hide(k, hides_structure): _hide(v, hides_structure) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hide(entry, hides_structure) for entry in value]
+    return value
+
+
+def reveal(text: str) -> str:
+    """Put back the structural tokens that were hidden in a rendered text."""
+    for stand_in, token in _STAND_INS.items():
+        text = text.replace(stand_in, token)
+    return text
+
+
+@lru_cache(maxsize=8)
+def known_roles(template: str | None) -> frozenset[str]:
+    """The roles of the published templates (None), and every text constant of another one.
+
+    One that it does not name it treats like any other, an answer's perhaps as one without loss.
+    """
+    try:
+        parsed = _environment().parse(template or "")
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template fails: {error}") from error
+    constants = (node.value for node in parsed.find_all(nodes.Const))
+    return frozenset((*ROLES, *(value for value in constants if isinstance(value, str))))
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
+    )
+    environment.filters["tojson"] = as_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    return environment
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)

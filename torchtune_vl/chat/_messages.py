@@ -1,39 +1,41 @@
 """Conversations as users have them, to turns of text, media and boxes."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from torchtune_vl.chat._boxes import Unit, is_geometry
+import torch
+
+from torchtune_vl.chat._boxes import is_geometry
 from torchtune_vl.files._json import from_json_text
 
 Kind = Literal["image", "video"]
 # Of the published templates
 ROLES = ("system", "user", "assistant", "tool")
-# Keys of a message by which it carries loss, or not
-_LOSS_KEYS = ("weight", "loss", "loss_mask")
+# Keys by which a message carries loss or not, with the value for no loss; the last is torchtune's
+_LOSS_KEYS = {"weight": 0, "loss": 0, "loss_mask": 0, "masked": 1}
 _ABOUT_LOSS = re.compile("loss|mask|weight|train", re.IGNORECASE)
 _ABOUT_MEDIA = re.compile("(image|video|audio)(s|_url|_urls)?")
-
+# By which keys an item without a type is of one
+_IMPLIED = {
+    "boxes": {"boxes", "bbox_2d", "point_2d"},
+    "image": {"image", "image_url"},
+    "video": {"video", "video_url"},
+    "text": {"text"},
+}
 # Where transformers' chat format, OpenAI's and torchtune's keep a medium, after "image" or "video"
 _SOURCE_KEYS = ("content", "url", "path", "base64")
 _SIZE_SETTINGS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-_SETTINGS: dict[Kind, tuple[str, ...]] = {
+_SETTINGS = {
     "image": _SIZE_SETTINGS,
     "video": (
-        *_SIZE_SETTINGS,
-        "total_pixels",
-        "fps",
-        "nframes",
-        "min_frames",
-        "max_frames",
-        "video_start",
-        "video_end",
-        "sample_fps",
-        "frame_indices",
+        *(*_SIZE_SETTINGS, "total_pixels", "fps", "nframes", "min_frames", "max_frames"),
+        *("video_start", "video_end", "sample_fps", "frame_indices"),
     ),
 }
+_KINDS: dict[str, Any] = {"list": Sequence, "dict": Mapping, "str": str}
+Item = TypeVar("Item")
 
 
 @runtime_checkable
@@ -53,156 +55,138 @@ class Medium(NamedTuple):
     settings: dict[str, Any]
 
 
-class Objects(NamedTuple):
-    """Boxes and points of an image in the pixels, or parts, of the user's file.
+class EncodedMedium(NamedTuple):
+    """An image or video as the encoder takes it; of an image the size that it had in its file."""
 
-    Without ``fields`` they are written as Qwen's JSON list, otherwise each into its place in
+    kind: Kind
+    patches: torch.Tensor
+    grid_thw: torch.Tensor
+    num_tokens: int
+    seconds_per_step: float | None
+    original_size: tuple[int, int]
+
+
+class Objects(NamedTuple):
+    """Boxes and points of an image, by its number, in pixels or parts of the user's file.
+
+    Without ``fields`` they are written as a list of the family's, otherwise each into its place in
     ``text``.
     """
 
-    objects: list[dict[str, Any]]
-    unit: Unit
-    image: int
+    entries: Sequence[Any]
+    unit: Any
+    image: Any
     text: str = ""
     fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One message.
+class Turn(Generic[Item]):
+    """One message; ``given`` has what it has but for its content, for templates that read more.
 
-    Args:
-        role: who speaks.
-        content: texts, media and boxes in their order.
-        masked: whether its tokens carry no loss.
-        tool_calls: name and arguments of the functions that it calls.
-        given: the message but for its content, for templates that read more of it.
+    The arguments of its ``tool_calls`` are parsed there. If ``masked``, it carries no loss.
     """
 
     role: str
-    content: list[str | Medium | Objects]
-    masked: bool = False
-    tool_calls: list[tuple[str, Any]] = field(default_factory=list)
-    given: dict[str, Any] = field(default_factory=dict)
+    content: list[Item]
+    masked: bool
+    given: dict[str, Any]
+
+    @property
+    def tool_calls(self) -> list[Mapping[str, Any]]:
+        """Name and arguments of each function that it calls."""
+        return [call.get("function", call) for call in self.given.get("tool_calls", ())]
+
+
+# One whose media are encoded and whose boxes are text
+EncodedTurn = Turn[str | EncodedMedium]
 
 
 def read_conversation(
-    messages: Sequence[Message | Mapping[str, Any]],
+    messages: Any,
     images: Sequence[Any] | None = None,
     videos: Sequence[Any] | None = None,
     roles: Collection[str] = ROLES,
-) -> list[Turn]:
+) -> list[Turn[str | Medium | Objects]]:
     """Read torchtune's messages, or messages in the chat format of transformers and OpenAI.
 
+    Keys whose value is None count as absent, and torchtune's role ``ipython`` is ``tool``.
+
     Args:
-        messages: torchtune's ``Message`` or dicts with ``role``, ``content`` (a str or a
-            list of items), and perhaps ``tool_calls`` and ``weight``, ``loss`` or ``loss_mask``
-            (0: no loss). Keys whose value is None count as absent.
+        messages: those of a sample.
         images: what fills the items of type image that name none, in order.
         videos: likewise for videos.
         roles: those that the chat template knows.
-
-    Returns:
-        The turns, roles as given but for ``ipython``, which is torchtune's name of ``tool``.
 
     Raises:
         ValueError: if a message or item is not understood, or images and videos do not fit their
             places; it says which.
     """
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages is of type {type(messages).__name__}, expected a list")
-    if not messages:
+    if not _typed(messages, "list", "messages"):
         raise ValueError("a conversation needs at least one message")
-    reader = _Reader(images, videos, roles)
+    reader = _Reader(roles, {"image": images, "video": videos})
     turns = []
     for number, message in enumerate(messages):
         try:
             turns.append(reader.turn(message))
         except ValueError as error:
-            raise ValueError(f"message {number}{_role_of(message)}: {error}") from error
-    reader.check_places()
+            is_dict = isinstance(message, Mapping)
+            role = message.get("role") if is_dict else getattr(message, "role", None)
+            who = f" ({role})" if isinstance(role, str) else ""
+            raise ValueError(f"message {number}{who}: {error}") from error
+    for kind, given in reader.given.items():
+        places = reader.places[kind]
+        if given is not None and places != len(given):
+            found = f"there are {len(given)} {kind}s"
+            raise ValueError(f"the messages have {places} places for {kind}s, but {found}")
     return turns
 
 
 class _Reader:
     """Reads messages one after another, filling the places for media."""
 
-    def __init__(
-        self,
-        images: Sequence[Any] | None,
-        videos: Sequence[Any] | None,
-        roles: Collection[str],
-    ) -> None:
+    def __init__(self, roles: Collection[str], given: Mapping[Kind, Sequence[Any] | None]) -> None:
         self.roles = roles
-        self.given: dict[Kind, Sequence[Any] | None] = {"image": images, "video": videos}
+        self.given = given
         self.places: dict[Kind, int] = {"image": 0, "video": 0}
         self.images_so_far = 0
 
-    def turn(self, message: Message | Mapping[str, Any]) -> Turn:
-        if not isinstance(message, Mapping):
-            if not isinstance(message, Message):
-                raise ValueError(
-                    f"is of type {type(message).__name__}, expected a torchtune Message or a dict"
-                )
+    def turn(self, message: Any) -> Turn[str | Medium | Objects]:
+        if not isinstance(message, Mapping) and isinstance(message, Message):
             role = self._role(message.role)
-            return Turn(
-                role, list(self._items(message.content)), message.masked, [], {"role": role}
-            )
+            message = {"role": role, "content": message.content, "masked": message.masked}
         # Tables such as Arrow's give every message every key, None where there is nothing
-        given = {key: value for key, value in message.items() if value is not None}
+        given = _without_nulls(_typed(message, "dict", "it"))
         role = self._role(given.get("role"))
         content = given.pop("content", None)
-        _refuse_media(given)
-        _refuse_geometry(given)
-        masked = _is_masked(given)
-        calls = _tool_calls(given.get("tool_calls"))
-        if calls:
-            content = "" if content is None else content
-            given["tool_calls"] = _with_arguments(given["tool_calls"], calls)
-        return Turn(role, list(self._items(content)), masked, calls, given)
+        _refuse_unread(given, _LOSS_KEYS)
+        if "tool_calls" in given:
+            given["tool_calls"] = _tool_calls(given["tool_calls"])
+            if given["tool_calls"] and content is None:
+                content = ""
+        if isinstance(content, str):
+            return Turn(role, [content], _is_masked(given), given)
+        items = []
+        for number, item in enumerate(_typed(content, "list", "its content")):
+            try:
+                items.append(self._item(_without_nulls(_typed(item, "dict", "it"))))
+            except ValueError as error:
+                raise ValueError(f"item {number}: {error}") from error
+        return Turn(role, items, _is_masked(given), given)
 
     def _role(self, role: Any) -> str:
         if role == "ipython":  # torchtune's name of it
             return "tool"
         if not isinstance(role, str) or role not in self.roles:
-            raise ValueError(
-                f"its role is {role!r}; known are {', '.join(ROLES)}, and what a chat template of "
-                "your own names: rename it"
-            )
+            known = ", ".join(ROLES)
+            raise ValueError(f"its role is {role!r}; known are {known}, and those of a template")
         return role
 
-    def check_places(self) -> None:
-        for kind, given in self.given.items():
-            if given is not None and self.places[kind] != len(given):
-                raise ValueError(
-                    f"the messages have {self.places[kind]} places for {kind}s, but there are "
-                    f"{len(given)} {kind}s"
-                )
-
-    def _items(self, content: Any) -> Iterator[str | Medium | Objects]:
-        if isinstance(content, str):
-            yield content
-            return
-        if isinstance(content, Mapping) or not isinstance(content, Sequence):
-            raise ValueError(
-                f"its content is of type {type(content).__name__}, expected a str or a list of "
-                "items such as {'type': 'text', 'text': ...}"
-            )
-        for number, item in enumerate(content):
-            try:
-                yield self._item(item)
-            except ValueError as error:
-                raise ValueError(f"item {number}: {error}") from error
-
-    def _item(self, item: Any) -> str | Medium | Objects:
-        if not isinstance(item, Mapping):
-            raise ValueError(f"is of type {type(item).__name__}, expected a dict")
-        item = {key: value for key, value in item.items() if value is not None}
-        kind = item.get("type") or _implied_type(item)
-        if kind in ("image", "image_url"):
-            return self._medium("image", item)
-        if kind in ("video", "video_url"):
-            return self._medium("video", item)
+    def _item(self, item: dict[str, Any]) -> str | Medium | Objects:
+        implied = (kind for kind, keys in _IMPLIED.items() if item.keys() & keys)
+        kind = item.get("type") or next(implied, None)
+        if kind in ("image", "image_url", "video", "video_url"):
+            return self._medium("video" if "video" in kind else "image", item)
         if kind == "boxes":
             return self._objects(item)
         if kind == "text" and ("text" in item or "content" in item):
@@ -213,206 +197,110 @@ class _Reader:
         )
 
     def _medium(self, kind: Kind, item: dict[str, Any]) -> Medium:
-        settings = {key: value for key, value in item.items() if key in _SETTINGS[kind]}
-        names = (kind, f"{kind}_url", *_SOURCE_KEYS)
-        unknown = item.keys() - settings.keys() - {*names, "type"}
+        names = [name for name in (kind, f"{kind}_url", *_SOURCE_KEYS) if name in item]
+        settings = {key: value for key, value in item.items() if key not in (*names, "type")}
+        unknown = settings.keys() - {*_SETTINGS[kind]}
         if unknown:
-            raise ValueError(
-                f"an item of type {kind} has no setting {sorted(unknown)}; there are "
-                f"{', '.join(_SETTINGS[kind])}"
-            )
-        sources = [item[name] for name in names if name in item]
-        if len(sources) > 1:
-            raise ValueError(f"it names more than one {kind}: {sorted(item.keys() & {*names})}")
-        if kind == "image":
-            self.images_so_far += 1
-        source = sources[0] if sources else self._next_given(kind)
+            known = ", ".join(_SETTINGS[kind])
+            raise ValueError(f"{kind}s have no setting {sorted(unknown)}; there are {known}")
+        if len(names) > 1:
+            raise ValueError(f"it names more than one {kind}: {sorted(names)}")
+        self.images_so_far += kind == "image"
+        source = item[names[0]] if names else self._next_given(kind)
         if isinstance(source, Mapping) and "url" in source:  # OpenAI's {"image_url": {"url": ...}}
             source = source["url"]
-        if "base64" in item:
-            source = f"data:;base64,{source}"
-        return Medium(kind, source, settings)
+        return Medium(kind, f"data:;base64,{source}" if "base64" in item else source, settings)
 
     def _next_given(self, kind: Kind) -> Any:
         given, number = self.given[kind], self.places[kind]
         self.places[kind] += 1
         if given is None:
-            raise ValueError(
-                f"it is the place of {kind} {number}, but the sample has no list of {kind}s: put "
-                f"the {kind} into the item, or a list {kind + 's'!r} beside the messages"
-            )
-        if number >= len(given):
-            return None  # counted, and reported together by check_places
-        return given[number]
+            raise ValueError(f"it is the place of {kind} {number}: name it here, or in '{kind}s'")
+        # One that is missing is counted, and reported with all others
+        return given[number] if number < len(given) else None
 
     def _text(self, item: dict[str, Any]) -> str | Objects:
-        text = item.get("text", item.get("content"))
-        if not isinstance(text, str):
-            raise ValueError(f"its text is of type {type(text).__name__}, expected a str")
-        _refuse_geometry(item)
-        _refuse_loss_keys(item)
-        if "fields" not in item:
-            _refuse_media(item)
-            return text
-        if not isinstance(item["fields"], Mapping):
-            raise ValueError("its fields are no dict of a name and a box or point each")
-        fields = {name: value for name, value in item["fields"].items() if value is not None}
-        missing = [name for name in fields if f"{{{name}}}" not in text]
-        if missing:
-            raise ValueError(f"its text has no place {{{missing[0]}}} for the field {missing[0]!r}")
-        return self._with_image([*fields.values()], item, text, tuple(fields))
+        text: str = _typed(item.get("text", item.get("content")), "str", "its text")
+        _refuse_unread(item, ("image",) if "fields" in item else ())
+        fields = _without_nulls(_typed(item.get("fields", {}), "dict", "fields"))
+        for name in fields:
+            if f"{{{name}}}" not in text:
+                raise ValueError(f"its text has no place {{{name}}} for the field {name!r}")
+        return self._objects(item, text, fields) if fields else text
 
-    def _objects(self, item: dict[str, Any]) -> Objects:
-        if "boxes" in item:
-            unread = item.keys() - {"type", "boxes", "unit", "image"}
-            if unread:
-                raise ValueError(
-                    f"an item of boxes has no key {sorted(unread)}; there are unit and image, and "
-                    "what is to be written stands in each of its boxes"
-                )
-            return self._with_image(item["boxes"], item)
-        values = {k: v for k, v in item.items() if k not in ("type", "unit", "image")}
-        return self._with_image([values], item)
-
-    def _with_image(
-        self,
-        objects: Any,
-        item: dict[str, Any],
-        text: str = "",
-        fields: tuple[str, ...] = (),
+    def _objects(
+        self, item: dict[str, Any], text: str = "", fields: Mapping[str, Any] | None = None
     ) -> Objects:
-        if isinstance(objects, Mapping | str) or not isinstance(objects, Sequence):
-            raise ValueError("its boxes are no list of dicts such as {'bbox_2d': [...]}")
-        entries = []
-        for entry in objects:
-            if not isinstance(entry, Mapping):
-                raise ValueError(f"{entry!r} has no 'bbox_2d' and no 'point_2d'")
-            entries.append({key: value for key, value in entry.items() if value is not None})
-            if not entries[-1].keys() & {"bbox_2d", "point_2d"}:
-                raise ValueError(f"{entry!r} has no 'bbox_2d' and no 'point_2d'")
+        others = {key: value for key, value in item.items() if key not in ("type", "unit", "image")}
+        entries = [*fields.values()] if fields else [others]
+        if not fields and "boxes" in item:
+            entries = _typed(others.pop("boxes"), "list", "boxes")
+            if others:
+                raise ValueError(f"an item of boxes has no {[*others]}: put it into each of them")
         image = item.get("image", self.images_so_far - 1)
-        if not isinstance(image, int):
-            raise ValueError(f"'image' is {image!r}, expected the number of an image, from 0")
-        if image < 0:
-            raise ValueError("there is no image before its boxes; name one: 'image': 0")
-        return Objects(entries, item.get("unit", "pixels"), image, text, fields)
+        return Objects(entries, item.get("unit", "pixels"), image, text, tuple(fields or ()))
 
 
 def read_tools(tools: Any) -> list[Mapping[str, Any]]:
-    """Read the function schemas of a sample.
-
-    Args:
-        tools: list of JSON schemas, each perhaps as JSON text, the JSON text of a list, or None.
-
-    Returns:
-        The schemas.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    tools = [] if tools is None else from_json_text(tools, "tools")
-    if isinstance(tools, Mapping) or not isinstance(tools, Sequence):
-        raise ValueError(f"tools is of type {type(tools).__name__}, expected a list of schemas")
-    tools = [from_json_text(tool, f"tool {number}") for number, tool in enumerate(tools)]
-    for number, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            raise ValueError(
-                f"tool {number} is of type {type(tool).__name__}, expected its JSON schema as a "
-                "dict; transformers.utils.get_json_schema makes one of a function"
-            )
-    return tools
+    """Read the function schemas of a sample: a list, which and each of which may be JSON text."""
+    tools = _parsed([] if tools is None else tools, "list", "tools")
+    return [_parsed(tool, "dict", f"tool {number}") for number, tool in enumerate(tools)]
 
 
-def _tool_calls(calls: Any) -> list[tuple[str, Any]]:
-    calls = [] if calls is None else from_json_text(calls, "its tool_calls")
-    if isinstance(calls, Mapping | str) or not isinstance(calls, Sequence):
-        raise ValueError(f"its tool_calls are of type {type(calls).__name__}, expected a list")
-    return [_tool_call(call) for call in calls]
-
-
-def _tool_call(call: Any) -> tuple[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError(f"the tool call {call!r} has no function with a name")
-    what = f"the arguments of the tool call {function['name']!r}"
-    # OpenAI's are JSON text, which the published template would quote once more
-    arguments = from_json_text(function.get("arguments"), what)
-    if not isinstance(arguments, Mapping):
-        raise ValueError(f"{what} are of type {type(arguments).__name__}, expected a dict")
-    return function["name"], arguments
-
-
-def _with_arguments(given: Any, calls: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
-    """The tool calls as they were given, their arguments parsed, for templates that read more."""
-    parsed = []
-    for call, (_, arguments) in zip(from_json_text(given, "tool_calls"), calls, strict=True):
-        if "function" in call:
-            call = {**call, "function": {**call["function"], "arguments": arguments}}
-        else:
-            call = {**call, "arguments": arguments}
-        parsed.append(call)
+def _tool_calls(calls: Any) -> list[Mapping[str, Any]]:
+    parsed: list[Mapping[str, Any]] = []
+    for call in _parsed(calls, "list", "tool_calls"):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"the tool call {call!r} has no function with a name")
+        what = f"arguments of the tool call {function['name']!r}"
+        # OpenAI's are JSON text, which the published template would quote once more
+        arguments = _parsed(function.get("arguments"), "dict", what)
+        function = {**function, "arguments": arguments}
+        parsed.append({**call, "function": function} if "function" in call else function)
     return parsed
+
+
+def _parsed(value: Any, kind: Literal["list", "dict"], what: str) -> Any:
+    return _typed(from_json_text(value, what), kind, what)
+
+
+def _typed(value: Any, kind: Literal["list", "dict", "str"], what: str) -> Any:
+    if not isinstance(value, _KINDS[kind]) or (kind == "list" and isinstance(value, str)):
+        raise ValueError(f"{what} is of type {type(value).__name__}, expected a {kind}")
+    return value
+
+
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _is_masked(message: Mapping[str, Any]) -> bool:
     """Whether a message carries no loss, which several keys may say."""
     said = {}
-    for key in (*_LOSS_KEYS, "masked"):  # the last is torchtune's
+    for key, no_loss in _LOSS_KEYS.items():
         if key not in message:
             continue
         value = message[key]
         if not isinstance(value, int | float) or value not in (0, 1):
             raise ValueError(f"its {key} is {value!r}; only 0 (no loss) and 1 are supported")
-        said[key] = bool(value) == (key == "masked")
-    _refuse_loss_keys({key: value for key, value in message.items() if key not in said})
-    if len(set(said.values())) > 1:
+        said[key] = value == no_loss
+        if key != "masked" and value and message["role"] != "assistant":
+            raise ValueError(f"its {key} is 1, but only messages of the assistant carry loss")
+    if len({*said.values()}) > 1:
         raise ValueError(f"its keys {', '.join(said)} disagree whether it carries loss")
-    carries_loss = [key for key in _LOSS_KEYS if not said.get(key, True)]
-    if carries_loss and message.get("role") != "assistant":
-        raise ValueError(
-            f"its {carries_loss[0]} is 1, but only messages of the assistant carry loss: remove it"
-        )
     return any(said.values())
 
 
-def _refuse_loss_keys(values: Mapping[str, Any]) -> None:
-    for key in values:
-        if _ABOUT_LOSS.search(str(key)):
-            raise ValueError(
-                f"its key {key!r} is not understood; a message carries loss or not by "
-                f"{', '.join(_LOSS_KEYS)} of 1 or 0"
-            )
-
-
-def _refuse_media(values: Mapping[str, Any]) -> None:
+def _refuse_unread(values: Mapping[str, Any], known: Collection[str] = ()) -> None:
+    """Raise ``ValueError`` for a key that means media, coordinates or loss to whoever wrote it."""
     for key, value in values.items():
         is_empty = isinstance(value, str | list) and not value
-        if _ABOUT_MEDIA.fullmatch(str(key)) and not is_empty:
+        is_medium = _ABOUT_MEDIA.fullmatch(str(key)) and not is_empty
+        is_place = is_geometry(key, value) and not isinstance(value, int | float)
+        if (is_medium or is_place or _ABOUT_LOSS.search(str(key))) and key not in known:
             raise ValueError(
-                f"its key {key!r} names a medium without a place: make an item of it, such as "
-                "{'type': 'image', 'image': ...} in a message's content"
+                f"its key {key!r} is not understood: media and boxes are items of the content, "
+                "such as {'type': 'image', 'image': ...}, and a message carries loss or not by "
+                "weight, loss or loss_mask of 1 or 0"
             )
-
-
-def _refuse_geometry(values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if is_geometry(key, value) and not isinstance(value, int | float):
-            raise ValueError(
-                f"its key {key!r} is not understood: coordinates are taken to the resized image in "
-                "items of type boxes, and in fields of a text"
-            )
-
-
-def _implied_type(item: Mapping[str, Any]) -> str | None:
-    implied = {
-        "boxes": ("boxes", "bbox_2d", "point_2d"),
-        "image": ("image", "image_url"),
-        "video": ("video", "video_url"),
-        "text": ("text",),
-    }
-    return next((kind for kind, keys in implied.items() if item.keys() & {*keys}), None)
-
-
-def _role_of(message: Any) -> str:
-    role = message.get("role") if isinstance(message, Mapping) else getattr(message, "role", None)
-    return f" ({role})" if isinstance(role, str) else ""

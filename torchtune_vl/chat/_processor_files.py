@@ -1,12 +1,29 @@
-"""The processor files of a checkpoint that tell servers what the model saw in training."""
+"""The processor's files of a checkpoint: settings read from them, and written for servers."""
 
+import hashlib
 import json
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchtune_vl.chat._pretrained import sizes_of_patches
-from torchtune_vl.media import ImageTransform, VideoTransform
+from torchtune_vl.chat._chat_template import CHAT_TEMPLATE
+from torchtune_vl.chat._tokenizer import QwenTokenizer
+from torchtune_vl.files._json import JsonObject, read_json_object
+from torchtune_vl.media import CHANNELS, Geometry, ImageTransform, VideoTransform
 from torchtune_vl.media._transforms import FRAME_FACTOR
+
+# Before a chat template, lets it number media
+NUMBERS_MEDIA = "{% set add_vision_id = true %}"
+# Of the published tokenizer_config.json's template, which code follows too
+_SHA256_WITH_TOOLS = "55b2f4a26ac9ee719330a61a0c39d9e538b0e9322212f048326318cff4f8674a"
+# What our transforms always do; the values that a file may state
+_FIXED_SETTINGS = {
+    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True),
+    "rescale_factor": 1 / 255,
+    "resample": 3,
+}
 
 
 class ProcessorClasses(NamedTuple):
@@ -17,41 +34,156 @@ class ProcessorClasses(NamedTuple):
     videos: str
 
 
+def sizes_of_patches(geometry: Geometry) -> dict[str, int]:
+    """The sizes that processor files state, by the names that they have there."""
+    names = ("patch_size", "temporal_patch_size", "merge_size")
+    return {name: getattr(geometry, name) for name in names}
+
+
+def read_settings(directory: Path, geometry: Geometry) -> dict[str, Any]:
+    """Settings of a checkpoint directory, by the names of the transform's arguments."""
+    fixed = {**_FIXED_SETTINGS, **sizes_of_patches(geometry)}
+    images = _processor(directory, "image_processor", "preprocessor_config.json")
+    if images is None:
+        raise ValueError(f"{directory} has no preprocessor_config.json: copy the published one")
+    settings: dict[str, Any] = _limits(images, fixed)
+    settings["chat_template_file"] = _chat_template_file(directory)
+    normalization = {}
+    for name, least in (("image_mean", 0), ("image_std", 1e-6)):  # of values from 0 to 1
+        if name in images:
+            channels = images.each(name)
+            normalization[name] = [channels.number(c, least, 1) for c in channels.content]
+            if len(normalization[name]) != CHANNELS:
+                raise images.error(name, f"{CHANNELS} numbers, one for each colour")
+    settings |= normalization
+    videos = _processor(directory, "video_processor", "video_preprocessor_config.json")
+    # Others, as of the published checkpoints, hold the limits of images: nothing is taken from them
+    if videos is None or not videos.content.get("cap_pixels_per_frame"):
+        return settings
+    limits = _limits(videos, {**fixed, **normalization})
+    settings |= {f"video_{name}": value for name, value in limits.items()}
+    readers: dict[str, Callable[[str], float]] = {
+        "fps": partial(videos.number, least=1e-6, most=1e6),
+        "min_frames": partial(videos.whole, least=0),
+        "max_frames": videos.whole,
+    }
+    settings |= {name: read(name) for name, read in readers.items() if name in videos}
+    if "max_video_tokens" in videos:
+        # Nine tenths of a context of so many tokens, as transformers has it
+        area = videos.whole("max_video_tokens") * geometry.unit**2
+        settings["video_total_pixels"] = area * 9 // 10
+    return settings
+
+
+def _processor(directory: Path, part: str, name: str) -> JsonObject | None:
+    """The settings of a processor, from where transformers looks first."""
+    all_parts = read_if_there(directory / "processor_config.json")
+    if all_parts is not None and part in all_parts:
+        return all_parts.part(part)
+    return read_if_there(directory / name)
+
+
+def _limits(config: JsonObject, fixed: Mapping[str, Any]) -> dict[str, int]:
+    """Of the areas of images or frames, by the names of old releases or of new ones."""
+    for name, value in fixed.items():
+        if config.content.get(name, value) != value:
+            raise config.error(name, f"{value!r}: nothing else is supported")
+    limits = {}
+    size = config.part("size")
+    for name, name_in_size in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if name in config:
+            limits[name] = config.whole(name)
+        elif name_in_size in size:
+            limits[name] = size.whole(name_in_size)
+    if limits.get("min_pixels", 0) > limits.get("max_pixels", math.inf):
+        raise ValueError(f"{config.file}: no size is within {limits}")
+    return limits
+
+
+def _chat_template_file(directory: Path) -> Path | None:
+    """The file that servers take the chat template from: the processor's, or the tokenizer's."""
+    for path in (directory / "chat_template.json", directory / "chat_template.jinja"):
+        if path.exists():
+            return path
+    config = read_if_there(directory / "tokenizer_config.json")
+    return config.file if config is not None and "chat_template" in config else None
+
+
+def read_chat_template(path: str | Path) -> tuple[str | None, bool]:
+    """A template, None if it is a published one, and whether it numbers media by itself."""
+    path = Path(path)
+    if path.suffix == ".json":
+        config = read_json_object(path)
+        if "chat_template" not in config.content:
+            return None, False
+        template = config.text("chat_template")
+    else:
+        try:
+            template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read as text: {error}") from error
+    numbers_media = template.startswith(NUMBERS_MEDIA)
+    template = template.removeprefix(NUMBERS_MEDIA)
+    digest = hashlib.sha256(template.strip().encode()).hexdigest()
+    is_published = template.strip() == CHAT_TEMPLATE or digest == _SHA256_WITH_TOOLS
+    return (None if is_published else template), numbers_media
+
+
+def text_config(config: JsonObject) -> JsonObject:
+    """The settings of the decoder: in an object of their own, as transformers 5 writes, or not."""
+    return config if config.content.get("text_config", {}) == {} else config.part("text_config")
+
+
+def check_token_ids(vocabulary: Path, tokenizer: QwenTokenizer) -> None:
+    """Raise ``ValueError`` if the ``config.json`` beside a vocabulary is of a model without it."""
+    config = read_if_there(vocabulary.parent / "config.json")
+    if config is None:
+        return
+    text, last = text_config(config), max(tokenizer.special_tokens.values())
+    if "vocab_size" in text and text.whole("vocab_size") <= last:
+        raise text.error("vocab_size", f"more than {last}, a special token's id in {vocabulary}")
+    ids = {"image_token_id": tokenizer.image_pad_id, "video_token_id": tokenizer.video_pad_id}
+    for name, token_id in ids.items():
+        if name in config and config.whole(name, 0) != token_id:
+            raise config.error(name, f"{token_id}, as {vocabulary} has it")
+
+
+def read_if_there(path: Path) -> JsonObject | None:
+    """Read a JSON file, or return None if there is none."""
+    return read_json_object(path) if path.exists() else None
+
+
 def processor_files(
     images: ImageTransform, videos: VideoTransform, chat_template: str, classes: ProcessorClasses
 ) -> dict[str, str]:
-    """Write settings in the files that all releases of transformers read.
+    """Write settings in the files that all releases of transformers read, as text by name.
 
-    Args:
-        images: settings of images.
-        videos: settings of videos.
-        chat_template: Jinja source.
-        classes: what reads the files.
-
-    Returns:
-        Text by name of file. ``processor_config.json``, where transformers 5 keeps all of them and
-        looks first, names nothing but the processor.
+    ``processor_config.json``, where transformers 5 keeps all of them and looks first, names nothing
+    but the processor.
     """
     processor = {"processor_class": classes.processor}
+    # qwen-vl-utils' rules. No frames are chosen unless a server asks for it (`do_sample_frames`):
+    # it has chosen before, and this would choose among its choice
+    of_videos = {
+        "cap_pixels_per_frame": True,
+        # transformers leaves videos nine tenths of a context of so many tokens
+        "max_video_tokens": int(videos.total_pixels * 10) // (9 * videos.geometry.unit**2),
+        "fps": videos.fps,
+        "min_frames": math.ceil(videos.min_frames / FRAME_FACTOR) * FRAME_FACTOR,
+        "max_frames": videos.max_frames // FRAME_FACTOR * FRAME_FACTOR,
+    }
+    image_type = {"image_processor_type": classes.images}
+    video_type = {"video_processor_type": classes.videos}
     contents = {
-        "preprocessor_config.json": {
-            **_settings(images),
-            **processor,
-            "image_processor_type": classes.images,
-        },
-        "video_preprocessor_config.json": {
-            **_settings(videos),
-            **processor,
-            "video_processor_type": classes.videos,
-            **_budget_and_sampling(videos),
-        },
+        "preprocessor_config.json": _written(images) | processor | image_type,
+        "video_preprocessor_config.json": _written(videos) | processor | video_type | of_videos,
         "processor_config.json": processor,
         "chat_template.json": {"chat_template": chat_template},
     }
     return {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
 
 
-def _settings(transform: ImageTransform | VideoTransform) -> dict[str, Any]:
+def _written(transform: ImageTransform | VideoTransform) -> dict[str, Any]:
     least, most = transform.min_pixels, transform.max_pixels
     return {
         # Limits by the names of old releases and of new ones
@@ -61,21 +193,4 @@ def _settings(transform: ImageTransform | VideoTransform) -> dict[str, Any]:
         **sizes_of_patches(transform.geometry),
         "image_mean": list(transform.image_mean),
         "image_std": list(transform.image_std),
-    }
-
-
-def _budget_and_sampling(videos: VideoTransform) -> dict[str, Any]:
-    """What transformers takes for qwen-vl-utils' rules.
-
-    It does not choose frames unless it is asked to (``do_sample_frames``): servers and
-    qwen-vl-utils have done so before, and it would choose among those that they chose.
-    """
-    pair = FRAME_FACTOR
-    return {
-        "cap_pixels_per_frame": True,
-        # transformers leaves videos nine tenths of a context of so many tokens
-        "max_video_tokens": int(videos.total_pixels * 10) // (9 * videos.geometry.unit**2),
-        "fps": videos.fps,
-        "min_frames": math.ceil(videos.min_frames / pair) * pair,
-        "max_frames": videos.max_frames // pair * pair,
     }

@@ -1,73 +1,49 @@
 """Turns to the token ids of a prompt, each medium's placeholders in their place."""
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
-from torchtune_vl.chat._messages import ROLES, Kind
-from torchtune_vl.chat._template import (
-    Block,
-    EncodedMedium,
-    EncodedTurn,
-    Part,
-    blocks_of,
-    hide,
-    known_roles,
-    number_media,
-    render_template,
-    reveal,
-)
-from torchtune_vl.chat._tokenizer import STRUCTURAL_TOKENS, QwenTokenizer
+from torchtune_vl.chat import _chat_template as template
+from torchtune_vl.chat._messages import ROLES, EncodedMedium, EncodedTurn, Turn
+from torchtune_vl.chat._tokenizer import QwenTokenizer
+from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
 
 Special = Literal["content", "all"]
+# A text, token or medium, and whether the loss is taken of it
+_Piece = tuple[str | int | EncodedMedium, bool]
 
+_NAMES = {"image": "Picture", "video": "Video"}
 # Where a template puts a medium
-_PLACES: dict[str, Kind] = {
-    "<|vision_start|><|image_pad|><|vision_end|>": "image",
-    "<|vision_start|><|video_pad|><|vision_end|>": "video",
-}
-_STRUCTURE = re.compile("(" + "|".join(map(re.escape, (*_PLACES, *STRUCTURAL_TOKENS))) + ")")
-
-
-class PlacedMedium(NamedTuple):
-    """A medium and its tokens: ``<|vision_start|>``, placeholders, ``<|vision_end|>``."""
-
-    start: int
-    stop: int
-    medium: EncodedMedium
+_PLACES = {f"<|vision_start|><|{kind}_pad|><|vision_end|>": kind for kind in _NAMES}
+_MARKS = (*_PLACES, template.START, template.END, *STRUCTURAL_TOKENS)
+_STRUCTURE = re.compile(f"({'|'.join(map(re.escape, _MARKS))})")
 
 
 class Prompt(NamedTuple):
-    """Token ids, for each whether the loss ignores it, and the media among them."""
+    """Token ids, for each whether the loss ignores it, and the media by where they begin.
+
+    The tokens of a medium are ``<|vision_start|>``, its placeholders and ``<|vision_end|>``.
+    """
 
     tokens: list[int]
     mask: list[bool]
-    media: list[PlacedMedium]
+    media: dict[int, EncodedMedium]
 
     def part(self, start: int, stop: int) -> "Prompt":
         """The prompt between two positions, neither of them inside of a medium."""
-        media = [
-            m._replace(start=m.start - start, stop=m.stop - start)
-            for m in self.media
-            if start <= m.start and m.stop <= stop
-        ]
+        media = {place - start: m for place, m in self.media.items() if start <= place < stop}
         return Prompt(self.tokens[start:stop], self.mask[start:stop], media)
 
 
 class PromptBuilder:
-    """Applies a chat template and tokenizes what it gives.
-
-    Args:
-        tokenizer: the vocabulary.
-        parse_special: "content" or "all" added tokens in messages become their ids.
-        add_vision_id: whether to number media in the text.
-        chat_template: Jinja source of a template, or None for the published ones.
-    """
+    """Applies a chat template, None for the published ones, and tokenizes what it gives."""
 
     def __init__(
         self,
         tokenizer: QwenTokenizer,
-        *,
         parse_special: Special,
         add_vision_id: bool,
         chat_template: str | None,
@@ -76,190 +52,167 @@ class PromptBuilder:
         self.parse_special = parse_special
         self.add_vision_id = add_vision_id
         self.chat_template = chat_template
-        self.roles = known_roles(chat_template)
-        self._headers: dict[str, list[int]] = {}
-        self._line_break = tokenizer.encode("\n", add_eos=False)
+        self.roles = template.known_roles(chat_template)
+        (self._line_break,) = tokenizer.encode("\n", add_eos=False)
 
     def build(
         self, turns: Sequence[EncodedTurn], tools: Sequence[Mapping[str, Any]], inference: bool
     ) -> Prompt:
-        """Apply the chat template.
+        """Apply the chat template to turns, with JSON schemas of functions.
 
-        Args:
-            turns: the conversation, media encoded.
-            tools: JSON schemas of functions.
-            inference: whether to end with the prompt for an answer.
-
-        Returns:
-            Ids, whether the loss ignores each, and where media are.
-
-        Raises:
-            ValueError: if the template cannot render the conversation.
+        ``inference`` ends it with the prompt for an answer. ``ValueError`` if it cannot be applied.
         """
         if self.chat_template is not None:
-            return self._render_custom(turns, tools, inference)
-        numbered = number_media(turns) if self.add_vision_id else turns
-        prompt = self.of_blocks(blocks_of(numbered, tools))
+            return self._tokenize(self._rendered(turns, tools, inference))
+        has_tools = bool(tools) or any(turn.tool_calls or turn.role == "tool" for turn in turns)
+        if turns[0].role == "system":
+            system, turns = turns[0].content, turns[1:]
+        else:
+            system = [template.SYSTEM_PROMPTS[has_tools]]
+        system = [*system, template.tools_prompt(tools)]
+        pieces = [*self._published([Turn("system", system, True, {}), *turns], self.add_vision_id)]
         if inference:
-            header = self._header("assistant")
-            prompt.tokens.extend(header)
-            prompt.mask.extend([True] * len(header))
-        return prompt
+            pieces += [(self.tokenizer.im_start_id, False), ("assistant\n", False)]
+        return self._tokenize(pieces)
 
-    def of_blocks(self, blocks: Sequence[Block]) -> Prompt:
-        """Tokenize what a published template gives."""
-        prompt = Prompt([], [], [])
-        for block in blocks:
-            self._append_block(prompt, block)
-        return prompt
+    def of_message(self, turn: EncodedTurn) -> Prompt:
+        """Tokenize one message as the published template has it, without a system prompt."""
+        return self._tokenize(self._published([turn], numbers_media=False))
 
-    def _append_block(self, prompt: Prompt, block: Block) -> None:
-        tokens, mask, _ = prompt
-        start = len(tokens)
-        tokens.append(self.tokenizer.im_start_id)
-        mask.append(True)
-        for part in _joined([f"{block.role}\n", *block.parts]):
-            if isinstance(part, EncodedMedium):
-                self._append_medium(prompt, part)
+    def _published(self, turns: Sequence[EncodedTurn], numbers_media: bool) -> Iterator[_Piece]:
+        """What the published templates give of turns."""
+        counts = dict.fromkeys(_NAMES, 0)
+        roles = [turn.role for turn in turns]
+        for turn, before, behind in zip(turns, [None, *roles], [*roles[1:], None], strict=False):
+            is_tool = turn.role == "tool"
+            is_trained = turn.role == "assistant" and not turn.masked
+            if is_tool and before == "tool":
+                yield "\n", False
             else:
-                ids = self._encode_content(part)
-                tokens.extend(ids)
-                mask.extend([block.masked] * len(ids))
-        if not block.masked:
-            # An answer that begins with line breaks shares a token with the header
-            header = self._header(block.role)
-            count = _common_prefix_length(tokens[start : start + len(header)], header)
-            mask[start : start + count] = [True] * count
-        tokens.append(self.tokenizer.im_end_id)
-        mask.append(block.masked)
-        tokens.extend(self._line_break)
-        mask.extend([True] * len(self._line_break))
+                yield self.tokenizer.im_start_id, False
+                yield f"{'user' if is_tool else turn.role}\n", False
+            if is_tool:
+                yield "<tool_response>\n", False
+            for part in turn.content:
+                if numbers_media and isinstance(part, EncodedMedium):
+                    counts[part.kind] += 1
+                    yield f"{_NAMES[part.kind]} {counts[part.kind]}: ", is_trained
+                yield part, is_trained
+            for number, call in enumerate(turn.tool_calls if turn.role == "assistant" else ()):
+                line_break = "\n" if number or any(turn.content) else ""
+                yield f"{line_break}{template.call_text(call)}", is_trained
+            if is_tool:
+                yield "\n</tool_response>", False
+            if not (is_tool and behind == "tool"):
+                yield self.tokenizer.im_end_id, is_trained
+                yield self._line_break, False
 
-    def _append_medium(self, prompt: Prompt, medium: EncodedMedium) -> None:
-        t = self.tokenizer
-        pad = t.image_pad_id if medium.kind == "image" else t.video_pad_id
-        start = len(prompt.tokens)
-        prompt.tokens.extend([t.vision_start_id, *[pad] * medium.num_tokens, t.vision_end_id])
-        prompt.mask.extend([True] * (medium.num_tokens + 2))
-        prompt.media.append(PlacedMedium(start, len(prompt.tokens), medium))
+    def _rendered(
+        self, turns: Sequence[EncodedTurn], tools: Sequence[Mapping[str, Any]], inference: bool
+    ) -> Iterator[_Piece]:
+        """What a template of the user's gives."""
+        text = template.render(
+            self.chat_template or "",
+            hides_structure=self.parse_special == "content",
+            messages=[_as_dict(turn) for turn in turns],
+            tools=tools or None,
+            add_generation_prompt=inference,
+            add_vision_id=self.add_vision_id,
+        )
+        without_loss = [turn.masked for turn in turns if turn.role == "assistant"]
+        num_marked, num_answers = text.count(template.START), len(without_loss)
+        is_unmarked = num_answers and not num_marked and not inference
+        if is_unmarked or (any(without_loss) and num_marked != num_answers):
+            raise ValueError(
+                f"the chat template marks {num_marked} answers of {num_answers}: put "
+                "{% generation %} and {% endgeneration %} around what the loss is to be taken of "
+                "in each, in a file that chat_template_file names"
+            )
+        others = {turn.role for turn in turns if turn.masked and turn.role not in ROLES}
+        if num_marked and others:
+            raise ValueError(
+                f"messages of the role {min(others)!r} are to carry no loss (their weight, or "
+                "train_on), as those of assistant alone can: rename it in data and chat template"
+            )
+        pieces = _STRUCTURE.split(text)
+        media = [part for turn in turns for part in turn.content if isinstance(part, EncodedMedium)]
+        wanted = {**_PLACES, "<|image_pad|>": None, "<|video_pad|>": None}
+        places = [wanted[piece] for piece in pieces if piece in wanted]
+        if places != [medium.kind for medium in media]:
+            raise ValueError(
+                "the chat template's places are not those of the media: for each of them, in their "
+                f"order, it has to write {' or '.join(_PLACES)}"
+            )
+        remaining = iter(media)
+        masked_answers = iter(without_loss) if any(without_loss) else repeat(False)
+        is_trained = False
+        for piece in pieces:
+            if piece in (template.START, template.END):
+                is_trained = piece == template.START and not next(masked_answers)
+            elif piece in _PLACES:
+                yield next(remaining), False
+            elif piece in STRUCTURAL_TOKENS:
+                yield self.tokenizer.special_tokens[piece], is_trained
+            else:
+                yield template.reveal(piece), is_trained
 
-    def _encode_content(self, text: str) -> list[int]:
+    def _tokenize(self, pieces: Iterable[_Piece]) -> Prompt:
+        t, prompt = self.tokenizer, Prompt([], [], {})
+        texts: list[tuple[str, bool]] = []
+        for part, is_trained in pieces:
+            if isinstance(part, str):
+                before = texts.pop()[0] if texts and texts[-1][1] == is_trained else ""
+                texts.append((before + part, is_trained))
+                continue
+            if texts:
+                self._append_texts(prompt, texts)
+                texts = []
+            if isinstance(part, int):
+                prompt.tokens.append(part)
+                prompt.mask.append(not is_trained)
+            else:
+                prompt.media[len(prompt.tokens)] = part
+                pad = t.special_tokens[f"<|{part.kind}_pad|>"]
+                prompt.tokens.extend([t.vision_start_id, *[pad] * part.num_tokens, t.vision_end_id])
+                prompt.mask.extend([True] * (part.num_tokens + 2))
+        if texts:
+            self._append_texts(prompt, texts)
+        return prompt
+
+    def _append_texts(self, prompt: Prompt, texts: Sequence[tuple[str, bool]]) -> None:
+        """Append texts as one, since BPE merges across their seams.
+
+        A token across a seam is trained if one of its sides is: an answer that begins with line
+        breaks shares one with its header.
+        """
+        ids = self._encode("".join(text for text, _ in texts))
+        _, is_last_trained = texts[-1]
+        mask = [not is_last_trained] * len(ids)
+        trained: list[tuple[float, float]] = []
+        before, start = "", 0
+        for text, is_trained in texts[:-1]:
+            before += text
+            stop = len(before) if before.isascii() else self._num_bytes(self._encode(before))
+            trained += [(start, stop)] if is_trained else []
+            start = stop
+        trained += [(start, math.inf)] if is_last_trained else []
+        position = 0
+        for i, token in enumerate(ids):
+            if position >= start:
+                break
+            stop = position + self._num_bytes([token])
+            mask[i] = not any(a < stop and b > position for a, b in trained)
+            position = stop
+        prompt.tokens.extend(ids)
+        prompt.mask.extend(mask)
+
+    def _encode(self, text: str) -> list[int]:
         if self.parse_special == "content":
             return self.tokenizer.encode_content(text)
         return self.tokenizer.encode(text, add_eos=False)
 
-    def _header(self, role: str) -> list[int]:
-        if role not in self._headers:
-            ids = self._encode_content(f"{role}\n")
-            self._headers[role] = [self.tokenizer.im_start_id, *ids]
-        return self._headers[role]
-
-    def _render_custom(
-        self, turns: Sequence[EncodedTurn], tools: Sequence[Mapping[str, Any]], inference: bool
-    ) -> Prompt:
-        """Run a template of the user's and put tokens for its text and media."""
-        assert self.chat_template is not None
-        hidden = STRUCTURAL_TOKENS if self.parse_special == "content" else ()
-        rendered = render_template(
-            self.chat_template,
-            hide([_as_dict(turn) for turn in turns], hidden),
-            hide(tools, hidden),
-            add_generation_prompt=inference,
-            add_vision_id=self.add_vision_id,
-        )
-        answers = [turn for turn in turns if turn.role == "assistant"]
-        if not inference and not rendered.spans and answers:
-            raise ValueError(
-                "the chat template marks no answer: put {% generation %} and {% endgeneration %} "
-                "around what the loss is to be taken of, in a file that chat_template_file names"
-            )
-        others = {turn.role for turn in turns if turn.masked and turn.role not in ROLES}
-        if rendered.spans and others:
-            raise ValueError(
-                f"messages of the role {min(others)!r} are to carry no loss (their weight, or "
-                "train_on), which works for those of the role assistant alone: rename it in data "
-                "and chat template"
-            )
-        spans = _trained_spans(rendered.spans, answers)
-        return self._tokenize_rendered(rendered.text, spans, turns, hidden)
-
-    def _tokenize_rendered(
-        self,
-        text: str,
-        spans: Sequence[tuple[int, int]],
-        turns: Sequence[EncodedTurn],
-        hidden: Sequence[str],
-    ) -> Prompt:
-        media = [part for turn in turns for part in turn.content if isinstance(part, EncodedMedium)]
-        remaining = iter(media)
-        prompt = Prompt([], [], [])
-        position = 0
-        for piece in _STRUCTURE.split(text):
-            stop = position + len(piece)
-            inside = [
-                (max(a, position) - position, min(b, stop) - position)
-                for a, b in spans
-                if a < stop and b > position
-            ]
-            if piece in _PLACES:
-                medium = next(remaining, None)
-                if medium is None or _PLACES[piece] != medium.kind:
-                    raise ValueError("the chat template's places are not those of the media")
-                self._append_medium(prompt, medium)
-            elif piece in ("<|image_pad|>", "<|video_pad|>"):
-                raise ValueError(f"the chat template writes {piece} without its start and end")
-            elif piece in STRUCTURAL_TOKENS:
-                prompt.tokens.append(self.tokenizer.special_tokens[piece])
-                prompt.mask.append(not inside)
-            elif piece:
-                ids = self._encode_content(reveal(piece, hidden))
-                prompt.tokens.extend(ids)
-                prompt.mask.extend(self._outside(ids, piece, inside, hidden))
-            position = stop
-        if next(remaining, None) is not None:
-            raise ValueError(f"the chat template leaves out some of the {len(media)} media")
-        return prompt
-
-    def _outside(
-        self,
-        ids: Sequence[int],
-        text: str,
-        spans: Sequence[tuple[int, int]],
-        hidden: Sequence[str],
-    ) -> list[bool]:
-        """For each token of a text, whether it has no part in the spans."""
-        if not spans or spans == [(0, len(text))]:
-            return [not spans] * len(ids)
-        edges = [
-            [self._num_bytes(self._encode_content(reveal(text[:edge], hidden))) for edge in span]
-            for span in spans
-        ]
-        outside, position = [], 0
-        for token in ids:
-            stop = position + self._num_bytes([token])
-            outside.append(not any(a < stop and b > position for a, b in edges))
-            position = stop
-        return outside
-
     def _num_bytes(self, ids: Sequence[int]) -> int:
         return sum(map(len, self.tokenizer.token_bytes(ids)))
-
-
-def _joined(parts: Iterable[Part]) -> list[Part]:
-    """The parts with neighbouring texts in one: BPE merges across their seams."""
-    joined: list[Part] = []
-    for part in parts:
-        if isinstance(part, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += part
-        else:
-            joined.append(part)
-    return joined
-
-
-def _common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
 
 
 def _as_dict(turn: EncodedTurn) -> dict[str, Any]:
@@ -273,16 +226,3 @@ def _as_dict(turn: EncodedTurn) -> dict[str, Any]:
     if len(content) == 1 and content[0]["type"] == "text":
         content = content[0]["text"]
     return {**turn.given, "content": content}
-
-
-def _trained_spans(
-    spans: Sequence[tuple[int, int]], answers: Sequence[EncodedTurn]
-) -> list[tuple[int, int]]:
-    if not any(turn.masked for turn in answers):
-        return list(spans)
-    if len(spans) != len(answers):
-        raise ValueError(
-            f"the chat template marks {len(spans)} answers of {len(answers)} assistant messages, "
-            "so that it is open which of them those without loss are"
-        )
-    return [span for span, turn in zip(spans, answers, strict=True) if not turn.masked]

@@ -4,17 +4,21 @@ import difflib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 
-from torchtune_vl.chat import _pretrained as pretrained
+from torchtune_vl.chat import _processor_files as files
 from torchtune_vl.chat._boxes import rescaled, to_json
 from torchtune_vl.chat._chat_template import CHAT_TEMPLATE
 from torchtune_vl.chat._messages import (
+    EncodedMedium,
+    EncodedTurn,
     Medium,
     Message,
     Objects,
@@ -22,9 +26,7 @@ from torchtune_vl.chat._messages import (
     read_conversation,
     read_tools,
 )
-from torchtune_vl.chat._processor_files import ProcessorClasses, processor_files
 from torchtune_vl.chat._prompt import Prompt, PromptBuilder, Special
-from torchtune_vl.chat._template import EncodedMedium, EncodedTurn, Part, blocks_of
 from torchtune_vl.chat._tokenizer import QwenTokenizer, check_surrogates
 from torchtune_vl.chat._truncation import Truncation, difference, remedy, truncate
 from torchtune_vl.media import Geometry, ImageTransform, RemoteLimits, VideoTransform
@@ -34,18 +36,10 @@ from torchtune_vl.media._transforms import FPS, MAX_FRAMES, MIN_FRAMES, PatchDty
 from torchtune_vl.modules.layout import concatenate_patches, mrope_positions, vision_index
 
 Turns = Literal["all", "last"]
-# Height and width of an image as it came, and in what its boxes are written
-_Sizes = tuple[tuple[int, int], tuple[int, int]]
+_NO_MEDIA = torch.empty(0, 3, dtype=torch.int64)
+_A = TypeVar("_A")
+_B = TypeVar("_B")
 _log = logging.getLogger(__name__)
-
-_MediumTransform = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-class _MediaTransforms(NamedTuple):
-    """What encodes media, or measures them."""
-
-    image: _MediumTransform
-    video: _MediumTransform
 
 
 class ChatTransform:
@@ -64,40 +58,26 @@ class ChatTransform:
             or the oldest whole "turns", each a user's message with what follows it, but never the
             system's. A prompt for generation is not cut.
         train_on: which answers carry loss, "all" or the "last" one.
-        parse_special: "content": tokens that carry structure, such as ``<|im_start|>`` and
-            ``<|image_pad|>``, are plain text where they occur in a message; "all": they are
-            tokens, as in transformers.
+        parse_special: "content": tokens that carry structure, such as ``<|im_start|>``, are plain
+            text where they occur in a message; "all": they are tokens, as in transformers.
         add_vision_id: whether to number media in the text, "Picture 1: ", "Video 1: ".
         chat_template: Jinja source of another template; what it puts between ``{% generation %}``
             and ``{% endgeneration %}`` carries loss.
         chat_template_file: Jinja file, or ``chat_template.json``, that has it.
-        min_pixels: images with fewer pixels are enlarged.
-        max_pixels: images with more pixels are reduced.
-        image_backend: "torchvision" or "pil", the image processor of transformers that pixels are
-            equal to.
-        alpha: "reference" or "white", what becomes of transparency, see
-            :class:`~torchtune_vl.media.ImageTransform`.
-        fps: frames of a video per second.
-        min_frames: fewest frames of a video.
-        max_frames: most frames of a video.
-        video_min_pixels: fewest pixels of a frame.
-        video_max_pixels: most pixels of a frame.
-        video_total_pixels: most pixels of a video, over all frames, halved as two share a token.
-        patch_dtype: "float32", or "uint8" for patches of a fraction of the bytes (images an eighth,
-            videos a quarter), which the model normalizes on its device.
+        min_pixels, max_pixels, image_backend, alpha, image_mean, image_std, patch_dtype: of
+            :class:`~torchtune_vl.media.ImageTransform`, the last three of videos too.
+        fps, min_frames, max_frames, video_min_pixels, video_max_pixels, video_total_pixels: of
+            :class:`~torchtune_vl.media.VideoTransform`.
         allow_remote: whether https addresses of media are fetched.
-        image_mean: mean of each RGB channel, for values in [0, 1].
-        image_std: standard deviation of each RGB channel, likewise.
         tokens_per_second: temporal positions per second of video; None: one for each step of its
             grid. The family's by default.
 
     Raises:
-        ValueError: if a file is not a vocabulary of Qwen's, or a setting is unknown or makes no
-            sense.
+        ValueError: if a file is not a vocabulary of Qwen's, or a setting makes no sense.
     """
 
     geometry: ClassVar[Geometry]
-    processors: ClassVar[ProcessorClasses]
+    processors: ClassVar[files.ProcessorClasses]
     default_tokens_per_second: ClassVar[int | None] = None
 
     def __init__(
@@ -132,41 +112,29 @@ class ChatTransform:
             ("truncation", truncation, get_args(Truncation)),
             ("train_on", train_on, get_args(Turns)),
             ("parse_special", parse_special, get_args(Special)),
+            ("add_vision_id", add_vision_id, (True, False)),
+            ("allow_remote", allow_remote, (True, False)),
         ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: use one of {known}")
-        for name, flag in (("add_vision_id", add_vision_id), ("allow_remote", allow_remote)):
-            if not isinstance(flag, bool):
-                raise ValueError(f"{name} is {flag!r}: make it True or False")
-        for name, number in (
-            ("max_seq_len", max_seq_len),
-            ("tokens_per_second", tokens_per_second),
-        ):
+            if not isinstance(value, type(known[0])) or value not in known:
+                raise ValueError(f"{name} is {value!r}: make it one of {known}")
+        numbers = {"max_seq_len": max_seq_len, "tokens_per_second": tokens_per_second}
+        for name, number in numbers.items():
             if number is not None and (type(number) is not int or number < 1):
                 raise ValueError(f"{name} is {number!r}: make it an integer of at least 1")
         if chat_template_file is not None:
-            chat_template, numbers_media = pretrained.read_chat_template(chat_template_file)
+            chat_template, numbers_media = files.read_chat_template(chat_template_file)
             add_vision_id |= numbers_media
         self.tokenizer = QwenTokenizer(path, merges_file, max_seq_len=max_seq_len)
-        self.prompts = PromptBuilder(
-            self.tokenizer,
-            parse_special=parse_special,
-            add_vision_id=add_vision_id,
-            chat_template=chat_template,
-        )
-        of_both: dict[str, Any] = {
+        self.prompts = PromptBuilder(self.tokenizer, parse_special, add_vision_id, chat_template)
+        shared: dict[str, Any] = {
             "image_mean": image_mean,
             "image_std": image_std,
             "patch_dtype": patch_dtype,
             "remote": RemoteLimits() if allow_remote else None,
         }
+        limits: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self.image_transform = ImageTransform(
-            self.geometry,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            backend=image_backend,
-            alpha=alpha,
-            **of_both,
+            self.geometry, backend=image_backend, alpha=alpha, **limits, **shared
         )
         self.video_transform = VideoTransform(
             self.geometry,
@@ -176,31 +144,27 @@ class ChatTransform:
             min_pixels=video_min_pixels,
             max_pixels=video_max_pixels,
             total_pixels=video_total_pixels,
-            **of_both,
+            **shared,
         )
         self.truncation = truncation
         self.train_on = train_on
         self.parse_special = parse_special
         self.tokens_per_second = tokens_per_second or self.default_tokens_per_second
+        self.max_seq_len = max_seq_len
         self.special_tokens = self.tokenizer.special_tokens
         self.base_vocab_size = self.tokenizer.base_vocab_size
         self.vocab_size = self.tokenizer.vocab_size
         self.pad_id = self.tokenizer.pad_id
         self.stop_tokens = self.tokenizer.stop_tokens
-        self.max_seq_len = max_seq_len
-        self._told_cuts: frozenset[bool] = frozenset()
+        self._told_cuts: frozenset[str] = frozenset()
 
     @classmethod
     def from_pretrained(cls, checkpoint_dir: str | Path, **settings: Any) -> "ChatTransform":
-        """Read vocabulary, chat template and settings from a checkpoint directory.
+        """Read vocabulary, chat template and settings from the files of a checkpoint directory.
 
         Args:
-            checkpoint_dir: directory with ``tokenizer.json`` (or ``vocab.json`` and
-                ``merges.txt``) and ``preprocessor_config.json``.
+            checkpoint_dir: the directory.
             **settings: those of the class, which go before the directory's. None counts as absent.
-
-        Returns:
-            The transform.
 
         Raises:
             ValueError: if a file is missing, asks for what the transform does not do, or a setting
@@ -208,70 +172,47 @@ class ChatTransform:
         """
         directory = Path(checkpoint_dir)
         if not directory.is_dir():
-            raise ValueError(
-                f"{directory} is not a directory: checkpoint_dir names one that has the files of a "
-                "published checkpoint"
-            )
-        cls._check_names(settings)
-        vocabulary = directory / "tokenizer.json"
-        merges = None
+            raise ValueError(f"{directory} is not a directory: checkpoint_dir names a checkpoint's")
+        known = inspect.getfullargspec(cls.__init__).kwonlyargs
+        for name in settings.keys() - {*known}:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            found = f"the nearest is {near[0]!r}" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"the transform has no setting {name!r}: {found}")
+        vocabulary, merges = directory / "tokenizer.json", None
         if not vocabulary.exists():
             vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
         given = {name: value for name, value in settings.items() if value is not None}
         transform = cls(vocabulary, merges, **{**cls.settings_of(directory), **given})
-        pretrained.check_token_ids(vocabulary, transform.tokenizer)
+        files.check_token_ids(vocabulary, transform.tokenizer)
         return transform
 
     @classmethod
     def settings_of(cls, directory: Path) -> dict[str, Any]:
-        """Read the settings that a checkpoint directory has.
-
-        Args:
-            directory: of the checkpoint.
-
-        Returns:
-            Settings of the class by name.
-
-        Raises:
-            ValueError: if a file is missing or damaged, or asks for what the class does not do.
-        """
-        return pretrained.settings(directory, cls.geometry)
-
-    @classmethod
-    def _check_names(cls, settings: Iterable[str]) -> None:
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        for name in settings:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                found = f"the nearest is {near[0]!r}" if near else f"there are {', '.join(known)}"
-                raise ValueError(f"the transform has no setting {name!r}: {found}")
+        """Read the settings that a checkpoint directory has; ``ValueError`` as on construction."""
+        return files.read_settings(directory, cls.geometry)
 
     @property
     def chat_template(self) -> str:
         """Jinja source of the chat template for conversations without tools."""
         template = self.prompts.chat_template or CHAT_TEMPLATE
-        return pretrained.NUMBERS_MEDIA * self.prompts.add_vision_id + template
+        return files.NUMBERS_MEDIA * self.prompts.add_vision_id + template
 
     def processor_files(self) -> dict[str, str]:
-        """Write the settings down as transformers and servers read them.
+        """Write the settings down as transformers and servers read them, text by name of file.
 
         With these files in a checkpoint's directory, transformers' ``AutoProcessor`` gives what
         this transform gives: ids, grids and pixels of the same images and frames (with
         ``do_sample_frames`` as many frames of a file, chosen by another rule), and
         :meth:`from_pretrained` a transform of the same settings. ``max_seq_len``, ``truncation``,
         ``alpha`` and ``backend`` of images have no place in them.
-
-        Returns:
-            Text by name of file.
         """
-        files = processor_files(
+        written = files.processor_files(
             self.image_transform, self.video_transform, self.chat_template, self.processors
         )
         if self.prompts.chat_template is not None:
             # With tools too, for which the published one is not used
-            files["chat_template.jinja"] = self.chat_template
-        return files
+            written["chat_template.jinja"] = self.chat_template
+        return written
 
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Encode text as :meth:`QwenTokenizer.encode` does."""
@@ -286,41 +227,19 @@ class ChatTransform:
     def tokenize_message(
         self, message: Message | Mapping[str, Any], **kwargs: Any
     ) -> tuple[list[int], list[bool]]:
-        """Tokenize one message, without the system prompt that a conversation begins with.
-
-        Args:
-            message: as in :meth:`__call__`.
-            **kwargs: ignored, as in :meth:`tokenize_messages`.
-
-        Returns:
-            Ids and, for each, whether the loss ignores it.
-
-        Raises:
-            ValueError: if the message cannot be read.
-        """
-        (turn,) = self._encode_media(read_conversation([message]), self._media_transforms)
-        block = blocks_of([turn], [])[-1]
-        prompt = self.prompts.of_blocks([block])
+        """Tokenize one message as :meth:`tokenize_messages` does, without a system prompt."""
+        (turn,) = self._encoded(read_conversation([message]))
+        prompt = self.prompts.of_message(turn)
         return prompt.tokens, prompt.mask
 
     def tokenize_messages(
         self, messages: Sequence[Message | Mapping[str, Any]], **kwargs: Any
     ) -> tuple[list[int], list[bool]]:
-        """Tokenize a conversation, placeholders expanded.
+        """Tokenize ``messages`` of :meth:`__call__` to ids and, for each, whether it has no loss.
 
-        Args:
-            messages: the conversation; it is not cut at ``max_seq_len``.
-            **kwargs: ignored; torchtune's recipes pass settings of other tokenizers.
-
-        Returns:
-            Ids and, for each, whether the loss ignores it.
-
-        Raises:
-            ValueError: if a message cannot be read; it says which and why.
+        They are not cut. ``kwargs`` are ignored: recipes pass those of other tokenizers.
         """
-        turns = self._encode_media(
-            read_conversation(messages, roles=self.prompts.roles), self._media_transforms
-        )
+        turns = self._encoded(read_conversation(messages, roles=self.prompts.roles))
         prompt = self.prompts.build(turns, [], inference=False)
         return prompt.tokens, prompt.mask
 
@@ -328,31 +247,27 @@ class ChatTransform:
         """Transform one sample.
 
         Args:
-            sample: ``messages``, a list of torchtune's ``Message`` or of
-                dicts in the chat format of transformers: ``role``, one of the template's,
-                ``content``, and perhaps ``tool_calls`` and ``weight``, ``loss`` or ``loss_mask``
-                (0: no loss). Content is a str or a list of items:
+            sample: ``messages``, a list of torchtune's ``Message`` or of dicts in the chat format
+                of transformers: ``role``, one of the template's, ``content``, and perhaps
+                ``tool_calls`` and ``weight``, ``loss`` or ``loss_mask`` (0: no loss). Content is a
+                str or a list of items, torchtune's or:
 
                 - ``{"type": "text", "text": str}``, with ``fields`` perhaps, a dict of boxes and
                   points whose coordinates replace ``{name}`` in the text;
-                - ``{"type": "image", "image": source}``, with ``min_pixels``, ``max_pixels`` or
-                  ``resized_height`` and ``resized_width`` perhaps;
-                - ``{"type": "video", "video": source}``, with settings of
-                  :class:`~torchtune_vl.media.VideoTransform`;
+                - ``{"type": "image", "image": source}`` or ``"video"``, with settings that
+                  :class:`~torchtune_vl.media.ImageTransform` and ``VideoTransform`` know; without
+                  a source, of the next of the sample's ``images`` or ``videos``;
                 - ``{"type": "boxes", "boxes": [{"bbox_2d": [x1, y1, x2, y2], "label": str}, ...]}``
                   of the last image before it, or of ``image``, its number from 0; in ``unit``
-                  ``"pixels"`` (default), ``"0..1"`` or ``"0..1000"`` of the upright original. They
-                  are written as JSON in pixels of the resized image.
+                  ``"pixels"`` (default), ``"0..1"`` or ``"0..1000"`` of the upright original.
 
-                Torchtune's items name text and media ``content``. Items that name no medium take
-                the next of the sample's ``images`` or ``videos``. ``tools``, a list of JSON
-                schemas, is optional, and an ``id`` names the sample in errors.
+                ``tools``, a list of JSON schemas, is optional, and an ``id`` is named in errors.
             inference: whether to end with the prompt for an answer. An empty assistant message
                 at the end, which torchtune's inference recipes add, becomes that prompt.
 
         Returns:
             ``tokens``, list[int] of length s; ``mask``, list[bool] of length s, True where the
-            loss ignores the token: everywhere but in the text of assistant messages and their
+            loss ignores the token: everywhere but in the text of answers and their
             ``<|im_end|>``, and there too if the message is ``masked`` or of weight 0;
             ``input_pos``, M-RoPE positions, int64 [s, 3]; if there are media ``encoder_input``,
             whose ``vision`` has ``patches``, float32 [n, 1176] or uint8 [n, 588] (with videos
@@ -361,67 +276,55 @@ class ChatTransform:
 
         Raises:
             ValueError: if a message or medium cannot be read, media and their places do not match,
-                or the sample is too long and nothing would be left to learn; it says which and
-                why.
+                or the sample is too long and nothing would be left to learn.
         """
         with _naming(sample):
-            return self._transform(sample, inference)
+            whole, prompt = self._prompts_of(sample, inference)
+            media = prompt.media.values()
+            grid_thw = torch.cat([medium.grid_thw for medium in media]) if media else _NO_MEDIA
+            seconds = [medium.seconds_per_step for medium in media]
+            transformed: dict[str, Any] = {
+                "tokens": prompt.tokens,
+                "mask": prompt.mask,
+                "input_pos": self.positions(prompt.tokens, grid_thw, seconds),
+            }
+            if media:
+                patches = concatenate_patches([medium.patches for medium in media])
+                index = vision_index(grid_thw, self.geometry)
+                vision = {"patches": patches, "grid_thw": grid_thw, **index}
+                transformed["encoder_input"] = {"vision": vision}
+            if prompt is not whole:
+                transformed["truncated"] = difference(whole, prompt)
+                self._tell_cut(transformed["truncated"])
+            return transformed
 
     def measure(self, sample: Mapping[str, Any], inference: bool = False) -> tuple[int, int, int]:
         """Find how large :meth:`__call__` makes a sample, without decoding its media.
 
-        Of image files the header is read, of video files the list of packets.
-
-        Args:
-            sample: as in :meth:`__call__`.
-            inference: likewise.
+        Of image files the header is read, of video files the list of packets. ``ValueError`` as
+        there, but for what only decoding shows, and unless ``inference`` as
+        :meth:`check_supervised` raises it.
 
         Returns:
             Of what is left within ``max_seq_len`` the number of tokens, of patches, and of tokens
             that carry loss, the first token aside, which nothing predicts.
-
-        Raises:
-            ValueError: as :meth:`__call__` does, but for what only decoding shows, and unless
-                ``inference`` as :meth:`check_supervised` does.
         """
-        size, _ = self.examine(sample, inference)
-        return size
+        return self.examine(sample, inference)[0]
 
     def examine(
         self, sample: Mapping[str, Any], inference: bool = False
     ) -> tuple[tuple[int, int, int], dict[str, int] | None]:
-        """Measure a sample, and tell what ``max_seq_len`` takes of it.
-
-        Args:
-            sample: as in :meth:`measure`.
-            inference: likewise.
-
-        Returns:
-            What :meth:`measure` returns, and ``truncated`` of :meth:`__call__`, None if nothing is
-            cut.
-
-        Raises:
-            ValueError: as :meth:`measure` does.
-        """
-        transforms = _MediaTransforms(self.image_transform.measure, self.video_transform.measure)
+        """Return what :meth:`measure` does, and ``truncated`` of :meth:`__call__` or None."""
         with _naming(sample):
-            whole, prompt = self._prompts_of(sample, inference, transforms)
+            whole, prompt = self._prompts_of(sample, inference, measuring=True)
             if not inference:
                 self.check_supervised(prompt.tokens, prompt.mask)
-        patches = sum(len(placed.medium.patches) for placed in prompt.media)
+        patches = sum(len(medium.patches) for medium in prompt.media.values())
         size = len(prompt.tokens), patches, prompt.mask[1:].count(False)
         return size, None if prompt is whole else difference(whole, prompt)
 
     def check_supervised(self, tokens: Sequence[int], mask: Sequence[bool]) -> None:
-        """Refuse a sample that training learns nothing from.
-
-        Args:
-            tokens: ids.
-            mask: for each, whether the loss ignores it.
-
-        Raises:
-            ValueError: if the loss is taken of no token, or of none but those that end an answer.
-        """
+        """Raise ``ValueError`` if the loss is taken of no id but those that end an answer."""
         if not self._is_supervised(tokens, mask):
             raise ValueError(
                 "no token of an answer carries loss: give it a message of the role assistant with "
@@ -429,36 +332,8 @@ class ChatTransform:
             )
 
     def _is_supervised(self, tokens: Sequence[int], mask: Sequence[bool]) -> bool:
-        supervised = {
-            token for token, masked in zip(tokens[1:], mask[1:], strict=True) if not masked
-        }
-        return not supervised <= set(self.stop_tokens)
-
-    def _transform(self, sample: Mapping[str, Any], inference: bool) -> dict[str, Any]:
-        whole, prompt = self._prompts_of(sample, inference, self._media_transforms)
-        media = [placed.medium for placed in prompt.media]
-        grid_thw = torch.cat([medium.grid_thw for medium in media]) if media else _NO_MEDIA
-        transformed: dict[str, Any] = {
-            "tokens": prompt.tokens,
-            "mask": prompt.mask,
-            "input_pos": self.positions(
-                prompt.tokens,
-                grid_thw,
-                [medium.seconds_per_step if medium.kind == "video" else None for medium in media],
-            ),
-        }
-        if media:
-            transformed["encoder_input"] = {
-                "vision": {
-                    "patches": concatenate_patches([medium.patches for medium in media]),
-                    "grid_thw": grid_thw,
-                    **vision_index(grid_thw, self.geometry),
-                }
-            }
-        if prompt is not whole:
-            transformed["truncated"] = difference(whole, prompt)
-            self._tell_cut(transformed["truncated"])
-        return transformed
+        pairs = zip(tokens[1:], mask[1:], strict=True)
+        return not {token for token, masked in pairs if not masked} <= {*self.tokenizer.stop_tokens}
 
     def positions(
         self,
@@ -466,19 +341,11 @@ class ChatTransform:
         grid_thw: torch.Tensor,
         seconds_per_step: Sequence[float | None],
     ) -> torch.Tensor:
-        """Find the M-RoPE positions of a sample.
+        """Find the M-RoPE positions of ids whose placeholders are expanded, int64 [s, 3].
 
-        Args:
-            tokens: its ids, placeholders expanded, of length s.
-            grid_thw: patches of each medium along time, height and width, int64 [k, 3], in order.
-            seconds_per_step: for each medium the seconds between steps of its temporal grid; None
-                for an image.
-
-        Returns:
-            int64 [s, 3].
-
-        Raises:
-            ValueError: if the placeholders do not fit the grids.
+        ``grid_thw`` is of their media, patches along time, height and width, int64 [k, 3], and
+        ``seconds_per_step`` between steps of each, None for an image. ``ValueError`` if they do
+        not fit the placeholders.
         """
         rate = self.tokens_per_second
         return mrope_positions(
@@ -489,183 +356,135 @@ class ChatTransform:
             merge_size=self.geometry.merge_size,
         )
 
-    @property
-    def _media_transforms(self) -> _MediaTransforms:
-        return _MediaTransforms(self.image_transform, self.video_transform)
-
     def _prompts_of(
-        self, sample: Mapping[str, Any], inference: bool, transforms: _MediaTransforms
+        self, sample: Mapping[str, Any], inference: bool, measuring: bool = False
     ) -> tuple[Prompt, Prompt]:
         """The whole prompt of a sample, and what is left of it within ``max_seq_len``."""
         if "messages" not in sample:
             raise ValueError(f"it has no 'messages', but {sorted(map(str, sample))}")
-        turns = read_conversation(
-            sample["messages"], sample.get("images"), sample.get("videos"), self.prompts.roles
-        )
+        media = sample.get("images"), sample.get("videos")
+        turns = read_conversation(sample["messages"], *media, self.prompts.roles)
         tools = read_tools(sample.get("tools"))
-        if inference and _asks_for_answer(turns[-1]):
+        last = turns[-1]
+        if inference and last.role == "assistant" and not last.tool_calls and not any(last.content):
             turns = turns[:-1]
         if not turns:
             raise ValueError("there is no message to answer")
-        encoded = self._encode_media(turns, transforms)
+        encoded = self._encoded(turns, measuring)
         whole = self.prompts.build(encoded, tools, inference)
-        return whole, self._fit(whole, encoded, tools, inference)
-
-    def _encode_media(
-        self, turns: Sequence[Turn], transforms: _MediaTransforms
-    ) -> list[EncodedTurn]:
-        """Encode media and write boxes in the pixels of the images that they belong to."""
-        image_sizes: list[_Sizes] = []
-        contents: list[list[Part | Objects]] = []
-        for number, turn in enumerate(turns):
-            contents.append([])
-            for index, item in enumerate(turn.content):
-                with _locating(number, turn.role, index):
-                    if isinstance(item, Medium) and item.kind == "image":
-                        medium, sizes = self._encode_image(item, transforms.image)
-                        image_sizes.append(sizes)
-                        contents[-1].append(medium)
-                    elif isinstance(item, Medium):
-                        contents[-1].append(_encode_video(item, transforms.video))
-                    else:
-                        if isinstance(item, str):
-                            self._check_text(item)
-                        contents[-1].append(item)
-        encoded = []
-        for number, (turn, items) in enumerate(zip(turns, contents, strict=True)):
-            content: list[Part] = []
-            for index, part in enumerate(items):
-                with _locating(number, turn.role, index):
-                    written = (
-                        self._write_objects(part, image_sizes)
-                        if isinstance(part, Objects)
-                        else part
-                    )
-                    content.append(written)
-            encoded.append(
-                EncodedTurn(turn.role, content, turn.masked, turn.tool_calls, turn.given)
-            )
-        if self.train_on == "last":
-            last = max((i for i, t in enumerate(encoded) if t.role == "assistant"), default=None)
-            encoded = [t if i == last else t._replace(masked=True) for i, t in enumerate(encoded)]
-        return encoded
-
-    def _encode_image(
-        self, item: Medium, transform: _MediumTransform
-    ) -> tuple[EncodedMedium, _Sizes]:
-        """Encode an image, and tell the sizes of the original and of what boxes are written in."""
-        transformed = transform({"image": item.source, **item.settings})
-        grid_thw = transformed["image_grid_thw"]
-        ((_, rows, columns),) = grid_thw.tolist()
-        medium = EncodedMedium(
-            "image", transformed["pixel_values"], grid_thw, transformed["num_image_tokens"]
-        )
-        size = self.geometry.patch_size
-        return medium, (transformed["original_size"], self.box_extent(rows * size, columns * size))
-
-    def box_extent(self, height: int, width: int) -> tuple[int, int]:
-        """Tell in what boxes and points are written.
-
-        Args:
-            height: of the resized image in pixels.
-            width: likewise.
-
-        Returns:
-            The numbers of its lower and its right edge: its pixels, unless a family has others.
-        """
-        return height, width
-
-    def write_boxes(self, entries: Sequence[Mapping[str, Any]]) -> str:
-        """Write boxes and points as the family's pre-training had them.
-
-        Args:
-            entries: each with ``bbox_2d`` or ``point_2d`` in whole numbers, and what else.
-
-        Returns:
-            The text.
-
-        Raises:
-            ValueError: if an entry cannot be written.
-        """
-        return to_json(entries)
-
-    def write_coordinates(self, coordinates: Sequence[int]) -> str:
-        """Write a box or a point in the middle of a text.
-
-        Args:
-            coordinates: four numbers of a box or two of a point.
-
-        Returns:
-            The text.
-        """
-        return str(coordinates)
-
-    def _write_objects(self, item: Objects, image_sizes: Sequence[_Sizes]) -> str:
-        if item.image >= len(image_sizes):
+        limit, length = self.max_seq_len, len(whole.tokens)
+        if limit is None or length <= limit:
+            return whole, whole
+        help_ = remedy(whole, limit)
+        if inference:
+            raise ValueError(f"the prompt has {length} tokens: {help_}")
+        build = partial(self.prompts.build, tools=tools, inference=False)
+        prompt = truncate(whole, limit, self.truncation, encoded, build)
+        left = len(prompt.tokens)
+        if left > limit:
+            raise ValueError(f"the sample has {length} tokens, its last turn alone {left}: {help_}")
+        if not self._is_supervised(prompt.tokens, prompt.mask):
             raise ValueError(
-                f"its boxes are of image {item.image} (the first is 0), but the conversation has "
-                f"{len(image_sizes)} images"
+                f"the sample has {length} tokens, and none that carries loss would be left of it: "
+                f"{help_}, or choose another truncation (now {self.truncation!r})"
             )
-        entries = [rescaled(entry, item.unit, *image_sizes[item.image]) for entry in item.objects]
+        return whole, prompt
+
+    def _tell_cut(self, cut: Mapping[str, int]) -> None:
+        kind = "media" if cut["images"] or cut["videos"] else "texts"
+        if kind not in self._told_cuts:
+            self._told_cuts |= {kind}
+            _log.warning(
+                "A sample is longer than max_seq_len=%s and loses %s. Lost %s are said once; each "
+                "sample tells it as 'truncated'.",
+                self.max_seq_len,
+                ", ".join(f"{count} {what}" for what, count in cut.items()),
+                kind,
+            )
+
+    def _encoded(
+        self, turns: Sequence[Turn[str | Medium | Objects]], measuring: bool = False
+    ) -> list[EncodedTurn]:
+        """Encode media, and write boxes in the pixels of the images that they belong to."""
+        encoded = _each_item(turns, partial(self._encode_item, measuring=measuring))
+        parts = [part for turn in encoded for part in turn.content]
+        images = [p for p in parts if isinstance(p, EncodedMedium) and p.kind == "image"]
+        # Boxes may be of an image that comes later
+        written = _each_item(encoded, partial(self._write_item, images=images))
+        if self.train_on == "last":
+            last = max((i for i, t in enumerate(written) if t.role == "assistant"), default=None)
+            return [t if i == last else replace(t, masked=True) for i, t in enumerate(written)]
+        return written
+
+    def _encode_item(
+        self, item: str | Medium | Objects, measuring: bool
+    ) -> str | EncodedMedium | Objects:
+        if isinstance(item, str):
+            check_surrogates(item)
+            if self.parse_special == "all" and ("<|image_pad|>" in item or "<|video_pad|>" in item):
+                raise ValueError(
+                    "its text has a placeholder <|image_pad|> or <|video_pad|> without an image or "
+                    "video: give media as items of the message's content"
+                )
+        if not isinstance(item, Medium):
+            return item
+        kind = item.kind
+        transform = self.image_transform if kind == "image" else self.video_transform
+        encode = transform.measure if measuring else transform
+        made = encode({kind: item.source, **item.settings})
+        pixels = made["pixel_values" if kind == "image" else "pixel_values_videos"]
+        grid_thw, num_tokens = made[f"{kind}_grid_thw"], made[f"num_{kind}_tokens"]
+        seconds, size = made.get("seconds_per_step"), made.get("original_size", (0, 0))
+        return EncodedMedium(kind, pixels, grid_thw, num_tokens, seconds, size)
+
+    def _write_item(
+        self, item: str | EncodedMedium | Objects, images: Sequence[EncodedMedium]
+    ) -> str | EncodedMedium:
+        if not isinstance(item, Objects):
+            return item
+        if not isinstance(item.image, int) or not 0 <= item.image < len(images):
+            raise ValueError(
+                f"its boxes are of image {item.image!r} (from 0), but the conversation has "
+                f"{len(images)} images: put them behind their image, or name it by 'image'"
+            )
+        image = images[item.image]
+        ((_, *sides),) = image.grid_thw.tolist()
+        extent = self.box_extent(*(side * self.geometry.patch_size for side in sides))
+        entries = [rescaled(e, item.unit, image.original_size, extent) for e in item.entries]
         if not item.fields:
-            return item.text + self.write_boxes(entries)
+            return self.write_boxes(entries)
         written = {
             f"{{{name}}}": self.write_coordinates(entry.get("bbox_2d") or entry["point_2d"])
             for name, entry in zip(item.fields, entries, strict=True)
         }
         return re.sub("|".join(map(re.escape, written)), lambda found: written[found[0]], item.text)
 
-    def _check_text(self, text: str) -> None:
-        check_surrogates(text)
-        if self.parse_special == "all" and ("<|image_pad|>" in text or "<|video_pad|>" in text):
-            raise ValueError(
-                "its text has a placeholder <|image_pad|> or <|video_pad|> without an image or "
-                "video: give media as items of the message's content"
-            )
+    def box_extent(self, height: int, width: int) -> tuple[int, int]:
+        """The numbers that boxes have for the lower and the right edge of a resized image."""
+        return height, width
 
-    def _fit(
-        self,
-        whole: Prompt,
-        turns: Sequence[EncodedTurn],
-        tools: Sequence[Mapping[str, Any]],
-        inference: bool,
-    ) -> Prompt:
-        """Cut what is longer than ``max_seq_len``."""
-        limit, length = self.max_seq_len, len(whole.tokens)
-        if limit is None or length <= limit:
-            return whole
-        help_ = remedy(whole, limit)
-        if inference:
-            raise ValueError(f"the prompt has {length} tokens: {help_}")
+    def write_boxes(self, entries: Sequence[Mapping[str, Any]]) -> str:
+        """Write boxes and points, in whole numbers, as the family's pre-training had them."""
+        return to_json(entries)
 
-        def build(turns: Sequence[EncodedTurn]) -> Prompt:
-            return self.prompts.build(turns, tools, inference=False)
+    def write_coordinates(self, coordinates: Sequence[int]) -> str:
+        """Write four numbers of a box, or two of a point, in the middle of a text."""
+        return str(coordinates)
 
-        prompt = truncate(whole, limit, self.truncation, turns, build)
-        if len(prompt.tokens) > limit:
-            raise ValueError(
-                f"the sample has {length} tokens, and its last turn alone {len(prompt.tokens)}: "
-                f"{help_}"
-            )
-        if not self._is_supervised(prompt.tokens, prompt.mask):
-            raise ValueError(
-                f"the sample has {length} tokens, and none that carries loss would be left of it: "
-                f"{help_}, or choose another truncation (now {self.truncation!r})"
-            )
-        return prompt
 
-    def _tell_cut(self, cut: Mapping[str, int]) -> None:
-        """Tell once that samples lose text, and once that they lose media."""
-        loses_media = cut["images"] + cut["videos"] > 0
-        if loses_media not in self._told_cuts:
-            self._told_cuts |= {loses_media}
-            _log.warning(
-                "A sample is longer than max_seq_len=%s and loses %s. %s are said once; each "
-                "sample tells it as 'truncated'.",
-                self.max_seq_len,
-                ", ".join(f"{count} {what}" for what, count in cut.items()),
-                "Lost media" if loses_media else "Lost texts",
-            )
+def _each_item(turns: Sequence[Turn[_A]], convert: Callable[[_A], _B]) -> list[Turn[_B]]:
+    """The turns with each item converted, which errors name."""
+    converted = []
+    for number, turn in enumerate(turns):
+        content = []
+        for index, item in enumerate(turn.content):
+            try:
+                content.append(convert(item))
+            except ValueError as error:
+                place = f"{number} ({turn.role}): item {index}"
+                raise ValueError(f"message {place}: {error}") from error
+        converted.append(Turn(turn.role, content, turn.masked, turn.given))
+    return converted
 
 
 @contextmanager
@@ -677,30 +496,3 @@ def _naming(sample: Mapping[str, Any]) -> Iterator[None]:
         if "id" not in sample:
             raise
         reraise(error, f"sample {sample['id']!r}: ")
-
-
-@contextmanager
-def _locating(message: int, role: str, item: int) -> Iterator[None]:
-    """Names the item in errors."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"message {message} ({role}): item {item}: {error}") from error
-
-
-_NO_MEDIA = torch.empty(0, 3, dtype=torch.int64)
-
-
-def _asks_for_answer(turn: Turn) -> bool:
-    return turn.role == "assistant" and not turn.tool_calls and not any(turn.content)
-
-
-def _encode_video(item: Medium, transform: _MediumTransform) -> EncodedMedium:
-    transformed = transform({"video": item.source, **item.settings})
-    return EncodedMedium(
-        "video",
-        transformed["pixel_values_videos"],
-        transformed["video_grid_thw"],
-        transformed["num_video_tokens"],
-        transformed["seconds_per_step"],
-    )

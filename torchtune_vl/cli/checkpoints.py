@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from torchtune_vl._shown import shown
+from torchtune_vl.files._printable import shown
 
 _MERGE = """\
 Add an adapter, of torchtune-vl or of peft, to the weights of its base model, and write the

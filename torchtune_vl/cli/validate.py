@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchtune_vl._shown import shown
+from torchtune_vl.files._printable import shown
 
 if TYPE_CHECKING:
     from torchtune_vl.validation import Report

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from torchtune_vl.chat._pretrained import text_config
+from torchtune_vl.chat._processor_files import text_config
 from torchtune_vl.files._json import JsonObject, read_json_object
 
 # transformers 4 leaves out of a config.json whatever equals the defaults of its own classes, and

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from torchtune_vl._shown import shown
+from torchtune_vl.files._printable import shown
 from torchtune_vl.recipes._check_config import check_components, read_config
 from torchtune_vl.recipes._config_keys import Config
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torchtune_vl.chat._tokenizer import STRUCTURAL_TOKENS
+from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.files._safetensors import weight_files
 from torchtune_vl.files._tensor_names import published_name

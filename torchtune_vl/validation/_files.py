@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchtune_vl.chat import CHAT_TEMPLATE, QwenTokenizer
-from torchtune_vl.chat._pretrained import sizes_of_patches
+from torchtune_vl.chat._processor_files import sizes_of_patches
 from torchtune_vl.validation import _report as report
 from torchtune_vl.validation._report import Case, Outcome, Row, Track, attempt
 from torchtune_vl.validation._sides import Ours, Reference, obstacle

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from torchtune_vl._shown import shown
+from torchtune_vl.files._printable import shown
 from torchtune_vl.validation._report import COLUMNS, NUMBERS, Report
 
 # The worst first

@@ -11,7 +11,7 @@ from torch import nn
 from torchtune_vl.chat import ChatTransform, ProcessorClasses
 from torchtune_vl.chat import QwenTokenizer as Qwen2_5_VLTokenizer
 from torchtune_vl.chat import boxes_in_original as boxes_by_sizes
-from torchtune_vl.chat._pretrained import read_if_there
+from torchtune_vl.chat._processor_files import read_if_there
 from torchtune_vl.files._json import JsonObject
 from torchtune_vl.media import Geometry, ImageTransform, VideoTransform
 from torchtune_vl.models._config_json import (

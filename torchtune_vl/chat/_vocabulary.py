@@ -1,0 +1,254 @@
+"""The files of a vocabulary, which are read to tokens and written of them."""
+
+import json
+from base64 import b64decode
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import count, pairwise, zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torchtune_vl.files._json import JsonObject, read_json_object
+
+_WORDS_AND_LINE_BREAKS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+"
+)
+_BLANKS = r"\s+(?!\S)|\s+"
+# The published expression in a third less time: tiktoken's regex engine tries the alternatives of
+# one with a lookahead one by one, but compiles a group without one into a single automaton
+FAST_REGEX = f"(?:{_WORDS_AND_LINE_BREAKS})|{_BLANKS}"
+PAD = "<|endoftext|>"
+EOS = "<|im_end|>"
+# What turns and media are made of; the other added tokens are content
+STRUCTURAL_TOKENS = (
+    *(PAD, "<|im_start|>", EOS, "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+)
+# The published added tokens, whose ids follow those of the vocabulary. The plain ones are not
+# flagged as special: they survive `skip_special_tokens`
+_PLAIN = (
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+    *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
+)
+_ADDED = (
+    *(PAD, "<|im_start|>", EOS, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", *STRUCTURAL_TOKENS[3:], *_PLAIN),
+)
+SPECIAL_TOKENS = {name: 151643 + number for number, name in enumerate(_ADDED)}
+_NUM_BYTES = 256
+
+_OFF = ("add_prefix_space", "trim_offsets", "use_regex")
+_BYTE_LEVEL = {"type": "ByteLevel", **dict.fromkeys(_OFF, False)}
+_REGEX = {"Regex": f"{_WORDS_AND_LINE_BREAKS}|{_BLANKS}"}
+_SPLIT = {"type": "Split", "pattern": _REGEX, "behavior": "Isolated", "invert": False}
+# tokenizer.json's description of the way from text to the pieces whose bytes BPE merges
+_STEPS: dict[str, Any] = {
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_SPLIT, _BYTE_LEVEL]},
+}
+# ... and its settings of BPE, each with the values that change nothing, first the published one
+_BPE: dict[str, tuple[Any, ...]] = {
+    "type": ("BPE",),
+    "dropout": (None, 0),
+    "unk_token": (None,),
+    "continuing_subword_prefix": ("", None),
+    "end_of_word_suffix": ("", None),
+    "fuse_unk": (False, True, None),
+    "byte_fallback": (False, None),
+}
+_OF_ADDED_TOKENS = ("single_word", "lstrip", "rstrip", "normalized")
+_Token = TypeVar("_Token", bytes, str)
+# Tokens in the order of their ids, added tokens with their ids, and which of these are plain
+_Vocabulary = tuple[list[bytes], dict[str, int], frozenset[str]]
+
+
+def read_vocabulary(
+    path: Path, merges_file: str | Path | None, special_tokens: dict[str, int] | None
+) -> _Vocabulary:
+    """Read ``vocab.json`` and ``merges.txt``, ``tokenizer.json`` or a ``.tiktoken`` rank file.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: if a file is damaged or holds another kind of tokenizer, or if added tokens,
+            given or read, do not fit the others.
+    """
+    added, plain = SPECIAL_TOKENS, frozenset(_PLAIN)
+    try:
+        if merges_file is not None:
+            merges = Path(merges_file).read_text(encoding="utf-8").splitlines()
+            has_header = merges[:1] and merges[0].startswith("#version")
+            tokens = _merged_tokens(read_json_object(path), merges[1:] if has_header else merges)
+        elif path.suffix == ".tiktoken":
+            lines = map(bytes.split, path.read_bytes().splitlines())
+            tokens = _in_id_order({b64decode(token): int(rank) for token, rank in lines})
+        else:
+            tokens, added, plain = _read_tokenizer_json(path)
+        if sorted(tokens[:_NUM_BYTES]) != [bytes([i]) for i in range(_NUM_BYTES)]:
+            raise ValueError("the first 256 ids are not the 256 bytes")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FileNotFoundError(
+            f"{error.filename} is no file; the tokenizer reads vocab.json and merges.txt, "
+            "tokenizer.json, or a .tiktoken file of a published checkpoint"
+        ) from error
+    except ValueError as error:
+        files = path if merges_file is None else f"{path} and {merges_file}"
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{files}: {reason}. Use the published file, unchanged") from error
+    added = dict(added if special_tokens is None else special_tokens)
+    first = min(added.values(), default=None)
+    if first != len(tokens):
+        raise ValueError(
+            f"{path} holds {len(tokens):,} tokens, but the first special token has the id {first}: "
+            "the file is cut off, or special_tokens is another model's"
+        )
+    counts = Counter(added.values())
+    wrong = [name for name, token_id in added.items() if not name or counts[token_id] > 1]
+    if wrong:
+        name = f"the special token {wrong[0]!r} has the id {added[wrong[0]]}"
+        raise ValueError(f"{path}: {name}: give each a content and an id of its own")
+    # No message has this one
+    missing = {*STRUCTURAL_TOKENS} - added.keys() - {"<|vision_pad|>"}
+    if missing:
+        raise ValueError(f"{path}: no special tokens are {sorted(missing)}, which messages need")
+    return tokens, added, plain
+
+
+def _read_tokenizer_json(path: Path) -> _Vocabulary:
+    tokenizer = read_json_object(path)
+    if not isinstance(tokenizer.content.get("model"), dict):
+        raise ValueError("it has no model, so if it is a vocab.json, merges_file is missing")
+    bpe = tokenizer.part("model")
+    steps = tokenizer.part("pre_tokenizer").content.get("pretokenizers")
+    for step in steps if isinstance(steps, list) else []:
+        # It moves offsets, not ids, and transformers writes it otherwise than it was published.
+        if isinstance(step, dict) and "trim_offsets" in step:
+            step["trim_offsets"] = False
+    for name, expected in _STEPS.items():
+        if tokenizer.part(name).content != expected:
+            raise tokenizer.error(name, "Qwen's steps before BPE, as published")
+    for name, harmless in {**_BPE, "ignore_merges": (False, None)}.items():
+        if bpe.content.get(name) not in harmless:
+            raise bpe.error(name, f"{harmless[0]!r}: nothing else is supported")
+    merges = bpe.each("merges")
+    for place, merge in merges.content.items():
+        # `a b` or, as newer files have it, `["a", "b"]`
+        parts = merge if isinstance(merge, list) else [merge]
+        if len(parts) > 2 or not all(isinstance(part, str) for part in parts):
+            raise merges.error(place, "two strings, or one with a space between both")
+        merges.content[place] = "".join(parts)
+    tokens = _merged_tokens(bpe.part("vocab"), [*merges.content.values()])
+    ids: dict[str, int] = {}
+    plain = set()
+    added = tokenizer.each("added_tokens")
+    for place in added.content:
+        token = added.part(place)
+        content, token_id = token.text("content"), token.whole("id", 0)
+        for name in _OF_ADDED_TOKENS:
+            if token.flag(name):
+                raise token.error(name, f"false, since {content!r} is matched literally")
+        if ids.setdefault(content, token_id) != token_id:
+            raise token.error("id", f"{ids[content]}, which {content!r} has as well")
+        if not token.flag("special"):
+            plain.add(content)
+    if not ids:
+        raise tokenizer.error("added_tokens", "those that messages are made with")
+    return tokens, ids, frozenset(plain)
+
+
+def _merged_tokens(vocab: JsonObject, merges: Sequence[str]) -> list[bytes]:
+    """Tokens in the order of their ids, which must be the order in which merges make them.
+
+    tiktoken merges the pair whose token has the lowest id first, BPE the pair first in the list.
+    """
+    last = len(vocab.content) - 1
+    tokens = _in_id_order({token: vocab.whole(token, 0, last) for token in vocab.content})
+    made = (merge.replace(" ", "") for merge in merges)
+    for i, (merge, token) in enumerate(zip_longest(made, tokens[_NUM_BYTES:])):
+        if merge != token:
+            place = _NUM_BYTES + i
+            raise ValueError(f"merge {i} makes {merge!r}, but vocab has {token!r} at {place}")
+    return [token.translate(_BYTES).encode("latin-1") for token in tokens]
+
+
+def _in_id_order(ids: dict[_Token, int]) -> list[_Token]:
+    tokens = sorted(ids, key=ids.__getitem__)
+    for i, token in enumerate(tokens):
+        if ids[token] != i:
+            raise ValueError(f"its ids are not 0 to {len(ids) - 1}: {token!r} has {ids[token]}")
+    return tokens
+
+
+def vocabulary_files(
+    tokens: Sequence[bytes], added: Mapping[str, int], plain: frozenset[str]
+) -> dict[str, str]:
+    """Text by name of file; ``ValueError`` if the ids are not those that byte-pair merges make."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    vocab = {_to_characters(token): rank for token, rank in ranks.items()}
+    pairs = (_last_merge(token, ranks) for token in tokens[_NUM_BYTES:])
+    merges = [" ".join(map(_to_characters, pair)) for pair in pairs]
+    off = dict.fromkeys(_OF_ADDED_TOKENS, False)
+    properties: dict[int, dict[str, Any]] = {
+        added[name]: {"content": name, **off, "special": name not in plain}
+        for name in sorted(added, key=added.__getitem__)
+    }
+    bpe = {name: published for name, (published, *_) in _BPE.items()}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, **token} for i, token in properties.items()],
+        **_STEPS,
+        "post_processor": _BYTE_LEVEL,
+        "decoder": _BYTE_LEVEL,
+        "model": {**bpe, "vocab": vocab, "merges": merges},
+    }
+    config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": properties,
+        "additional_special_tokens": [name for name in added if name not in {*plain, PAD}],
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": EOS,
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": PAD,
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    return {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False, separators=(",", ":")),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+        "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False, indent=2),
+        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
+    }
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that merge into this one, found by merging its bytes by rank."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    rank = ranks[token]
+    while len(parts) > 2:
+        candidates = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+        i = candidates.index(min(candidates))
+        if candidates[i] >= rank:
+            raise ValueError(f"no merges of lower rank lead to the token {token!r} (id {rank})")
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def _to_characters(token: bytes) -> str:
+    return token.decode("latin-1").translate(_CHARACTERS)
+
+
+def _byte_alphabet() -> str:
+    """GPT-2's character for each byte: the byte's own if printable, else the next from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = count(0x100)
+    return "".join(chr(i if i in printable else next(others)) for i in range(_NUM_BYTES))
+
+
+_CHARACTERS = dict(enumerate(_byte_alphabet()))
+_BYTES = {ord(character): byte for byte, character in _CHARACTERS.items()}
