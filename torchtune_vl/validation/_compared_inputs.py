@@ -1,5 +1,6 @@
 """What is compared: files and conversations of the user, and generated ones."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from torchtune_vl.datasets._json_rows import JsonRows
 from torchtune_vl.datasets._media_directory import MediaDirectory
 from torchtune_vl.media._errors import shortened
 from torchtune_vl.media._sources import path_of_file_url
-from torchtune_vl.validation._report import data
+from torchtune_vl.validation._report import package_file
 
 _SUFFIXES = {
     "image": {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"},
@@ -25,8 +26,8 @@ _SUFFIXES = {
 # Texts in many scripts; images that are enlarged, reduced, kept, narrow, no multiple of 28, or have
 # one side more than 200 times the other, which both sides have to refuse; and conversations about
 # them as training reads them
-_DATA = data("builtin.json")
-TEXTS: list[str] = [*_DATA["texts"], "a" * 3000 + " " * 300 + "\n" * 50 + "1" * 40]
+_BUILTIN = json.loads(package_file("builtin.json"))
+TEXTS: list[str] = [*_BUILTIN["texts"], "a" * 3000 + " " * 300 + "\n" * 50 + "1" * 40]
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Conversation:
         sample: as training gives it to our transform.
         messages: the same in transformers' chat format, media as paths or data URLs.
         tools: JSON schemas of functions; None for a conversation that has nothing to do with tools.
+        problem: why transformers has no answer for it.
     """
 
     name: str
@@ -105,8 +107,7 @@ def read_conversations(path: Path) -> list[Conversation]:
         raise ValueError(f"{path} cannot be read as conversations: {error}") from error
     if isinstance(rows[0], dict) and "role" in rows[0]:
         rows = [rows]
-    read = RowReader(MediaDirectory(str(path.parent), is_confining=False), {})
-    conversations = []
+    read, conversations = RowReader(MediaDirectory(str(path.parent), is_confining=False), {}), []
     for number, row in enumerate(rows):
         name = f"{path.name} #{number}"
         try:
@@ -158,49 +159,40 @@ def _item(part: str | Medium | Objects) -> dict[str, Any]:
     return {"type": kind, kind: path_of_file_url(source) if source[:5] == "file:" else source}
 
 
-def write_builtin(directory: Path) -> Inputs:
+def builtin_inputs(directory: Path) -> Inputs:
     """Write the generated images and the generated video, and read conversations about them."""
-    draw = {"gradient": _gradient, "noise": _noise, "page": _page}
     images = {}
-    for name, (width, height, suffix, kind, mode) in _DATA["images"].items():
+    for name, (width, height, suffix, kind, mode) in _BUILTIN["images"].items():
         path = directory / f"{name.replace(' ', '_')}.{suffix}"
-        draw[kind](width, height).convert(mode).save(path)
+        _drawn(kind, width, height).convert(mode).save(path)
         images[f"built-in {name}, {width} x {height} {suffix.upper()}"] = str(path)
     video = str(directory / "moving_square.mp4")
-    _write_video(video)
-    read = RowReader(MediaDirectory(str(directory), is_confining=True), {})
-    samples = [read(row, number) for number, row in enumerate(_DATA["conversations"])]
-    conversations = [conversation_of(f"built-in {sample['id']}", sample) for sample in samples]
-    return Inputs(images, {"built-in moving square, 10 frames of 160 x 120": video}, conversations)
-
-
-def _gradient(width: int, height: int) -> Image.Image:
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, (x + y) / 2, 255 - y], axis=-1).astype(np.uint8))
-
-
-def _noise(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng(0)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def _page(width: int, height: int) -> Image.Image:
-    """Thin dark strokes on white, as in a scanned document."""
-    page = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(page)
-    for y, text in zip(range(12, height - 12, 14), TEXTS * height, strict=False):
-        draw.text((12, y), text[:120].encode("ascii", "replace").decode(), fill="black")
-    draw.rectangle((6, 6, width - 7, height - 7), outline="black")
-    return page
-
-
-def _write_video(path: str) -> None:
-    with av.open(path, "w") as container:
+    with av.open(video, "w") as container:
         # Lasts longer than its frames are wide, in positions
         stream: Any = container.add_stream("mpeg4", rate=1)
         stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
         for i in range(10):
-            frame = np.array(_gradient(160, 120).convert("RGB"))
+            frame = np.array(_drawn("gradient", 160, 120).convert("RGB"))
             frame[30:60, 13 * i : 13 * i + 30] = (250, 40, 10)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    read = RowReader(MediaDirectory(str(directory), is_confining=True), {})
+    samples = [read(row, number) for number, row in enumerate(_BUILTIN["conversations"])]
+    conversations = [conversation_of(f"built-in {sample['id']}", sample) for sample in samples]
+    return Inputs(images, {"built-in moving square, 10 frames of 160 x 120": video}, conversations)
+
+
+def _drawn(kind: str, width: int, height: int) -> Image.Image:
+    if kind == "noise":
+        levels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return Image.fromarray(levels)
+    if kind == "gradient":
+        x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+        return Image.fromarray(np.stack([x, y, (x + y) / 2, 255 - y], axis=-1).astype(np.uint8))
+    # Thin dark strokes on white, as in a scanned document
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    for top, text in zip(range(12, height - 12, 14), TEXTS * height, strict=False):
+        draw.text((12, top), text[:120].encode("ascii", "replace").decode(), fill="black")
+    draw.rectangle((6, 6, width - 7, height - 7), outline="black")
+    return page
