@@ -29,9 +29,6 @@ from torchtune_vl.validation import (
     Picture,
     Report,
     Row,
-    _compare_conversations,
-    _compare_models,
-    _ours_and_reference,
     find_images,
     find_videos,
     print_report,
@@ -40,6 +37,7 @@ from torchtune_vl.validation import (
     to_markdown,
     validate,
 )
+from torchtune_vl.validation import _compare_conversations_and_models as comparing
 from torchtune_vl.validation._compare_checkpoint_files import (
     compare_chat_templates,
     compare_image_settings,
@@ -47,12 +45,12 @@ from torchtune_vl.validation._compare_checkpoint_files import (
     compare_texts,
     compare_vocabularies,
 )
-from torchtune_vl.validation._compare_conversations import (
+from torchtune_vl.validation._compare_conversations_and_models import (
     compare_conversations,
+    compare_models,
     continue_behind_media,
 )
 from torchtune_vl.validation._compare_media import compare_images, compare_videos
-from torchtune_vl.validation._compare_models import compare_models
 from torchtune_vl.validation._compare_values import Outcome, attempt, compare
 from torchtune_vl.validation._compared_inputs import builtin_inputs
 from torchtune_vl.validation._ours_and_reference import Comparison, Ours, Reference
@@ -78,10 +76,10 @@ ROWS = [
 ]
 
 
-def rows_of(comparing: Callable[..., object], ours: Ours, reference: Reference, *args) -> list[Row]:
+def rows_of(function: Callable[..., object], ours: Ours, reference: Reference, *args) -> list[Row]:
     """The rows that one of the comparisons fills or leaves out."""
     run = Comparison(ours, reference)
-    comparing(run, *args)
+    function(run, *args)
     return [row for row in run.rows.values() if row.cases or row.skipped]
 
 
@@ -207,7 +205,7 @@ def report(checkpoint: Path, data: Path) -> Report:
         conversations=read_conversations(data / "chat.json"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_compare_conversations, "MAX_TOKENS", 120)  # 151,936 logits each
+        patch.setattr(comparing, "MAX_TOKENS", 120)  # 151,936 logits each
         return validate(checkpoint, inputs=inputs, logits=True)
 
 
@@ -233,7 +231,7 @@ def test_another_family(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.Mo
     tokens = {f"{name}_token_id": i for name, i in zip(names, ids, strict=True)}
     config = reference_config(QWEN2_VL, vocab_size=151_936, **tokens)
     reference_model(config).save_pretrained(tmp_path)
-    monkeypatch.setattr(_compare_conversations, "MAX_TOKENS", 60)
+    monkeypatch.setattr(comparing, "MAX_TOKENS", 60)
     report = validate(tmp_path, logits=True)
     assert report.verdict == "16 rows pass, 0 fail"
     names = {type(Reference(tmp_path).processor.value).__name__, Reference(tmp_path).family.name}
@@ -462,7 +460,7 @@ def test_without_torchvision(
     checkpoint: Path, ours: Ours, builtin: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = "torchvision is not installed"
-    monkeypatch.setattr(_ours_and_reference, "import_torchvision", lambda: reason)
+    monkeypatch.setattr(Reference, "no_torchvision", reason)
     reference = Reference(checkpoint)
     chat = rows_of(compare_conversations, ours, reference, builtin.conversations, 0)
     rows = [
@@ -566,7 +564,7 @@ def test_wrong_positions_and_weights(checkpoint: Path, monkeypatch: pytest.Monke
         sample = whole(self, sample, inference)
         return {**sample, "input_pos": sample["input_pos"] + (sample["input_pos"] > 20)}
 
-    load = _compare_models._load
+    load = comparing._load
 
     def shaken(directory, dtype):
         model = load(directory, dtype)
@@ -575,8 +573,8 @@ def test_wrong_positions_and_weights(checkpoint: Path, monkeypatch: pytest.Monke
         return model
 
     monkeypatch.setattr(Qwen2_5_VLTransform, "__call__", moved)
-    monkeypatch.setattr(_compare_models, "_load", shaken)
-    monkeypatch.setattr(_compare_conversations, "MAX_TOKENS", 60)
+    monkeypatch.setattr(comparing, "_load", shaken)
+    monkeypatch.setattr(comparing, "MAX_TOKENS", 60)
     report = validate(checkpoint, logits=True)
     assert failing(report) == {"positions", "weights", "logits"}
     worst = row_of(report, "positions").cases[0]
@@ -593,9 +591,9 @@ def test_top_case_forgives_ties_only() -> None:
     tie, clear = reference.clone(), reference.clone()
     tie[1, 1] = 1.0001
     clear[0, 2] = 2.0
-    assert not _compare_models._top_case("tie", tie, reference, 1e-3).failed
-    assert _compare_models._top_case("tie", tie, reference, 1e-3).differing == 1
-    assert _compare_models._top_case("clear", clear, reference, 1e-3).failed
+    assert not comparing._top_case("tie", tie, reference, 1e-3).failed
+    assert comparing._top_case("tie", tie, reference, 1e-3).differing == 1
+    assert comparing._top_case("clear", clear, reference, 1e-3).failed
 
 
 def test_compare_sequences_of_other_lengths() -> None:

@@ -5,7 +5,9 @@ from typing import Any
 
 from torchtune_vl.validation._torchvision import import_torchvision
 
-# These take long to import, and transformers with them has to come after import_torchvision
+import_torchvision()  # before transformers, which looks for it at import
+
+# These take long to import
 _NAMES = {
     "_compared_inputs": "Conversation Inputs find_images find_videos read_conversations",
     "_report": "Case Picture Report Row TokenPair print_report to_html to_markdown",

@@ -15,6 +15,7 @@ from torchtune_vl.validation._compare_values import attempt, compare
 from torchtune_vl.validation._ours_and_reference import MEDIA_KEYS, Comparison, unreadable
 from torchtune_vl.validation._report import KEPT_EVIDENCE, Picture
 
+_Sides = Sequence[Callable[..., Mapping[str, torch.Tensor]]]
 _LONGEST_SIDE = 360
 
 
@@ -28,7 +29,7 @@ def compare_images(run: Comparison, images: Mapping[str, str]) -> None:
             run.skip(reason, "image grids")
         if not run.skip(reason, row):
             sides = [partial(side.image, backend=backend) for side in (run.ours, run.reference)]
-            _compare(run, sides, images, "image", row, f", {backend}")
+            _compare(run, row, sides, images, f", {backend}")
 
 
 def compare_videos(run: Comparison, videos: Mapping[str, str]) -> None:
@@ -36,17 +37,13 @@ def compare_videos(run: Comparison, videos: Mapping[str, str]) -> None:
     if not run.skip(run.obstacle, "video grids", "video pixels"):
         frames = {path: run.ours.timing(path)[0] for path in videos.values()}
         sides = run.ours.video, lambda path: run.reference.video(path, frames[path])
-        _compare(run, sides, videos, "video", "video pixels")
+        _compare(run, "video pixels", sides, videos)
 
 
 def _compare(
-    run: Comparison,
-    sides: Sequence[Callable[..., Mapping[str, torch.Tensor]]],
-    media: Mapping[str, str],
-    kind: str,
-    row: str,
-    suffix: str = "",
+    run: Comparison, row: str, sides: _Sides, media: Mapping[str, str], suffix: str = ""
 ) -> None:
+    kind = "video" if row == "video pixels" else "image"
     grids, pixels, keys = run.rows[f"{kind} grids"], run.rows[row], MEDIA_KEYS[kind]
     # Compile and load codecs before the time is taken
     readable = (path for path in media.values() if not attempt(sides[0], path).error)

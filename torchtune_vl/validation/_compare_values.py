@@ -3,18 +3,16 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from torchtune_vl.validation._report import Case, TokenPair
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a call gave, or how it failed, and how long it took."""
 
     value: Any
@@ -23,7 +21,7 @@ class Outcome:
 
     def map(self, function: Callable[[Any], Any]) -> "Outcome":
         """Apply a function to the value, if there is one."""
-        return self if self.error else replace(self, value=function(self.value))
+        return self if self.error else self._replace(value=function(self.value))
 
 
 def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
@@ -51,16 +49,9 @@ def compare(
 ) -> Case:
     """Compare tensors, settings by name (those of the reference), or sequences place by place.
 
-    Tensors of other shapes and what is no number fail. An input that both sides refuse passes, if
-    ours explains that by a ``ValueError``.
-
-    Args:
-        name: of the case.
-        ours: what our side gives.
-        reference: what it is compared with, of the same kind.
-        tolerance: largest difference of tensors that passes.
-        text_of: gives the text of an id, to show those that differ.
-        must_read: whether what both sides refuse fails, too.
+    Tensors pass up to a tolerance, but not if they have other shapes or what is no number. Of
+    sequences of ids ``text_of`` gives the texts, to show those that differ. An input that both
+    sides refuse passes if ours explains that by a ``ValueError`` and it need not be read.
     """
     case = Case(name, ours_seconds=ours.seconds, reference_seconds=reference.seconds)
     a, b = ours.value, reference.value
@@ -73,8 +64,17 @@ def compare(
         case.largest = math.inf if case.failed else 0.0
         who = "Both refuse" if case.refused == "both" else f"Only {case.refused} refuses"
         case.detail = f"{who} it. {'; '.join(says)}"
+    elif isinstance(b, torch.Tensor) and a.shape != b.shape:
+        case.detail = f"ours has the shape {list(a.shape)}, transformers {list(b.shape)}"
+        case.compared = case.differing = b.numel()
+        case.failed, case.largest = True, math.inf
     elif isinstance(b, torch.Tensor):
-        _compare_tensors(case, a, b, tolerance)
+        case.compared = b.numel()
+        if not torch.equal(a, b):
+            difference = (a.float() - b.float()).abs().nan_to_num(nan=math.inf)
+            case.differing, case.largest = int((difference > 0).sum()), float(difference.max())
+            case.total = float(difference.sum(dtype=torch.float64))
+            case.failed = not case.largest <= tolerance
     elif isinstance(b, Mapping):
         words = [f"{k} is {a.get(k)!r}, not {v!r}" for k, v in b.items() if a.get(k) != v]
         case.count(len(b), len(words))
@@ -89,18 +89,6 @@ def brief(error: Exception) -> str:
     text = " ".join(str(error).split())
     text = text if len(text) <= 600 else f"{text[:600]} ..."
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-
-
-def _compare_tensors(case: Case, a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
-    case.compared = b.numel()
-    if a.shape != b.shape:
-        case.detail = f"ours has the shape {list(a.shape)}, transformers {list(b.shape)}"
-        case.failed, case.differing, case.largest = True, b.numel(), math.inf
-    elif not torch.equal(a, b):
-        difference = (a.float() - b.float()).abs().nan_to_num(nan=math.inf)
-        case.differing, case.largest = int((difference > 0).sum()), float(difference.max())
-        case.total = float(difference.sum(dtype=torch.float64))
-        case.failed = not case.largest <= tolerance
 
 
 def _compare_sequences(

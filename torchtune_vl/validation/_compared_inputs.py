@@ -34,11 +34,9 @@ TEXTS: list[str] = [*_BUILTIN["texts"], "a" * 3000 + " " * 300 + "\n" * 50 + "1"
 class Conversation:
     """A conversation that both sides are given.
 
-    Args:
-        sample: as training gives it to our transform.
-        messages: the same in transformers' chat format, media as paths or data URLs.
-        tools: JSON schemas of functions; None for a conversation that has nothing to do with tools.
-        problem: why transformers has no answer for it.
+    The sample is as training gives it to our transform, the messages are the same in transformers'
+    chat format, media as paths or data URLs. Tools are JSON schemas of functions, None if it has
+    nothing to do with tools; the problem is why transformers has no answer for it.
     """
 
     name: str
@@ -51,8 +49,7 @@ class Conversation:
     def items(self) -> list[dict[str, Any]]:
         """All texts and media of its messages, in order."""
         contents = [message["content"] for message in self.messages]
-        contents = [[_item(c)] if isinstance(c, str) else c for c in contents]
-        return [item for content in contents for item in content]
+        return [item for c in contents for item in ([_item(c)] if isinstance(c, str) else c)]
 
     def values(self, kind: str) -> list[str]:
         """Return its texts, or where its images or videos are, in order."""
@@ -69,11 +66,7 @@ class Inputs:
 
 
 def _find(paths: Iterable[Path], kind: str) -> dict[str, str]:
-    """Find files by path: those given, and in folders those with the suffixes of their kind.
-
-    Raises:
-        ValueError: if a path does not exist, or a folder has no such file.
-    """
+    """Find files by path: those given, and in folders those with the suffixes of their kind."""
     found: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -89,17 +82,10 @@ find_images, find_videos = partial(_find, kind="image"), partial(_find, kind="vi
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Read a file of conversations, as training does.
+    """Read a file of conversations, as training does, or raise ``ValueError``.
 
-    Args:
-        path: JSON or JSON Lines of the rows that training reads, or of lists of messages; or one
-            list of messages. Paths are relative to the file.
-
-    Returns:
-        The conversations; those that transformers has no answer for carry a ``problem``.
-
-    Raises:
-        ValueError: if the file cannot be read.
+    It is JSON or JSON Lines of the rows that training reads, or of lists of messages; or one list
+    of messages. Paths are relative to it. What transformers has no answer for has a ``problem``.
     """
     try:
         rows = list(JsonRows([str(path)]))
@@ -107,7 +93,7 @@ def read_conversations(path: Path) -> list[Conversation]:
         raise ValueError(f"{path} cannot be read as conversations: {error}") from error
     if isinstance(rows[0], dict) and "role" in rows[0]:
         rows = [rows]
-    read, conversations = RowReader(MediaDirectory(str(path.parent), is_confining=False), {}), []
+    conversations, read = [], RowReader(MediaDirectory(str(path.parent), is_confining=False), {})
     for number, row in enumerate(rows):
         name = f"{path.name} #{number}"
         try:
@@ -128,12 +114,11 @@ def conversation_of(name: str, sample: Mapping[str, Any]) -> Conversation:
     read = []
     for turn in turns:
         content: Any = [_item(part) for part in turn.content]
-        if has_tools:  # the tokenizer's template for them knows no items
-            if any(item["type"] != "text" for item in content):
-                raise ValueError("transformers' template with tools takes no images or videos")
+        if has_tools and any(item["type"] != "text" for item in content):
+            raise ValueError("transformers' template with tools takes no images or videos")
+        # That template knows no items; to others our transform gives a single text as it is
+        if has_tools or [item["type"] for item in content] == ["text"]:
             content = "".join(item["text"] for item in content)
-        elif len(content) == 1 and "text" in content[0]:  # as our transform gives it to templates
-            content = content[0]["text"]
         read.append({**turn.given, "content": content})
     nameless = {key: value for key, value in sample.items() if key != "id"}
     return Conversation(name, nameless, read, [*tools] if has_tools else None)

@@ -1,6 +1,5 @@
 """Both sides of the comparison, from the files of one directory each and nothing else."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -10,6 +9,9 @@ from typing import Any
 import av
 import numpy as np
 import torch
+import transformers
+from transformers.image_utils import load_image
+from transformers.video_utils import VideoMetadata
 
 from torchtune_vl.chat import QwenTokenizer
 from torchtune_vl.media import ImageTransform
@@ -20,13 +22,6 @@ from torchtune_vl.validation._compare_values import Outcome, attempt, attempted
 from torchtune_vl.validation._compared_inputs import Conversation
 from torchtune_vl.validation._report import Row, empty_rows
 from torchtune_vl.validation._torchvision import import_torchvision
-
-import_torchvision()  # before transformers, which looks for it at import
-
-import transformers  # noqa: E402
-from transformers.convert_slow_tokenizer import bytes_to_unicode  # noqa: E402
-from transformers.image_utils import load_image  # noqa: E402
-from transformers.video_utils import VideoMetadata  # noqa: E402
 
 # What the names of transformers' image processors end in
 BACKENDS: dict[Backend, str] = {"torchvision": "", "pil": "Pil"}
@@ -61,6 +56,8 @@ class _Side:
 class Ours(_Side):
     """Our side."""
 
+    tokenizer = attempted(lambda self: QwenTokenizer(*self.vocabulary_files))
+
     @property
     def vocabulary_files(self) -> list[Path]:
         """The files that :meth:`ChatTransform.from_pretrained` reads."""
@@ -69,18 +66,8 @@ class Ours(_Side):
         return [self.directory / name for name in names]
 
     @attempted
-    def tokenizer(self) -> QwenTokenizer:
-        return QwenTokenizer(*self.vocabulary_files)
-
-    @attempted
     def settings(self) -> dict[str, Any]:
         return self.family.transform.settings_of(self.directory) | self._limits
-
-    @cached_property
-    def image_transforms(self) -> dict[Backend, ImageTransform]:
-        names = ("min_pixels", "max_pixels", "image_mean", "image_std")
-        settings = {k: v for k, v in self.settings.value.items() if k in names}
-        return {b: ImageTransform(self.family.geometry, backend=b, **settings) for b in BACKENDS}
 
     @attempted
     def transform(self) -> Any:
@@ -88,15 +75,23 @@ class Ours(_Side):
         read = self.family.transform.from_pretrained
         return read(self.directory, parse_special="all", **self._limits)
 
+    @cached_property
+    def image_transforms(self) -> dict[Backend, ImageTransform]:
+        names = ("min_pixels", "max_pixels", "image_mean", "image_std")
+        settings = {k: v for k, v in self.settings.value.items() if k in names}
+        return {b: ImageTransform(self.family.geometry, backend=b, **settings) for b in BACKENDS}
+
     def image(self, path: str, backend: Backend) -> dict[str, Any]:
         return self.image_transforms[backend]({"image": path})
 
     def video(self, path: str) -> dict[str, Any]:
         return self.transform.value.video_transform({"video": path})
 
-    def timing(self, path: str) -> tuple[list[int], float]:
-        """Return the frames of a video that our side takes, and the seconds between its steps."""
-        measured = attempt(self.transform.value.video_transform.measure, {"video": path}).value
+    def timing(self, video: str | None) -> tuple[list[int], float | None]:
+        """Return the frames of a video that are taken, and the seconds between its steps."""
+        if video is None:
+            return [], None
+        measured = attempt(self.transform.value.video_transform.measure, {"video": video}).value
         # Of one that it refuses the other side is given the first frame
         return (measured["frame_indices"], measured["seconds_per_step"]) if measured else ([0], 1.0)
 
@@ -104,10 +99,8 @@ class Ours(_Side):
 class Reference(_Side):
     """transformers' side."""
 
-    @property
-    def no_torchvision(self) -> str:
-        """Why transformers has one image backend and no other processor; empty if it has all."""
-        return import_torchvision()
+    # Why it has one image backend and no other processor; empty if it has all
+    no_torchvision = import_torchvision()
 
     def _processor(self, part: str, suffix: str = "", **settings: Any) -> Any:
         """Read with the class that the family names, whatever the files say."""
@@ -136,8 +129,7 @@ class Reference(_Side):
     @attempted
     def rope(self) -> Any:
         """Make a model without weights, which numbers positions."""
-        # transformers says less well what is wrong
-        if not (self.directory / "config.json").is_file():
+        if not (self.directory / "config.json").is_file():  # transformers says less well what it is
             raise FileNotFoundError(f"{self.directory} has no config.json")
         config = transformers.AutoConfig.from_pretrained(self.directory, **_LOCAL)
         with torch.device("meta"):
@@ -148,17 +140,6 @@ class Reference(_Side):
             raise self.rope.error
         load = transformers.AutoModelForImageTextToText.from_pretrained
         return load(self.directory, dtype=dtype, **_LOCAL).eval()
-
-    def tokens(self) -> list[bytes]:
-        """Return the bytes of each token without the added ones, in the order of ids."""
-        to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
-        vocab = self.tokenizer.value.backend_tokenizer.get_vocab(with_added_tokens=False)
-        return [bytes(map(to_byte.__getitem__, t)) for t in sorted(vocab, key=vocab.__getitem__)]
-
-    def merges(self) -> list[str]:
-        """Return the merges in the lines of a ``merges.txt``."""
-        backend = json.loads(self.tokenizer.value.backend_tokenizer.to_str())
-        return [m if isinstance(m, str) else " ".join(m) for m in backend["model"]["merges"]]
 
     def image(self, path: str, backend: Backend) -> dict[str, Any]:
         return self.image_processors[backend].value(load_image(path), return_tensors="pt")
@@ -215,10 +196,9 @@ class Comparison:
     @property
     def obstacle(self) -> str:
         """Why conversations and videos cannot be compared; empty if they can."""
-        if self.reference.no_torchvision:
-            return self.reference.no_torchvision
-        parts = self.ours.transform, self.reference.processor
-        return unreadable("vocabulary and image settings", *parts)
+        return self.reference.no_torchvision or unreadable(
+            "vocabulary and image settings", self.ours.transform, self.reference.processor
+        )
 
     def skip(self, reason: str, *names: str) -> bool:
         """Let rows say why they are not compared, if there is a reason."""

@@ -4,16 +4,16 @@ import json
 from base64 import b64encode
 from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from torchtune_vl._shown import shown
 
@@ -42,13 +42,10 @@ class TokenPair(NamedTuple):
 
 @dataclass
 class Case:
-    """One input, given to both sides.
+    """One input, given to both sides, and what differs.
 
-    Args:
-        largest: largest difference; infinite where values cannot be subtracted.
-        total: sum of all differences.
-        failed: whether the difference is beyond what the row allows.
-        refused: who refuses the input; empty if nobody does.
+    It has failed if the difference is beyond what its row allows. The largest difference is
+    infinite where values cannot be subtracted.
     """
 
     name: str
@@ -69,6 +66,9 @@ class Case:
         self.compared, self.differing, self.failed = compared, differing, differing > 0
         self.largest = self.total = float(differing)
 
+    # By this the worst comes first
+    goodness = property(lambda self: (not self.failed, -self.largest, -self.differing))
+
     @property
     def summary(self) -> str:
         """What differs, in words."""
@@ -77,20 +77,12 @@ class Case:
         return "; ".join(filter(None, (differs, self.detail)))
 
 
-def _goodness(case: Case) -> tuple[bool, float, int]:
-    return not case.failed, -case.largest, -case.differing
-
-
 @dataclass
 class Row:
-    """One kind of comparison over all inputs.
+    """One kind of comparison over all inputs, the worst first, or why it is skipped.
 
-    Args:
-        unit: what is counted, such as "ids".
-        numeric: whether the size of differences means something, or only their number.
-        timed_in: the row whose time holds that of this one, "-" for one that takes none; empty
-            for a row with times of its own.
-        cases: the inputs, worst first.
+    Differences are those of numbers, or are counted in a unit such as "ids". ``timed_in`` is the
+    row whose time holds that of this one, "-" for one that takes none; empty for a time of its own.
     """
 
     name: str
@@ -104,7 +96,7 @@ class Row:
 
     def add(self, case: Case) -> None:
         """Put a case in its place; only the worst ones keep their pictures and tokens."""
-        place = bisect(self.cases, _goodness(case), key=_goodness)
+        place = bisect(self.cases, case.goodness, key=lambda other: other.goodness)
         self.cases.insert(place, case)
         for other in self.cases[max(place, KEPT_EVIDENCE) :][:1]:
             other.pictures, other.tokens = [], []
@@ -127,14 +119,13 @@ class Row:
         cases = [case for case in self.cases if not case.refused]
         both = sum(case.refused == "both" for case in self.cases)
         one_side = len(self.cases) - len(cases) - both
-        figure = f"{sum(case.differing for case in cases):,} {self.unit} differ"
-        if self.numeric:
+        parts = [f"{sum(case.differing for case in cases):,} {self.unit} differ"] if cases else []
+        if self.numeric and cases:
             mean = sum(case.total for case in cases) / max(self.compared, 1)
-            worst = max((case.largest for case in cases), default=0.0)
-            figure = f"max {number(worst)}, mean {number(mean)}"
-        refused = f"{one_side:,} refused by one side", f"{both:,} refused by both"
-        parts = zip((figure, *refused), (cases, one_side, both), strict=True)
-        return ", ".join(text for text, applies in parts if applies)
+            parts = [f"max {number(max(c.largest for c in cases))}", f"mean {number(mean)}"]
+        counts = {"one side": one_side, "both": both}
+        parts += [f"{count:,} refused by {side}" for side, count in counts.items() if count]
+        return ", ".join(parts)
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -166,9 +157,8 @@ class Report:
     def verdict(self) -> str:
         """The result in one sentence."""
         counts = Counter(row.status for row in self.rows)
-        verdict = f"{counts['pass']} rows pass, {counts['fail']} fail"
-        left = counts["not compared"]
-        return f"{verdict}, {left} not compared" if left else verdict
+        left = f", {counts['not compared']} not compared" if counts["not compared"] else ""
+        return f"{counts['pass']} rows pass, {counts['fail']} fail{left}"
 
 
 def number(value: float) -> str:
@@ -187,11 +177,9 @@ def empty_rows() -> dict[str, Row]:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print a report."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in COLUMNS:
-        right = column in NUMBERS
-        table.add_column(column, justify="right" if right else "left", no_wrap=right)
+    """Print a report in a terminal: its table, its notes, and the worst cases."""
+    columns = [Column(c, justify="right", no_wrap=True) if c in NUMBERS else c for c in COLUMNS]
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in report.rows:
         texts = [escape(shown(cell)) for cell in row.cells]
         texts[4] = f"[{_COLOURS[row.status]}]{texts[4]}[/]"
@@ -200,33 +188,24 @@ def print_report(report: Report, console: Console) -> None:
     for row in report.rows:
         if row.note:
             console.print(f"\n[bold]{row.name}[/]: {escape(shown(row.note))}.", highlight=False)
-    for row in report.rows:
-        failing = {case.name: case.summary for case in row.failed}
-        _print_cases(f"[bold red]{row.name}[/]: {len(failing):,} fail", failing, console)
+    groups = [(f"[bold red]{row.name}[/]", " fail", row.failed) for row in report.rows]
     # Each image would be there once for every backend
     cases = [case for row in report.rows for case in row.cases if not row.timed_in]
-    refused = {c.name: c.summary for c in cases if c.refused == "both" and not c.failed}
-    _print_cases(f"[bold]Refused by both sides[/]: {len(refused):,}", refused, console)
+    refused = [case for case in cases if case.refused == "both" and not case.failed]
+    for title, end, listed in [*groups, ("[bold]Refused by both sides[/]", "", refused)]:
+        summaries = {case.name: case.summary for case in listed}
+        lines = [escape(shown(f"  {name}: {text}")) for name, text in summaries.items()]
+        lines[5:] = [f"  and {len(lines) - 5:,} more"] if len(lines) > 5 else []
+        if lines:
+            lines.insert(0, f"\n{title}: {len(summaries):,}{end}")
+            console.print("\n".join(lines), highlight=False)
     colour = _COLOURS["pass" if report.passed else "fail"]
     console.print(f"\n[{colour}]{report.verdict}[/]", highlight=False)
 
 
-def _print_cases(title: str, cases: Mapping[str, str], console: Console) -> None:
-    if not cases:
-        return
-    lines = [escape(shown(f"  {name}: {summary}")) for name, summary in cases.items()]
-    lines[5:] = [f"  and {len(lines) - 5:,} more"] if len(lines) > 5 else []
-    console.print("\n".join([f"\n{title}", *lines]), highlight=False)
-
-
 def to_markdown(report: Report) -> str:
     """Write a report as Markdown."""
-
-    def show(text: str) -> str:
-        text = "".join(f"\\{c}" if c in "\\|<>*_`[]" else c for c in shown(text))
-        return Markup(" ".join(text.split()))
-
-    return _rendered("report.md.j2", report, 20, show)
+    return _rendered("report.md.j2", report, 20, _escaped)
 
 
 def to_html(report: Report) -> str:
@@ -234,17 +213,22 @@ def to_html(report: Report) -> str:
     return _rendered("report.html.j2", report, 40, shown)
 
 
-def _rendered(name: str, report: Report, listed: int, show: Callable[[str], str]) -> str:
-    def finalize(value: Any) -> Any:
-        """Show text of names and data; what macros made of it is done."""
-        return show(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+def _escaped(text: str) -> str:
+    text = "".join(f"\\{c}" if c in "\\|<>*_`[]" else c for c in shown(text))
+    return Markup(" ".join(text.split()))
 
-    settings: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "autoescape": True}
-    environment = Environment(undefined=StrictUndefined, finalize=finalize, **settings)
-    environment.filters |= {
-        "data_url": lambda png: f"data:image/png;base64,{b64encode(png).decode()}",
-        "visible": lambda text: shown(text).replace(" ", "␣").replace("\n", "\\n"),
-    }
+
+def _rendered(name: str, report: Report, listed: int, show: Callable[[str], str]) -> str:
+    environment = Environment(
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Names and data; what macros made of them is Markup
+        finalize=lambda value: show(value) if type(value) is str else value,
+    )
+    environment.filters["data_url"] = lambda png: f"data:image/png;base64,{b64encode(png).decode()}"
+    environment.filters["visible"] = lambda s: shown(s).replace(" ", "␣").replace("\n", "\\n")
     worst_first = sorted(report.rows, key=lambda row: [*_COLOURS].index(row.status))
     return environment.from_string(package_file(name)).render(
         report=report, rows=worst_first, columns=COLUMNS, numbers=NUMBERS, max_cases=listed

@@ -16,31 +16,26 @@ _ASIDE = Path(sys.prefix) / "torchvision"
 
 @cache
 def import_torchvision() -> str:
-    """Import torchvision: call it before importing transformers, which looks for it.
+    """Import torchvision, before transformers is imported, and return why not if it fails.
 
     A torchvision from PyPI registers fake kernels for operators of its CUDA library, which does
     not load beside a CPU build of torch, and its import fails. Declared, these operators satisfy
     the registration; nothing that handles pixels calls them. A torchvision that fails otherwise is
-    hidden, because transformers would fail with it.
-
-    Returns:
-        Why torchvision cannot be used; empty if it can.
+    hidden, because transformers, which looks for it at import, would fail with it.
     """
     if _ASIDE.is_dir():
         sys.path.append(str(_ASIDE))
     # pip alone would replace a CPU build of torch by one for CUDA
     release = int(torch.__version__.split(".")[1]) + 15
     advice = f"pip install --no-deps 'torchvision==0.{release}.*' is for this torch"
-    spec = find_spec("torchvision")
-    if spec is None:
-        return f"torchvision is not installed: {advice}"
     try:
         try:
             import_module("torchvision")
         except RuntimeError as error:
             if "torchvision::" not in str(error):
                 raise
-            fakes = Path(spec.origin or "").with_name("_meta_registrations.py").read_text("utf-8")
+            package = Path(find_spec("torchvision").origin).parent  # type: ignore[union-attr,arg-type]
+            fakes = (package / "_meta_registrations.py").read_text("utf-8")
             for name in re.findall(r'register_fake\("(torchvision::\w+)"\)', fakes):
                 torch.library.define(name, "() -> Tensor")
             _forget()
