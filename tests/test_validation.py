@@ -456,6 +456,45 @@ def test_directory_without_config(altered: Callable[..., Path], builtin: Inputs)
     assert "config.json" in weights.cases[0].detail
 
 
+def test_models_are_compared_when_asked_to(ours: Ours, reference: Reference) -> None:
+    rows = rows_of(compare_models, ours, reference, [], torch.bfloat16, False, False)
+    reasons = [f"only with --{option}" for option in ("weights", "logits", "logits")]
+    assert [row.figure for row in rows] == reasons
+    assert ["in bfloat16" in row.about for row in rows] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "see"),
+    [
+        ("tokenizer.json", {"special tokens": "vocabulary", "text ids": "vocabulary"}),
+        (
+            "preprocessor_config.json",
+            dict.fromkeys(("image grids", "pixels, torchvision", "pixels, PIL"), "image settings"),
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_left_out(
+    altered: Callable[..., Path], builtin: Inputs, name: str, see: dict[str, str]
+) -> None:
+    directory = altered(name, "{", "")
+    ours, reference = Ours(directory), Reference(directory)
+    rows = [
+        *rows_of(compare_special_tokens, ours, reference),
+        *rows_of(compare_texts, ours, reference, {"a": ["b"]}),
+        *rows_of(compare_images, ours, reference, dict([*builtin.images.items()][:1])),
+        *rows_of(compare_chat_templates, ours, reference),
+        *rows_of(compare_videos, ours, reference, builtin.videos),
+        *rows_of(compare_conversations, ours, reference, builtin.conversations, 0),
+        *rows_of(compare_models, ours, reference, [], torch.float32, False, True)[1:],
+    ]
+    both = ("chat template", "video grids", "video pixels", "chat ids", "chat pixels", "positions")
+    see |= dict.fromkeys(both, "vocabulary and image settings")
+    see |= dict.fromkeys(("logits", "top-1"), "vocabulary, image settings and weights")
+    left_out = {row.name: row.figure for row in rows if row.status == "not compared"}
+    assert left_out == {row: f"unreadable: see {where}" for row, where in see.items()}
+    assert {row.status for row in rows if row.name not in see} == {"pass"}
+
+
 def test_without_torchvision(
     checkpoint: Path, ours: Ours, builtin: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -625,6 +664,26 @@ def test_worst_cases_come_first_and_keep_their_evidence() -> None:
         row.add(Case(str(i), largest=float(i), failed=i > 8, pictures=[i], tokens=[i]))
     assert [case.name for case in row.cases] == [str(i) for i in reversed(range(12))]
     assert [bool(case.pictures) for case in row.cases] == [i < KEPT_EVIDENCE for i in range(12)]
+
+
+def test_terminal_lists_five_cases_of_a_kind() -> None:
+    failing = [Case(f"wrong {i}", 2, 1, 1.0, 1.0, failed=True) for i in range(7)]
+    refused = Case("refused", refused="both", detail="Both refuse it")
+    rows = [
+        Row("texts", "", "ids", cases=[*failing, refused]),
+        Row("grids", "", "numbers", timed_in="texts", cases=[refused]),
+        Row("logits", "", "values", skipped="only with --logits", note="A note"),
+    ]
+    stream = StringIO()
+    print_report(Report("a", "b", {}, rows), Console(file=stream, width=200))
+    table, note, fails, both, verdict = stream.getvalue().split("\n\n")
+    assert "7 ids differ, 1 refused by both" in table
+    assert "only with --logits" in table
+    assert note == "logits: A note."
+    listed = [f"  wrong {i}: 1 of 2 differ" for i in range(5)]
+    assert fails.splitlines() == ["texts: 7 fail", *listed, "  and 2 more"]
+    assert both.splitlines() == ["Refused by both sides: 1", "  refused: Both refuse it"]
+    assert verdict == "1 rows pass, 1 fail, 1 not compared\n"
 
 
 def test_page_needs_nothing_else(report: Report) -> None:
