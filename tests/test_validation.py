@@ -584,6 +584,7 @@ def test_wrong_id_is_shown(
     assert case.differing == 1
     differing = [pair for pair in case.tokens if pair.ours != pair.reference]
     assert [pair.place for pair in differing] == [2]
+    assert [pair.place for pair in case.tokens] == [*range(len(case.tokens))]
     assert differing[0].ours == (0, "!")
     assert differing[0].reference[1] == " <"
 
@@ -644,7 +645,8 @@ def test_compare_sequences_of_other_lengths() -> None:
 
 def test_compare_tensors_that_hold_no_numbers() -> None:
     nan = torch.tensor([1.0, float("nan")])
-    assert compare("x", *outcomes(nan, torch.ones(2)), tolerance=1.0).failed
+    case = compare("x", *outcomes(nan, torch.ones(2)), tolerance=1.0)
+    assert (case.failed, case.differing, case.largest) == (True, 1, float("inf"))
     assert compare("x", *outcomes(torch.ones(2), torch.ones(3)), tolerance=1.0).failed
     assert not compare("x", *outcomes(torch.ones(2), torch.ones(2) + 0.5), tolerance=0.5).failed
 
