@@ -28,14 +28,16 @@ def import_torchvision() -> str:
     # pip alone would replace a CPU build of torch by one for CUDA
     release = int(torch.__version__.split(".")[1]) + 15
     advice = f"pip install --no-deps 'torchvision==0.{release}.*' is for this torch"
+    spec = find_spec("torchvision")
+    if spec is None:
+        return f"torchvision is not installed: {advice}"
     try:
         try:
             import_module("torchvision")
         except RuntimeError as error:
             if "torchvision::" not in str(error):
                 raise
-            package = Path(find_spec("torchvision").origin).parent  # type: ignore[union-attr,arg-type]
-            fakes = (package / "_meta_registrations.py").read_text("utf-8")
+            fakes = Path(spec.origin or "").with_name("_meta_registrations.py").read_text("utf-8")
             for name in re.findall(r'register_fake\("(torchvision::\w+)"\)', fakes):
                 torch.library.define(name, "() -> Tensor")
             _forget()
