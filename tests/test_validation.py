@@ -29,8 +29,6 @@ from torchtune_vl.validation import (
     Picture,
     Report,
     Row,
-    _chat,
-    _sides,
     find_images,
     find_videos,
     print_report,
@@ -39,25 +37,24 @@ from torchtune_vl.validation import (
     to_markdown,
     validate,
 )
-from torchtune_vl.validation._files import (
-    chat_template_row,
-    image_settings_row,
-    special_tokens_row,
-    text_row,
-    vocabulary_row,
+from torchtune_vl.validation import _compare_conversations_and_models as comparing
+from torchtune_vl.validation._compare_checkpoint_files import (
+    compare_chat_templates,
+    compare_image_settings,
+    compare_special_tokens,
+    compare_texts,
+    compare_vocabularies,
 )
-from torchtune_vl.validation._inputs import write_builtin
-from torchtune_vl.validation._media import image_rows, video_rows
-from torchtune_vl.validation._report import (
-    KEPT_EVIDENCE,
-    Case,
-    Outcome,
-    attempt,
-    compare_sequences,
-    compare_tensors,
-    refusal,
+from torchtune_vl.validation._compare_conversations_and_models import (
+    compare_conversations,
+    compare_models,
+    continue_behind_media,
 )
-from torchtune_vl.validation._sides import Ours, Reference, continue_behind_media, family_in
+from torchtune_vl.validation._compare_media import compare_images, compare_videos
+from torchtune_vl.validation._compare_values import Outcome, attempt, compare
+from torchtune_vl.validation._compared_inputs import builtin_inputs
+from torchtune_vl.validation._ours_and_reference import Comparison, Ours, Reference
+from torchtune_vl.validation._report import KEPT_EVIDENCE, Case
 
 ROWS = [
     "vocabulary",
@@ -79,8 +76,11 @@ ROWS = [
 ]
 
 
-def all_of(sequence, description):
-    return sequence
+def rows_of(function: Callable[..., object], ours: Ours, reference: Reference, *args) -> list[Row]:
+    """The rows that one of the comparisons fills or leaves out."""
+    run = Comparison(ours, reference)
+    function(run, *args)
+    return [row for row in run.rows.values() if row.cases or row.skipped]
 
 
 def outcomes(ours, reference):
@@ -138,7 +138,7 @@ def altered(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def builtin(tmp_path: Path) -> Inputs:
-    return write_builtin(tmp_path)
+    return builtin_inputs(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def report(checkpoint: Path, data: Path) -> Report:
         conversations=read_conversations(data / "chat.json"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_chat, "MAX_TOKENS", 120)  # 151,936 logits each
+        patch.setattr(comparing, "MAX_TOKENS", 120)  # 151,936 logits each
         return validate(checkpoint, inputs=inputs, logits=True)
 
 
@@ -231,10 +231,10 @@ def test_another_family(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.Mo
     tokens = {f"{name}_token_id": i for name, i in zip(names, ids, strict=True)}
     config = reference_config(QWEN2_VL, vocab_size=151_936, **tokens)
     reference_model(config).save_pretrained(tmp_path)
-    monkeypatch.setattr(_chat, "MAX_TOKENS", 60)
+    monkeypatch.setattr(comparing, "MAX_TOKENS", 60)
     report = validate(tmp_path, logits=True)
     assert report.verdict == "16 rows pass, 0 fail"
-    names = {type(Reference(tmp_path).processor.value).__name__, family_in(tmp_path).name}
+    names = {type(Reference(tmp_path).processor.value).__name__, Reference(tmp_path).family.name}
     assert names == {"Qwen2VLProcessor", "Qwen2-VL"}
     # Of a video, with positions of its own, too
     assert "built-in video" in {case.name for case in row_of(report, "positions").cases}
@@ -317,13 +317,13 @@ def test_alteration_fails_the_right_row(
 ) -> None:
     directory = altered(name, old, new)
     ours, reference = Ours(directory), Reference(directory)
-    rows = [image_settings_row(ours, reference)]
+    rows = rows_of(compare_image_settings, ours, reference)
     if name != "preprocessor_config.json":
         texts = {"a": ["All in this text: <|box_start|>(1,2)<|box_end|>"]}
         rows += [
-            vocabulary_row(ours, reference),
-            special_tokens_row(ours, reference),
-            text_row(ours, reference, texts, all_of),
+            *rows_of(compare_vocabularies, ours, reference),
+            *rows_of(compare_special_tokens, ours, reference),
+            *rows_of(compare_texts, ours, reference, texts),
         ]
     assert {row.name for row in rows if row.status == "fail"} == (expected or {"special tokens"})
 
@@ -339,12 +339,14 @@ def test_swapped_tokens(altered: Callable[..., Path], reference: Reference) -> N
     model["merges"][744:746] = reversed(model["merges"][744:746])
     (directory / "tokenizer.json").write_text(json.dumps(content))
 
-    alone = vocabulary_row(Ours(directory), Reference(directory))
+    (alone,) = rows_of(compare_vocabularies, Ours(directory), Reference(directory))
     assert [case.name for case in alone.failed] == [
         "tokens of tokenizer.json beside the published",
         "merges that transformers reads beside the published",
     ]
-    beside = case_of(vocabulary_row(Ours(directory), reference), "ours beside transformers")
+    beside = case_of(
+        *rows_of(compare_vocabularies, Ours(directory), reference), "ours beside transformers"
+    )
     assert beside.differing == 2
     assert [pair.place for pair in beside.tokens] == [1000, 1001]
     assert beside.tokens[0].ours[1] == beside.tokens[1].reference[1]
@@ -359,8 +361,8 @@ def test_altered_weight_fails_beside_the_original(
     name = "visual.blocks.1.mlp.up_proj.weight"
     weights[name][3, 4] += 1e-4
     save_file(weights, path, metadata={"format": "pt"})
-    row, *_ = _chat.model_rows(
-        tmp_path / "altered", reference, [], torch.float32, True, False, all_of
+    row, *_ = rows_of(
+        compare_models, Ours(tmp_path / "altered"), reference, [], torch.float32, True, False
     )
     (case,) = row.failed
     assert (case.name, case.differing) == (name, 1)
@@ -372,9 +374,9 @@ def test_altered_mean_beside_the_original(
 ) -> None:
     ours = Ours(altered("preprocessor_config.json", "0.4578275", "0.46"))
     rows = [
-        image_settings_row(ours, reference),
-        *image_rows(ours, reference, builtin.images, all_of),
-        *video_rows(ours, reference, builtin.videos, all_of),
+        *rows_of(compare_image_settings, ours, reference),
+        *rows_of(compare_images, ours, reference, builtin.images),
+        *rows_of(compare_videos, ours, reference, builtin.videos),
     ]
     assert {row.name for row in rows if row.status == "fail"} == {
         "image settings",
@@ -389,17 +391,17 @@ def test_another_template_is_followed_and_said(
 ) -> None:
     directory = altered("chat_template.json", "You are a helpful assistant.", "You are helpful.")
     ours, reference = Ours(directory), Reference(directory)
-    row = chat_template_row(ours, reference)
+    (row,) = rows_of(compare_chat_templates, ours, reference)
     assert row.status == "pass"
     assert row.note == "This template is not the published one"
-    chat, _ = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
+    chat = rows_of(compare_conversations, ours, reference, builtin.conversations, 0)
     assert [row.status for row in chat] == ["pass"] * 3
     assert chat[0].compared > 1000
 
 
 def test_larger_limit_is_a_choice(altered: Callable[..., Path]) -> None:
     directory = altered("preprocessor_config.json", "12845056", "1003520")
-    row = image_settings_row(Ours(directory), Reference(directory))
+    (row,) = rows_of(compare_image_settings, Ours(directory), Reference(directory))
     assert row.status == "pass"
     assert row.note == "Used here: max_pixels is 1,003,520, published 12,845,056"
 
@@ -420,52 +422,91 @@ def test_settings_of_an_export_hold_for_both_sides(
         (directory / name).unlink(missing_ok=True)  # a link to the file that all tests share
         (directory / name).write_text(text)
     ours, reference = Ours(directory), Reference(directory)
-    chat, _ = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
+    chat = rows_of(compare_conversations, ours, reference, builtin.conversations, 0)
     rows = [
-        image_settings_row(ours, reference),
-        chat_template_row(ours, reference),
-        *image_rows(ours, reference, builtin.images, all_of),
-        *video_rows(ours, reference, builtin.videos, all_of),
+        *rows_of(compare_image_settings, ours, reference),
+        *rows_of(compare_chat_templates, ours, reference),
+        *rows_of(compare_images, ours, reference, builtin.images),
+        *rows_of(compare_videos, ours, reference, builtin.videos),
         *chat,
     ]
     assert {row.status for row in rows} == {"pass"}
     (path,) = builtin.videos.values()
-    assert ours.video(path).grid_thw.tolist() == [[2, 6, 8]]
+    assert ours.video(path)["video_grid_thw"].tolist() == [[2, 6, 8]]
 
 
 def test_max_pixels_holds_for_both_sides(checkpoint: Path, tmp_path: Path) -> None:
     Image.new("RGB", (500, 400), "red").save(tmp_path / "red.png")
     path = str(tmp_path / "red.png")
     sides = Ours(checkpoint, 50_000), Reference(checkpoint, 50_000)
-    rows = image_rows(*sides, {"red": path}, all_of)
+    rows = rows_of(compare_images, *sides, {"red": path})
     assert [row.status for row in rows] == ["pass"] * 3
-    assert sides[1].image(path, "pil").grid_thw.prod() * 14**2 <= 50_000
+    assert sides[1].image(path, "pil")["image_grid_thw"].prod() * 14**2 <= 50_000
 
 
 def test_directory_without_config(altered: Callable[..., Path], builtin: Inputs) -> None:
     directory = altered("config.json", "{", "{")
     (directory / "config.json").unlink()
     ours, reference = Ours(directory), Reference(directory)
-    (*_, positions), _ = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
+    *_, positions = rows_of(compare_conversations, ours, reference, builtin.conversations, 0)
     assert positions.status == "not compared"
     assert "config.json" in positions.figure
-    weights, *_ = _chat.model_rows(directory, reference, [], torch.float32, True, False, all_of)
+    weights, *_ = rows_of(compare_models, ours, reference, [], torch.float32, True, False)
     assert weights.status == "fail"
     assert "config.json" in weights.cases[0].detail
+
+
+def test_models_are_compared_when_asked_to(ours: Ours, reference: Reference) -> None:
+    rows = rows_of(compare_models, ours, reference, [], torch.bfloat16, False, False)
+    reasons = [f"only with --{option}" for option in ("weights", "logits", "logits")]
+    assert [row.figure for row in rows] == reasons
+    assert ["in bfloat16" in row.about for row in rows] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "see"),
+    [
+        ("tokenizer.json", {"special tokens": "vocabulary", "text ids": "vocabulary"}),
+        (
+            "preprocessor_config.json",
+            dict.fromkeys(("image grids", "pixels, torchvision", "pixels, PIL"), "image settings"),
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_left_out(
+    altered: Callable[..., Path], builtin: Inputs, name: str, see: dict[str, str]
+) -> None:
+    directory = altered(name, "{", "")
+    ours, reference = Ours(directory), Reference(directory)
+    rows = [
+        *rows_of(compare_special_tokens, ours, reference),
+        *rows_of(compare_texts, ours, reference, {"a": ["b"]}),
+        *rows_of(compare_images, ours, reference, dict([*builtin.images.items()][:1])),
+        *rows_of(compare_chat_templates, ours, reference),
+        *rows_of(compare_videos, ours, reference, builtin.videos),
+        *rows_of(compare_conversations, ours, reference, builtin.conversations, 0),
+        *rows_of(compare_models, ours, reference, [], torch.float32, False, True)[1:],
+    ]
+    both = ("chat template", "video grids", "video pixels", "chat ids", "chat pixels", "positions")
+    see |= dict.fromkeys(both, "vocabulary and image settings")
+    see |= dict.fromkeys(("logits", "top-1"), "vocabulary, image settings and weights")
+    left_out = {row.name: row.figure for row in rows if row.status == "not compared"}
+    assert left_out == {row: f"unreadable: see {where}" for row, where in see.items()}
+    assert {row.status for row in rows if row.name not in see} == {"pass"}
 
 
 def test_without_torchvision(
     checkpoint: Path, ours: Ours, builtin: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = "torchvision is not installed"
-    monkeypatch.setattr(_sides, "import_torchvision", lambda: reason)
+    monkeypatch.setattr(Reference, "no_torchvision", reason)
     reference = Reference(checkpoint)
-    chat, _ = _chat.chat_rows(ours, reference, builtin.conversations, 0, all_of)
+    chat = rows_of(compare_conversations, ours, reference, builtin.conversations, 0)
     rows = [
         *chat,
-        chat_template_row(ours, reference),
-        *image_rows(ours, reference, builtin.images, all_of),
-        *video_rows(ours, reference, builtin.videos, all_of),
+        *rows_of(compare_chat_templates, ours, reference),
+        *rows_of(compare_images, ours, reference, builtin.images),
+        *rows_of(compare_videos, ours, reference, builtin.videos),
     ]
     assert {row.name for row in rows if row.status == "pass"} == {
         "image grids",
@@ -492,7 +533,7 @@ def test_pixel_off_by_one_level_is_shown(
 
     monkeypatch.setattr(ImageTransform, "__call__", shifted)
     name = "built-in gradient, 224 x 224 PNG"
-    rows = image_rows(ours, reference, {name: builtin.images[name]}, all_of)
+    rows = rows_of(compare_images, ours, reference, {name: builtin.images[name]})
     assert [row.status for row in rows] == ["pass", "fail", "fail"]
     (case,) = rows[1].failed
     assert case.differing == 1
@@ -517,7 +558,7 @@ def test_pixel_off_by_one_level_is_shown(
 def test_wrong_grid(ours: Ours, reference: Reference, monkeypatch: pytest.MonkeyPatch, builtin):
     monkeypatch.setattr("torchtune_vl.media._patches.MAX_ASPECT_RATIO", 300, raising=True)
     name = "built-in thread, 2 x 500 PNG"
-    rows = image_rows(ours, reference, {name: builtin.images[name]}, all_of)
+    rows = rows_of(compare_images, ours, reference, {name: builtin.images[name]})
     (case,) = rows[1].failed
     assert case.refused == "transformers"
     assert rows[1].figure == "1 refused by one side"
@@ -535,12 +576,15 @@ def test_wrong_id_is_shown(
         return [*ids[:2], 0, *ids[3:]]
 
     monkeypatch.setattr(Qwen2_5_VLTokenizer, "encode", wrong)
-    row = text_row(ours, reference, {"a": ["one two <b>three</b> four five", "a\nb c"]}, all_of)
+    (row,) = rows_of(
+        compare_texts, ours, reference, {"a": ["one two <b>three</b> four five", "a\nb c"]}
+    )
     assert row.status == "fail"
     case = case_of(row, "a: one two <b>three</b> four five")
     assert case.differing == 1
     differing = [pair for pair in case.tokens if pair.ours != pair.reference]
     assert [pair.place for pair in differing] == [2]
+    assert [pair.place for pair in case.tokens] == [*range(len(case.tokens))]
     assert differing[0].ours == (0, "!")
     assert differing[0].reference[1] == " <"
 
@@ -560,7 +604,7 @@ def test_wrong_positions_and_weights(checkpoint: Path, monkeypatch: pytest.Monke
         sample = whole(self, sample, inference)
         return {**sample, "input_pos": sample["input_pos"] + (sample["input_pos"] > 20)}
 
-    load = _chat._load
+    load = comparing._load
 
     def shaken(directory, dtype):
         model = load(directory, dtype)
@@ -569,8 +613,8 @@ def test_wrong_positions_and_weights(checkpoint: Path, monkeypatch: pytest.Monke
         return model
 
     monkeypatch.setattr(Qwen2_5_VLTransform, "__call__", moved)
-    monkeypatch.setattr(_chat, "_load", shaken)
-    monkeypatch.setattr(_chat, "MAX_TOKENS", 60)
+    monkeypatch.setattr(comparing, "_load", shaken)
+    monkeypatch.setattr(comparing, "MAX_TOKENS", 60)
     report = validate(checkpoint, logits=True)
     assert failing(report) == {"positions", "weights", "logits"}
     worst = row_of(report, "positions").cases[0]
@@ -587,13 +631,13 @@ def test_top_case_forgives_ties_only() -> None:
     tie, clear = reference.clone(), reference.clone()
     tie[1, 1] = 1.0001
     clear[0, 2] = 2.0
-    assert not _chat._top_case("tie", tie, reference, 1e-3).failed
-    assert _chat._top_case("tie", tie, reference, 1e-3).differing == 1
-    assert _chat._top_case("clear", clear, reference, 1e-3).failed
+    assert not comparing._top_case("tie", tie, reference, 1e-3).failed
+    assert comparing._top_case("tie", tie, reference, 1e-3).differing == 1
+    assert comparing._top_case("clear", clear, reference, 1e-3).failed
 
 
 def test_compare_sequences_of_other_lengths() -> None:
-    case = compare_sequences("x", *outcomes([1, 2, 3], [1, 2]), str)
+    case = compare("x", *outcomes([1, 2, 3], [1, 2]), text_of=str)
     assert case.failed
     assert case.differing == 1
     assert case.tokens[-1].reference is None
@@ -601,18 +645,19 @@ def test_compare_sequences_of_other_lengths() -> None:
 
 def test_compare_tensors_that_hold_no_numbers() -> None:
     nan = torch.tensor([1.0, float("nan")])
-    assert compare_tensors("x", *outcomes(nan, torch.ones(2)), 1.0).failed
-    assert compare_tensors("x", *outcomes(torch.ones(2), torch.ones(3)), 1.0).failed
-    assert not compare_tensors("x", *outcomes(torch.ones(2), torch.ones(2) + 0.5), 0.5).failed
+    case = compare("x", *outcomes(nan, torch.ones(2)), tolerance=1.0)
+    assert (case.failed, case.differing, case.largest) == (True, 1, float("inf"))
+    assert compare("x", *outcomes(torch.ones(2), torch.ones(3)), tolerance=1.0).failed
+    assert not compare("x", *outcomes(torch.ones(2), torch.ones(2) + 0.5), tolerance=0.5).failed
 
 
 def test_our_side_may_refuse_only_with_an_explanation() -> None:
     refusing = attempt(int, "x")
     crashing = attempt(lambda: [][0])
-    assert not refusal("x", refusing, refusing).failed
-    assert refusal("x", crashing, refusing).failed
-    assert refusal("x", refusing, Outcome(1)).refused == "ours"
-    assert refusal("x", Outcome(1), Outcome(1)) is None
+    assert not compare("x", refusing, refusing).failed
+    assert compare("x", crashing, refusing).failed
+    assert compare("x", refusing, Outcome([1])).refused == "ours"
+    assert not compare("x", Outcome([1]), Outcome([1])).refused
 
 
 def test_worst_cases_come_first_and_keep_their_evidence() -> None:
@@ -621,6 +666,26 @@ def test_worst_cases_come_first_and_keep_their_evidence() -> None:
         row.add(Case(str(i), largest=float(i), failed=i > 8, pictures=[i], tokens=[i]))
     assert [case.name for case in row.cases] == [str(i) for i in reversed(range(12))]
     assert [bool(case.pictures) for case in row.cases] == [i < KEPT_EVIDENCE for i in range(12)]
+
+
+def test_terminal_lists_five_cases_of_a_kind() -> None:
+    failing = [Case(f"wrong {i}", 2, 1, 1.0, 1.0, failed=True) for i in range(7)]
+    refused = Case("refused", refused="both", detail="Both refuse it")
+    rows = [
+        Row("texts", "", "ids", cases=[*failing, refused]),
+        Row("grids", "", "numbers", timed_in="texts", cases=[refused]),
+        Row("logits", "", "values", skipped="only with --logits", note="A note"),
+    ]
+    stream = StringIO()
+    print_report(Report("a", "b", {}, rows), Console(file=stream, width=200))
+    table, note, fails, both, verdict = stream.getvalue().split("\n\n")
+    assert "7 ids differ, 1 refused by both" in table
+    assert "only with --logits" in table
+    assert note == "logits: A note."
+    listed = [f"  wrong {i}: 1 of 2 differ" for i in range(5)]
+    assert fails.splitlines() == ["texts: 7 fail", *listed, "  and 2 more"]
+    assert both.splitlines() == ["Refused by both sides: 1", "  refused: Both refuse it"]
+    assert verdict == "1 rows pass, 1 fail, 1 not compared\n"
 
 
 def test_page_needs_nothing_else(report: Report) -> None:

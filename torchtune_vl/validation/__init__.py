@@ -5,19 +5,20 @@ from typing import Any
 
 from torchtune_vl.validation._torchvision import import_torchvision
 
-# These take long to import, and transformers with them has to come after import_torchvision
+import_torchvision()  # before transformers, which looks for it at import
+
+# These take long to import
 _NAMES = {
-    "_inputs": ("Conversation", "Inputs", "find_images", "find_videos", "read_conversations"),
-    "_render": ("print_report", "to_html", "to_markdown"),
-    "_report": ("Case", "Picture", "Report", "Row", "TokenPair"),
-    "_validate": ("validate",),
+    "_compared_inputs": "Conversation Inputs find_images find_videos read_conversations",
+    "_report": "Case Picture Report Row TokenPair print_report to_html to_markdown",
+    "_validate": "validate",
 }
-__all__ = ["import_torchvision", *(name for names in _NAMES.values() for name in names)]
+__all__ = ["import_torchvision", *" ".join(_NAMES.values()).split()]
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for."""
     for file, names in _NAMES.items():
-        if name in names:
+        if name in names.split():
             return getattr(import_module(f"{__name__}.{file}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

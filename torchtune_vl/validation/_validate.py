@@ -8,12 +8,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from torchtune_vl.validation import _files as files
-from torchtune_vl.validation._chat import chat_rows, model_rows
-from torchtune_vl.validation._inputs import TEXTS, Inputs, conversation_of, write_builtin
-from torchtune_vl.validation._media import image_rows, video_rows
-from torchtune_vl.validation._report import Report, Track
-from torchtune_vl.validation._sides import Ours, Reference
+from torchtune_vl.validation import _compare_checkpoint_files as files
+from torchtune_vl.validation._compare_conversations_and_models import (
+    compare_conversations,
+    compare_models,
+)
+from torchtune_vl.validation._compare_media import compare_images, compare_videos
+from torchtune_vl.validation._compared_inputs import TEXTS, Inputs, builtin_inputs, conversation_of
+from torchtune_vl.validation._ours_and_reference import Comparison, Ours, Reference, Track
+from torchtune_vl.validation._report import Report
 
 _PACKAGES = ("torchtune-vl", "transformers", "tokenizers", "torch", "torchvision", "Pillow")
 
@@ -41,12 +44,11 @@ def validate(
         dtype: of both models.
         track: shows progress: takes a sequence and what it is of, and returns an iterable of it.
     """
-    directory = Path(checkpoint_dir)
-    user = inputs or Inputs()
+    directory, user = Path(checkpoint_dir), inputs or Inputs()
     reference = Reference(Path(reference_dir or directory), max_pixels)
-    sides = Ours(directory, max_pixels), reference
+    run = Comparison(Ours(directory, max_pixels), reference, track)
     with TemporaryDirectory(prefix="tune-vl-") as folder:
-        builtin = write_builtin(Path(folder))
+        builtin = builtin_inputs(Path(folder))
         conversations = [*builtin.conversations, *user.conversations]
         for name, path in user.videos.items():  # for its positions
             items = [{"type": "video"}, {"type": "text", "text": "What happens in this video?"}]
@@ -60,20 +62,15 @@ def validate(
         texts = {"built-in": TEXTS, **{c.name: c.values("text") for c in user.conversations}}
         # The models run on those that are built in and 16 of the user
         keep = len(builtin.conversations) + 16 if logits else 0
-        (ids, pixels, positions), samples = chat_rows(*sides, conversations, keep, track)
-        rows = [
-            files.vocabulary_row(*sides),
-            files.special_tokens_row(*sides),
-            files.image_settings_row(*sides),
-            files.chat_template_row(*sides),
-            files.text_row(*sides, texts, track),
-            ids,
-            *image_rows(*sides, images, track),
-            *video_rows(*sides, user.videos | builtin.videos, track),
-            pixels,
-            positions,
-            *model_rows(directory, reference, samples, dtype, weights, logits, track),
-        ]
+        samples = compare_conversations(run, conversations, keep)
+        files.compare_vocabularies(run)
+        files.compare_special_tokens(run)
+        files.compare_image_settings(run)
+        files.compare_chat_templates(run)
+        files.compare_texts(run, texts)
+        compare_images(run, images)
+        compare_videos(run, user.videos | builtin.videos)
+        compare_models(run, samples, dtype, weights, logits)
     facts = {"Python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -81,4 +78,4 @@ def validate(
     if reference.no_torchvision:
         facts["torchvision"] = f"none: {reference.no_torchvision}"
     facts["CPU threads"] = str(torch.get_num_threads())
-    return Report(str(directory), str(reference.directory), facts, rows)
+    return Report(str(directory), str(reference.directory), facts, [*run.rows.values()])

@@ -1,5 +1,6 @@
 """What is compared: files and conversations of the user, and generated ones."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,12 +12,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from torchtune_vl.chat._messages import Medium, Objects, read_conversation, read_tools
-from torchtune_vl.datasets._formats import MediaDirectory
-from torchtune_vl.datasets._formats import RecordReader as RowReader
-from torchtune_vl.datasets._json_records import JsonRecords as JsonRows
+from torchtune_vl.datasets._formats import MediaDirectory, RecordReader
+from torchtune_vl.datasets._json_records import JsonRecords
 from torchtune_vl.media._errors import shortened
 from torchtune_vl.media._sources import path_of_file_url
-from torchtune_vl.validation._report import data
+from torchtune_vl.validation._report import package_file
 
 _SUFFIXES = {
     "image": {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"},
@@ -25,18 +25,17 @@ _SUFFIXES = {
 # Texts in many scripts; images that are enlarged, reduced, kept, narrow, no multiple of 28, or have
 # one side more than 200 times the other, which both sides have to refuse; and conversations about
 # them as training reads them
-_DATA = data("builtin.json")
-TEXTS: list[str] = [*_DATA["texts"], "a" * 3000 + " " * 300 + "\n" * 50 + "1" * 40]
+_BUILTIN = json.loads(package_file("builtin.json"))
+TEXTS: list[str] = [*_BUILTIN["texts"], "a" * 3000 + " " * 300 + "\n" * 50 + "1" * 40]
 
 
 @dataclass
 class Conversation:
     """A conversation that both sides are given.
 
-    Args:
-        sample: as training gives it to our transform.
-        messages: the same in transformers' chat format, media as paths or data URLs.
-        tools: JSON schemas of functions; None for a conversation that has nothing to do with tools.
+    The sample is as training gives it to our transform, the messages are the same in transformers'
+    chat format, media as paths or data URLs. Tools are JSON schemas of functions, None if it has
+    nothing to do with tools; the problem is why transformers has no answer for it.
     """
 
     name: str
@@ -49,8 +48,7 @@ class Conversation:
     def items(self) -> list[dict[str, Any]]:
         """All texts and media of its messages, in order."""
         contents = [message["content"] for message in self.messages]
-        contents = [[_item(c)] if isinstance(c, str) else c for c in contents]
-        return [item for content in contents for item in content]
+        return [item for c in contents for item in ([_item(c)] if isinstance(c, str) else c)]
 
     def values(self, kind: str) -> list[str]:
         """Return its texts, or where its images or videos are, in order."""
@@ -67,11 +65,7 @@ class Inputs:
 
 
 def _find(paths: Iterable[Path], kind: str) -> dict[str, str]:
-    """Find files by path: those given, and in folders those with the suffixes of their kind.
-
-    Raises:
-        ValueError: if a path does not exist, or a folder has no such file.
-    """
+    """Find files by path: those given, and in folders those with the suffixes of their kind."""
     found: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -87,26 +81,18 @@ find_images, find_videos = partial(_find, kind="image"), partial(_find, kind="vi
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Read a file of conversations, as training does.
+    """Read a file of conversations, as training does, or raise ``ValueError``.
 
-    Args:
-        path: JSON or JSON Lines of the rows that training reads, or of lists of messages; or one
-            list of messages. Paths are relative to the file.
-
-    Returns:
-        The conversations; those that transformers has no answer for carry a ``problem``.
-
-    Raises:
-        ValueError: if the file cannot be read.
+    It is JSON or JSON Lines of the rows that training reads, or of lists of messages; or one list
+    of messages. Paths are relative to it. What transformers has no answer for has a ``problem``.
     """
     try:
-        rows = list(JsonRows([str(path)]))
+        rows = list(JsonRecords([str(path)]))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as conversations: {error}") from error
     if isinstance(rows[0], dict) and "role" in rows[0]:
         rows = [rows]
-    read = RowReader(MediaDirectory(str(path.parent), is_confining=False), {})
-    conversations = []
+    conversations, read = [], RecordReader(MediaDirectory(str(path.parent), is_confining=False), {})
     for number, row in enumerate(rows):
         name = f"{path.name} #{number}"
         try:
@@ -127,12 +113,11 @@ def conversation_of(name: str, sample: Mapping[str, Any]) -> Conversation:
     read = []
     for turn in turns:
         content: Any = [_item(part) for part in turn.content]
-        if has_tools:  # the tokenizer's template for them knows no items
-            if any(item["type"] != "text" for item in content):
-                raise ValueError("transformers' template with tools takes no images or videos")
+        if has_tools and any(item["type"] != "text" for item in content):
+            raise ValueError("transformers' template with tools takes no images or videos")
+        # That template knows no items; to others our transform gives a single text as it is
+        if has_tools or [item["type"] for item in content] == ["text"]:
             content = "".join(item["text"] for item in content)
-        elif len(content) == 1 and "text" in content[0]:  # as our transform gives it to templates
-            content = content[0]["text"]
         read.append({**turn.given, "content": content})
     nameless = {key: value for key, value in sample.items() if key != "id"}
     return Conversation(name, nameless, read, [*tools] if has_tools else None)
@@ -158,49 +143,40 @@ def _item(part: str | Medium | Objects) -> dict[str, Any]:
     return {"type": kind, kind: path_of_file_url(source) if source[:5] == "file:" else source}
 
 
-def write_builtin(directory: Path) -> Inputs:
+def builtin_inputs(directory: Path) -> Inputs:
     """Write the generated images and the generated video, and read conversations about them."""
-    draw = {"gradient": _gradient, "noise": _noise, "page": _page}
     images = {}
-    for name, (width, height, suffix, kind, mode) in _DATA["images"].items():
+    for name, (width, height, suffix, kind, mode) in _BUILTIN["images"].items():
         path = directory / f"{name.replace(' ', '_')}.{suffix}"
-        draw[kind](width, height).convert(mode).save(path)
+        _drawn(kind, width, height).convert(mode).save(path)
         images[f"built-in {name}, {width} x {height} {suffix.upper()}"] = str(path)
     video = str(directory / "moving_square.mp4")
-    _write_video(video)
-    read = RowReader(MediaDirectory(str(directory), is_confining=True), {})
-    samples = [read(row, number) for number, row in enumerate(_DATA["conversations"])]
-    conversations = [conversation_of(f"built-in {sample['id']}", sample) for sample in samples]
-    return Inputs(images, {"built-in moving square, 10 frames of 160 x 120": video}, conversations)
-
-
-def _gradient(width: int, height: int) -> Image.Image:
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, (x + y) / 2, 255 - y], axis=-1).astype(np.uint8))
-
-
-def _noise(width: int, height: int) -> Image.Image:
-    rng = np.random.default_rng(0)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def _page(width: int, height: int) -> Image.Image:
-    """Thin dark strokes on white, as in a scanned document."""
-    page = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(page)
-    for y, text in zip(range(12, height - 12, 14), TEXTS * height, strict=False):
-        draw.text((12, y), text[:120].encode("ascii", "replace").decode(), fill="black")
-    draw.rectangle((6, 6, width - 7, height - 7), outline="black")
-    return page
-
-
-def _write_video(path: str) -> None:
-    with av.open(path, "w") as container:
+    with av.open(video, "w") as container:
         # Lasts longer than its frames are wide, in positions
         stream: Any = container.add_stream("mpeg4", rate=1)
         stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
         for i in range(10):
-            frame = np.array(_gradient(160, 120).convert("RGB"))
+            frame = np.array(_drawn("gradient", 160, 120).convert("RGB"))
             frame[30:60, 13 * i : 13 * i + 30] = (250, 40, 10)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    read = RecordReader(MediaDirectory(str(directory), is_confining=True), {})
+    samples = [read(row, number) for number, row in enumerate(_BUILTIN["conversations"])]
+    conversations = [conversation_of(f"built-in {sample['id']}", sample) for sample in samples]
+    return Inputs(images, {"built-in moving square, 10 frames of 160 x 120": video}, conversations)
+
+
+def _drawn(kind: str, width: int, height: int) -> Image.Image:
+    if kind == "noise":
+        levels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return Image.fromarray(levels)
+    if kind == "gradient":
+        x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+        return Image.fromarray(np.stack([x, y, (x + y) / 2, 255 - y], axis=-1).astype(np.uint8))
+    # Thin dark strokes on white, as in a scanned document
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    for top, text in zip(range(12, height - 12, 14), TEXTS * height, strict=False):
+        draw.text((12, top), text[:120].encode("ascii", "replace").decode(), fill="black")
+    draw.rectangle((6, 6, width - 7, height - 7), outline="black")
+    return page
