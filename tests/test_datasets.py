@@ -22,6 +22,7 @@ from tests import hostile
 from torchtune_vl.data import PackedRows, TrainingRows, padded_collate_vision_supervised
 from torchtune_vl.datasets import VisionChatDataset, measure_all, vision_chat_dataset
 from torchtune_vl.datasets._formats import MediaDirectory, RecordReader
+from torchtune_vl.datasets._tables import Table
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 from torchtune_vl.recipes._main import sentence_of
 
@@ -602,6 +603,17 @@ def test_json_text_in_a_table(transform: Qwen2_5_VLTransform, tmp_path: Path) ->
     assert f"<tools>\n{json.dumps(tools[0])}\n</tools>" in texts[0]
     assert '"arguments": {"a": null, "b": [1, "x", 1e-07]}}' in texts[0]
     assert texts[1:] == texts[:1] * 2
+
+
+def test_json_columns_of_a_table_keep_their_nulls() -> None:
+    features = datasets.Features(
+        {"tools": datasets.Json(), "x": {key: datasets.Value("int64") for key in "ab"}}
+    )
+    tools = [{"name": "f", "default": None}]
+    rows = [{"tools": tools, "x": {"a": 1, "b": None}}]
+    table = Table(datasets.Dataset.from_list(rows, features=features))
+    assert table[0] == {"tools": tools, "x": {"a": 1}}
+    assert list(table) == [table[0]]
 
 
 def test_nulls_of_json_are_values_of_the_model(build, transform: Qwen2_5_VLTransform) -> None:
