@@ -20,7 +20,12 @@ from torchtune.datasets.multimodal import multimodal_chat_dataset
 from quickstart.digits import write_digits
 from tests import hostile
 from torchtune_vl.data import PackedRows, TrainingRows, padded_collate_vision_supervised
-from torchtune_vl.datasets import VisionChatDataset, measure_all, vision_chat_dataset
+from torchtune_vl.datasets import (
+    SamplesError,
+    VisionChatDataset,
+    measure_all,
+    vision_chat_dataset,
+)
 from torchtune_vl.datasets._formats import MediaDirectory, RecordReader
 from torchtune_vl.datasets._tables import Table
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
@@ -995,3 +1000,16 @@ def test_a_stream_in_data_workers(build) -> None:
     assert alone == shared
     assert len(alone) > 4
     assert sorted(sample for row in alone for sample in row) == sorted([*range(7)] * 2)
+
+
+def test_a_dataset_of_one_s_own_is_measured() -> None:
+    class Own:
+        def __len__(self) -> int:
+            return 3
+
+        def measure(self, index: int) -> tuple[int, int, int]:
+            return {0: (5, 4, 3), 2: (2, 0, 1)}[index]
+
+    assert measure_all(Own(), [0, 2], show_progress=False).tolist() == [[5, 4, 3], [2, 0, 1]]
+    with pytest.raises(SamplesError, match=r"1 of 3 samples .*\nsample 1: KeyError: 1$"):
+        measure_all(Own(), range(3), show_progress=False)
