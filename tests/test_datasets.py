@@ -20,8 +20,14 @@ from torchtune.datasets.multimodal import multimodal_chat_dataset
 from quickstart.digits import write_digits
 from tests import hostile
 from torchtune_vl.data import PackedRows, TrainingRows, padded_collate_vision_supervised
-from torchtune_vl.datasets import VisionChatDataset, measure_all, vision_chat_dataset
+from torchtune_vl.datasets import (
+    SamplesError,
+    VisionChatDataset,
+    measure_all,
+    vision_chat_dataset,
+)
 from torchtune_vl.datasets._formats import MediaDirectory, RecordReader
+from torchtune_vl.datasets._tables import Table
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 from torchtune_vl.recipes._run_recipe import sentence_of
 
@@ -604,6 +610,17 @@ def test_json_text_in_a_table(transform: Qwen2_5_VLTransform, tmp_path: Path) ->
     assert texts[1:] == texts[:1] * 2
 
 
+def test_json_columns_of_a_table_keep_their_nulls() -> None:
+    features = datasets.Features(
+        {"tools": datasets.Json(), "x": {key: datasets.Value("int64") for key in "ab"}}
+    )
+    tools = [{"name": "f", "default": None}]
+    rows = [{"tools": tools, "x": {"a": 1, "b": None}}]
+    table = Table(datasets.Dataset.from_list(rows, features=features))
+    assert table[0] == {"tools": tools, "x": {"a": 1}}
+    assert list(table) == [table[0]]
+
+
 def test_nulls_of_json_are_values_of_the_model(build, transform: Qwen2_5_VLTransform) -> None:
     """In arguments and schemas alone; elsewhere they say that there is nothing."""
     call = {"id": None, "function": {"name": "f", "arguments": {"a": None, "b": [None]}}}
@@ -983,3 +1000,16 @@ def test_a_stream_in_data_workers(build) -> None:
     assert alone == shared
     assert len(alone) > 4
     assert sorted(sample for row in alone for sample in row) == sorted([*range(7)] * 2)
+
+
+def test_a_dataset_of_one_s_own_is_measured() -> None:
+    class Own:
+        def __len__(self) -> int:
+            return 3
+
+        def measure(self, index: int) -> tuple[int, int, int]:
+            return {0: (5, 4, 3), 2: (2, 0, 1)}[index]
+
+    assert measure_all(Own(), [0, 2], show_progress=False).tolist() == [[5, 4, 3], [2, 0, 1]]
+    with pytest.raises(SamplesError, match=r"1 of 3 samples .*\nsample 1: KeyError: 1$"):
+        measure_all(Own(), range(3), show_progress=False)

@@ -194,19 +194,20 @@ def _places(file: _File, field: str | None) -> np.ndarray:
             f"{file.name} is no text in UTF-8, plain or compressed by gzip, bzip2 or xz: unpack "
             "it, or save it as UTF-8"
         )
-    array = np.frombuffer(data, np.uint8)
-    lines = np.fromiter(_lines(data), np.dtype((np.int64, 3)))
-    if not len(lines) or data[lines[0, 0]] not in (_BRACKET, _BRACE):
-        return lines
-    start, stop_of_line, line = lines[0].tolist()
-    values, end = _values(array, start + 1, line)
-    is_whole = end == lines[-1, 1]
+    start, stop_of_line, line = next(_lines(data), (0, 0, 0))
+    values, end = np.empty((0, 3), np.int64), -1
+    if data[start] in (_BRACKET, _BRACE):
+        values, end = _values(np.frombuffer(data, np.uint8), start + 1, line)
+    is_whole = end > 0 and not _LINE.search(data, end)
     if field is not None:
         return _of_field(data, values if is_whole else values[:0], file.name, field)
-    if data[start] == _BRACE:
-        return np.array([[start, end, line]]) if is_whole and end > stop_of_line else lines
-    if is_whole or end == stop_of_line:  # or each line is an array
-        return values if is_whole else lines
+    is_array = data[start] == _BRACKET
+    if is_array and is_whole:
+        return values
+    if is_whole and end > stop_of_line:
+        return np.array([[start, end, line]])
+    if not is_array or end == stop_of_line:  # or each line is an array
+        return np.fromiter(_lines(data), np.dtype((np.int64, 3)))
     for start_of_value, stop, line_of_value in values.tolist():
         file.parse(data[start_of_value:stop], start_of_value, line_of_value)
     problem = "the array ends here, but the file goes on: remove the rest"
