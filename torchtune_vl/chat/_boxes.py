@@ -101,7 +101,7 @@ def to_json(entries: Sequence[Mapping[str, Any]]) -> str:
 def boxes_in_original(
     text: str, original_size: tuple[int, int], extent: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """Find the boxes and points in a generated text, in pixels of the user's image.
+    """Find the boxes and points in a generated text, as float pixels of the user's image.
 
     The text may have words around its JSON and may end in the middle of an entry, which is then
     left out.
@@ -113,7 +113,7 @@ def boxes_in_original(
             image that the model saw.
 
     Returns:
-        Each entry that has ``bbox_2d`` or ``point_2d``, with these as float pixels.
+        Each entry that has ``bbox_2d`` or ``point_2d``.
     """
     height, width = (original / edge for original, edge in zip(original_size, extent, strict=True))
     found = []

@@ -110,17 +110,9 @@ def read_conversation(
 ) -> list[Turn[str | Medium | Objects]]:
     """Read torchtune's messages, or messages in the chat format of transformers and OpenAI.
 
-    Keys whose value is None count as absent, and torchtune's role ``ipython`` is ``tool``.
-
-    Args:
-        messages: those of a sample.
-        images: what fills the items of type image that name none, in order.
-        videos: likewise for videos.
-        roles: those that the chat template knows.
-
-    Raises:
-        ValueError: if a message or item is not understood, or images and videos do not fit their
-            places; it says which.
+    Keys whose value is None count as absent, and torchtune's role ``ipython`` is ``tool``. Items
+    that name no medium take the next of images or videos. ``ValueError`` if a message or item is
+    not understood, its role not known, or images and videos do not fit their places.
     """
     if not _typed(messages, "list", "messages"):
         raise ValueError("a conversation needs at least one message")

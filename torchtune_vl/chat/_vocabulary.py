@@ -68,10 +68,8 @@ def read_vocabulary(
 ) -> _Vocabulary:
     """Read ``vocab.json`` and ``merges.txt``, ``tokenizer.json`` or a ``.tiktoken`` rank file.
 
-    Raises:
-        FileNotFoundError: if a file does not exist.
-        ValueError: if a file is damaged or holds another kind of tokenizer, or if added tokens,
-            given or read, do not fit the others.
+    ``FileNotFoundError`` if a file is not there, and ``ValueError`` if it is damaged, holds another
+    kind of tokenizer, or does not fit the added tokens, given or read.
     """
     added, plain = SPECIAL_TOKENS, frozenset(_PLAIN)
     try:
