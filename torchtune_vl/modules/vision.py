@@ -4,7 +4,8 @@
 # embedding, E width of the decoder (of B and S) or of the encoder (of N), H heads, D dimension of a
 # head
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from torchtune_vl.modules.attention import (
     rotate,
 )
 from torchtune_vl.modules.decoder import Decoder, FeedForward, TransformerLayer
+from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.layout import Segments, encoder_index, vision_index
 
 
@@ -114,43 +116,34 @@ class VisionEncoder(nn.Module):
     Raises ``ValueError`` if the width does not divide into the heads.
     """
 
-    def __init__(
-        self,
-        *,
-        geometry: Geometry,
-        embed_dim: int,
-        num_layers: int,
-        num_heads: int,
-        intermediate_dim: int,
-        in_channels: int,
-        out_dim: int,
-        full_attention_layers: Sequence[int],
-        norm: Callable[[int], nn.Module],
-        activation: Callable[[torch.Tensor], torch.Tensor],
-        gated: bool,
-        linear: MakeLinear,
-        merger_linear: MakeLinear,
-    ) -> None:
+    def __init__(self, dims: Dimensions, linear: MakeLinear, merger_linear: MakeLinear) -> None:
         super().__init__()
-        if embed_dim % (4 * num_heads):
-            heads = f"{num_heads} heads of a dimension divisible by 4"
-            raise ValueError(f"the encoder's width of {embed_dim} does not divide into {heads}")
-        self.geometry = geometry
-        self.head_dim = embed_dim // num_heads
-        self.full_attention_layers = frozenset(full_attention_layers)
-        self.patch_embed = PatchEmbedding(geometry, in_channels, embed_dim)
+        width, heads = dims.vision_embed_dim, dims.vision_num_heads
+        if width % (4 * heads):
+            expected = f"{heads} heads of a dimension divisible by 4"
+            raise ValueError(f"the encoder's width of {width} does not divide into {expected}")
+        self.geometry = replace(
+            dims.geometry,
+            patch_size=dims.patch_size,
+            temporal_patch_size=dims.temporal_patch_size,
+        )
+        self.head_dim = width // heads
+        self.full_attention_layers = frozenset(dims.full_attention_layers)
+        self.patch_embed = PatchEmbedding(self.geometry, dims.vision_in_channels, width)
+        gated, activation = dims.vision_gated, dims.vision_activation
         mlp = partial(FeedForward, bias=True, gated=gated, activation=activation)
         self.layers = nn.ModuleList(
             TransformerLayer(
-                VisionAttention(embed_dim, self.head_dim, linear),
-                mlp(embed_dim, intermediate_dim, linear),
-                sa_norm=norm(embed_dim),
-                mlp_norm=norm(embed_dim),
+                VisionAttention(width, self.head_dim, linear),
+                mlp(width, dims.vision_intermediate_dim, linear),
+                sa_norm=dims.vision_norm(width),
+                mlp_norm=dims.vision_norm(width),
             )
-            for _ in range(num_layers)
+            for _ in range(dims.vision_num_layers)
         )
-        unit_size = geometry.merge_size**2
-        self.merger = PatchMerger(norm(embed_dim), embed_dim, unit_size, out_dim, merger_linear)
+        unit_size = self.geometry.merge_size**2
+        norm = dims.vision_norm(width)
+        self.merger = PatchMerger(norm, width, unit_size, dims.embed_dim, merger_linear)
 
     def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor, **index: Any) -> torch.Tensor:
         """Encode media, as [U, width of the decoder] in their order.
