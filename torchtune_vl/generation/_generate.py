@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from torchtune_vl.modules.vision import VisionLanguageModel
 
@@ -20,21 +21,14 @@ def generate(
 ) -> list[list[int]]:
     """Continue the prompts of a batch.
 
-    Args:
-        model: a fusion model whose caches are not set up.
-        batch: prompts, padded on the left by :func:`~torchtune_vl.data.padded_collate_vision`, on
-            the device of the model.
-        max_new_tokens: tokens after which an answer ends in any case.
-        stop_tokens: ids that end an answer.
-        temperature: 0 takes the likeliest token, more makes unlikely ones likelier.
-        top_k: number of likeliest tokens to sample from, all by default.
+    They are padded on the left by :func:`~torchtune_vl.data.padded_collate_vision`, and on the
+    device of the model, whose caches are not set up. A ``temperature`` of 0 takes the likeliest
+    token, more makes unlikely ones likelier; ``top_k`` is the number of likeliest tokens to sample
+    from, all by default.
 
-    Returns:
-        For each prompt the new ids, up to and with the first stop token.
-
-    Raises:
-        ValueError: if prompts are not padded on the left, or prompts and answers do not fit into
-            the model's ``max_seq_len``.
+    Returns the new ids of each prompt, up to and with the first stop token, ``max_new_tokens`` at
+    most. Raises ``ValueError`` if prompts are not padded on the left, or prompts and answers do not
+    fit into the model's ``max_seq_len``.
     """
     if not isinstance(batch.get("mask"), torch.Tensor):
         raise ValueError(
@@ -84,13 +78,11 @@ def generate(
 
 def _extend_mask(mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """The mask of prompt and answer, bool [b, s + new, s + new]."""
-    batch_size, prompt_length, _ = mask.shape
-    length = prompt_length + new_tokens
-    extended = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    extended = extended.repeat(batch_size, 1, 1)
-    extended[:, :prompt_length, :prompt_length] = mask
     # What the last token of a prompt sees, its answer sees too
-    extended[:, prompt_length:, :prompt_length] = mask[:, -1:]
+    seen = mask[:, -1:].expand(-1, new_tokens, -1)
+    extended = F.pad(torch.cat([mask, seen], dim=1), (0, new_tokens))
+    earlier = torch.ones(new_tokens, new_tokens, dtype=torch.bool, device=mask.device).tril()
+    extended[:, -new_tokens:, -new_tokens:] = earlier
     return extended
 
 
@@ -105,14 +97,6 @@ def _choose(logits: torch.Tensor, temperature: float, top_k: int | None) -> torc
 
 
 def until_stop(ids: list[int], stop_tokens: Collection[int]) -> list[int]:
-    """Cut an answer behind its first stop token.
-
-    Args:
-        ids: token ids.
-        stop_tokens: ids that end an answer.
-
-    Returns:
-        The ids up to and with the first stop token, all if there is none.
-    """
+    """Return the ids of an answer up to and with its first stop token, all if there is none."""
     ends = [i + 1 for i, token in enumerate(ids) if token in stop_tokens]
     return ids[: ends[0]] if ends else ids

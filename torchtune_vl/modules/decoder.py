@@ -65,8 +65,8 @@ class Decoder(nn.Module):
     def forward(
         self,
         x_BSE: torch.Tensor,
-        *,
         mask: Mask = None,
+        *,
         input_pos: torch.Tensor | None = None,
         output_positions: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,

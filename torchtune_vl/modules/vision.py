@@ -24,7 +24,7 @@ from torchtune_vl.modules.attention import (
     rotary_table,
     rotate,
 )
-from torchtune_vl.modules.decoder import Decoder, FeedForward, TransformerLayer
+from torchtune_vl.modules.decoder import Decoder, FeedForward, Mask, TransformerLayer
 from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.layout import Segments, encoder_index, vision_index
 
@@ -48,13 +48,16 @@ class VisionLanguageModel(nn.Module):
         tokens: torch.Tensor,
         *,
         encoder_input: dict[str, dict[str, Any]] | None = None,
-        **inputs: Any,
+        mask: Mask = None,
+        input_pos: torch.Tensor | None = None,
+        output_positions: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """Compute logits, or losses, of tokens with placeholders expanded, int64 [B, S].
 
         ``encoder_input``, None for text alone, is ``{"vision": {...}}`` with the arguments of
-        :meth:`VisionEncoder.forward` for the media of all sequences in order. Other ``inputs``, and
-        what is returned, are those of :meth:`Decoder.forward`.
+        :meth:`VisionEncoder.forward` for the media of all sequences in order. Others, and what
+        is returned, are those of :meth:`Decoder.forward`.
 
         Without media the encoder has no part in it, and its gradients are missing. Where other
         processes, which may have media, would wait for this one in it, it takes a blank image, and
@@ -73,7 +76,9 @@ class VisionLanguageModel(nn.Module):
         elif self._is_awaited(tokens):
             blank = encoder(**_blank(encoder.geometry, tokens.device))
             x_BSE = x_BSE + 0 * blank.sum().to(x_BSE.dtype)
-        return self.decoder(x_BSE, **inputs)
+        return self.decoder(
+            x_BSE, mask, input_pos=input_pos, output_positions=output_positions, targets=targets
+        )
 
     def _fuse(self, tokens: torch.Tensor, x_BSE: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
         is_placeholder = torch.zeros_like(tokens, dtype=torch.bool)
