@@ -1,18 +1,14 @@
 """From dimensions to models, plain or with adapters."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from io import StringIO
 from typing import Any, get_args
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from torchtune_vl._torchao import NF4Tensor
 from torchtune_vl._torchtune import get_logger
-from torchtune_vl.modules.adapters import Trainable, build_linear, is_adapter, num_bytes
+from torchtune_vl.modules.adapters import Trainable, build_linear, is_adapter
 from torchtune_vl.modules.decoder import Decoder
 from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.vision import VisionEncoder, VisionLanguageModel
@@ -127,7 +123,11 @@ def with_adapters(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     log = get_logger("INFO")
-    log.info("What is trained:\n%s", _trained_parts(model))
+    for part in ("decoder", "encoder", "merger"):
+        parameters = [p for name, p in model.named_parameters() if part_of(name) == part]
+        total = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        log.info("%s: %s of %s parameters are trained", part, f"{trained:,}", f"{total:,}")
     if own:
         in_full = " and ".join(name for name in full if full[name])
         log.info("%s 'full': save_adapter_weights_only would lose it", in_full)
@@ -152,33 +152,6 @@ def _check_adapters(names: set[str], parts: Mapping[str, Trainable]) -> None:
             f"adapters on {sorted(names)}: {'; '.join(problems)}. Name others, or make parts "
             f"'lora', 'frozen' or 'full'. There are {layers}"
         )
-
-
-def _trained_parts(model: nn.Module) -> str:
-    """A table of parameters, dtypes and computed memory of training, without activations."""
-    parts: dict[str, list[nn.Parameter]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        part = "token embedding" if "tok_embeddings" in name else part_of(name)
-        part = "vision encoder" if part == "encoder" else part
-        parts[f"{part}, adapters" if is_adapter(name) else part].append(parameter)
-    table = Table("part", "parameters", "trained", "dtype", "weights", "gradients", "AdamW")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for part, parameters in {**parts, "all": list(model.parameters())}.items():
-        trained = [p for p in parameters if p.requires_grad]
-        gradients = sum(p.nbytes for p in trained)
-        counts = [f"{sum(p.numel() for p in some):,}" for some in (parameters, trained)]
-        dtypes = {
-            "nf4" if isinstance(p.data, NF4Tensor) else str(p.dtype).removeprefix("torch.")
-            for p in parameters
-        }
-        # AdamW keeps two numbers of each trained parameter, in its dtype
-        memory = sum(map(num_bytes, parameters)), gradients, 2 * gradients
-        gigabytes = [f"{size / 1e9:.2f} GB" for size in memory]
-        table.add_row(part, *counts, ", ".join(sorted(dtypes)), *gigabytes)
-    text = StringIO()
-    Console(file=text, width=110).print(table)
-    return text.getvalue()
 
 
 def _dequantize(model: nn.Module, state_dict: dict[str, Any], *args: Any) -> None:
