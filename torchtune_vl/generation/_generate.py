@@ -35,7 +35,7 @@ def generate(
             "the batch has no mask of prompts that are padded on the left: collate it with "
             'padded_collate_vision(..., pad_direction="left")'
         )
-    tokens, prompt_mask = batch["tokens"], batch["mask"]
+    tokens, mask = batch["tokens"], batch["mask"]
     batch_size, prompt_length = tokens.shape
     length = prompt_length + max_new_tokens
     if length > model.decoder.max_seq_len:
@@ -43,7 +43,8 @@ def generate(
             f"{prompt_length} tokens of prompt and {max_new_tokens} new ones exceed the model's "
             f"max_seq_len of {model.decoder.max_seq_len}"
         )
-    mask = _extend_mask(prompt_mask, max_new_tokens)
+    # An answer sees what the last token of its prompt sees, and what of itself is in the cache
+    answer_mask = F.pad(mask[:, -1:], (0, max_new_tokens), value=True)
     position = batch["input_pos"].amax(dim=(1, 2))
     last = torch.arange(1, batch_size + 1, device=tokens.device) * prompt_length - 1
     stops = torch.tensor(list(stop_tokens), device=tokens.device)
@@ -54,7 +55,7 @@ def generate(
     try:
         logits = model(
             tokens,
-            mask=mask[:, :prompt_length],
+            mask=mask,
             encoder_input=batch.get("encoder_input"),
             input_pos=batch["input_pos"],
             output_positions=last,
@@ -68,22 +69,12 @@ def generate(
             position = position + 1
             logits = model(
                 new[:, None],
-                mask=mask[:, end : end + 1],
+                mask=answer_mask,
                 input_pos=position[:, None, None].expand(-1, 1, 3),
             ).squeeze(1)
     finally:
         model.delete_caches()
     return [until_stop(ids, stop_tokens) for ids in torch.stack(answers, dim=1).tolist()]
-
-
-def _extend_mask(mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """The mask of prompt and answer, bool [b, s + new, s + new]."""
-    # What the last token of a prompt sees, its answer sees too
-    seen = mask[:, -1:].expand(-1, new_tokens, -1)
-    extended = F.pad(torch.cat([mask, seen], dim=1), (0, new_tokens))
-    earlier = torch.ones(new_tokens, new_tokens, dtype=torch.bool, device=mask.device).tril()
-    extended[:, -new_tokens:, -new_tokens:] = earlier
-    return extended
 
 
 def _choose(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
