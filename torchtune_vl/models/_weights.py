@@ -56,7 +56,15 @@ def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tens
     expected = {n: t.shape for n, t in family.names.to_published(model.state_dict()).items()}
     stored = stored_tensors(files, published_name)
     if _OUTPUT_LAYER not in expected and {_OUTPUT_LAYER, _TOKEN_EMBEDDING} <= stored.keys():
-        _drop_tied_output_layer(stored)
+        # Some trainers write an output layer beside tied embeddings
+        pair = read_tensors({name: stored[name] for name in (_OUTPUT_LAYER, _TOKEN_EMBEDDING)})
+        output = stored.pop(_OUTPUT_LAYER)
+        if not torch.equal(*pair.values()):
+            raise ValueError(
+                f"{output.path}: {output.name} differs from the token embedding, but config.json "
+                "says tie_word_embeddings: set it to false if the output layer was trained on its "
+                "own"
+            )
     _refuse_differences(stored, expected, directory)
     return family.names.from_published(read_tensors(stored))
 
@@ -111,17 +119,6 @@ def initial_adapters(
             base = base.get_original_weight() if isinstance(base, NF4Tensor) else base
             adapters[f"{name}.magnitude"] = torch.linalg.norm(base.float(), dim=1)
     return {name: tensor for name, tensor in adapters.items() if name not in weights}
-
-
-def _drop_tied_output_layer(stored: dict[str, Stored]) -> None:
-    """Accept an output layer beside tied embeddings, which some trainers write, if it is equal."""
-    values = read_tensors({name: stored[name] for name in (_OUTPUT_LAYER, _TOKEN_EMBEDDING)})
-    output = stored.pop(_OUTPUT_LAYER)
-    if not torch.equal(*values.values()):
-        raise ValueError(
-            f"{output.path}: {output.name} differs from the token embedding, but config.json says "
-            "tie_word_embeddings: set it to false if the output layer was trained on its own"
-        )
 
 
 def _refuse_differences(

@@ -146,9 +146,7 @@ class VisionEncoder(nn.Module):
             )
             for _ in range(dims.vision_num_layers)
         )
-        unit_size = self.geometry.merge_size**2
-        norm = dims.vision_norm(width)
-        self.merger = PatchMerger(norm, width, unit_size, dims.embed_dim, merger_linear)
+        self.merger = PatchMerger(dims, merger_linear)
 
     def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor, **index: Any) -> torch.Tensor:
         """Encode media, as [U, width of the decoder] in their order.
@@ -161,18 +159,14 @@ class VisionEncoder(nn.Module):
         index = index or _index(grid_thw, self.geometry)
         segments = {k: Segments(*next(iter(index[k].items()))) for k in ("windows", "frames")}
         rope = self._rope(index["unit_positions"])
-        x_NE = self.patch_embed(patches)
-        has_windows = self.geometry.window_size is not None
-        if has_windows:
-            order_U = index["unit_order"]
-            back_U = order_U.argsort()
-            x_UNE = x_NE.unflatten(0, (len(order_U), -1))
-            x_NE = permute_rows(x_UNE, order_U, back_U).flatten(0, 1)
+        order_U = index["unit_order"]
+        back_U = order_U.argsort()
+        x_UNE = self.patch_embed(patches).unflatten(0, (len(order_U), -1))
+        x_NE = permute_rows(x_UNE, order_U, back_U).flatten(0, 1)
         for number, layer in enumerate(self.layers):
             kind = "frames" if number in self.full_attention_layers else "windows"
             x_NE = layer(x_NE, segments=segments[kind], rope=rope)
-        x_UE = self.merger(x_NE)
-        return permute_rows(x_UE, back_U, order_U) if has_windows else x_UE
+        return permute_rows(self.merger(x_NE), back_U, order_U)
 
     def _rope(self, unit_positions: torch.Tensor) -> torch.Tensor:
         """Make the rotary table of all patches [N, 2, D/2] from row and column of units [U, 2]."""
@@ -258,16 +252,14 @@ class VisionAttention(nn.Module):
 class PatchMerger(nn.Module):
     """Joins the patches of a unit into one embedding (transformers' ``PatchMerger``)."""
 
-    def __init__(
-        self, norm: nn.Module, embed_dim: int, unit_size: int, out_dim: int, linear: MakeLinear
-    ) -> None:
+    def __init__(self, dims: Dimensions, linear: MakeLinear) -> None:
         super().__init__()
-        width = embed_dim * unit_size
-        self.norm = norm
+        self.unit_size = dims.geometry.merge_size**2
+        width = dims.vision_embed_dim * self.unit_size
+        self.norm = dims.vision_norm(dims.vision_embed_dim)
         self.mlp = FeedForward(
-            width, width, linear, out_dim=out_dim, bias=True, gated=False, activation=F.gelu
+            width, width, linear, out_dim=dims.embed_dim, bias=True, gated=False, activation=F.gelu
         )
-        self.unit_size = unit_size
 
     def forward(self, x_NE: torch.Tensor) -> torch.Tensor:
         """Merge hidden states into embeddings [U, width of the decoder]."""

@@ -136,7 +136,4 @@ __all__ = [
     *FAMILY.functions,
 ]
 __getattr__ = FAMILY.function
-
-
-def __dir__() -> list[str]:
-    return __all__
+__dir__ = __all__.copy

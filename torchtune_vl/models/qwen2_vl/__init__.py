@@ -130,7 +130,4 @@ FAMILY = Family(
 )
 __all__ = ["GEOMETRY", "Qwen2VLTransform", "boxes_in_original", *FAMILY.functions]
 __getattr__ = FAMILY.function
-
-
-def __dir__() -> list[str]:
-    return __all__
+__dir__ = __all__.copy
