@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from torchtune_vl.modules.vision import VisionLanguageModel
 
@@ -20,28 +21,21 @@ def generate(
 ) -> list[list[int]]:
     """Continue the prompts of a batch.
 
-    Args:
-        model: a fusion model whose caches are not set up.
-        batch: prompts, padded on the left by :func:`~torchtune_vl.data.padded_collate_vision`, on
-            the device of the model.
-        max_new_tokens: tokens after which an answer ends in any case.
-        stop_tokens: ids that end an answer.
-        temperature: 0 takes the likeliest token, more makes unlikely ones likelier.
-        top_k: number of likeliest tokens to sample from, all by default.
+    They are padded on the left by :func:`~torchtune_vl.data.padded_collate_vision`, and on the
+    device of the model, whose caches are not set up. A ``temperature`` of 0 takes the likeliest
+    token, more makes unlikely ones likelier; ``top_k`` is the number of likeliest tokens to sample
+    from, all by default.
 
-    Returns:
-        For each prompt the new ids, up to and with the first stop token.
-
-    Raises:
-        ValueError: if prompts are not padded on the left, or prompts and answers do not fit into
-            the model's ``max_seq_len``.
+    Returns the new ids of each prompt, up to and with the first stop token, ``max_new_tokens`` at
+    most. Raises ``ValueError`` if prompts are not padded on the left, or prompts and answers do not
+    fit into the model's ``max_seq_len``.
     """
     if not isinstance(batch.get("mask"), torch.Tensor):
         raise ValueError(
             "the batch has no mask of prompts that are padded on the left: collate it with "
             'padded_collate_vision(..., pad_direction="left")'
         )
-    tokens, prompt_mask = batch["tokens"], batch["mask"]
+    tokens, mask = batch["tokens"], batch["mask"]
     batch_size, prompt_length = tokens.shape
     length = prompt_length + max_new_tokens
     if length > model.decoder.max_seq_len:
@@ -49,7 +43,8 @@ def generate(
             f"{prompt_length} tokens of prompt and {max_new_tokens} new ones exceed the model's "
             f"max_seq_len of {model.decoder.max_seq_len}"
         )
-    mask = _extend_mask(prompt_mask, max_new_tokens)
+    # An answer sees what the last token of its prompt sees, and what of itself is in the cache
+    answer_mask = F.pad(mask[:, -1:], (0, max_new_tokens), value=True)
     position = batch["input_pos"].amax(dim=(1, 2))
     last = torch.arange(1, batch_size + 1, device=tokens.device) * prompt_length - 1
     stops = torch.tensor(list(stop_tokens), device=tokens.device)
@@ -60,7 +55,7 @@ def generate(
     try:
         logits = model(
             tokens,
-            mask=mask[:, :prompt_length],
+            mask=mask,
             encoder_input=batch.get("encoder_input"),
             input_pos=batch["input_pos"],
             output_positions=last,
@@ -74,24 +69,12 @@ def generate(
             position = position + 1
             logits = model(
                 new[:, None],
-                mask=mask[:, end : end + 1],
+                mask=answer_mask,
                 input_pos=position[:, None, None].expand(-1, 1, 3),
             ).squeeze(1)
     finally:
         model.delete_caches()
     return [until_stop(ids, stop_tokens) for ids in torch.stack(answers, dim=1).tolist()]
-
-
-def _extend_mask(mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """The mask of prompt and answer, bool [b, s + new, s + new]."""
-    batch_size, prompt_length, _ = mask.shape
-    length = prompt_length + new_tokens
-    extended = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    extended = extended.repeat(batch_size, 1, 1)
-    extended[:, :prompt_length, :prompt_length] = mask
-    # What the last token of a prompt sees, its answer sees too
-    extended[:, prompt_length:, :prompt_length] = mask[:, -1:]
-    return extended
 
 
 def _choose(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
@@ -105,14 +88,6 @@ def _choose(logits: torch.Tensor, temperature: float, top_k: int | None) -> torc
 
 
 def until_stop(ids: list[int], stop_tokens: Collection[int]) -> list[int]:
-    """Cut an answer behind its first stop token.
-
-    Args:
-        ids: token ids.
-        stop_tokens: ids that end an answer.
-
-    Returns:
-        The ids up to and with the first stop token, all if there is none.
-    """
+    """Return the ids of an answer up to and with its first stop token, all if there is none."""
     ends = [i + 1 for i, token in enumerate(ids) if token in stop_tokens]
     return ids[: ends[0]] if ends else ids

@@ -1,22 +1,16 @@
 """From dimensions to models, plain or with adapters."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from io import StringIO
 from typing import Any, get_args
 
-import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from torchtune_vl._torchao import NF4Tensor
 from torchtune_vl._torchtune import get_logger
-from torchtune_vl.media import Geometry
-from torchtune_vl.modules.adapters import Trainable, build_linear, is_adapter, num_bytes
+from torchtune_vl.modules.adapters import Trainable, build_linear, is_adapter
 from torchtune_vl.modules.decoder import Decoder
+from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.vision import VisionEncoder, VisionLanguageModel
 
 _MLP = {"w1", "w2", "w3"}
@@ -30,81 +24,25 @@ _LAYERS = {
 
 def vision_language_model(
     *,
-    geometry: Geometry,
-    vision_norm: Callable[[int], nn.Module],
-    vision_activation: Callable[[torch.Tensor], torch.Tensor],
-    vision_gated: bool,
-    vocab_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    embed_dim: int,
-    intermediate_dim: int,
-    tie_word_embeddings: bool,
-    vision_intermediate_dim: int,
-    max_seq_len: int,
-    attn_dropout: float = 0.0,
-    norm_eps: float = 1e-6,
-    rope_base: float = 1e6,
-    mrope_sections: tuple[int, int, int] = (16, 24, 24),
-    vision_embed_dim: int = 1280,
-    vision_num_layers: int = 32,
-    vision_num_heads: int = 16,
-    vision_in_channels: int = 3,
-    patch_size: int = 14,
-    temporal_patch_size: int = 2,
-    full_attention_layers: Sequence[int] = (),
-    image_token_id: int = 151655,
-    video_token_id: int = 151656,
     decoder_trainable: bool = True,
     encoder_trainable: bool = True,
     fusion_trainable: bool = True,
     linear: Callable[..., nn.Module] = build_linear,
+    **dimensions: Any,
 ) -> VisionLanguageModel:
-    """Build a model with fresh weights from its dimensions, whose defaults all published ones have.
-
-    ``vision_`` ones are the encoder's, ``full_attention_layers`` the indices of its layers that
-    attend over whole frames, where others attend in windows. ``mrope_sections`` are the numbers of
-    frequencies that turn with the temporal, height and width position. ``geometry`` has the sizes
-    of units and windows, and how pixels are normalized.
+    """Build a model with fresh weights from :class:`~torchtune_vl.modules.dimensions.Dimensions`.
 
     Each part is trained or not: the decoder, with its token embedding, the encoder without its
     merger, and the merger (``fusion``); adapters are. ``linear`` builds linear layers as
     :func:`~torchtune_vl.modules.adapters.build_linear` does. Raises ``ValueError`` if the
     dimensions do not fit each other.
     """
-    decoder = Decoder(
-        vocab_size=vocab_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        embed_dim=embed_dim,
-        intermediate_dim=intermediate_dim,
-        tie_word_embeddings=tie_word_embeddings,
-        max_seq_len=max_seq_len,
-        attn_dropout=attn_dropout,
-        norm_eps=norm_eps,
-        rope_base=rope_base,
-        mrope_sections=mrope_sections,
-        linear=partial(linear, "decoder"),
+    dims = Dimensions(**dimensions)
+    model = VisionLanguageModel(
+        decoder=Decoder(dims, partial(linear, "decoder")),
+        vision_encoder=VisionEncoder(dims, partial(linear, "encoder"), partial(linear, "fusion")),
+        placeholder_ids=(dims.image_token_id, dims.video_token_id),
     )
-    encoder = VisionEncoder(
-        geometry=replace(geometry, patch_size=patch_size, temporal_patch_size=temporal_patch_size),
-        embed_dim=vision_embed_dim,
-        num_layers=vision_num_layers,
-        num_heads=vision_num_heads,
-        intermediate_dim=vision_intermediate_dim,
-        in_channels=vision_in_channels,
-        out_dim=embed_dim,
-        full_attention_layers=full_attention_layers,
-        norm=vision_norm,
-        activation=vision_activation,
-        gated=vision_gated,
-        linear=partial(linear, "encoder"),
-        merger_linear=partial(linear, "fusion"),
-    )
-    ids = (image_token_id, video_token_id)
-    model = VisionLanguageModel(decoder=decoder, vision_encoder=encoder, placeholder_ids=ids)
     full = {"decoder": decoder_trainable, "encoder": encoder_trainable, "merger": fusion_trainable}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name) or full[part_of(name)])
@@ -149,7 +87,7 @@ def with_adapters(
     they are below half a unit in the last place. A layer then holds two dtypes, which our recipe
     computes with in one, and torchtune's recipes do not.
 
-    ``dimensions`` are other arguments of :func:`vision_language_model`. Raises ``ValueError`` if
+    ``dimensions`` are as in :func:`vision_language_model`. Raises ``ValueError`` if
     nothing would be trained, a name matches no layer of a part with adapters, a part gets none, or
     the output layer is the token embedding and is to get one.
     """
@@ -185,7 +123,11 @@ def with_adapters(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     log = get_logger("INFO")
-    log.info("What is trained:\n%s", _trained_parts(model))
+    for part in ("decoder", "encoder", "merger"):
+        parameters = [p for name, p in model.named_parameters() if part_of(name) == part]
+        total = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        log.info("%s: %s of %s parameters are trained", part, f"{trained:,}", f"{total:,}")
     if own:
         in_full = " and ".join(name for name in full if full[name])
         log.info("%s 'full': save_adapter_weights_only would lose it", in_full)
@@ -210,33 +152,6 @@ def _check_adapters(names: set[str], parts: Mapping[str, Trainable]) -> None:
             f"adapters on {sorted(names)}: {'; '.join(problems)}. Name others, or make parts "
             f"'lora', 'frozen' or 'full'. There are {layers}"
         )
-
-
-def _trained_parts(model: nn.Module) -> str:
-    """A table of parameters, dtypes and computed memory of training, without activations."""
-    parts: dict[str, list[nn.Parameter]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        part = "token embedding" if "tok_embeddings" in name else part_of(name)
-        part = "vision encoder" if part == "encoder" else part
-        parts[f"{part}, adapters" if is_adapter(name) else part].append(parameter)
-    table = Table("part", "parameters", "trained", "dtype", "weights", "gradients", "AdamW")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for part, parameters in {**parts, "all": list(model.parameters())}.items():
-        trained = [p for p in parameters if p.requires_grad]
-        gradients = sum(p.nbytes for p in trained)
-        counts = [f"{sum(p.numel() for p in some):,}" for some in (parameters, trained)]
-        dtypes = {
-            "nf4" if isinstance(p.data, NF4Tensor) else str(p.dtype).removeprefix("torch.")
-            for p in parameters
-        }
-        # AdamW keeps two numbers of each trained parameter, in its dtype
-        memory = sum(map(num_bytes, parameters)), gradients, 2 * gradients
-        gigabytes = [f"{size / 1e9:.2f} GB" for size in memory]
-        table.add_row(part, *counts, ", ".join(sorted(dtypes)), *gigabytes)
-    text = StringIO()
-    Console(file=text, width=110).print(table)
-    return text.getvalue()
 
 
 def _dequantize(model: nn.Module, state_dict: dict[str, Any], *args: Any) -> None:

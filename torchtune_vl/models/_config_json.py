@@ -1,4 +1,4 @@
-"""A checkpoint's ``config.json`` to the dimensions of its decoder and its vision encoder."""
+"""A checkpoint's ``config.json`` to the dimensions of its model."""
 
 from pathlib import Path
 from typing import Any
@@ -48,34 +48,45 @@ def read_config(directory: str | Path) -> JsonObject:
     return read_json_object(path)
 
 
-def decoder_dimensions(config: JsonObject) -> dict[str, Any]:
-    """Translate a config to a decoder's arguments, and the ids of placeholders.
+def common_dimensions(
+    config: JsonObject, vision: JsonObject, *, width: str, out: str, channels: str = "in_channels"
+) -> dict[str, Any]:
+    """Translate a config, and its ``vision_config``, to what the models of all families have.
 
-    Raises ``ValueError`` if a value is impossible, or asks for what the decoder does not have.
+    ``width``, ``out`` and ``channels`` are keys of the encoder by which families differ. Raises
+    ``ValueError`` if a value is impossible, or asks for what the model does not have.
     """
     given = text_config(config)
     text = given.over(TEXT_DEFAULTS)
     support_only(text, use_sliding_window=False, hidden_act="silu")
-    vocab_size, width = text.whole("vocab_size", most=WIDEST), text.whole("hidden_size")
+    vocab_size, embed_dim = text.whole("vocab_size", most=WIDEST), text.whole("hidden_size")
     num_heads = _heads(text, "num_attention_heads", "hidden_size")
     kv_heads = text.whole("num_key_value_heads") if "num_key_value_heads" in text else num_heads
     if num_heads % kv_heads:
         raise text.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
     is_tied = any(part.over(_UNTIED).flag("tie_word_embeddings") for part in (config, text))
     special = config.over(_SPECIAL_TOKENS)
+    if vision.content[out] != embed_dim:
+        raise vision.error(out, f"the hidden_size of the decoder, {embed_dim}")
     return {
         "vocab_size": vocab_size,
         "num_layers": text.whole("num_hidden_layers", most=DEEPEST),
         "num_heads": num_heads,
         "num_kv_heads": kv_heads,
-        "embed_dim": width,
+        "embed_dim": embed_dim,
         "intermediate_dim": text.whole("intermediate_size", most=WIDEST),
         "tie_word_embeddings": is_tied,
         "max_seq_len": text.whole("max_position_embeddings"),
         "attn_dropout": text.number("attention_dropout", 0, 0.99),
         "norm_eps": text.number("rms_norm_eps", 1e-20, 0.1),
-        **_rope(given, width // num_heads),
+        **_rope(given, embed_dim // num_heads),
         **{name: special.whole(name, 0, vocab_size - 1) for name in _SPECIAL_TOKENS},
+        "vision_num_heads": _heads(vision, "num_heads", width, axes=2),
+        "vision_embed_dim": vision.whole(width, most=WIDEST),
+        "vision_num_layers": vision.whole("depth", most=DEEPEST),
+        "vision_in_channels": vision.whole(channels, most=WIDEST),
+        "patch_size": vision.whole("patch_size", most=_LARGEST_PATCH),
+        "temporal_patch_size": vision.whole("temporal_patch_size", most=_LARGEST_PATCH),
     }
 
 
@@ -94,26 +105,6 @@ def _rope(text: JsonObject, head_dim: int) -> dict[str, Any]:
         )
     rope_base = theta.over(_ROPE_DEFAULTS).number("rope_theta", 1, 1e12)
     return {"rope_base": rope_base, "mrope_sections": sections}
-
-
-def vision_dimensions(
-    vision: JsonObject, decoder_width: int, *, width: str, out: str, channels: str = "in_channels"
-) -> dict[str, Any]:
-    """Translate a ``vision_config`` to the arguments that all families' encoders have.
-
-    ``width``, ``out`` and ``channels`` are keys by which families differ. Raises ``ValueError`` if
-    a value is impossible, or does not fit the decoder.
-    """
-    if vision.content[out] != decoder_width:
-        raise vision.error(out, f"the hidden_size of the decoder, {decoder_width}")
-    return {
-        "vision_num_heads": _heads(vision, "num_heads", width, axes=2),
-        "vision_embed_dim": vision.whole(width, most=WIDEST),
-        "vision_num_layers": vision.whole("depth", most=DEEPEST),
-        "vision_in_channels": vision.whole(channels, most=WIDEST),
-        "patch_size": vision.whole("patch_size", most=_LARGEST_PATCH),
-        "temporal_patch_size": vision.whole("temporal_patch_size", most=_LARGEST_PATCH),
-    }
 
 
 def whole_numbers(part: JsonObject, key: str, least: int, most: int) -> tuple[int, ...]:

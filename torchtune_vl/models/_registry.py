@@ -30,11 +30,19 @@ _ENCODER = {
     "merger.mlp.0": "merger.mlp.w1",
     "merger.mlp.2": "merger.mlp.w2",
 }
-# The package of the FAMILY of each model_type of a config.json
-_PACKAGES = {
-    "qwen2_5_vl": "torchtune_vl.models.qwen2_5_vl",
-    "qwen2_vl": "torchtune_vl.models.qwen2_vl",
-}
+# Of every published checkpoint; transformers' class default for max_pixels is smaller (1,003,520)
+geometry = partial(
+    Geometry,
+    patch_size=14,
+    temporal_patch_size=2,
+    merge_size=2,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    min_pixels=3136,
+    max_pixels=12845056,
+)
+# The model_type of each family's config.json, by which its package here is called too
+_MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")
 
 
 @dataclass(frozen=True)
@@ -42,18 +50,24 @@ class Family:
     """What is a family's own, as checkpoints, reports and recipes ask for it."""
 
     name: str  # as people write it
-    package: str  # its folder, with which the names of its functions begin
+    package: str  # its model_type and folder, with which the names of its functions begin
     names: TensorNames
     geometry: Geometry
-    architecture: Mapping[str, Any]  # arguments of vision_language_model that its sizes share
+    architecture: Mapping[str, Any]  # dimensions that its sizes share, beside the geometry
     sizes: Mapping[str, tuple[Any, ...]]  # others, by what names of published sizes end in
     dimensions: Callable[[JsonObject], dict[str, Any]]  # these of a config.json
     transform: type[ChatTransform]
 
+    def all_dimensions(self, directory: str | Path) -> dict[str, Any]:
+        """Return the dimensions of the model of a checkpoint of this family."""
+        given = self.dimensions(read_config(directory))
+        return {"geometry": self.geometry, **self.architecture, **given}
+
     def function(self, name: str) -> Any:
         """Return a function of the package, which asks for it by a ``__getattr__`` of its own."""
         if name not in self.functions:
-            raise AttributeError(f"module {_PACKAGES[self.package]!r} has no attribute {name!r}")
+            package = f"{__package__}.{self.package}"
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return self.functions[name]()
 
     @cached_property
@@ -69,7 +83,8 @@ class Family:
         def builder(name: str, **settings: Any) -> Callable[[], Any]:
             # torchtune, on which models stand, takes seconds to import
             module = partial(import_module, "torchtune_vl.models._builders")
-            return lambda: partial(getattr(module(), name), **{**self.architecture, **settings})
+            settings = {"geometry": self.geometry, **self.architecture, **settings}
+            return lambda: partial(getattr(module(), name), **settings)
 
         plain, lora = partial(builder, "vision_language_model"), partial(builder, "with_adapters")
         qlora = partial(lora, quantize_base=True)
@@ -93,39 +108,30 @@ class Family:
         }
 
 
-def tensor_names(family: str, mlp: Mapping[str, str], *, norm_bias: bool) -> TensorNames:
+def tensor_names(family: str, *, norm_bias: bool, **mlp: str) -> TensorNames:
     """Name a family's tensors, by its published names of the layers of its encoder's ``mlp``."""
     layers = {f"blocks.{{}}.mlp.{name}": f"layers.{{}}.mlp.{ours}" for name, ours in mlp.items()}
     norms = () if norm_bias else ("blocks.{}.norm1", "blocks.{}.norm2", "merger.ln_q")
     return TensorNames(family, {**_ENCODER, **layers}, frozenset({"patch_embed.proj", *norms}))
 
 
-def family_and_dimensions(directory: str | Path) -> tuple[Family, dict[str, Any]]:
-    """Return the family of a checkpoint, and what its builder takes by ``config.json``.
-
-    Raises ``ValueError`` as :func:`family_of` does, and if there is no model of that config.
-    """
-    config = read_config(directory)
-    family = _family(config)
-    return family, {**family.architecture, **family.dimensions(config)}
-
-
 def family_of(directory: str | Path) -> Family:
     """Return the family of a checkpoint, or raise ``ValueError`` if that is not known here."""
-    return _family(read_config(directory))
+    config = read_config(directory)
+    model_type = config.content.get("model_type")
+    if model_type not in _MODEL_TYPES:
+        known = " or ".join(map(repr, _MODEL_TYPES))
+        raise config.over({"model_type": None}).error(
+            "model_type", f"{known}: this is a checkpoint of another model"
+        )
+    return _family(model_type)
 
 
 def families() -> list[Family]:
     """Return all families, in the order in which they came to be."""
-    return [import_module(package).FAMILY for package in _PACKAGES.values()]
+    return [*map(_family, _MODEL_TYPES)]
 
 
-def _family(config: JsonObject) -> Family:
-    model_type = config.content.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _PACKAGES:
-        known = " or ".join(repr(name) for name in _PACKAGES)
-        raise config.over({"model_type": None}).error(
-            "model_type", f"{known}: this is a checkpoint of another model"
-        )
-    family: Family = import_module(_PACKAGES[model_type]).FAMILY
+def _family(model_type: str) -> Family:
+    family: Family = import_module(f"{__package__}.{model_type}").FAMILY
     return family

@@ -15,7 +15,7 @@ from torchtune_vl.files._directory import check_manifest
 from torchtune_vl.files._safetensors import Stored, read_tensors, stored_tensors, weight_files
 from torchtune_vl.files._tensor_names import published_name
 from torchtune_vl.models._builders import vision_language_model
-from torchtune_vl.models._registry import family_and_dimensions
+from torchtune_vl.models._registry import family_of
 from torchtune_vl.modules.vision import VisionLanguageModel
 
 _OUTPUT_LAYER = "lm_head.weight"
@@ -28,9 +28,9 @@ def model_of(
 ) -> VisionLanguageModel:
     """Build the model of a checkpoint, plain or with adapters, with its weights or with fresh ones.
 
-    Raises ``ValueError`` as :func:`family_and_dimensions` and :func:`load_weights` do.
+    Raises ``ValueError`` as :func:`family_of` and :func:`load_weights` do.
     """
-    _, dimensions = family_and_dimensions(directory)
+    dimensions = family_of(directory).all_dimensions(directory)
     # A setting that is a dimension too has two values, which Python refuses
     if not weights:
         return build(**dimensions, **settings)
@@ -50,13 +50,21 @@ def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tens
     shape than the config says; it lists all of them.
     """
     check_manifest(directory)
-    family, dimensions = family_and_dimensions(directory)
+    family = family_of(directory)
     with torch.device("meta"):
-        model = vision_language_model(**dimensions)
+        model = vision_language_model(**family.all_dimensions(directory))
     expected = {n: t.shape for n, t in family.names.to_published(model.state_dict()).items()}
     stored = stored_tensors(files, published_name)
     if _OUTPUT_LAYER not in expected and {_OUTPUT_LAYER, _TOKEN_EMBEDDING} <= stored.keys():
-        _drop_tied_output_layer(stored)
+        # Some trainers write an output layer beside tied embeddings
+        pair = read_tensors({name: stored[name] for name in (_OUTPUT_LAYER, _TOKEN_EMBEDDING)})
+        output = stored.pop(_OUTPUT_LAYER)
+        if not torch.equal(*pair.values()):
+            raise ValueError(
+                f"{output.path}: {output.name} differs from the token embedding, but config.json "
+                "says tie_word_embeddings: set it to false if the output layer was trained on its "
+                "own"
+            )
     _refuse_differences(stored, expected, directory)
     return family.names.from_published(read_tensors(stored))
 
@@ -111,17 +119,6 @@ def initial_adapters(
             base = base.get_original_weight() if isinstance(base, NF4Tensor) else base
             adapters[f"{name}.magnitude"] = torch.linalg.norm(base.float(), dim=1)
     return {name: tensor for name, tensor in adapters.items() if name not in weights}
-
-
-def _drop_tied_output_layer(stored: dict[str, Stored]) -> None:
-    """Accept an output layer beside tied embeddings, which some trainers write, if it is equal."""
-    values = read_tensors({name: stored[name] for name in (_OUTPUT_LAYER, _TOKEN_EMBEDDING)})
-    output = stored.pop(_OUTPUT_LAYER)
-    if not torch.equal(*values.values()):
-        raise ValueError(
-            f"{output.path}: {output.name} differs from the token embedding, but config.json says "
-            "tie_word_embeddings: set it to false if the output layer was trained on its own"
-        )
 
 
 def _refuse_differences(

@@ -110,12 +110,9 @@ class DoRA(DoRALinear):
         else:
             out = F.linear(x, self.weight)
         if not self.disabled:
-            out = self._scale() * (out + self.scaling * self.lora_b(self.lora_a(self.dropout(x))))
+            with torch.no_grad():  # norms count as constants in gradients, as in the paper
+                product = self.lora_b.weight @ self.lora_a.weight
+                norm = self._get_weight_norm(self.weight.to(product.dtype), product)
+            low_rank = self.lora_b(self.lora_a(self.dropout(x)))
+            out = self.magnitude / norm * (out + self.scaling * low_rank)
         return out if self.bias is None else out + self.bias
-
-    def _scale(self) -> torch.Tensor:
-        """Magnitudes by norms, which count as constants in gradients, as in the paper."""
-        with torch.no_grad():
-            product = self.lora_b.weight @ self.lora_a.weight
-            norm = self._get_weight_norm(self.weight.to(product.dtype), product)
-        return self.magnitude / norm

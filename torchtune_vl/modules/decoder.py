@@ -24,6 +24,7 @@ from torchtune_vl.modules.attention import (
     rotary_table,
     rotate,
 )
+from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.layout import Segments
 from torchtune_vl.modules.loss import chunked_cross_entropy
 
@@ -32,60 +33,40 @@ Mask = torch.Tensor | Segments | BlockMask | None
 
 
 class Decoder(nn.Module):
-    """The language model; its arguments are those of ``vision_language_model``.
+    """The language model. Raises ``ValueError`` if its dimensions do not fit each other."""
 
-    Raises ``ValueError`` if these do not fit each other.
-    """
-
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        num_layers: int,
-        num_heads: int,
-        num_kv_heads: int,
-        embed_dim: int,
-        intermediate_dim: int,
-        tie_word_embeddings: bool,
-        max_seq_len: int,
-        attn_dropout: float,
-        norm_eps: float,
-        rope_base: float,
-        mrope_sections: tuple[int, int, int],
-        linear: MakeLinear,
-    ) -> None:
+    def __init__(self, dims: Dimensions, linear: MakeLinear) -> None:
         super().__init__()
-        self.head_dim = 2 * sum(mrope_sections)
-        if embed_dim != num_heads * self.head_dim:
+        self.head_dim = 2 * sum(dims.mrope_sections)
+        if dims.embed_dim != dims.num_heads * self.head_dim:
             raise ValueError(
-                f"a width of {embed_dim} does not divide into {num_heads} heads of twice the sum "
-                f"of the M-RoPE sections {list(mrope_sections)}"
+                f"a width of {dims.embed_dim} does not divide into {dims.num_heads} heads of twice "
+                f"the sum of the M-RoPE sections {list(dims.mrope_sections)}"
             )
-        self.rope_base = rope_base
-        self.mrope_sections = mrope_sections
-        self.max_seq_len = max_seq_len
+        self.rope_base = dims.rope_base
+        self.mrope_sections = dims.mrope_sections
+        self.max_seq_len = dims.max_seq_len
         self.num_output_chunks = 0
-        norm = partial(nn.RMSNorm, embed_dim, eps=norm_eps)
-        self.tok_embeddings = nn.Embedding(vocab_size, embed_dim)
+        norm = partial(nn.RMSNorm, dims.embed_dim, eps=dims.norm_eps)
+        self.tok_embeddings = nn.Embedding(dims.vocab_size, dims.embed_dim)
         self.layers: Any = nn.ModuleList(
             TransformerLayer(
-                Attention(embed_dim, num_heads, num_kv_heads, attn_dropout, linear),
-                FeedForward(embed_dim, intermediate_dim, linear),
+                Attention(dims, linear),
+                FeedForward(dims.embed_dim, dims.intermediate_dim, linear),
                 sa_norm=norm(),
                 mlp_norm=norm(),
             )
-            for _ in range(num_layers)
+            for _ in range(dims.num_layers)
         )
         self.norm = norm()
-        self.output = (
-            None if tie_word_embeddings else linear("output", embed_dim, vocab_size, False)
-        )
+        is_tied = dims.tie_word_embeddings
+        self.output = None if is_tied else linear("output", dims.embed_dim, dims.vocab_size, False)
 
     def forward(
         self,
         x_BSE: torch.Tensor,
-        *,
         mask: Mask = None,
+        *,
         input_pos: torch.Tensor | None = None,
         output_positions: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
@@ -179,16 +160,15 @@ class TransformerLayer(TransformerSelfAttentionLayer):
 class Attention(nn.Module):
     """Attention with heads of keys and values that several heads of queries share."""
 
-    def __init__(
-        self, embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float, linear: MakeLinear
-    ) -> None:
+    def __init__(self, dims: Dimensions, linear: MakeLinear) -> None:
         super().__init__()
-        self.head_dim = embed_dim // num_heads
-        self.q_proj = linear("q_proj", embed_dim, embed_dim, True)
-        self.k_proj = linear("k_proj", embed_dim, num_kv_heads * self.head_dim, True)
-        self.v_proj = linear("v_proj", embed_dim, num_kv_heads * self.head_dim, True)
-        self.output_proj = linear("output_proj", embed_dim, embed_dim, False)
-        self.dropout = dropout
+        self.head_dim = dims.embed_dim // dims.num_heads
+        kv_dim = dims.num_kv_heads * self.head_dim
+        self.q_proj = linear("q_proj", dims.embed_dim, dims.embed_dim, True)
+        self.k_proj = linear("k_proj", dims.embed_dim, kv_dim, True)
+        self.v_proj = linear("v_proj", dims.embed_dim, kv_dim, True)
+        self.output_proj = linear("output_proj", dims.embed_dim, dims.embed_dim, False)
+        self.dropout = dims.attn_dropout
         self.kv_cache: KVCache | None = None
 
     def forward(self, x_BSE: torch.Tensor, *, mask: Mask, rope: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """What lies where in a row: integer maths on shapes of media, done once, in the data workers."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -76,43 +77,34 @@ def vision_index(grid_thw: torch.Tensor, geometry: Geometry) -> dict[str, torch.
     column, ``unit_positions``, int32 [units, 2]; and the patches of each window and frame,
     ``window_lengths`` and ``frame_lengths``, int64. Without windows the frames are the windows.
     """
-    size = geometry.merge_size
     return join_vision_indices(
-        [_index_of_medium(t, h // size, w // size, geometry) for t, h, w in grid_thw.tolist()]
+        [_index_of_frame(h, w, geometry) for t, h, w in grid_thw.tolist() for _ in range(t)]
     )
 
 
-def _index_of_medium(t: int, h: int, w: int, geometry: Geometry) -> dict[str, torch.Tensor]:
-    """The index of one medium of t frames of h x w units."""
-    order, positions, window_lengths = _index_of_frame(h, w, geometry)
-    index = {
-        "unit_order": (order + np.arange(t)[:, None] * (h * w)).ravel(),
-        "unit_positions": np.concatenate([positions] * t),
-        "window_lengths": np.concatenate([window_lengths] * t),
-        "frame_lengths": np.full(t, h * w * geometry.merge_size**2),
-    }
-    return {name: torch.from_numpy(array) for name, array in index.items()}
-
-
 @lru_cache(_SHAPES)
-def _index_of_frame(h: int, w: int, geometry: Geometry) -> tuple[np.ndarray, ...]:
-    """Order, positions and window lengths of h x w units; to be copied, never changed."""
+def _index_of_frame(h: int, w: int, geometry: Geometry) -> dict[str, torch.Tensor]:
+    """The index of h x w patches; to be copied, never changed."""
+    h, w, patches = h // geometry.merge_size, w // geometry.merge_size, geometry.merge_size**2
     rows, columns = np.indices((h, w)).reshape(2, -1)
     size = geometry.window_size or max(h, w)
     window = rows // size * -(-w // size) + columns // size
     order = window.argsort(kind="stable")
-    positions = np.stack([rows, columns], axis=1)[order].astype(np.int32)
-    return order, positions, np.bincount(window) * geometry.merge_size**2
+    index = {
+        "unit_order": order,
+        "unit_positions": np.stack([rows, columns], axis=1)[order].astype(np.int32),
+        "window_lengths": np.bincount(window) * patches,
+        "frame_lengths": np.array([h * w * patches]),
+    }
+    return {name: torch.from_numpy(array) for name, array in index.items()}
 
 
 def join_vision_indices(indices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Join indices of :func:`vision_index`, of media that the encoder sees as one batch.
+    """Join indices of :func:`vision_index`, of what the encoder sees as one batch.
 
     Other keys, which samples have, are ignored.
     """
     keys = ("unit_order", "unit_positions", "window_lengths", "frame_lengths")
-    if len(indices) == 1:
-        return {key: indices[0][key] for key in keys}  # what torch.cat would copy
     joined = {key: torch.cat([index[key] for index in indices]) for key in keys}
     sizes = torch.tensor([len(index["unit_order"]) for index in indices])
     joined["unit_order"] += (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
@@ -168,17 +160,13 @@ class Segments:
 
         This and its inverse, int64 [rows], are None where those of one length are neighbours.
         """
-        runs = _runs(self.lengths)
+        runs = [(length, len([*run])) for length, run in groupby(self.lengths)]
         if len(runs) == len({*self.lengths}):
             return runs, None
         lengths = torch.tensor(self.lengths)
         order = lengths.repeat_interleave(lengths).argsort(stable=True)
         order = order.to(self.boundaries.device)
-        return _runs(sorted(self.lengths)), (order, order.argsort())
-
-
-def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    return [(length, len([*run])) for length, run in groupby(lengths)]
+        return sorted(Counter(self.lengths).items()), (order, order.argsort())
 
 
 def concatenate_patches(patches: Sequence[torch.Tensor], shared: bool = False) -> torch.Tensor:

@@ -4,7 +4,8 @@
 # embedding, E width of the decoder (of B and S) or of the encoder (of N), H heads, D dimension of a
 # head
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,7 +24,8 @@ from torchtune_vl.modules.attention import (
     rotary_table,
     rotate,
 )
-from torchtune_vl.modules.decoder import Decoder, FeedForward, TransformerLayer
+from torchtune_vl.modules.decoder import Decoder, FeedForward, Mask, TransformerLayer
+from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.layout import Segments, encoder_index, vision_index
 
 
@@ -46,13 +48,16 @@ class VisionLanguageModel(nn.Module):
         tokens: torch.Tensor,
         *,
         encoder_input: dict[str, dict[str, Any]] | None = None,
-        **inputs: Any,
+        mask: Mask = None,
+        input_pos: torch.Tensor | None = None,
+        output_positions: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """Compute logits, or losses, of tokens with placeholders expanded, int64 [B, S].
 
         ``encoder_input``, None for text alone, is ``{"vision": {...}}`` with the arguments of
-        :meth:`VisionEncoder.forward` for the media of all sequences in order. Other ``inputs``, and
-        what is returned, are those of :meth:`Decoder.forward`.
+        :meth:`VisionEncoder.forward` for the media of all sequences in order. Others, and what
+        is returned, are those of :meth:`Decoder.forward`.
 
         Without media the encoder has no part in it, and its gradients are missing. Where other
         processes, which may have media, would wait for this one in it, it takes a blank image, and
@@ -71,7 +76,9 @@ class VisionLanguageModel(nn.Module):
         elif self._is_awaited(tokens):
             blank = encoder(**_blank(encoder.geometry, tokens.device))
             x_BSE = x_BSE + 0 * blank.sum().to(x_BSE.dtype)
-        return self.decoder(x_BSE, **inputs)
+        return self.decoder(
+            x_BSE, mask, input_pos=input_pos, output_positions=output_positions, targets=targets
+        )
 
     def _fuse(self, tokens: torch.Tensor, x_BSE: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
         is_placeholder = torch.zeros_like(tokens, dtype=torch.bool)
@@ -114,43 +121,32 @@ class VisionEncoder(nn.Module):
     Raises ``ValueError`` if the width does not divide into the heads.
     """
 
-    def __init__(
-        self,
-        *,
-        geometry: Geometry,
-        embed_dim: int,
-        num_layers: int,
-        num_heads: int,
-        intermediate_dim: int,
-        in_channels: int,
-        out_dim: int,
-        full_attention_layers: Sequence[int],
-        norm: Callable[[int], nn.Module],
-        activation: Callable[[torch.Tensor], torch.Tensor],
-        gated: bool,
-        linear: MakeLinear,
-        merger_linear: MakeLinear,
-    ) -> None:
+    def __init__(self, dims: Dimensions, linear: MakeLinear, merger_linear: MakeLinear) -> None:
         super().__init__()
-        if embed_dim % (4 * num_heads):
-            heads = f"{num_heads} heads of a dimension divisible by 4"
-            raise ValueError(f"the encoder's width of {embed_dim} does not divide into {heads}")
-        self.geometry = geometry
-        self.head_dim = embed_dim // num_heads
-        self.full_attention_layers = frozenset(full_attention_layers)
-        self.patch_embed = PatchEmbedding(geometry, in_channels, embed_dim)
+        width, heads = dims.vision_embed_dim, dims.vision_num_heads
+        if width % (4 * heads):
+            expected = f"{heads} heads of a dimension divisible by 4"
+            raise ValueError(f"the encoder's width of {width} does not divide into {expected}")
+        self.geometry = replace(
+            dims.geometry,
+            patch_size=dims.patch_size,
+            temporal_patch_size=dims.temporal_patch_size,
+        )
+        self.head_dim = width // heads
+        self.full_attention_layers = frozenset(dims.full_attention_layers)
+        self.patch_embed = PatchEmbedding(self.geometry, dims.vision_in_channels, width)
+        gated, activation = dims.vision_gated, dims.vision_activation
         mlp = partial(FeedForward, bias=True, gated=gated, activation=activation)
         self.layers = nn.ModuleList(
             TransformerLayer(
-                VisionAttention(embed_dim, self.head_dim, linear),
-                mlp(embed_dim, intermediate_dim, linear),
-                sa_norm=norm(embed_dim),
-                mlp_norm=norm(embed_dim),
+                VisionAttention(width, self.head_dim, linear),
+                mlp(width, dims.vision_intermediate_dim, linear),
+                sa_norm=dims.vision_norm(width),
+                mlp_norm=dims.vision_norm(width),
             )
-            for _ in range(num_layers)
+            for _ in range(dims.vision_num_layers)
         )
-        unit_size = geometry.merge_size**2
-        self.merger = PatchMerger(norm(embed_dim), embed_dim, unit_size, out_dim, merger_linear)
+        self.merger = PatchMerger(dims, merger_linear)
 
     def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor, **index: Any) -> torch.Tensor:
         """Encode media, as [U, width of the decoder] in their order.
@@ -163,18 +159,14 @@ class VisionEncoder(nn.Module):
         index = index or _index(grid_thw, self.geometry)
         segments = {k: Segments(*next(iter(index[k].items()))) for k in ("windows", "frames")}
         rope = self._rope(index["unit_positions"])
-        x_NE = self.patch_embed(patches)
-        has_windows = self.geometry.window_size is not None
-        if has_windows:
-            order_U = index["unit_order"]
-            back_U = order_U.argsort()
-            x_UNE = x_NE.unflatten(0, (len(order_U), -1))
-            x_NE = permute_rows(x_UNE, order_U, back_U).flatten(0, 1)
+        order_U = index["unit_order"]
+        back_U = order_U.argsort()
+        x_UNE = self.patch_embed(patches).unflatten(0, (len(order_U), -1))
+        x_NE = permute_rows(x_UNE, order_U, back_U).flatten(0, 1)
         for number, layer in enumerate(self.layers):
             kind = "frames" if number in self.full_attention_layers else "windows"
             x_NE = layer(x_NE, segments=segments[kind], rope=rope)
-        x_UE = self.merger(x_NE)
-        return permute_rows(x_UE, back_U, order_U) if has_windows else x_UE
+        return permute_rows(self.merger(x_NE), back_U, order_U)
 
     def _rope(self, unit_positions: torch.Tensor) -> torch.Tensor:
         """Make the rotary table of all patches [N, 2, D/2] from row and column of units [U, 2]."""
@@ -260,16 +252,14 @@ class VisionAttention(nn.Module):
 class PatchMerger(nn.Module):
     """Joins the patches of a unit into one embedding (transformers' ``PatchMerger``)."""
 
-    def __init__(
-        self, norm: nn.Module, embed_dim: int, unit_size: int, out_dim: int, linear: MakeLinear
-    ) -> None:
+    def __init__(self, dims: Dimensions, linear: MakeLinear) -> None:
         super().__init__()
-        width = embed_dim * unit_size
-        self.norm = norm
+        self.unit_size = dims.geometry.merge_size**2
+        width = dims.vision_embed_dim * self.unit_size
+        self.norm = dims.vision_norm(dims.vision_embed_dim)
         self.mlp = FeedForward(
-            width, width, linear, out_dim=out_dim, bias=True, gated=False, activation=F.gelu
+            width, width, linear, out_dim=dims.embed_dim, bias=True, gated=False, activation=F.gelu
         )
-        self.unit_size = unit_size
 
     def forward(self, x_NE: torch.Tensor) -> torch.Tensor:
         """Merge hidden states into embeddings [U, width of the decoder]."""

@@ -13,29 +13,17 @@ from torchtune_vl.chat import QwenTokenizer as Qwen2_5_VLTokenizer
 from torchtune_vl.chat import boxes_in_original as boxes_by_sizes
 from torchtune_vl.chat._processor_files import read_if_there
 from torchtune_vl.files._json import JsonObject
-from torchtune_vl.media import Geometry, ImageTransform, VideoTransform
+from torchtune_vl.media import ImageTransform, VideoTransform
 from torchtune_vl.models._config_json import (
     VISION_DEFAULTS,
     WIDEST,
-    decoder_dimensions,
+    common_dimensions,
     support_only,
-    vision_dimensions,
     whole_numbers,
 )
-from torchtune_vl.models._registry import Family, tensor_names
+from torchtune_vl.models._registry import Family, geometry, tensor_names
 
-# Of every published checkpoint; transformers' class default for max_pixels is smaller (1,003,520)
-GEOMETRY = Geometry(
-    patch_size=14,
-    temporal_patch_size=2,
-    merge_size=2,
-    window_size=4,
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
-    min_pixels=3136,
-    max_pixels=12845056,
-)
-_MLP = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+GEOMETRY = geometry(window_size=4)
 _VISION_DEFAULTS: dict[str, Any] = {
     **VISION_DEFAULTS,
     "hidden_act": "silu",
@@ -47,17 +35,13 @@ _VISION_DEFAULTS: dict[str, Any] = {
 
 
 def _dimensions(config: JsonObject) -> dict[str, Any]:
-    text = decoder_dimensions(config)
     vision = config.part("vision_config").over(_VISION_DEFAULTS)
-    keys = {"width": "hidden_size", "out": "out_hidden_size"}
-    encoder = vision_dimensions(vision, text["embed_dim"], **keys)
+    dimensions = common_dimensions(config, vision, width="hidden_size", out="out_hidden_size")
     size = GEOMETRY.merge_size
-    window = (GEOMETRY.window_size or 1) * size * encoder["patch_size"]
+    window = (GEOMETRY.window_size or 1) * size * dimensions["patch_size"]
     support_only(vision, hidden_act="silu", spatial_merge_size=size, window_size=window)
-    last = encoder["vision_num_layers"] - 1
-    return {
-        **text,
-        **encoder,
+    last = dimensions["vision_num_layers"] - 1
+    return dimensions | {
         "vision_intermediate_dim": vision.whole("intermediate_size", most=WIDEST),
         "full_attention_layers": whole_numbers(vision, "fullatt_block_indexes", 0, last),
     }
@@ -121,10 +105,9 @@ def boxes_in_original(
 FAMILY = Family(
     name="Qwen2.5-VL",
     package="qwen2_5_vl",
-    names=tensor_names("Qwen2.5-VL", _MLP, norm_bias=False),
+    names=tensor_names("Qwen2.5-VL", norm_bias=False, gate_proj="w1", down_proj="w2", up_proj="w3"),
     geometry=GEOMETRY,
     architecture={
-        "geometry": GEOMETRY,
         "max_seq_len": 128000,
         "full_attention_layers": (7, 15, 23, 31),
         "vision_norm": partial(nn.RMSNorm, eps=1e-6),
@@ -153,7 +136,4 @@ __all__ = [
     *FAMILY.functions,
 ]
 __getattr__ = FAMILY.function
-
-
-def __dir__() -> list[str]:
-    return __all__
+__dir__ = __all__.copy

@@ -10,26 +10,10 @@ from torch import nn
 
 from torchtune_vl.chat import ChatTransform, ProcessorClasses
 from torchtune_vl.files._json import JsonObject
-from torchtune_vl.media import Geometry
-from torchtune_vl.models._config_json import (
-    VISION_DEFAULTS,
-    decoder_dimensions,
-    support_only,
-    vision_dimensions,
-)
-from torchtune_vl.models._registry import Family, tensor_names
+from torchtune_vl.models._config_json import VISION_DEFAULTS, common_dimensions, support_only
+from torchtune_vl.models._registry import Family, geometry, tensor_names
 
-# Of every published checkpoint
-GEOMETRY = Geometry(
-    patch_size=14,
-    temporal_patch_size=2,
-    merge_size=2,
-    window_size=None,
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
-    min_pixels=3136,
-    max_pixels=12845056,
-)
+GEOMETRY = geometry(window_size=None)
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -41,19 +25,18 @@ _VISION_DEFAULTS = VISION_DEFAULTS | {"embed_dim": 1280, "hidden_act": "quick_ge
 
 
 def _dimensions(config: JsonObject) -> dict[str, Any]:
-    text = decoder_dimensions(config)
     vision = config.part("vision_config").over(_VISION_DEFAULTS)
-    encoder = vision_dimensions(
+    dimensions = common_dimensions(
+        config,
         vision,
-        text["embed_dim"],
         width="embed_dim",
         out="hidden_size",
         # The published files say in_chans, transformers' class in_channels
         channels="in_chans" if "in_chans" in vision else "in_channels",
     )
     support_only(vision, hidden_act="quick_gelu", spatial_merge_size=GEOMETRY.merge_size)
-    hidden = int(encoder["vision_embed_dim"] * vision.number("mlp_ratio", 0.1, 100))
-    return {**text, **encoder, "vision_intermediate_dim": hidden}
+    hidden = int(dimensions["vision_embed_dim"] * vision.number("mlp_ratio", 0.1, 100))
+    return {**dimensions, "vision_intermediate_dim": hidden}
 
 
 # What the width and the height of any image are in boxes (arXiv 2409.12191, section 2.2)
@@ -126,11 +109,10 @@ def boxes_in_original(text: str, original_size: tuple[int, int]) -> list[dict[st
 FAMILY = Family(
     name="Qwen2-VL",
     package="qwen2_vl",
-    names=tensor_names("Qwen2-VL", {"fc1": "w1", "fc2": "w2"}, norm_bias=True),
+    names=tensor_names("Qwen2-VL", norm_bias=True, fc1="w1", fc2="w2"),
     geometry=GEOMETRY,
     # After transformers' Qwen2VisionTransformerPretrainedModel
     architecture={
-        "geometry": GEOMETRY,
         "max_seq_len": 32768,
         "vision_intermediate_dim": 5120,
         "vision_norm": partial(nn.LayerNorm, eps=1e-6),
@@ -148,7 +130,4 @@ FAMILY = Family(
 )
 __all__ = ["GEOMETRY", "Qwen2VLTransform", "boxes_in_original", *FAMILY.functions]
 __getattr__ = FAMILY.function
-
-
-def __dir__() -> list[str]:
-    return __all__
+__dir__ = __all__.copy
