@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,18 @@ from torchtune_vl.checkpoint._adapters import (
 )
 from torchtune_vl.files._directory import (
     MANIFEST,
-    RECIPE_STATE,
     check_manifest,
-    epochs,
     new_directory,
     new_file,
-    saved_with,
+    numbered,
+    remove_file,
     survivor,
     write_json,
 )
 from torchtune_vl.files._json import read_json_object
 from torchtune_vl.files._safetensors import (
     INDEX,
-    load_tree,
     read_tensors,
-    save_tree,
     stored_tensors,
     weight_files,
     write_shards,
@@ -49,6 +47,7 @@ _COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".tiktoken")
 # ... but for those that speak of files of weights
 _OWN = (INDEX, MANIFEST, CONFIG)
 _ADAPTER = "adapter"
+_RECIPE_STATE = "recipe_state.pt"
 _FILES_OF_THEIR_OWN = (MODEL_KEY, ADAPTER_KEY, ADAPTER_CONFIG)
 
 log = logging.getLogger(__name__)
@@ -70,10 +69,10 @@ class HubCheckpointer:
         adapter_dir: directory of an adapter, of ours or of peft, to go on training from, with the
             rank and alpha of the model. To train anything else on top of it, merge it first.
         model_type: ignored; stock configs state it.
-        recipe_checkpoint: file with the state of the recipe, by default
-            ``{output_dir}/recipe_state/recipe_state.safetensors``.
-        should_load_recipe_state: whether to resume: with the recipe's state, and the weights, or
-            the adapter, of the epoch in ``output_dir`` that was saved together with it.
+        recipe_checkpoint: file with the state of the recipe, which is in its epoch of
+            ``output_dir``; by default the one that was written last.
+        should_load_recipe_state: whether to resume: with the state of the recipe, and the weights,
+            or the adapter, beside it.
 
     Raises:
         ValueError: if there are no weights, or nothing to resume from.
@@ -97,13 +96,11 @@ class HubCheckpointer:
                 f"output_dir {output_dir} is in checkpoint_dir {checkpoint_dir}: name another, so "
                 "that what is there stays as it is"
             )
-        self._resume = should_load_recipe_state
-        self._recipe_state = self._output_dir / "recipe_state" / "recipe_state.safetensors"
-        self._recipe_checkpoint = Path(recipe_checkpoint or self._recipe_state)
         self._adapter_dir = None if adapter_dir is None else Path(adapter_dir)
         self._weights_dir = survivor(self._checkpoint_dir)
-        if self._resume:
-            epoch = self._find_epoch()
+        self._state = self._find_state(recipe_checkpoint) if should_load_recipe_state else None
+        if self._state:
+            epoch = self._state.parent
             check_manifest(epoch)
             if (epoch / _ADAPTER).is_dir():
                 self._adapter_dir = epoch / _ADAPTER
@@ -112,20 +109,22 @@ class HubCheckpointer:
         named = [self._weights_dir / name for name in checkpoint_files or ()]
         self._files = named or weight_files(self._weights_dir)
 
-    def _find_epoch(self) -> Path:
-        """Find the epoch to resume, and which state of the recipe was saved with it."""
-        given, states = self._recipe_checkpoint, [self._recipe_checkpoint]
-        if given == self._recipe_state:  # or where a crash left it
-            states = [*(epoch / RECIPE_STATE for epoch in epochs(self._output_dir)), given]
-        for state in states:
-            if state.is_file() and (epoch := saved_with(state, self._output_dir)):
-                self._recipe_checkpoint = state
-                return epoch
-        raise ValueError(
-            f"cannot resume: {given} is missing or damaged, or was saved with no epoch_N of "
-            f"{self._output_dir} (each names its own in {MANIFEST}): restore the epoch, or start "
-            "from its weights alone, with checkpoint_dir"
-        )
+    def _find_state(self, given: str | Path | None) -> Path:
+        """Find the state of the recipe to resume from, which is in its epoch."""
+        states = (epoch / _RECIPE_STATE for epoch in numbered(self._output_dir, "epoch"))
+        found = [
+            state
+            for state in states
+            if state.is_file() and (given is None or state.resolve() == Path(given).resolve())
+        ]
+        if not found:
+            raise ValueError(
+                f"cannot resume: no epoch_N of {self._output_dir} has {given or _RECIPE_STATE}: "
+                "restore it, or start from the weights alone, with checkpoint_dir; a recipe_state "
+                "beside the epochs, as earlier releases wrote it, is not read"
+            )
+        # Two are there only if a crash came before the older one was removed
+        return max(found, key=lambda state: state.stat().st_mtime_ns)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Load the weights, and to resume the state of the recipe.
@@ -146,8 +145,8 @@ class HubCheckpointer:
             # Recipes read adapters apart only when they resume, and those among the weights always
             weights.update(adapter.tensors)
             state.update(adapter_state(adapter))
-        if self._resume:
-            state.update(load_tree(self._recipe_checkpoint))
+        if self._state:
+            state.update(_load_state(self._state))
         return state
 
     def save_checkpoint(
@@ -172,12 +171,13 @@ class HubCheckpointer:
 
         Raises:
             ValueError: if a tensor is not of the model, or there are no adapters to write alone.
+            UnpicklingError: if the state has what is neither tensors nor plain values.
             OSError: if a file cannot be written; what was there before is as it was.
         """
         if adapter_only and ADAPTER_KEY not in state_dict:
             raise ValueError("adapter_only: there are no adapters to save")
-        self._take_recipe_state()
-        with new_directory(self._output_dir / f"epoch_{epoch}") as partial:
+        target = self._output_dir / f"epoch_{epoch}"
+        with new_directory(target) as partial:
             if not adapter_only:
                 write_weights(state_dict[MODEL_KEY], partial, survivor(self._checkpoint_dir))
                 for name, text in (processor_files or {}).items():
@@ -188,17 +188,13 @@ class HubCheckpointer:
                 save_adapter(self._adapter(state_dict), partial / _ADAPTER)
             if intermediate_checkpoint:
                 rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
-                with new_file(partial / RECIPE_STATE) as file:
-                    save_tree(rest, file)
-        self._take_recipe_state()
-        log.info("Checkpoint written to %s", self._output_dir / f"epoch_{epoch}")
-
-    def _take_recipe_state(self) -> None:
-        """Move the state of the recipe to its place once the weights beside it are in theirs."""
-        for epoch in epochs(self._output_dir):
-            if (epoch / RECIPE_STATE).is_file():
-                self._recipe_state.parent.mkdir(exist_ok=True)
-                (epoch / RECIPE_STATE).replace(self._recipe_state)
+                with new_file(partial / _RECIPE_STATE) as file:
+                    _save_state(rest, file)
+        if intermediate_checkpoint:  # states take more than weights: one is kept
+            for older in numbered(self._output_dir, "epoch"):
+                if older != target and (older / _RECIPE_STATE).is_file():
+                    remove_file(older / _RECIPE_STATE)
+        log.info("Checkpoint written to %s", target)
 
     def _adapter(self, state_dict: Mapping[str, Any]) -> Adapter:
         """The adapters of a recipe's state, and the parts that it trained in full beside them."""
@@ -224,6 +220,22 @@ class HubCheckpointer:
             if not torch.equal(before.to(weights[name].dtype), weights[name].cpu())
         }
         return [name for name in weights if part_of(name) in changed]
+
+
+def _save_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write the state of a recipe, and see that it can be loaded."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch makes of an OSError
+        raise OSError(f"{path.name}: {error}") from error
+    _load_state(path)
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    """Map the state of a recipe: tensors, also of low-bit optimizers, and plain values alone."""
+    import_module("torchao.optim")  # tells torch that these are harmless
+    state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return state
 
 
 def adapter_state(adapter: Adapter) -> dict[str, Any]:
