@@ -15,10 +15,10 @@ from torchtune_vl.training._saved_steps import Steps, drop_steps_after
 
 
 def save(steps: Steps, number: int, best: int | None = None) -> None:
-    steps.begin(number, {"step": number, "best": {"step": best}})
+    partial = steps.begin(number, {"step": number, "best": {"step": best}})
     for name in (".metadata", "__0_0.distcp", "__1_0.distcp"):
-        (steps.partial(number) / name).write_bytes(bytes([number]) * 5000)
-    steps.finish(number)
+        (partial / name).write_bytes(bytes([number]) * 5000)
+    steps.finish(partial)
 
 
 def names(directory: Path) -> set[str]:

@@ -64,18 +64,13 @@ class HubCheckpointer:
     Args:
         checkpoint_dir: directory to start from.
         output_dir: directory to write into; not the same.
-        checkpoint_files: names of the files of weights in ``checkpoint_dir``; by default those of
-            the index, or ``model.safetensors``.
+        checkpoint_files: names of the files of weights, by default by the index if there is one.
         adapter_dir: directory of an adapter, of ours or of peft, to go on training from, with the
             rank and alpha of the model. To train anything else on top of it, merge it first.
         model_type: ignored; stock configs state it.
-        recipe_checkpoint: file with the state of the recipe, which is in its epoch of
-            ``output_dir``; by default the one that was written last.
-        should_load_recipe_state: whether to resume: with the state of the recipe, and the weights,
-            or the adapter, beside it.
-
-    Raises:
-        ValueError: if there are no weights, or nothing to resume from.
+        recipe_checkpoint: ``recipe_state.pt`` of an epoch, by default the one written last.
+        should_load_recipe_state: whether to resume: with that, and the weights or the adapter
+            beside it. ``ValueError`` if there is nothing to resume from.
     """
 
     def __init__(
@@ -166,13 +161,11 @@ class HubCheckpointer:
             epoch: number of the epoch.
             intermediate_checkpoint: whether to write the state of the recipe too, to resume from.
             adapter_only: whether to write adapters alone, without all else that is trained.
-            processor_files: texts of files, by name, that go in place of ``checkpoint_dir``'s:
-                the transform's ``processor_files()``, which tell servers what the model saw.
+            processor_files: texts of files, by name, that go in place of ``checkpoint_dir``'s.
 
-        Raises:
-            ValueError: if a tensor is not of the model, or there are no adapters to write alone.
-            UnpicklingError: if the state has what is neither tensors nor plain values.
-            OSError: if a file cannot be written; what was there before is as it was.
+        Raises ``ValueError`` if a tensor is not of the model, ``UnpicklingError`` if the state has
+        other than tensors and plain values, and ``OSError`` if a file cannot be written; what was
+        there before is as it was then.
         """
         if adapter_only and ADAPTER_KEY not in state_dict:
             raise ValueError("adapter_only: there are no adapters to save")
@@ -282,11 +275,10 @@ def merge(
 ) -> None:
     """Write the checkpoint that a base model and its adapter, of ours or of peft, make.
 
-    Weights have ``dtype``, by default that of each in the base model, and files at most
-    ``max_shard_size`` bytes of tensors, such as ``500MB``. Weights do not tell whether an adapter
-    was trained on them: a base of another name is logged. Raises ``ValueError`` if a directory is
-    damaged or they do not fit each other, and ``OSError`` if a file cannot be written, or the
-    output exists.
+    Weights have ``dtype``, by default that of each in the base model. Weights do not tell whether
+    an adapter was trained on them: a base of another name is logged. Raises ``ValueError`` if a
+    directory is damaged or they do not fit each other, and ``OSError`` if a file cannot be written,
+    or the output exists.
     """
     weights = load_weights(base, weight_files(base))
     adapter = load_adapter(adapter_dir, weights)
@@ -300,10 +292,9 @@ def merge(
 def export(
     source: Path, output: Path, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
 ) -> None:
-    """Write a checkpoint in the published layout, or an adapter in peft's.
+    """Write a checkpoint in the published layout, or an adapter in peft's, as :func:`merge` does.
 
-    ``source`` is the directory of either, and tensors without a ``dtype`` stay as they are. See
-    :func:`merge` for the other arguments and for what is raised.
+    ``source`` is the directory of either.
     """
     adapter = load_adapter(source) if (source / CONFIG).is_file() else None
     weights = adapter.tensors if adapter else load_weights(source, weight_files(source))

@@ -46,7 +46,7 @@ from torchtune_vl.checkpoint._checkpointer import adapter_state
 from torchtune_vl.data import Row, TrainingRows
 from torchtune_vl.data._data_workers import loading
 from torchtune_vl.datasets import SamplesError, measure_all
-from torchtune_vl.files._directory import numbered, open_locked
+from torchtune_vl.files._directory import numbered, open_locked, remove
 from torchtune_vl.models._builders import part_of
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import initial_adapters, load_weights_into
@@ -527,23 +527,22 @@ class FinetuneRecipe:
             "processes": dist.get_world_size(),
             "fingerprint": self.fingerprint,
         }
-        self._on_main(lambda: self.saved.begin(self.step, progress))
-        partial = self.saved.partial(self.step)
+        partial = self._on_main(lambda: self.saved.begin(self.step, progress))
         written = dcp.async_save(state, checkpoint_id=partial, process_group=self.save_group)
-        self.pending_save = self.saving.submit(self._finish_save, self.step, written)
+        self.pending_save = self.saving.submit(self._finish_save, partial, written)
 
-    def _finish_save(self, step: int, written: Any) -> None:
+    def _finish_save(self, partial: Path, written: Any) -> None:
         try:
             written.result()
             if self.is_main:
-                self.saved.finish(step)
+                self.saved.finish(partial)
         except (dcp.CheckpointException, OSError) as error:
             failures = getattr(error, "failures", {0: (error, None)})
             reason = next(iter(failures.values()))[0]
             if self.is_main:
-                self.saved.discard(step)
+                remove(partial)
             raise OSError(
-                f"{self.saved.path(step)} cannot be written ({reason}): make room and go on with "
+                f"{partial.with_suffix('')} cannot be written ({reason}): make room and go on with "
                 "resume=True; earlier steps are as they were"
             ) from error
 

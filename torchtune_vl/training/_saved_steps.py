@@ -50,9 +50,6 @@ class Steps:
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step}"
 
-    def partial(self, step: int) -> Path:
-        return self.directory / f"step_{step}.partial"
-
     def read(self, directory: Path) -> SavedStep:
         """Return a step, or raise ``ValueError`` with all in which it is not as it was written."""
         check_manifest(directory, required=(_PROGRESS, ".metadata"))
@@ -85,26 +82,25 @@ class Steps:
             )
         return None
 
-    def begin(self, step: int, progress: dict[str, Any]) -> None:
+    def begin(self, step: int, progress: dict[str, Any]) -> Path:
         """Make the directory that a step is written to, and write its progress as JSON.
 
         Its ``["best"]["step"]`` is the number of a step to keep as long as this one, or None.
         """
-        self.discard(step)
-        self.partial(step).mkdir(parents=True)
-        write_json(self.partial(step) / _PROGRESS, progress)
+        partial = self.path(step).with_suffix(".partial")
+        remove(partial)
+        partial.mkdir(parents=True)
+        write_json(partial / _PROGRESS, progress)
+        return partial
 
-    def finish(self, step: int) -> None:
+    def finish(self, partial: Path) -> None:
         """Give a step that is on the disk its checksums and its name, and remove older ones."""
-        complete(self.partial(step), self.path(step))
+        complete(partial, partial.with_suffix(""))
         saved = numbered(self.directory, "step")
         kept = {*saved[: self.keep_last]}
         kept |= {self.path(best) for directory in kept if (best := _best(directory)) is not None}
         for old in set(saved) - kept:
             remove(old)
-
-    def discard(self, step: int) -> None:
-        remove(self.partial(step))
 
 
 def _progress(directory: Path) -> dict[str, Any]:
