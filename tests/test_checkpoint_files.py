@@ -151,14 +151,14 @@ def test_every_file_is_flushed_before_it_is_moved(
 def test_what_a_crash_left_is_found_and_then_cleaned(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     save(base, output, epoch=0, value=1.0)
-    (output / "epoch_0").rename(output / "epoch_0.old")
+    (output / "epoch_0").rename(output / "epoch_0.replaced")
     (output / "epoch_0.partial").mkdir()
     (output / "epoch_7.partial").mkdir()
     (output / "epoch_7.partial" / "recipe_state.pt.partial").touch()
     assert resumed(base, output) == 1
     assert load(output / "epoch_0")["model"]
     save(base, output, epoch=1, value=1.5)
-    (output / "epoch_0.old").mkdir()  # not deleted yet
+    (output / "epoch_0.replaced").mkdir()  # not deleted yet
     save(base, output, epoch=1, value=2.0)
     assert {path.name for path in output.iterdir()} == {"epoch_0", "epoch_1"}
     assert len(list(output.rglob("recipe_state*"))) == 1

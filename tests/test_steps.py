@@ -54,7 +54,7 @@ def test_what_a_crash_left_does_not_count_and_goes(tmp_path: Path) -> None:
 def test_what_others_made_stays_and_does_no_harm(tmp_path: Path) -> None:
     steps = Steps(tmp_path, keep_last=1)
     save(steps, 3)
-    strange = ["step_5.bak", "step_5.aside", "step_foo", "step_", "step_07", "step_x.partial", "a"]
+    strange = ["step_5.bak", "step_6.old", "step_foo", "step_", "step_07", "step_x.partial", "a"]
     for name in strange:
         (tmp_path / name).mkdir()
     (tmp_path / "step_9").write_text("a file")

@@ -106,12 +106,8 @@ class HubCheckpointer:
 
     def _find_state(self, given: str | Path | None) -> Path:
         """Find the state of the recipe to resume from, which is in its epoch."""
-        states = (epoch / _RECIPE_STATE for epoch in numbered(self._output_dir, "epoch"))
-        found = [
-            state
-            for state in states
-            if state.is_file() and (given is None or state.resolve() == Path(given).resolve())
-        ]
+        states = [epoch / _RECIPE_STATE for epoch in numbered(self._output_dir, "epoch")]
+        found = [s for s in states if s.is_file() and Path(given or s).resolve() == s.resolve()]
         if not found:
             raise ValueError(
                 f"cannot resume: no epoch_N of {self._output_dir} has {given or _RECIPE_STATE}: "

@@ -85,12 +85,12 @@ def new_directory(target: Path) -> Iterator[Path]:
 def complete(partial: Path, target: Path) -> None:
     """Give a directory whose files are on the disk checksums and its name.
 
-    What has this name is ``{target}.old`` between two renames, where :func:`survivor` finds it.
+    What had it is ``{target}.replaced`` between two renames, where :func:`survivor` finds it.
     """
     write_manifest(partial)
     flush(partial)
     if target.exists():
-        target.rename(_beside(target, ".old"))
+        target.rename(_beside(target, ".replaced"))
     partial.rename(target)
     flush(target.parent)
 
@@ -100,9 +100,9 @@ def tidy(parent: Path, names: str) -> None:
 
     ``names`` is a regular expression of the directories that this is about.
     """
-    for left in (*parent.glob("*.partial"), *parent.glob("*.old")):
+    for left in (*parent.glob("*.partial"), *parent.glob("*.replaced")):
         if re.fullmatch(names, left.stem):
-            if left.suffix == ".old" and left.is_dir() and not left.with_suffix("").exists():
+            if left.suffix == ".replaced" and left.is_dir() and not left.with_suffix("").exists():
                 left.rename(left.with_suffix(""))
             else:
                 remove(left)
@@ -145,15 +145,15 @@ def open_locked(path: Path) -> TextIO:
 
 
 def survivor(target: Path) -> Path:
-    """Return where a directory is: ``{target}.old`` if a crash came while it was replaced."""
-    old = _beside(target, ".old")
-    return old if old.is_dir() and not target.exists() else target
+    """Return where a directory is: ``{target}.replaced`` if a crash came while it was replaced."""
+    replaced = _beside(target, ".replaced")
+    return replaced if replaced.is_dir() and not target.exists() else target
 
 
 def numbered(parent: Path, kind: str) -> list[Path]:
     """List all complete ``{kind}_N``, from the highest number down."""
     names = (
-        re.fullmatch(rf"{kind}_(0|[1-9]\d*)(\.old)?", path.name) for path in parent.glob("*_*")
+        re.fullmatch(rf"{kind}_(0|[1-9]\d*)(\.replaced)?", path.name) for path in parent.glob("*_*")
     )
     numbers = {int(name[1]) for name in names if name}
     places = (survivor(parent / f"{kind}_{number}") for number in sorted(numbers, reverse=True))
