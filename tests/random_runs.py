@@ -304,7 +304,7 @@ def _resume_to_the_end(config: Path, drawn: Drawn) -> float:
 
 def _look_at_what_it_left(output: Path, drawn: Drawn) -> None:
     names = {path.name for path in output.iterdir()}
-    left = {name for name in names if re.search(r"partial|\.old|\.tmp", name)}
+    left = {name for name in names if re.search(r"partial|\.replaced|\.tmp", name)}
     assert not left, f"left behind: {left}"
     assert {"samples", "logs", "steps", "loss.png"} <= names, names
     (epoch,) = output.glob("epoch_*")

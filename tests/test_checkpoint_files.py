@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -122,7 +123,7 @@ def test_the_index_is_written_after_the_weights_and_checksums_last(
     shards = [i for i, name in enumerate(order) if name.startswith("model-")]
     assert len(shards) == 3
     assert max(shards) < order.index(INDEX) < order.index(MANIFEST)
-    assert order[-1] == "recipe_state.safetensors"  # once the weights are in place
+    assert "recipe_state.pt" in order[: order.index(MANIFEST)]
 
 
 def test_every_file_is_flushed_before_it_is_moved(
@@ -150,17 +151,18 @@ def test_every_file_is_flushed_before_it_is_moved(
 def test_what_a_crash_left_is_found_and_then_cleaned(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     save(base, output, epoch=0, value=1.0)
-    (output / "epoch_0").rename(output / "epoch_0.old")
+    (output / "epoch_0").rename(output / "epoch_0.replaced")
     (output / "epoch_0.partial").mkdir()
     (output / "epoch_7.partial").mkdir()
-    (output / "epoch_7.partial" / "recipe_state.next.partial").touch()
+    (output / "epoch_7.partial" / "recipe_state.pt.partial").touch()
     assert resumed(base, output) == 1
     assert load(output / "epoch_0")["model"]
     save(base, output, epoch=1, value=1.5)
-    (output / "epoch_0.old").mkdir()  # not deleted yet
+    (output / "epoch_0.replaced").mkdir()  # not deleted yet
     save(base, output, epoch=1, value=2.0)
-    assert {path.name for path in output.iterdir()} == {"epoch_0", "epoch_1", "recipe_state"}
-    assert len(list((output / "recipe_state").iterdir())) == 1
+    assert {path.name for path in output.iterdir()} == {"epoch_0", "epoch_1"}
+    assert len(list(output.rglob("recipe_state*"))) == 1
+    check_manifest(output / "epoch_0", required=("model.safetensors",))
     assert resumed(base, output) == 2
 
 
@@ -222,47 +224,55 @@ def test_a_file_system_without_locks(
     check_manifest(tmp_path / "epoch_0", required=("weights",))
 
 
-def test_resuming_takes_weights_and_state_of_the_same_save(base: Path, tmp_path: Path) -> None:
+def test_resuming_takes_the_state_that_was_written_last(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
-    save(base, output, epoch=0, value=1.0)
-    state = output / "recipe_state" / "recipe_state.safetensors"
-    older = state.read_bytes()
-    save(base, output, epoch=1, value=2.0)
-    newer = state.read_bytes()
-
-    state.write_bytes(older)
-    assert resumed(base, output) == 1
-    # A crash just before the state of epoch 1 came to its place
-    (output / "epoch_1" / "recipe_state.next").write_bytes(newer)
+    save(base, output, epoch=1, value=1.0)
+    older = (output / "epoch_1" / "recipe_state.pt").read_bytes()
+    save(base, output, epoch=0, value=2.0)
     assert resumed(base, output) == 2
-    # ... and just before the weights of epoch 1 did
-    (output / "epoch_1").rename(output / "epoch_1.partial")
+    # A crash after epoch 0 came to its place, before the state of epoch 1 was removed
+    state = output / "epoch_1" / "recipe_state.pt"
+    state.write_bytes(older)
+    os.utime(state, (0, 0))
+    assert resumed(base, output) == 2
+    # ... and just before epoch 0 came there
+    (output / "epoch_0").rename(output / "epoch_0.partial")
     assert resumed(base, output) == 1
-
-    (output / "epoch_0").rename(output / "other")
-    with pytest.raises(
-        ValueError, match=r"recipe_state\.safetensors is missing or damaged, or .* epoch_N"
-    ):
+    save(base, output, epoch=2, value=3.0)
+    assert resumed(base, output) == 3
+    truncate(output / "epoch_2" / "recipe_state.pt")
+    with pytest.raises(ValueError, match=r"epoch_2/recipe_state\.pt is .*, and was "):
         resumed(base, output)
 
 
-def test_recipe_checkpoint_is_taken_from_where_it_is_said_to_be(base: Path, tmp_path: Path) -> None:
+def test_recipe_checkpoint_is_in_an_epoch(base: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     save(base, output, epoch=0, value=1.0)
-    elsewhere = tmp_path / "state.safetensors"
-    (output / "recipe_state" / "recipe_state.safetensors").rename(elsewhere)
-    with pytest.raises(ValueError, match=r"recipe_state\.safetensors is missing or damaged"):
-        resumed(base, output)
+    older = output / "epoch_0" / "recipe_state.pt"
+    content = older.read_bytes()
     save(base, output, epoch=1, value=2.0)
-    for _ in range(2):  # also beside what a crash left
-        state = Qwen2_5_VLCheckpointer(
-            base, output, recipe_checkpoint=elsewhere, should_load_recipe_state=True
-        ).load_checkpoint()
-        assert state["value"] == 1
-        assert resumed(base, output) == 2
-        newest = output / "recipe_state" / "recipe_state.safetensors"
-        if newest.exists():
-            newest.rename(output / "epoch_1" / "recipe_state.next")
+    older.write_bytes(content)
+    state = Qwen2_5_VLCheckpointer(
+        base, output, recipe_checkpoint=older, should_load_recipe_state=True
+    ).load_checkpoint()
+    assert state["value"] == 1
+    elsewhere = output / "recipe_state" / "recipe_state.safetensors"
+    elsewhere.parent.mkdir()
+    older.rename(elsewhere)
+    (output / "epoch_1" / "recipe_state.pt").unlink()
+    for given in (elsewhere, None):
+        with pytest.raises(ValueError, match=r"no epoch_N of .* as earlier releases wrote it"):
+            Qwen2_5_VLCheckpointer(
+                base, output, recipe_checkpoint=given, should_load_recipe_state=True
+            )
+
+
+def test_a_state_of_other_objects_is_refused(base: Path, tmp_path: Path) -> None:
+    checkpointer = Qwen2_5_VLCheckpointer(base, tmp_path / "output")
+    state = {**checkpointer.load_checkpoint(), "path": tmp_path}
+    with pytest.raises(UnpicklingError, match="pathlib"):
+        checkpointer.save_checkpoint(state, epoch=0, intermediate_checkpoint=True)
+    assert not list((tmp_path / "output").iterdir())
 
 
 @pytest.fixture
@@ -298,13 +308,21 @@ def test_a_full_disk(base: Path, small_disk: Path) -> None:
     refused(base, small_disk / "output", r"model\.safetensors.*No space left on device")
 
 
+def test_a_state_that_does_not_fit(base: Path, small_disk: Path) -> None:
+    checkpointer = Qwen2_5_VLCheckpointer(base, small_disk / "output")
+    state = {**checkpointer.load_checkpoint(), "optimizer": torch.zeros(5_000_000)}
+    with pytest.raises(OSError, match=r"recipe_state\.pt.*make room"):
+        checkpointer.save_checkpoint(state, epoch=0, intermediate_checkpoint=True)
+    assert not list((small_disk / "output").iterdir())
+
+
 def test_a_read_only_disk(base: Path, small_disk: Path) -> None:
     save(base, small_disk / "output", value=1.0)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     refused(base, small_disk / "output", r"Read-only file system.*name another output_dir")
 
 
-@pytest.mark.parametrize("place", ["model.safetensors", "config.json", MANIFEST, ".next"])
+@pytest.mark.parametrize("place", ["model.safetensors", "config.json", MANIFEST, "recipe_state.pt"])
 def test_a_write_that_fails(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

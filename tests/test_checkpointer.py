@@ -9,7 +9,7 @@ import torchao.optim
 from safetensors.torch import load_file, save_file
 
 from tests.reference import reference_config, reference_model
-from torchtune_vl.files._safetensors import load_tree, save_tree
+from torchtune_vl.checkpoint._checkpointer import _load_state, _save_state
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_hf_to_tune
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 
@@ -202,9 +202,9 @@ def test_state_of_low_bit_optimizers(name: str, tmp_path: Path) -> None:
         optimizers[number].zero_grad()
 
     step(0)
-    save_tree({"optimizer": optimizers[0].state_dict()}, tmp_path / "state")
+    _save_state({"optimizer": optimizers[0].state_dict()}, tmp_path / "state")
     layers[1].load_state_dict(layers[0].state_dict())
-    optimizers[1].load_state_dict(load_tree(tmp_path / "state")["optimizer"])
+    optimizers[1].load_state_dict(_load_state(tmp_path / "state")["optimizer"])
     for number in (0, 1):
         step(number)
     assert torch.equal(layers[0].weight, layers[1].weight)

@@ -170,8 +170,8 @@ DAMAGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "NaN": ({}, {"lora_b.weight": torch.full((256, 4), torch.nan)}, "lora_B.weight is not finite"),
     "list": ({"modules_to_save": "x"}, {}, "modules_to_save is 'x', expected a list"),
     "base": ({"base_model_name_or_path": 3}, {}, "base_model_name_or_path is 3, expected a str"),
-    "another kind": ({"peft_type": "LOHA"}, {}, "peft_type is 'LOHA', expected 'LORA'"),
-    "no kind": ({"peft_type": None}, {}, "peft_type is None, expected 'LORA'"),
+    "another kind": ({"peft_type": "LOHA"}, {}, "peft_type is 'LOHA', expected plain LoRA"),
+    "no kind": ({"peft_type": None}, {}, "peft_type is None, expected plain LoRA"),
     "a key of another release": ({"new_kind": "x"}, {}, "new_kind is 'x', expected plain LoRA"),
     "a key that is off": ({"new_kind": False, "r": 5}, {}, "r is 5 and"),
 }

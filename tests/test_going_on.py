@@ -240,9 +240,9 @@ def test_a_save_in_flight_outlives_an_error(
 ) -> None:
     finish = Steps.finish
 
-    def slow(steps: Steps, step: int) -> None:
+    def slow(steps: Steps, partial: Path) -> None:
         time.sleep(0.5)
-        finish(steps, step)
+        finish(steps, partial)
 
     monkeypatch.setattr(Steps, "finish", slow)
     config = write_config(root, tmp_path / "run", {"save_every_n_steps": 1})

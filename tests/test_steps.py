@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from torchtune_vl.training._saved_steps import Steps, drop_steps_after, lock
+from torchtune_vl.files._directory import open_locked
+from torchtune_vl.training._saved_steps import Steps, drop_steps_after
 
 
 def save(steps: Steps, number: int, best: int | None = None) -> None:
-    steps.begin(number, {"step": number, "best": {"step": best}})
+    partial = steps.begin(number, {"step": number, "best": {"step": best}})
     for name in (".metadata", "__0_0.distcp", "__1_0.distcp"):
-        (steps.partial(number) / name).write_bytes(bytes([number]) * 5000)
-    steps.finish(number)
+        (partial / name).write_bytes(bytes([number]) * 5000)
+    steps.finish(partial)
 
 
 def names(directory: Path) -> set[str]:
@@ -53,7 +54,7 @@ def test_what_a_crash_left_does_not_count_and_goes(tmp_path: Path) -> None:
 def test_what_others_made_stays_and_does_no_harm(tmp_path: Path) -> None:
     steps = Steps(tmp_path, keep_last=1)
     save(steps, 3)
-    strange = ["step_5.bak", "step_5.aside", "step_foo", "step_", "step_07", "step_x.partial", "a"]
+    strange = ["step_5.bak", "step_6.old", "step_foo", "step_", "step_07", "step_x.partial", "a"]
     for name in strange:
         (tmp_path / name).mkdir()
     (tmp_path / "step_9").write_text("a file")
@@ -142,33 +143,34 @@ def test_a_damaged_step_is_put_aside(
 
 
 def test_a_directory_is_locked_until_its_process_dies(tmp_path: Path) -> None:
-    held = lock(tmp_path / "run")
+    held = open_locked(tmp_path / ".lock")
     other = [
         sys.executable,
         "-c",
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from torchtune_vl.training._saved_steps import lock\n"
+        "from torchtune_vl.files._directory import open_locked\n"
         "try:\n"
-        "    held = lock(Path(sys.argv[1]))\n"
+        "    held = open_locked(Path(sys.argv[1]))\n"
         "    print('locked', flush=True)\n"
         "    time.sleep(60)\n"
-        "except ValueError as error:\n"
+        "except OSError as error:\n"
         "    print(error)\n",
-        str(tmp_path / "run"),
+        str(tmp_path / ".lock"),
     ]
     refused = subprocess.run(other, capture_output=True, text=True, check=True).stdout
     assert refused.strip() == (
-        f"another run writes to {tmp_path}/run: wait until it has ended, or name another output_dir"
+        f"another process is writing there, and holds {tmp_path}/.lock: wait until it has ended, "
+        "or name another output_dir"
     )
     held.close()
     with subprocess.Popen(other, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match="another run writes"):
-            lock(tmp_path / "run")
+        with pytest.raises(BlockingIOError, match="another process is writing"):
+            open_locked(tmp_path / ".lock")
         process.kill()
-    lock(tmp_path / "run").close()
+    open_locked(tmp_path / ".lock").close()
 
 
 def test_lines_of_later_steps_and_torn_ones_go(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ _A, _B, _MAGNITUDE = ADAPTER_SUFFIXES
 
 # Settings of peft that do not change what a trained adapter computes, whatever their values
 _HARMLESS = {
-    *("peft_type", "r", "lora_alpha", "use_dora", "modules_to_save", "ensure_weight_tying"),
+    *("r", "lora_alpha", "use_dora", "modules_to_save", "ensure_weight_tying"),
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config", "lora_dropout", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "megatron_core", "eva_config"),
@@ -34,6 +34,7 @@ _HARMLESS = {
 }
 # ... and those that do with other values than these; any further key, unless it is switched off
 _PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
     "bias": ("none",),
     # The others change the base, or train one of the two matrices alone
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
@@ -79,10 +80,11 @@ def load_adapter(directory: Path, weights: Tensors | None = None) -> Adapter:
             raise ValueError(f"{directory / WEIGHTS}: {stored[name].name} is not finite")
     # peft writes some weights of the base beside them though they are not trained
     in_full = _list(config, "modules_to_save", JsonObject.text)
-    copies = {}
-    for name, place in stored.items():
-        if not is_adapter(name) and not _is_within(peft_module(place.name), in_full):
-            copies[name] = tensors.pop(name)
+    copies = {
+        name: tensors.pop(name)
+        for name, place in stored.items()
+        if not is_adapter(name) and not _is_within(peft_module(place.name), in_full)
+    }
     # Without an output layer this is the token embedding
     base = {_OUTPUT: weights[_EMBEDDING], **weights} if weights else {}
     _check_shapes(tensors, config, base)
@@ -100,7 +102,7 @@ def load_adapter(directory: Path, weights: Tensors | None = None) -> Adapter:
         rename = names.to_published if before_4_52 else names.to_peft
         linear = {n: n for n, weight in weights.items() if weight.ndim == 2 and n != _EMBEDDING}
         modules = {peft_module(theirs): ours for theirs, ours in rename(linear).items()}
-        adapted = {_split(name)[0] for name in tensors if is_adapter(name)}
+        adapted = {weight for weight, parts in _by_weight(tensors).items() if "" not in parts}
         # peft takes a layer without its adapter as it is in the base, with no more than a warning
         missing = [m for m in targeted_modules(config, modules) if modules[m] not in adapted]
         if missing:
@@ -115,14 +117,12 @@ def load_adapter(directory: Path, weights: Tensors | None = None) -> Adapter:
 
 
 def _refuse_other_kinds(config: JsonObject) -> None:
-    if config.content.get("peft_type") != "LORA":
-        raise config.over({"peft_type": None}).error("peft_type", f"'LORA': {_MERGE_BY_PEFT}")
+    config = config.over({"peft_type": None})
     for key, value in config.content.items():
         # 0 and 1 are no numbers of a setting here, but equal to False and True
-        if key in _HARMLESS or any(value == ok for ok in _PLAIN.get(key, _OFF)):
-            continue
-        remedy = "no weights compute the same" if key in _WITHOUT_WEIGHTS else _MERGE_BY_PEFT
-        raise config.error(key, f"plain LoRA or DoRA on the weights of the base: {remedy}")
+        if key not in _HARMLESS and value not in _PLAIN.get(key, _OFF):
+            remedy = "no weights compute the same" if key in _WITHOUT_WEIGHTS else _MERGE_BY_PEFT
+            raise config.error(key, f"plain LoRA or DoRA on the weights of the base: {remedy}")
 
 
 def _by_our_names(directory: Path) -> tuple[TensorNames, dict[str, Stored]]:
@@ -142,7 +142,8 @@ def _untie(
     """Drop the output layer, which is the token embedding of the base."""
     if _EMBEDDING in tensors and _OUTPUT in copies:  # peft does not list it, but writes it
         tensors[_OUTPUT] = copies.pop(_OUTPUT)
-    trained = [t for name, t in tensors.items() if _split(name)[0] in (_EMBEDDING, _OUTPUT)]
+    parts = _by_weight(tensors)
+    trained = [t for name in (_EMBEDDING, _OUTPUT) for t in parts.get(name, {}).values()]
     if trained and not (len(trained) == 2 and torch.equal(*trained)):
         raise ValueError(
             f"{directory}: the token embedding and the output layer, lm_head, are one in this "
@@ -162,11 +163,8 @@ def _check_shapes(tensors: Tensors, config: JsonObject, base: Tensors) -> None:
     rank, use_dora = config.whole("r"), config.over({"use_dora": False}).flag("use_dora")
     if not any(map(is_adapter, tensors)):
         raise ValueError(f"{config.file}: {WEIGHTS} beside it has no adapters")
-    adapters: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, tensor in tensors.items():
-        adapted, suffix = _split(name)
-        adapters.setdefault(adapted, {})[suffix] = tuple(tensor.shape)
-    for name, shapes in adapters.items():
+    for name, parts in _by_weight(tensors).items():
+        shapes = {suffix: tuple(tensor.shape) for suffix, tensor in parts.items()}
         # As far as the adapter itself tells, without a base
         shape = shapes.get("") or shapes.get(_B, ())[:1] + shapes.get(_A, ())[-1:]
         if base:
@@ -202,11 +200,10 @@ def targeted_modules(config: JsonObject, modules: Iterable[str]) -> list[str]:
     if not numbers or isinstance(config.content.get("target_modules"), str):
         return found
     key = "layers_pattern"
-    names = _list(config, key, JsonObject.text, str)
-    any_of = "|".join(f"(?:{name})" for name in names) or r"[^.]*"
-    layer_of = _compiled(config, key, rf"(?:.*?\.)?(?:{any_of})\.(?P<number>\d+)\.")
-    in_layers = {m for m in found if (x := layer_of.match(m)) and int(x["number"]) in numbers}
-    return [m for m in found if m in in_layers or m in config.items("target_modules")]
+    names = "|".join(_list(config, key, JsonObject.text, str)) or "[^.]*"
+    layers = "|".join(map(str, numbers))
+    in_layers = _compiled(config, key, rf"(?:.*\.)?(?:{names})\.(?:{layers})\..*")
+    return [m for m in found if in_layers.fullmatch(m) or m in config.items("target_modules")]
 
 
 def _pattern(config: JsonObject, key: str) -> re.Pattern[str]:
@@ -269,10 +266,14 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _split(name: str) -> tuple[str, str]:
-    """The name of the weight that a tensor adapts, or replaces, and the end that marks it."""
-    suffix = next((suffix for suffix in ADAPTER_SUFFIXES if name.endswith(suffix)), "")
-    return (f"{name.removesuffix(suffix)}.weight" if suffix else name), suffix
+def _by_weight(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
+    """Group tensors by what they adapt, or replace, and in that by the ends of their names."""
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        suffix = next((suffix for suffix in ADAPTER_SUFFIXES if name.endswith(suffix)), "")
+        weight = f"{name.removesuffix(suffix)}.weight" if suffix else name
+        groups.setdefault(weight, {})[suffix] = tensor
+    return groups
 
 
 def save_adapter(adapter: Adapter, directory: Path) -> None:
@@ -316,16 +317,12 @@ def merge_adapter(
     Products are made in float32 and rounded once. The result has a dtype, or that of each weight.
     """
     merged = dict(weights)
-    for name, tensor in adapter.tensors.items():
-        adapted, suffix = _split(name)
-        if suffix == _A:
-            layer = name.removesuffix(_A)
-            product = adapter.tensors[layer + _B].float() @ tensor.float()
-            whole = weights[adapted].float() + adapter.alpha / adapter.rank * product
-            magnitude = adapter.tensors.get(layer + _MAGNITUDE)
-            if magnitude is not None:
-                whole *= (magnitude.float() / torch.linalg.norm(whole, dim=1))[:, None]
-            merged[adapted] = whole.to(dtype or weights[adapted].dtype)
-        elif not suffix:
-            merged[name] = tensor.to(dtype or weights[name].dtype)
+    for name, parts in _by_weight(adapter.tensors).items():
+        whole = parts.get("")
+        if whole is None:
+            product = parts[_B].float() @ parts[_A].float()
+            whole = weights[name].float() + adapter.alpha / adapter.rank * product
+            if _MAGNITUDE in parts:
+                whole *= (parts[_MAGNITUDE].float() / torch.linalg.norm(whole, dim=1))[:, None]
+        merged[name] = whole.to(dtype or weights[name].dtype)
     return {name: weight.to(dtype) for name, weight in merged.items()}

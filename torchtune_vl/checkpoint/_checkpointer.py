@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,18 @@ from torchtune_vl.checkpoint._adapters import (
 )
 from torchtune_vl.files._directory import (
     MANIFEST,
-    RECIPE_STATE,
     check_manifest,
-    epochs,
     new_directory,
     new_file,
-    saved_with,
+    numbered,
+    remove_file,
     survivor,
     write_json,
 )
 from torchtune_vl.files._json import read_json_object
 from torchtune_vl.files._safetensors import (
     INDEX,
-    load_tree,
     read_tensors,
-    save_tree,
     stored_tensors,
     weight_files,
     write_shards,
@@ -49,6 +47,7 @@ _COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".tiktoken")
 # ... but for those that speak of files of weights
 _OWN = (INDEX, MANIFEST, CONFIG)
 _ADAPTER = "adapter"
+_RECIPE_STATE = "recipe_state.pt"
 _FILES_OF_THEIR_OWN = (MODEL_KEY, ADAPTER_KEY, ADAPTER_CONFIG)
 
 log = logging.getLogger(__name__)
@@ -65,18 +64,13 @@ class HubCheckpointer:
     Args:
         checkpoint_dir: directory to start from.
         output_dir: directory to write into; not the same.
-        checkpoint_files: names of the files of weights in ``checkpoint_dir``; by default those of
-            the index, or ``model.safetensors``.
+        checkpoint_files: names of the files of weights, by default by the index if there is one.
         adapter_dir: directory of an adapter, of ours or of peft, to go on training from, with the
             rank and alpha of the model. To train anything else on top of it, merge it first.
         model_type: ignored; stock configs state it.
-        recipe_checkpoint: file with the state of the recipe, by default
-            ``{output_dir}/recipe_state/recipe_state.safetensors``.
-        should_load_recipe_state: whether to resume: with the recipe's state, and the weights, or
-            the adapter, of the epoch in ``output_dir`` that was saved together with it.
-
-    Raises:
-        ValueError: if there are no weights, or nothing to resume from.
+        recipe_checkpoint: ``recipe_state.pt`` of an epoch, by default the one written last.
+        should_load_recipe_state: whether to resume: with that, and the weights or the adapter
+            beside it. ``ValueError`` if there is nothing to resume from.
     """
 
     def __init__(
@@ -97,13 +91,11 @@ class HubCheckpointer:
                 f"output_dir {output_dir} is in checkpoint_dir {checkpoint_dir}: name another, so "
                 "that what is there stays as it is"
             )
-        self._resume = should_load_recipe_state
-        self._recipe_state = self._output_dir / "recipe_state" / "recipe_state.safetensors"
-        self._recipe_checkpoint = Path(recipe_checkpoint or self._recipe_state)
         self._adapter_dir = None if adapter_dir is None else Path(adapter_dir)
         self._weights_dir = survivor(self._checkpoint_dir)
-        if self._resume:
-            epoch = self._find_epoch()
+        self._state = self._find_state(recipe_checkpoint) if should_load_recipe_state else None
+        if self._state:
+            epoch = self._state.parent
             check_manifest(epoch)
             if (epoch / _ADAPTER).is_dir():
                 self._adapter_dir = epoch / _ADAPTER
@@ -112,20 +104,18 @@ class HubCheckpointer:
         named = [self._weights_dir / name for name in checkpoint_files or ()]
         self._files = named or weight_files(self._weights_dir)
 
-    def _find_epoch(self) -> Path:
-        """Find the epoch to resume, and which state of the recipe was saved with it."""
-        given, states = self._recipe_checkpoint, [self._recipe_checkpoint]
-        if given == self._recipe_state:  # or where a crash left it
-            states = [*(epoch / RECIPE_STATE for epoch in epochs(self._output_dir)), given]
-        for state in states:
-            if state.is_file() and (epoch := saved_with(state, self._output_dir)):
-                self._recipe_checkpoint = state
-                return epoch
-        raise ValueError(
-            f"cannot resume: {given} is missing or damaged, or was saved with no epoch_N of "
-            f"{self._output_dir} (each names its own in {MANIFEST}): restore the epoch, or start "
-            "from its weights alone, with checkpoint_dir"
-        )
+    def _find_state(self, given: str | Path | None) -> Path:
+        """Find the state of the recipe to resume from, which is in its epoch."""
+        states = [epoch / _RECIPE_STATE for epoch in numbered(self._output_dir, "epoch")]
+        found = [s for s in states if s.is_file() and Path(given or s).resolve() == s.resolve()]
+        if not found:
+            raise ValueError(
+                f"cannot resume: no epoch_N of {self._output_dir} has {given or _RECIPE_STATE}: "
+                "restore it, or start from the weights alone, with checkpoint_dir; a recipe_state "
+                "beside the epochs, as earlier releases wrote it, is not read"
+            )
+        # Two are there only if a crash came before the older one was removed
+        return max(found, key=lambda state: state.stat().st_mtime_ns)
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Load the weights, and to resume the state of the recipe.
@@ -146,8 +136,8 @@ class HubCheckpointer:
             # Recipes read adapters apart only when they resume, and those among the weights always
             weights.update(adapter.tensors)
             state.update(adapter_state(adapter))
-        if self._resume:
-            state.update(load_tree(self._recipe_checkpoint))
+        if self._state:
+            state.update(_load_state(self._state))
         return state
 
     def save_checkpoint(
@@ -167,17 +157,16 @@ class HubCheckpointer:
             epoch: number of the epoch.
             intermediate_checkpoint: whether to write the state of the recipe too, to resume from.
             adapter_only: whether to write adapters alone, without all else that is trained.
-            processor_files: texts of files, by name, that go in place of ``checkpoint_dir``'s:
-                the transform's ``processor_files()``, which tell servers what the model saw.
+            processor_files: texts of files, by name, that go in place of ``checkpoint_dir``'s.
 
-        Raises:
-            ValueError: if a tensor is not of the model, or there are no adapters to write alone.
-            OSError: if a file cannot be written; what was there before is as it was.
+        Raises ``ValueError`` if a tensor is not of the model, ``UnpicklingError`` if the state has
+        other than tensors and plain values, and ``OSError`` if a file cannot be written; what was
+        there before is as it was then.
         """
         if adapter_only and ADAPTER_KEY not in state_dict:
             raise ValueError("adapter_only: there are no adapters to save")
-        self._take_recipe_state()
-        with new_directory(self._output_dir / f"epoch_{epoch}") as partial:
+        target = self._output_dir / f"epoch_{epoch}"
+        with new_directory(target) as partial:
             if not adapter_only:
                 write_weights(state_dict[MODEL_KEY], partial, survivor(self._checkpoint_dir))
                 for name, text in (processor_files or {}).items():
@@ -188,17 +177,13 @@ class HubCheckpointer:
                 save_adapter(self._adapter(state_dict), partial / _ADAPTER)
             if intermediate_checkpoint:
                 rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
-                with new_file(partial / RECIPE_STATE) as file:
-                    save_tree(rest, file)
-        self._take_recipe_state()
-        log.info("Checkpoint written to %s", self._output_dir / f"epoch_{epoch}")
-
-    def _take_recipe_state(self) -> None:
-        """Move the state of the recipe to its place once the weights beside it are in theirs."""
-        for epoch in epochs(self._output_dir):
-            if (epoch / RECIPE_STATE).is_file():
-                self._recipe_state.parent.mkdir(exist_ok=True)
-                (epoch / RECIPE_STATE).replace(self._recipe_state)
+                with new_file(partial / _RECIPE_STATE) as file:
+                    _save_state(rest, file)
+        if intermediate_checkpoint:  # states take more than weights: one is kept
+            for older in numbered(self._output_dir, "epoch"):
+                if older != target and (older / _RECIPE_STATE).is_file():
+                    remove_file(older / _RECIPE_STATE)
+        log.info("Checkpoint written to %s", target)
 
     def _adapter(self, state_dict: Mapping[str, Any]) -> Adapter:
         """The adapters of a recipe's state, and the parts that it trained in full beside them."""
@@ -224,6 +209,22 @@ class HubCheckpointer:
             if not torch.equal(before.to(weights[name].dtype), weights[name].cpu())
         }
         return [name for name in weights if part_of(name) in changed]
+
+
+def _save_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write the state of a recipe, and see that it can be loaded."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch makes of an OSError
+        raise OSError(f"{path.name}: {error}") from error
+    _load_state(path)
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    """Map the state of a recipe: tensors, also of low-bit optimizers, and plain values alone."""
+    import_module("torchao.optim")  # tells torch that these are harmless
+    state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return state
 
 
 def adapter_state(adapter: Adapter) -> dict[str, Any]:
@@ -270,11 +271,10 @@ def merge(
 ) -> None:
     """Write the checkpoint that a base model and its adapter, of ours or of peft, make.
 
-    Weights have ``dtype``, by default that of each in the base model, and files at most
-    ``max_shard_size`` bytes of tensors, such as ``500MB``. Weights do not tell whether an adapter
-    was trained on them: a base of another name is logged. Raises ``ValueError`` if a directory is
-    damaged or they do not fit each other, and ``OSError`` if a file cannot be written, or the
-    output exists.
+    Weights have ``dtype``, by default that of each in the base model. Weights do not tell whether
+    an adapter was trained on them: a base of another name is logged. Raises ``ValueError`` if a
+    directory is damaged or they do not fit each other, and ``OSError`` if a file cannot be written,
+    or the output exists.
     """
     weights = load_weights(base, weight_files(base))
     adapter = load_adapter(adapter_dir, weights)
@@ -288,10 +288,9 @@ def merge(
 def export(
     source: Path, output: Path, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
 ) -> None:
-    """Write a checkpoint in the published layout, or an adapter in peft's.
+    """Write a checkpoint in the published layout, or an adapter in peft's, as :func:`merge` does.
 
-    ``source`` is the directory of either, and tensors without a ``dtype`` stay as they are. See
-    :func:`merge` for the other arguments and for what is raised.
+    ``source`` is the directory of either.
     """
     adapter = load_adapter(source) if (source / CONFIG).is_file() else None
     weights = adapter.tensors if adapter else load_weights(source, weight_files(source))

@@ -20,10 +20,7 @@ from safetensors import SafetensorError
 from torchtune_vl.files._json import JsonObject, read_json_object
 
 MANIFEST = "checksums.json"
-# In an epoch until this is complete: the state of a recipe that was saved with it
-RECIPE_STATE = "recipe_state.next"
-_ITS_ENTRY = "recipe_state"
-_EPOCH = re.compile(r"epoch_(\d+)")
+_EPOCH = r"epoch_\d+"
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +61,19 @@ def new_directory(target: Path) -> Iterator[Path]:
     as before then.
     """
     partial = _beside(target, ".partial")
-    locked = target.with_name(f".{'epochs' if _EPOCH.fullmatch(target.name) else target.name}.lock")
+    is_epoch = re.fullmatch(_EPOCH, target.name)
+    names, kind = (_EPOCH, "epochs") if is_epoch else (re.escape(target.name), target.name)
+    locked = target.with_name(f".{kind}.lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open_locked(locked):
             try:
-                _tidy(target)
+                tidy(target.parent, names)
                 partial.mkdir()
                 yield partial
                 complete(partial, target)
             finally:
-                _tidy(target)
+                tidy(target.parent, names)
                 locked.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(
@@ -86,26 +85,27 @@ def new_directory(target: Path) -> Iterator[Path]:
 def complete(partial: Path, target: Path) -> None:
     """Give a directory whose files are on the disk checksums and its name.
 
-    What has this name is ``{target}.old`` between two renames, where :func:`survivor` finds it.
+    What had it is ``{target}.replaced`` between two renames, where :func:`survivor` finds it.
     """
     write_manifest(partial)
     flush(partial)
     if target.exists():
-        target.rename(_beside(target, ".old"))
+        target.rename(_beside(target, ".replaced"))
     partial.rename(target)
     flush(target.parent)
 
 
-def _tidy(target: Path) -> None:
-    """Bring back what was being replaced when a crash came, and remove all else that it left."""
-    places = _epoch_places(target.parent) if _EPOCH.fullmatch(target.name) else []
-    for place in {target, *places}:
-        remove(_beside(place, ".partial"))
-        old = _beside(place, ".old")
-        if place.exists():
-            remove(old)
-        elif old.is_dir():
-            old.rename(place)
+def tidy(parent: Path, names: str) -> None:
+    """Bring back what was being replaced when a crash came, and remove all else that it left.
+
+    ``names`` is a regular expression of the directories that this is about.
+    """
+    for left in (*parent.glob("*.partial"), *parent.glob("*.replaced")):
+        if re.fullmatch(names, left.stem):
+            if left.suffix == ".replaced" and left.is_dir() and not left.with_suffix("").exists():
+                left.rename(left.with_suffix(""))
+            else:
+                remove(left)
 
 
 def remove(directory: Path) -> None:
@@ -135,38 +135,46 @@ def open_locked(path: Path) -> TextIO:
             raise BlockingIOError
     except (BlockingIOError, PermissionError, FileNotFoundError):
         file.close()
-        raise BlockingIOError(f"another process is writing there, and holds {path}") from None
+        raise BlockingIOError(
+            f"another process is writing there, and holds {path}: wait until it has ended, or name "
+            "another output_dir"
+        ) from None
     except OSError as error:  # of some file systems of clusters
         log.warning("%s cannot be locked (%s): see that nobody else writes there", path, error)
     return file
 
 
 def survivor(target: Path) -> Path:
-    """Return where a directory is: ``{target}.old`` if a crash came while it was replaced."""
-    old = _beside(target, ".old")
-    return old if old.is_dir() and not target.exists() else target
+    """Return where a directory is: ``{target}.replaced`` if a crash came while it was replaced."""
+    replaced = _beside(target, ".replaced")
+    return replaced if replaced.is_dir() and not target.exists() else target
 
 
-def epochs(output_dir: Path) -> list[Path]:
-    """List all complete ``epoch_N``, from the highest number down."""
-    return [path for place in _epoch_places(output_dir) if (path := survivor(place)).exists()]
-
-
-def _epoch_places(directory: Path) -> list[Path]:
-    names = (_EPOCH.fullmatch(path.stem) for path in directory.glob("epoch_*"))
+def numbered(parent: Path, kind: str) -> list[Path]:
+    """List all complete ``{kind}_N``, from the highest number down."""
+    names = (
+        re.fullmatch(rf"{kind}_(0|[1-9]\d*)(\.replaced)?", path.name) for path in parent.glob("*_*")
+    )
     numbers = {int(name[1]) for name in names if name}
-    return [directory / f"epoch_{number}" for number in sorted(numbers, reverse=True)]
+    places = (survivor(parent / f"{kind}_{number}") for number in sorted(numbers, reverse=True))
+    return [place for place in places if place.is_dir()]
 
 
 def write_manifest(directory: Path) -> None:
-    """Write ``checksums.json``: sizes and checksums of all files, and apart of a recipe's state."""
+    """Write ``checksums.json``: sizes and checksums of all files."""
     own = directory / MANIFEST
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path != own)
     names = [path.relative_to(directory).as_posix() for path in paths]
     with ThreadPoolExecutor() as pool:
-        files = dict(zip(names, pool.map(_entry, paths), strict=True))
-    state = {_ITS_ENTRY: files.pop(RECIPE_STATE)} if RECIPE_STATE in files else {}
-    write_json(own, {"files": files, **state})
+        write_json(own, {"files": dict(zip(names, pool.map(_entry, paths), strict=True))})
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file from a complete directory, and from its ``checksums.json``."""
+    files = _manifest(path.parent).part("files").content
+    if files.pop(path.name, None):
+        write_json(path.with_name(MANIFEST), {"files": files})
+    path.unlink()
 
 
 def check_manifest(directory: Path, required: Iterable[str] = ()) -> None:
@@ -204,15 +212,6 @@ def is_inside(name: str) -> bool:
     """
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-
-
-def saved_with(recipe_state: Path, output_dir: Path) -> Path | None:
-    """Find the epoch that was saved with this state of a recipe, by what its list says of it."""
-    found = _entry(recipe_state).items()
-    for directory in epochs(output_dir):
-        if found <= _manifest(directory).part(_ITS_ENTRY).content.items():
-            return directory
-    return None
 
 
 def _manifest(directory: Path) -> JsonObject:

@@ -1,11 +1,9 @@
-"""Safetensors files: weights in one or several with an index, and nested state of a recipe."""
+"""Safetensors files: weights in one or several with an index."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -16,8 +14,6 @@ from torchtune_vl.files._directory import is_inside, new_file, write_json
 from torchtune_vl.files._json import read_json_object
 
 INDEX = "model.safetensors.index.json"
-_TREE = "tree"
-_LOW_BIT = "torchao.optim."
 
 
 class Stored(NamedTuple):
@@ -104,60 +100,3 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     with new_file(path) as partial:
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(on_cpu, partial, metadata={"format": "pt"})
-
-
-def save_tree(tree: Any, path: Path) -> None:
-    """Write nested dicts, lists and tuples of tensors, also low-bit ones, and of JSON's values.
-
-    Raises ``TypeError`` if a value is of another kind.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-
-    def encode(node: Any) -> Any:
-        if isinstance(node, torch.Tensor) and type(node).__module__.startswith(_LOW_BIT):
-            names, context = node.__tensor_flatten__()  # type: ignore[attr-defined]
-            origin = [type(node).__module__, type(node).__name__]
-            pieces = {name: getattr(node, name) for name in names}
-            return {"low_bit": [encode(part) for part in (origin, pieces, context)]}
-        if isinstance(node, torch.Tensor):
-            name = str(len(tensors))
-            tensors[name] = node.detach().cpu().clone(memory_format=torch.contiguous_format)
-            return {"tensor": name}
-        if isinstance(node, torch.dtype):
-            return {"dtype": str(node).removeprefix("torch.")}
-        if isinstance(node, dict):
-            return {"dict": [[key, encode(value)] for key, value in node.items()]}
-        if isinstance(node, list | tuple):
-            kind = "list" if isinstance(node, list) else "tuple"
-            return {kind: [encode(value) for value in node]}
-        if node is None or isinstance(node, bool | int | float | str):
-            return {"value": node}
-        raise TypeError(f"cannot save a value of type {type(node).__name__}: {node!r}")
-
-    skeleton = json.dumps(encode(tree))
-    save_file(tensors, path, metadata={_TREE: skeleton})
-
-
-def load_tree(path: Path) -> Any:
-    """Read what :func:`save_tree` wrote."""
-
-    def decode(node: Any) -> Any:
-        ((kind, content),) = node.items()
-        if kind == "tensor":
-            return file.get_tensor(content)
-        if kind == "dtype":
-            return getattr(torch, content)
-        if kind == "dict":
-            return {key: decode(value) for key, value in content}
-        if kind == "value":
-            return content
-        values = [decode(value) for value in content]
-        if kind != "low_bit":
-            return values if kind == "list" else tuple(values)
-        (module, name), pieces, context = values
-        if not module.startswith(_LOW_BIT):  # imports nothing that a file names but these
-            raise ValueError(f"{module}.{name} is no tensor of a low-bit optimizer")
-        return getattr(import_module(module), name).__tensor_unflatten__(pieces, context)
-
-    with safe_open(path, framework="pt") as file:
-        return decode(json.loads(file.metadata()[_TREE]))

@@ -62,11 +62,7 @@ class TensorNames:
         self._in_peft |= self._published
 
     def from_published(self, state_dict: Mapping[str, T]) -> dict[str, T]:
-        """Rename tensors from published names, or those transformers >= 4.52 has in memory.
-
-        These are ``visual.*``, ``model.*``, ``lm_head.*``, or ``model.visual.*`` and
-        ``model.language_model.*``.
-        """
+        """Rename tensors from published names, or those transformers >= 4.52 has in memory."""
         return self._rename(state_dict, _inverted(self._published), published_name)
 
     def to_published(self, state_dict: Mapping[str, T]) -> dict[str, T]:

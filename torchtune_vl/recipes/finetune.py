@@ -46,7 +46,7 @@ from torchtune_vl.checkpoint._checkpointer import adapter_state
 from torchtune_vl.data import Row, TrainingRows
 from torchtune_vl.data._data_workers import loading
 from torchtune_vl.datasets import SamplesError, measure_all
-from torchtune_vl.files._directory import epochs
+from torchtune_vl.files._directory import numbered, open_locked, remove
 from torchtune_vl.models._builders import part_of
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import initial_adapters, load_weights_into
@@ -58,7 +58,7 @@ from torchtune_vl.training import _optimizer_state as states
 from torchtune_vl.training import _sharding as sharding
 from torchtune_vl.training._flops import FlopCounter
 from torchtune_vl.training._metrics import Metrics
-from torchtune_vl.training._saved_steps import SavedStep, Steps, drop_steps_after, lock
+from torchtune_vl.training._saved_steps import SavedStep, Steps, drop_steps_after
 
 log = get_logger("INFO")
 
@@ -124,9 +124,10 @@ class FinetuneRecipe:
 
     def _find_begun(self) -> SavedStep | None:
         """The step to go on from, if there is one, and no other run beside this."""
-        self.lock = lock(self.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = open_locked(self.output_dir / ".lock")
         self.saved.tidy()
-        newest, exported = self.saved.newest(), epochs(self.output_dir)
+        newest, exported = self.saved.newest(), numbered(self.output_dir, "epoch")
         if (newest and not self.cfg.resume) or (exported and not newest):
             raise ValueError(
                 f"{newest or exported[0]} is of an earlier run: if that has steps, go on with "
@@ -526,23 +527,22 @@ class FinetuneRecipe:
             "processes": dist.get_world_size(),
             "fingerprint": self.fingerprint,
         }
-        self._on_main(lambda: self.saved.begin(self.step, progress))
-        partial = self.saved.partial(self.step)
+        partial = self._on_main(lambda: self.saved.begin(self.step, progress))
         written = dcp.async_save(state, checkpoint_id=partial, process_group=self.save_group)
-        self.pending_save = self.saving.submit(self._finish_save, self.step, written)
+        self.pending_save = self.saving.submit(self._finish_save, partial, written)
 
-    def _finish_save(self, step: int, written: Any) -> None:
+    def _finish_save(self, partial: Path, written: Any) -> None:
         try:
             written.result()
             if self.is_main:
-                self.saved.finish(step)
+                self.saved.finish(partial)
         except (dcp.CheckpointException, OSError) as error:
             failures = getattr(error, "failures", {0: (error, None)})
             reason = next(iter(failures.values()))[0]
             if self.is_main:
-                self.saved.discard(step)
+                remove(partial)
             raise OSError(
-                f"{self.saved.path(step)} cannot be written ({reason}): make room and go on with "
+                f"{partial.with_suffix('')} cannot be written ({reason}): make room and go on with "
                 "resume=True; earlier steps are as they were"
             ) from error
 
@@ -578,7 +578,7 @@ class FinetuneRecipe:
         """Write what was trained in the published layout, adapters apart and merged."""
         best = self.metrics.history["best"]["step"]
         if self.cfg.export == "best" and best != self.step:
-            saved = self._on_main(lambda: self.saved.read(best))
+            saved = self._on_main(lambda: self.saved.read(self.saved.path(best)))
             dcp.load({"model": self._state()["model"]}, checkpoint_id=saved.directory)
             self.position = saved.progress["position"]
             log.info("Exporting step %d, which has the lowest validation loss", best)

@@ -56,11 +56,8 @@ class FlopCounter:
     ) -> int:
         """Count the operations of one forward and backward.
 
-        Args:
-            documents: tokens of each document; tokens attend to earlier ones of their own.
-            media: ``encoder_input["vision"]`` of the batch, if it has media; only the lengths of
-                ``windows`` and ``frames`` are read, so no device is waited for.
-            num_targets: positions that the output layer is computed for.
+        ``documents`` are the tokens of each, ``media`` is ``encoder_input["vision"]``, of which no
+        tensor is read, and ``num_targets`` are the positions the output layer is computed for.
         """
         token, pair, target = self._text if media is None else self._text_with_media
         flops = token * sum(documents) + target * num_targets

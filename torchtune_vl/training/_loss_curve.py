@@ -2,23 +2,15 @@
 
 from collections.abc import Sequence
 from math import isqrt
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 
-def plot_losses(
-    losses: Sequence[float], validation_losses: Sequence[tuple[int, float]], path: Path
-) -> None:
-    """Draw a PNG file of the loss of each step, smoothed too, and (step, validation loss) pairs."""
-    draw_losses(losses, validation_losses).savefig(path, dpi=120)
-
-
 def draw_losses(losses: Sequence[float], validation_losses: Sequence[tuple[int, float]]) -> Figure:
-    """Draw what :func:`plot_losses` writes: whole steps, and losses in plain numbers."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    """Draw the loss of each step, smoothed too, and (step, validation loss) pairs."""
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     steps = range(1, len(losses) + 1)
     style = ".-" if len(losses) < 50 else "-"  # a single step is no line

@@ -13,20 +13,15 @@ from rich.table import Table
 
 from torchtune_vl.data import Row
 from torchtune_vl.training._flops import FlopCounter, peak_flops
-from torchtune_vl.training._loss_curve import plot_losses
+from torchtune_vl.training._loss_curve import draw_losses
 
 
 class Metrics:
     """Counts what this process' steps take, and writes a line of the log for all processes.
 
-    A new metric is counted in :meth:`add_row` and computed in :meth:`write`.
-
-    Args:
-        logger: of torchtune, on the first process; None on the others.
-        flops: counts the operations of the model.
-        room: tokens that have room in a row; None for as many as its batch has.
-        device: of this process.
-        copies: how many processes have the same rows.
+    A new metric is counted in :meth:`add_row` and computed in :meth:`write`. ``room`` is how many
+    tokens have room in a row, None for as many as its batch has; ``copies`` of the processes have
+    the same rows; only the first has a ``logger``.
     """
 
     def __init__(
@@ -77,18 +72,10 @@ class Metrics:
     def write(
         self, step: int, grad_norm: float, groups: list[dict[str, Any]], asked_to_stop: bool
     ) -> tuple[dict[str, float], bool]:
-        """Write the line of all steps since :meth:`begin`.
+        """Write the line of all steps since :meth:`begin`; ``groups`` are the optimizer's.
 
         Processes exchange once what they counted, and with it whether they were asked to stop.
-
-        Args:
-            step: its number.
-            grad_norm: of this step.
-            groups: of the optimizer's parameters.
-            asked_to_stop: whether this process was.
-
-        Returns:
-            The metrics, and whether any process was asked to stop.
+        Returns the metrics, and whether any process was.
         """
         counts = (self.targets, self.tokens, self.rooms, self.media, self.operations, asked_to_stop)
         totals = torch.tensor(counts, dtype=torch.float64, device=self.device)
@@ -126,7 +113,7 @@ class Metrics:
     def show(self, step: int, directory: Path) -> None:
         """Draw all losses to a file in a directory, and sum them up."""
         losses, validation_losses, best = self.history.values()
-        plot_losses(losses, validation_losses, directory / "loss.png")
+        draw_losses(losses, validation_losses).savefig(directory / "loss.png")
         table = Table("steps", "first loss", "last loss", "best validation loss")
         text = f"{best['loss']:.4g} (step {best['step']})" if best["step"] else "-"
         table.add_row(str(step), f"{losses[0]:.4g}", f"{losses[-1]:.4g}", text)

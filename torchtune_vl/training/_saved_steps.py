@@ -1,23 +1,22 @@
-"""Steps that a run can go on from, in directories; its lock, and its log of samples."""
+"""Steps that a run can go on from, in directories, and its log of samples."""
 
 import json
 import logging
 import math
-import re
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from torchtune_vl.files._directory import (
     check_manifest,
     complete,
     new_file,
-    open_locked,
+    numbered,
     remove,
+    tidy,
     write_json,
 )
 
 _PROGRESS = "progress.json"
-_NAME = re.compile(r"step_(0|[1-9][0-9]*)")
 
 log = logging.getLogger(__name__)
 
@@ -42,23 +41,17 @@ class Steps:
 
     def tidy(self) -> None:
         """Remove directories that were being written or removed when a crash came."""
-        for left in self.directory.glob("step_*.partial"):
-            if _NAME.fullmatch(left.stem):
-                remove(left)
+        tidy(self.directory, r"step_\d+")
 
     def newest(self) -> Path | None:
         """Return the directory of the last step that was saved, or None."""
-        return next(iter(self._newest_first()), None)
+        return next(iter(numbered(self.directory, "step")), None)
 
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step}"
 
-    def partial(self, step: int) -> Path:
-        return self.directory / f"step_{step}.partial"
-
-    def read(self, step: int) -> SavedStep:
+    def read(self, directory: Path) -> SavedStep:
         """Return a step, or raise ``ValueError`` with all in which it is not as it was written."""
-        directory = self.path(step)
         check_manifest(directory, required=(_PROGRESS, ".metadata"))
         return SavedStep(directory, _progress(directory))
 
@@ -69,9 +62,9 @@ class Steps:
         ``ValueError`` if all are damaged.
         """
         reasons: dict[Path, str] = {}
-        for directory in self._newest_first():
+        for directory in numbered(self.directory, "step"):
             try:
-                step = self.read(_number(directory))
+                step = self.read(directory)
             except (ValueError, OSError) as error:
                 reasons[directory] = str(error)
                 continue
@@ -89,35 +82,25 @@ class Steps:
             )
         return None
 
-    def begin(self, step: int, progress: dict[str, Any]) -> None:
+    def begin(self, step: int, progress: dict[str, Any]) -> Path:
         """Make the directory that a step is written to, and write its progress as JSON.
 
         Its ``["best"]["step"]`` is the number of a step to keep as long as this one, or None.
         """
-        self.discard(step)
-        self.partial(step).mkdir(parents=True)
-        write_json(self.partial(step) / _PROGRESS, progress)
+        partial = self.path(step).with_suffix(".partial")
+        remove(partial)
+        partial.mkdir(parents=True)
+        write_json(partial / _PROGRESS, progress)
+        return partial
 
-    def finish(self, step: int) -> None:
+    def finish(self, partial: Path) -> None:
         """Give a step that is on the disk its checksums and its name, and remove older ones."""
-        complete(self.partial(step), self.path(step))
-        saved = self._newest_first()
+        complete(partial, partial.with_suffix(""))
+        saved = numbered(self.directory, "step")
         kept = {*saved[: self.keep_last]}
         kept |= {self.path(best) for directory in kept if (best := _best(directory)) is not None}
         for old in set(saved) - kept:
             remove(old)
-
-    def discard(self, step: int) -> None:
-        remove(self.partial(step))
-
-    def _newest_first(self) -> list[Path]:
-        paths = self.directory.glob("step_*")
-        steps = (path for path in paths if _NAME.fullmatch(path.name) and path.is_dir())
-        return sorted(steps, key=_number, reverse=True)
-
-
-def _number(directory: Path) -> int:
-    return int(directory.name.removeprefix("step_"))
 
 
 def _progress(directory: Path) -> dict[str, Any]:
@@ -129,21 +112,6 @@ def _best(directory: Path) -> int | None:
         return _progress(directory)["best"]["step"]
     except (OSError, ValueError, LookupError, TypeError):  # damaged: found when resuming
         return None
-
-
-def lock(directory: Path) -> TextIO:
-    """Make a directory and keep others from it until the file is closed or this process ends.
-
-    Raises ``ValueError`` if another process does so.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        return open_locked(directory / ".lock")
-    except BlockingIOError:
-        raise ValueError(
-            f"another run writes to {directory}: wait until it has ended, or name another "
-            "output_dir"
-        ) from None
 
 
 def drop_steps_after(step: int, path: Path) -> None:
