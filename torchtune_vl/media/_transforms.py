@@ -6,11 +6,12 @@ Shapes: T frames, C channels (3), H height and W width in pixels.
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain, islice, repeat
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -52,42 +53,58 @@ LEAST = {"nframes": 1, "min_frames": 0, "max_frames": 1, "min_pixels": 1, "max_p
 ABOVE = {"fps": 0, "sample_fps": 0, "total_pixels": 0, **dict.fromkeys(TIMES, -math.inf)}
 
 
+T = TypeVar("T")
+
+
+class OfGeometry(Generic[T]):
+    """A field of a transform that follows from its geometry where None is given."""
+
+    def __init__(self, rule: Callable[[Geometry], T]) -> None:
+        self.rule = rule
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, transform: Any, owner: type) -> T:
+        # Of the class itself it is the default that a dataclass reads
+        return cast(T, None) if transform is None else vars(transform)[self.name]
+
+    def __set__(self, transform: Any, value: T | None) -> None:
+        vars(transform)[self.name] = self.rule(transform.geometry) if value is None else value
+
+
+@dataclass(eq=False)
 class MediumTransform:
     """What the transforms of images and of videos share."""
 
-    _settings: ClassVar[Sequence[str]]  # that a sample may have
-    backend: Backend = "torchvision"
-    alpha: Alpha = "reference"
+    geometry: Geometry
+    _: KW_ONLY
+    backend: Backend = field(default="torchvision", init=False)
+    alpha: Alpha = field(default="reference", init=False)
+    min_pixels: OfGeometry[int] = OfGeometry(lambda geometry: geometry.min_pixels)
+    max_pixels: OfGeometry[int] = OfGeometry(lambda geometry: geometry.max_pixels)
+    image_mean: OfGeometry[Sequence[float]] = OfGeometry(lambda geometry: geometry.mean)
+    image_std: OfGeometry[Sequence[float]] = OfGeometry(lambda geometry: geometry.std)
+    patch_dtype: PatchDtype = "float32"
+    remote: RemoteLimits | None = None
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        min_pixels: int,
-        max_pixels: int,
-        image_mean: Sequence[float] | None,
-        image_std: Sequence[float] | None,
-        patch_dtype: PatchDtype,
-        remote: RemoteLimits | None,
-    ) -> None:
-        self.geometry = geometry
-        self.min_pixels = min_pixels
-        self.max_pixels = max_pixels
-        self.image_mean = geometry.mean if image_mean is None else tuple(image_mean)
-        self.image_std = geometry.std if image_std is None else tuple(image_std)
-        self.patch_dtype = patch_dtype
-        self.remote = remote
+    _settings: ClassVar[Sequence[str]]  # that a sample may have
+
+    def __post_init__(self) -> None:
+        geometry = self.geometry
+        self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
         for name, known in (("backend", Backend), ("alpha", Alpha), ("patch_dtype", PatchDtype)):
             value, choices = getattr(self, name), get_args(known)
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}: use one of {choices}")
         of_model = (geometry.mean, geometry.std)
-        if patch_dtype == "uint8" and (self.image_mean, self.image_std) != of_model:
+        if self.patch_dtype == "uint8" and (self.image_mean, self.image_std) != of_model:
             raise ValueError(
                 f"the model normalizes uint8 patches by the mean {geometry.mean} and the deviation "
                 f"{geometry.std}, not by {self.image_mean} and {self.image_std}: use float32"
             )
         _check_numbers(vars(self), geometry.unit)
-        _check_areas(min_pixels, max_pixels)
+        _check_areas(self.min_pixels, self.max_pixels)
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
         """Give a sample with patches and grid of its image or video, as the class says.
@@ -172,6 +189,7 @@ class MediumTransform:
         return torch.from_numpy(patches.reshape(-1, values))
 
 
+@dataclass(eq=False, kw_only=True)
 class ImageTransform(MediumTransform):
     """Turns one image into normalized patches, as transformers' image processor does.
 
@@ -210,26 +228,10 @@ class ImageTransform(MediumTransform):
             another mean or deviation.
     """
 
-    _settings = SIZING
+    backend: Backend = "torchvision"
+    alpha: Alpha = "reference"
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        *,
-        backend: Backend = "torchvision",
-        alpha: Alpha = "reference",
-        remote: RemoteLimits | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-        patch_dtype: PatchDtype = "float32",
-    ) -> None:
-        self.backend = backend
-        self.alpha = alpha
-        least = geometry.min_pixels if min_pixels is None else min_pixels
-        most = geometry.max_pixels if max_pixels is None else max_pixels
-        super().__init__(geometry, least, most, image_mean, image_std, patch_dtype, remote)
+    _settings = SIZING
 
     def _transform(self, sample: Mapping[str, Any], decode: bool) -> dict[str, Any]:
         image = sample["image"]
@@ -247,6 +249,7 @@ class ImageTransform(MediumTransform):
         }
 
 
+@dataclass(eq=False, kw_only=True)
 class VideoTransform(MediumTransform):
     """Turns one video into normalized patches, as qwen-vl-utils and transformers do together.
 
@@ -288,32 +291,15 @@ class VideoTransform(MediumTransform):
         ValueError: as of :class:`ImageTransform`.
     """
 
-    _settings = (*SIZING, "total_pixels", *SAMPLING, "frame_indices", "sample_fps")
+    fps: float = FPS
+    min_frames: int = MIN_FRAMES
+    max_frames: int = MAX_FRAMES
+    # The defaults are qwen-vl-utils': in all, nine tenths of a context of 128,000 tokens
+    min_pixels: OfGeometry[int] = OfGeometry(lambda geometry: 128 * geometry.unit**2)
+    max_pixels: OfGeometry[int] = OfGeometry(lambda geometry: 768 * geometry.unit**2)
+    total_pixels: OfGeometry[float] = OfGeometry(lambda geometry: 115_200 * geometry.unit**2)
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        *,
-        fps: float = FPS,
-        min_frames: int = MIN_FRAMES,
-        max_frames: int = MAX_FRAMES,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        total_pixels: float | None = None,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-        patch_dtype: PatchDtype = "float32",
-        remote: RemoteLimits | None = None,
-    ) -> None:
-        self.fps = fps
-        self.min_frames = min_frames
-        self.max_frames = max_frames
-        # The defaults are qwen-vl-utils': in all, nine tenths of a context of 128,000 tokens
-        token = geometry.unit**2
-        self.total_pixels = int(128000 * 0.9 * token) if total_pixels is None else total_pixels
-        least = 128 * token if min_pixels is None else min_pixels
-        most = 768 * token if max_pixels is None else max_pixels
-        super().__init__(geometry, least, most, image_mean, image_std, patch_dtype, remote)
+    _settings = (*SIZING, "total_pixels", *SAMPLING, "frame_indices", "sample_fps")
 
     def _transform(self, sample: Mapping[str, Any], decode: bool) -> dict[str, Any]:
         video, per_step = sample["video"], self.geometry.temporal_patch_size
