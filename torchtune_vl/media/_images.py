@@ -50,19 +50,8 @@ def to_rgb(
     encoded images reach by way of ``transformers.image_utils.load_image``: turned upright by their
     EXIF orientation, then converted by Pillow. Of an animation the first frame is taken, and levels
     of images of 16 and more bits are cut off at 0 and 255, each with a warning, once per process.
-
-    Args:
-        image: PIL image of any mode; uint8 array or tensor [H, W], [H, W, c] or [c, H, W] with c of
-            1, 3 or 4 (read as [c, H, W] where both fit); or what :func:`open_bytes` opens.
-        backend: which transformers backend's alpha compositing arrays get.
-        alpha: "reference" for what transformers does with transparency: an alpha channel is dropped
-            in encoded images, and composited over white in PIL images, arrays and tensors; a single
-            transparent colour becomes white. "white" for compositing over white in all of them.
-        remote: limits of ``https://`` URLs, which are refused without.
-
-    Raises:
-        ValueError: if the image cannot be read, or is no uint8 image of 1, 3 or 4 channels. The
-            message leaves it to the caller to name the image.
+    Images and settings are those of :class:`ImageTransform`. ``ValueError`` if the image cannot be
+    read, or is no uint8 image of 1, 3 or 4 channels, leaves it to the caller to name the image.
     """
     if isinstance(image, np.ndarray | torch.Tensor):
         return _array_to_rgb(image, backend, alpha)
