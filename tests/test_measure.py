@@ -225,8 +225,7 @@ def test_pixels_are_not_decoded(
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
     monkeypatch.setattr(images, "_decode_jpeg", decode)
-    monkeypatch.setattr(Video, "_decode_between", decode)
-    monkeypatch.setattr(Video, "_decoded_from_start", decode)
+    monkeypatch.setattr(Video, "_decoded", decode)
     assert [transform.measure(sample) for sample in (*samples, clip_sample)] == expected
 
 

@@ -1,5 +1,6 @@
 """Any image, whatever holds it, to uint8 RGB: C channels (3), H height and W width in pixels."""
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ Alpha = Literal["reference", "white"]
 # Formats whose header says how large the decoded image is; None of images without a file
 _TOLD_BY_HEADER = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", None)
 _PLAIN_HEAD_BYTES = 4096  # more than the tables of a plain JPEG
+# Markers of tables, comments, and baseline and progressive frames
+_PLAIN_SEGMENTS = (b"\xff\xc4", b"\xff\xdb", b"\xff\xdd", b"\xff\xfe", b"\xff\xc0", b"\xff\xc2")
 _PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 # Of the files that phones write (ISO/IEC 23008-12)
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -47,19 +50,8 @@ def to_rgb(
     encoded images reach by way of ``transformers.image_utils.load_image``: turned upright by their
     EXIF orientation, then converted by Pillow. Of an animation the first frame is taken, and levels
     of images of 16 and more bits are cut off at 0 and 255, each with a warning, once per process.
-
-    Args:
-        image: PIL image of any mode; uint8 array or tensor [H, W], [H, W, c] or [c, H, W] with c of
-            1, 3 or 4 (read as [c, H, W] where both fit); or what :func:`open_bytes` opens.
-        backend: which transformers backend's alpha compositing arrays get.
-        alpha: "reference" for what transformers does with transparency: an alpha channel is dropped
-            in encoded images, and composited over white in PIL images, arrays and tensors; a single
-            transparent colour becomes white. "white" for compositing over white in all of them.
-        remote: limits of ``https://`` URLs, which are refused without.
-
-    Raises:
-        ValueError: if the image cannot be read, or is no uint8 image of 1, 3 or 4 channels. The
-            message leaves it to the caller to name the image.
+    Images and settings are those of :class:`ImageTransform`. ``ValueError`` if the image cannot be
+    read, or is no uint8 image of 1, 3 or 4 channels, leaves it to the caller to name the image.
     """
     if isinstance(image, np.ndarray | torch.Tensor):
         return _array_to_rgb(image, backend, alpha)
@@ -180,22 +172,15 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     That has before its first scan a JFIF header of the usual length, tables, comments and a frame,
     and no EXIF orientation. Opening an image with Pillow takes 20 to 80 microseconds.
     """
-    if not data.startswith(b"\xff\xd8\xff\xe0\x00\x10"):
-        return None
-    start, height, width = 20, 0, 0
-    while data[start : start + 1] == b"\xff":
-        marker = data[start + 1 : start + 2]
-        if marker == b"\xda":  # scan
-            pixels = height * width
-            return (height, width) if 0 < pixels <= (Image.MAX_IMAGE_PIXELS or pixels) else None
-        if marker in (b"\xc0", b"\xc2"):  # baseline or progressive frame
-            if data[start + 9 : start + 10] not in (b"\x01", b"\x03"):  # channels
-                return None
-            height = int.from_bytes(data[start + 5 : start + 7], "big")
-            width = int.from_bytes(data[start + 7 : start + 9], "big")
-        elif marker not in (b"\xc4", b"\xdb", b"\xdd", b"\xfe"):  # tables, comment
-            return None
+    start = 20 if data.startswith(b"\xff\xd8\xff\xe0\x00\x10") else len(data)
+    while data[start : start + 2] in _PLAIN_SEGMENTS:
         start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    if data[start : start + 2] != b"\xff\xda":  # scan
+        return None
+    with suppress(ValueError):
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+        if colors in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
+            return height, width
     return None
 
 

@@ -65,18 +65,13 @@ def open_bytes(
 ) -> BinaryIO:
     """Open a file, wherever it is, at its start; a path or ``file://`` URL without reading it.
 
-    Args:
-        source: bytes; a path; a ``file://``, ``data:`` or ``https://`` URL; base64 too long to be a
-            path; or a binary file handle, which is read from its start (if it cannot seek, from
-            where it is), left at the position where it was, and not closed.
-        remote: limits of ``https://`` URLs, which are refused without. The certificate is verified,
-            the address has to be on the public internet, and so does that of every redirect.
-            Proxies are not used.
-        max_bytes: largest file of a path. Of a handle 1 GiB is read.
-
-    Raises:
-        ValueError: if it cannot be read, is empty, too large, or not allowed. The message leaves
-            it to the caller to name the source.
+    A source is bytes; a path; a ``file://``, ``data:`` or ``https://`` URL; base64 too long to be a
+    path; or a binary file handle, which is read from its start (if it cannot seek, from where it
+    is), left at the position where it was, and not closed. ``https://`` URLs are refused without
+    limits. Their certificate is verified, the address has to be on the public internet, and so does
+    that of every redirect; proxies are not used. ``max_bytes`` is of paths; of a handle 1 GiB is
+    read. ``ValueError`` for what cannot be read, is empty, too large or not allowed leaves it to
+    the caller to name the source.
     """
     if isinstance(source, str):
         source = _path_or_bytes(source, remote)
@@ -192,7 +187,10 @@ def _fetch(url: str, limits: RemoteLimits) -> bytes:
     with refusing("cannot be fetched", remedy, (OSError, UnicodeError, http.client.HTTPException)):
         for _ in range(1 + MAX_REDIRECTS):
             parts = _checked_url(base, url)
-            with contextlib.closing(_CheckedConnection(parts, deadline)) as connection:
+            connection = http.client.HTTPConnection(str(parts.hostname), parts.port or 443)
+            connection.default_port = 443
+            with contextlib.closing(connection):
+                connection.sock = _connect(connection.host, connection.port, deadline)
                 target = parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
                 connection.request("GET", parse.quote(target, safe=URL_CHARACTERS), headers=HEADERS)
                 response = connection.getresponse()
@@ -236,32 +234,24 @@ class _DeadlineSocket(ssl.SSLSocket):
         return super().recv_into(*args, **kwargs)
 
 
-class _CheckedConnection(http.client.HTTPSConnection):
+def _connect(host: str, port: int, deadline: float) -> ssl.SSLSocket:
     """Connects to the very address that was checked, which a second look-up could replace."""
-
-    def __init__(self, parts: parse.SplitResult, deadline: float) -> None:
-        super().__init__(str(parts.hostname), parts.port or 443, context=_tls_context())
-        self.deadline = deadline
-
-    def connect(self) -> None:
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        addresses = [(str(info[4][0]), self.port) for info in found]
-        for host, _ in addresses:
-            if not _is_public(host):
-                raise ValueError(
-                    f"leads to {self.host} at {host}, which is not on the public internet; "
-                    "download it first"
-                )
-        for address in addresses:
-            try:
-                plain = socket.create_connection(address, timeout=_seconds_until(self.deadline))
-                break
-            except OSError:
-                if address == addresses[-1]:
-                    raise
-        tls = cast(_DeadlineSocket, _tls_context().wrap_socket(plain, server_hostname=self.host))
-        tls.deadline = self.deadline
-        self.sock = tls
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [str(info[4][0]) for info in found]
+    for address in addresses:
+        if not _is_public(address):
+            where = f"{host} at {address}, which is not on the public internet"
+            raise ValueError(f"leads to {where}; download it first")
+    for address in addresses:
+        try:
+            plain = socket.create_connection((address, port), timeout=_seconds_until(deadline))
+            break
+        except OSError:
+            if address == addresses[-1]:
+                raise
+    tls = cast(_DeadlineSocket, _tls_context().wrap_socket(plain, server_hostname=host))
+    tls.deadline = deadline
+    return tls
 
 
 @functools.cache

@@ -6,11 +6,12 @@ Shapes: T frames, C channels (3), H height and W width in pixels.
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain, islice, repeat
 from numbers import Integral, Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -52,42 +53,60 @@ LEAST = {"nframes": 1, "min_frames": 0, "max_frames": 1, "min_pixels": 1, "max_p
 ABOVE = {"fps": 0, "sample_fps": 0, "total_pixels": 0, **dict.fromkeys(TIMES, -math.inf)}
 
 
+T = TypeVar("T")
+
+
+class OfGeometry(Generic[T]):
+    """A field of a transform that follows from its geometry where None is given."""
+
+    def __init__(self, rule: Callable[[Geometry], T]) -> None:
+        self.rule = rule
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, transform: Any, owner: type) -> T:
+        # Of the class itself it is the default that a dataclass reads
+        return cast(T, None) if transform is None else vars(transform)[self.name]
+
+    def __set__(self, transform: Any, value: T | None) -> None:
+        vars(transform)[self.name] = self.rule(transform.geometry) if value is None else value
+
+
+@dataclass(eq=False)
 class MediumTransform:
     """What the transforms of images and of videos share."""
 
-    _settings: ClassVar[Sequence[str]]  # that a sample may have
-    backend: Backend = "torchvision"
-    alpha: Alpha = "reference"
+    geometry: Geometry
+    _: KW_ONLY
+    backend: Backend = field(default="torchvision", init=False)
+    alpha: Alpha = field(default="reference", init=False)
+    min_pixels: OfGeometry[int] = OfGeometry(lambda geometry: geometry.min_pixels)
+    max_pixels: OfGeometry[int] = OfGeometry(lambda geometry: geometry.max_pixels)
+    image_mean: OfGeometry[Sequence[float]] = OfGeometry(lambda geometry: geometry.mean)
+    image_std: OfGeometry[Sequence[float]] = OfGeometry(lambda geometry: geometry.std)
+    patch_dtype: PatchDtype = "float32"
+    remote: RemoteLimits | None = None
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        min_pixels: int,
-        max_pixels: int,
-        image_mean: Sequence[float] | None,
-        image_std: Sequence[float] | None,
-        patch_dtype: PatchDtype,
-        remote: RemoteLimits | None,
-    ) -> None:
-        self.geometry = geometry
-        self.min_pixels = min_pixels
-        self.max_pixels = max_pixels
-        self.image_mean = geometry.mean if image_mean is None else tuple(image_mean)
-        self.image_std = geometry.std if image_std is None else tuple(image_std)
-        self.patch_dtype = patch_dtype
-        self.remote = remote
+    _kind: ClassVar[str]  # of medium, by which a sample names it
+    _pixels: ClassVar[str]  # the name that its patches get
+    _settings: ClassVar[Sequence[str]]  # that a sample may have
+
+    def __post_init__(self) -> None:
+        geometry = self.geometry
+        self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
         for name, known in (("backend", Backend), ("alpha", Alpha), ("patch_dtype", PatchDtype)):
             value, choices = getattr(self, name), get_args(known)
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}: use one of {choices}")
         of_model = (geometry.mean, geometry.std)
-        if patch_dtype == "uint8" and (self.image_mean, self.image_std) != of_model:
+        if self.patch_dtype == "uint8" and (self.image_mean, self.image_std) != of_model:
             raise ValueError(
                 f"the model normalizes uint8 patches by the mean {geometry.mean} and the deviation "
                 f"{geometry.std}, not by {self.image_mean} and {self.image_std}: use float32"
             )
         _check_numbers(vars(self), geometry.unit)
-        _check_areas(min_pixels, max_pixels)
+        _check_areas(self.min_pixels, self.max_pixels)
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
         """Give a sample with patches and grid of its image or video, as the class says.
@@ -106,17 +125,32 @@ class MediumTransform:
         return self._transform(sample, decode=False)
 
     def _transform(self, sample: Mapping[str, Any], decode: bool) -> dict[str, Any]:
+        medium = sample[self._kind]
+        with naming(self._kind, medium), ExitStack() as files:
+            given = {name: sample[name] for name in self._settings if sample.get(name) is not None}
+            _check_numbers(given, self.geometry.unit)
+            frames_CHW, steps, per_step, facts = self._frames(medium, given, decode, files)
+            first = next(frames_CHW)
+            grid = self._grid((first.shape[1], first.shape[2]), steps, given)
+            patches = self._encode(chain([first], frames_CHW), grid, per_step, decode)
+        return {
+            **sample,
+            self._pixels: patches,
+            f"{self._kind}_grid_thw": torch.from_numpy(np.array([grid])),
+            f"num_{self._kind}_tokens": len(patches) // self.geometry.merge_size**2,
+            **facts,
+        }
+
+    def _frames(
+        self, medium: Any, settings: Mapping[str, Any], decode: bool, files: ExitStack
+    ) -> tuple[Iterator[torch.Tensor], int, int, dict[str, Any]]:
+        """Frames, into how many steps of how many they go, and what else a call adds."""
         raise NotImplementedError
 
     def _areas(self, settings: Mapping[str, Any], steps: int) -> tuple[float, float]:
         """Smallest and largest area of a frame after resizing."""
         limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, **settings}
         return limits["min_pixels"], limits["max_pixels"]
-
-    def _settings_of(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        settings = {name: sample[name] for name in self._settings if sample.get(name) is not None}
-        _check_numbers(settings, self.geometry.unit)
-        return settings
 
     def _read(self, image: Any, decode: bool) -> torch.Tensor:
         """An image, on the meta device if it is not decoded [C, H, W]."""
@@ -172,6 +206,7 @@ class MediumTransform:
         return torch.from_numpy(patches.reshape(-1, values))
 
 
+@dataclass(eq=False, kw_only=True)
 class ImageTransform(MediumTransform):
     """Turns one image into normalized patches, as transformers' image processor does.
 
@@ -194,59 +229,32 @@ class ImageTransform(MediumTransform):
         geometry: sizes of patches, and defaults of ``min_pixels`` and ``max_pixels``, the smallest
             and largest area after resizing, and of ``image_mean`` and ``image_std``, of each RGB
             channel for values in [0, 1].
-        backend: whose pixels to reproduce, "torchvision" or "pil". They resize, composite alpha
-            channels of arrays and round differently.
-        alpha: "reference": what transformers makes of transparency, dropped in encoded images,
-            composited over white in PIL images, arrays and tensors; "white": composited over white
-            in all of them, as qwen-vl-utils does with RGBA.
+        backend: which of transformers' resizes, compositing of arrays and rounding to reproduce.
+        alpha: "reference": what transformers makes of transparency, dropped in encoded images (but
+            a single transparent colour becomes white), composited over white in PIL images, arrays
+            and tensors; "white": composited over white in all of them, as in qwen-vl-utils.
         remote: limits of ``https://`` URLs, which are refused without.
-        patch_dtype: "float32", or "uint8" for patches before normalization and without their copy
-            along time, an eighth of the bytes. The model does the rest on its device, by the
-            geometry's mean and deviation and in the order of the ``torchvision`` backend; that of
-            the ``pil`` backend rounds otherwise in the last bit.
+        patch_dtype: "uint8" for patches before normalization and without their copy along time, an
+            eighth of the bytes (of videos a quarter). The model does the rest, in the order of the
+            ``torchvision`` backend; that of the ``pil`` backend rounds otherwise in the last bit.
 
-    Raises:
-        ValueError: if a setting is unknown or out of its range, or uint8 patches are to have
-            another mean or deviation.
+    ``ValueError`` names a setting that is unknown or out of its range, and a mean or deviation of
+    uint8 patches other than the model's.
     """
 
-    _settings = SIZING
+    backend: Backend = "torchvision"
+    alpha: Alpha = "reference"
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        *,
-        backend: Backend = "torchvision",
-        alpha: Alpha = "reference",
-        remote: RemoteLimits | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-        patch_dtype: PatchDtype = "float32",
-    ) -> None:
-        self.backend = backend
-        self.alpha = alpha
-        least = geometry.min_pixels if min_pixels is None else min_pixels
-        most = geometry.max_pixels if max_pixels is None else max_pixels
-        super().__init__(geometry, least, most, image_mean, image_std, patch_dtype, remote)
+    _kind, _pixels, _settings = "image", "pixel_values", SIZING
 
-    def _transform(self, sample: Mapping[str, Any], decode: bool) -> dict[str, Any]:
-        image = sample["image"]
-        with naming("image", image):
-            rgb_CHW = self._read(image, decode)
-            size = (rgb_CHW.shape[1], rgb_CHW.shape[2])
-            grid = self._grid(size, 1, self._settings_of(sample))
-        patches = self._encode(iter([rgb_CHW]), grid, 1, decode)
-        return {
-            **sample,
-            "pixel_values": patches,
-            "image_grid_thw": torch.from_numpy(np.array([grid])),
-            "num_image_tokens": len(patches) // self.geometry.merge_size**2,
-            "original_size": size,
-        }
+    def _frames(
+        self, medium: Any, settings: Mapping[str, Any], decode: bool, files: ExitStack
+    ) -> tuple[Iterator[torch.Tensor], int, int, dict[str, Any]]:
+        rgb_CHW = self._read(medium, decode)
+        return iter([rgb_CHW]), 1, 1, {"original_size": tuple(rgb_CHW.shape[1:])}
 
 
+@dataclass(eq=False, kw_only=True)
 class VideoTransform(MediumTransform):
     """Turns one video into normalized patches, as qwen-vl-utils and transformers do together.
 
@@ -276,80 +284,51 @@ class VideoTransform(MediumTransform):
     video) * frames per second of the file; and ``frame_indices``.
 
     Args:
-        geometry: sizes of patches. All arguments that are not listed are as of
-            :class:`ImageTransform`; uint8 patches of videos have a quarter of the bytes.
         fps: frames to take of each second, ``min_frames`` to ``max_frames`` in all.
         min_pixels: smallest area of a frame after resizing, in pixels; None: 128 tokens.
         max_pixels: largest area of a frame, in pixels; None: 768 tokens.
         total_pixels: largest area of all steps of two frames together, in pixels; None: 115,200
             tokens. It limits the area of a frame, but not below 1.05 * ``min_pixels``.
 
-    Raises:
-        ValueError: as of :class:`ImageTransform`.
+    All other arguments and errors are as of :class:`ImageTransform`.
     """
 
+    fps: float = FPS
+    min_frames: int = MIN_FRAMES
+    max_frames: int = MAX_FRAMES
+    # The defaults are qwen-vl-utils': in all, nine tenths of a context of 128,000 tokens
+    min_pixels: OfGeometry[int] = OfGeometry(lambda geometry: 128 * geometry.unit**2)
+    max_pixels: OfGeometry[int] = OfGeometry(lambda geometry: 768 * geometry.unit**2)
+    total_pixels: OfGeometry[float] = OfGeometry(lambda geometry: 115_200 * geometry.unit**2)
+
+    _kind, _pixels = "video", "pixel_values_videos"
     _settings = (*SIZING, "total_pixels", *SAMPLING, "frame_indices", "sample_fps")
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        *,
-        fps: float = FPS,
-        min_frames: int = MIN_FRAMES,
-        max_frames: int = MAX_FRAMES,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        total_pixels: float | None = None,
-        image_mean: Sequence[float] | None = None,
-        image_std: Sequence[float] | None = None,
-        patch_dtype: PatchDtype = "float32",
-        remote: RemoteLimits | None = None,
-    ) -> None:
-        self.fps = fps
-        self.min_frames = min_frames
-        self.max_frames = max_frames
-        # The defaults are qwen-vl-utils': in all, nine tenths of a context of 128,000 tokens
-        token = geometry.unit**2
-        self.total_pixels = int(128000 * 0.9 * token) if total_pixels is None else total_pixels
-        least = 128 * token if min_pixels is None else min_pixels
-        most = 768 * token if max_pixels is None else max_pixels
-        super().__init__(geometry, least, most, image_mean, image_std, patch_dtype, remote)
-
-    def _transform(self, sample: Mapping[str, Any], decode: bool) -> dict[str, Any]:
-        video, per_step = sample["video"], self.geometry.temporal_patch_size
-        with naming("video", video), ExitStack() as stack:
-            settings = self._settings_of(sample)
-            frames: Iterable[torch.Tensor]
-            is_given = isinstance(video, list | tuple | np.ndarray | torch.Tensor)
-            for name in settings:
-                if is_given and name in (*SAMPLING, "frame_indices"):
-                    raise ValueError(f"{name} chooses among frames of a file: set sample_fps")
-                if not is_given and name == "sample_fps":
-                    raise ValueError("sample_fps is of given frames: for a file, set fps")
-            if is_given:
-                frames = self._given_frames(video, decode)
-                indices, fps = list(range(len(video))), settings.get("sample_fps", FPS)
-            else:
-                file = stack.enter_context(open_video(video, self.remote))
-                indices, fps = self._sample(file.num_frames, file.fps, settings)
-                frames = repeat(torch.empty(CHANNELS, *file.size, device="meta"), len(indices))
-                if decode:
-                    frames = (torch.from_numpy(f).permute(2, 0, 1) for f in file.frames(indices))
-            if not indices:
-                raise ValueError("has no frames; remove it from the data")
-            frames = _of_one_size(frames, indices)
-            first = next(frames)
-            steps = math.ceil(len(indices) / per_step)
-            grid = self._grid((first.shape[1], first.shape[2]), steps, settings)
-            patches = self._encode(chain([first], frames), grid, per_step, decode)
-        return {
-            **sample,
-            "pixel_values_videos": patches,
-            "video_grid_thw": torch.from_numpy(np.array([grid])),
-            "num_video_tokens": len(patches) // self.geometry.merge_size**2,
-            "seconds_per_step": per_step / fps,
-            "frame_indices": indices,
-        }
+    def _frames(
+        self, medium: Any, settings: Mapping[str, Any], decode: bool, files: ExitStack
+    ) -> tuple[Iterator[torch.Tensor], int, int, dict[str, Any]]:
+        frames: Iterable[torch.Tensor]
+        is_given = isinstance(medium, list | tuple | np.ndarray | torch.Tensor)
+        for name in settings:
+            if is_given and name in (*SAMPLING, "frame_indices"):
+                raise ValueError(f"{name} chooses among frames of a file: set sample_fps")
+            if not is_given and name == "sample_fps":
+                raise ValueError("sample_fps is of given frames: for a file, set fps")
+        if is_given:
+            frames = self._given_frames(medium, decode)
+            indices, fps = list(range(len(medium))), settings.get("sample_fps", FPS)
+        else:
+            file = files.enter_context(open_video(medium, self.remote))
+            indices, fps = self._sample(file.num_frames, file.fps, settings)
+            frames = repeat(torch.empty(CHANNELS, *file.size, device="meta"), len(indices))
+            if decode:
+                frames = (torch.from_numpy(f).permute(2, 0, 1) for f in file.frames(indices))
+        if not indices:
+            raise ValueError("has no frames; remove it from the data")
+        per_step = self.geometry.temporal_patch_size
+        facts = {"seconds_per_step": per_step / fps, "frame_indices": indices}
+        steps = math.ceil(len(indices) / per_step)
+        return _of_one_size(frames, indices), steps, per_step, facts
 
     def _given_frames(self, video: Any, decode: bool) -> Iterator[torch.Tensor]:
         """The frames of a list of images or of an array [C, H, W]."""

@@ -2,8 +2,7 @@
 
 import math
 import re
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import groupby
 from typing import Any, BinaryIO, cast
@@ -39,8 +38,6 @@ if int(av.__version__.split(".")[0]) >= 17:
     RGB["threads"] = 1
 DURATION = r"(\d+):(\d+):(\d+(?:\.\d+)?)"
 READ_ERRORS = (av.FFmpegError, OSError)
-MISSING = "the decoder gives no frame"
-DAMAGED = "the decoder finds errors in it"
 REMOVE = "fetch it again or remove it from the data"
 NO_RATE = "has no frame rate; convert it or pass its frames as a list"
 
@@ -99,18 +96,21 @@ class Video:
         and mirrored as the file's display matrix says. ``ValueError`` names the frame that cannot
         be decoded without errors.
         """
-        numbers = list(indices)
-        if self._timed:
-            for key, group in groupby(self._shown[numbers].tolist(), self._key_before):
-                yield from self._decode_from_key(key, list(group))
-            return
-        for number, frame in enumerate(self._decoded_from_start()):
-            if number == numbers[0]:
-                yield self._upright_rgb(frame)
-                del numbers[0]
-                if not numbers:
-                    return
-        raise self._undecodable(numbers[0], MISSING)
+        wanted = self._ticks[list(indices)].tolist()
+        while wanted:
+            left, reason = len(wanted), "the decoder gives no frame"
+            try:
+                for tick, frame in self._decoded(wanted):
+                    # Also one that is not asked for: others can be predicted from it
+                    if frame.is_corrupt:
+                        raise self._undecodable(tick, "the decoder finds errors in it")
+                    if wanted[:1] == [tick]:
+                        del wanted[0]
+                        yield self._upright_rgb(frame)
+            except READ_ERRORS as error:
+                reason = reason_of(error)
+            if len(wanted) == left:
+                raise self._undecodable(wanted[0], reason)
 
     def _open(self) -> None:
         self._file.seek(0)
@@ -149,48 +149,46 @@ class Video:
 
     def _index_packets(self) -> None:
         """Finds the frames. A frame's place is its position in the file, not its number."""
-        pts, keys, hidden = array("q"), array("q"), array("B")
-        stored = end = 0
-        timed, cut = True, False
+        packets, stored, timed, cut = [], 0, True, False
         for packet in self._container.demux(self._stream):
             stored += packet.dts is not None or packet.pts is not None
             if packet.size:
-                if packet.is_keyframe:
-                    keys.append(len(pts))
+                pts, duration = packet.pts or 0, packet.duration or 0
+                packets.append((pts, pts + duration, packet.is_keyframe, packet.is_discard))
                 timed &= packet.pts is not None
-                pts.append(packet.pts or 0)
-                hidden.append(packet.is_discard)
                 cut = packet.is_corrupt
-                end = max(end, pts[-1] + (packet.duration or 0))
-        if not pts:
+        if not packets:
             raise ValueError(f"holds no frames; {REMOVE}")
         # The header of an MP4 file lists its packets
         cut |= stored < len(getattr(self._stream, "index_entries", ()))
-        seconds_per_tick = float(self._stream.time_base or 0)
 
-        self._pts, self._keys = np.array(pts), np.array(keys, np.int64)
-        self._hidden = np.array(hidden, bool)
-        self._places: dict[Any, int] = {time: place for place, time in enumerate(pts)}
-        self._next_place = len(self._pts)
-        self._by_time = self._pts.argsort(kind="stable")
+        self._pts, ends, is_key, hidden = map(np.array, zip(*packets, strict=True))
+        self._keys = np.flatnonzero(is_key)
+        self._places = {tick: place for place, tick in enumerate(self._pts.tolist())}
+        self._next_place = len(packets)
+        by_time = self._pts.argsort(kind="stable")
         # Whether timestamps say which frame is shown when. Concatenated streams repeat them; AVI
         # holds none, and FFmpeg's follow the order of the file
-        moved = self._by_time - np.arange(len(pts))
-        distinct = (np.diff(self._pts[self._by_time]) > 0).all()
+        moved = by_time - np.arange(len(packets))
+        distinct = (np.diff(self._pts[by_time]) > 0).all()
         has_b_frames = self._stream.codec_context.has_b_frames
         made_up = self._container.format.name == "avi" and has_b_frames and not moved.any()
         self._timed = timed and distinct and np.abs(moved).max() <= MAX_HELD_BACK and not made_up
         if self._timed:
-            self._hide_undecodable_beginning()
-        self._shown = self._by_time[~self._hidden[self._by_time]]
-        ticks = self._pts[self._shown]
-        self.times = (ticks - ticks[:1]) * seconds_per_tick
+            hidden |= self._undecodable_beginning(hidden)
+        # What tells frames apart, in the order in which they are shown: their timestamps, or where
+        # these say nothing, their numbers
+        self._ticks = self._pts[by_time][~hidden[by_time]]
+        seconds_per_tick = float(self._stream.time_base or 0)
+        self.times = (self._ticks - self._ticks[:1]) * seconds_per_tick
         rate = self._stream.average_rate or self._stream.guessed_rate
         if not rate and not self.times.any():
             raise ValueError(NO_RATE)
         self.fps = float(rate or (len(self.times) - 1) / self.times[-1])
         if not self._timed:
-            self.times = np.arange(sum(1 for _ in self._decoded_from_start())) / self.fps
+            self._reopen()
+            self._ticks = np.arange(sum(1 for _ in self._container.decode(self._stream)))
+            self.times = self._ticks / self.fps
         self.num_frames = len(self.times)
         if not self.num_frames:
             raise ValueError(f"holds no frames; {REMOVE}")
@@ -198,70 +196,68 @@ class Video:
         tag = re.fullmatch(DURATION, self._stream.metadata.get("DURATION", ""))  # of Matroska
         hours, minutes, seconds = tag.groups() if tag else (0, 0, 0)
         stated = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        last = end * seconds_per_tick
+        last = ends.max() * seconds_per_tick
         longest_frame = np.diff(self.times).max(initial=1 / self.fps)
         if cut or last + 2 * longest_frame < stated:
             raise ValueError(f"is cut off after {last:.2f} s; {REMOVE}")
 
-    def _hide_undecodable_beginning(self) -> None:
-        """Does not count frames that need some from before the file, as a whole decode does not."""
+    def _undecodable_beginning(self, hidden: np.ndarray) -> np.ndarray:
+        """Which frames need some from before the file: a whole decode does not show them."""
         first = self._keys[0] if len(self._keys) else len(self._pts) - 1
-        early = ~self._hidden & (self._pts < self._pts[first])
+        early = ~hidden & (self._pts < self._pts[first])
         if self._container.format.name not in BROADCASTS:
             early[:first] = False  # begins with a key frame, or is damaged
         if not early.any():
-            return
+            return early
         given: set[int | None] = set()
         for place, packet in self._packets_from(0):
             with suppress(av.FFmpegError):
                 given |= {frame.pts for frame in self._stream.codec_context.decode(packet)}
             if place > first + 4 * MAX_HELD_BACK or self._pts[first] in given:
                 break
-        self._hidden |= early & ~np.isin(self._pts, [pts for pts in given if pts is not None])
+        return early & ~np.isin(self._pts, [pts for pts in given if pts is not None])
 
-    def _key_before(self, place: int) -> int:
+    def _decoded(self, wanted: Sequence[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """Decodes at least the first of the frames that are wanted, and what it needs."""
+        if not self._timed:
+            self._reopen()
+            decoded = self._container.decode(self._stream)
+            yield from zip(range(wanted[-1] + 1), decoded, strict=False)
+            return
+        key, group = next(groupby(wanted, self._key_before))
+        start = self._pts[key]
+        # Streams that refresh the picture part by part, and careless writers, call frames key
+        # frames that are not, which a frame that is hidden does not tell
+        begun = key == 0 or start not in self._ticks
+        try:
+            for frame in self._decode_between(key, set(group)):
+                if frame.pts is not None and frame.pts >= start:
+                    begun = begun or (frame.pts == start and frame.key_frame)
+                    if not begun:
+                        break
+                    yield frame.pts, frame
+        except READ_ERRORS:
+            if begun:
+                raise
+        if not begun:
+            self._keys = self._keys[:0]
+            yield from self._decoded(wanted)
+
+    def _key_before(self, tick: int) -> int:
         """Place of the last key frame that a frame can be decoded from.
 
         A frame that is stored after a key frame and shown before it also needs earlier ones.
         """
-        keys = self._keys[: self._keys.searchsorted(place, "right")]
-        usable = keys[self._pts[keys] <= self._pts[place]]
+        keys = self._keys[: self._keys.searchsorted(self._places[tick], "right")]
+        usable = keys[self._pts[keys] <= tick]
         return int(usable[-1]) if len(usable) else 0
 
-    def _decode_from_key(self, key: int, places: list[int]) -> Iterator[np.ndarray]:
-        """Decodes frames, listed in the order of time, that one key frame comes before."""
-        reason = MISSING
-        for start in dict.fromkeys((key, 0)):
-            # Streams that refresh the picture part by part, and careless writers, call frames key
-            # frames that are not, which a frame that is hidden does not tell
-            begun = start == 0 or bool(self._hidden[start])
-            try:
-                for frame in self._decode_between(start, places):
-                    if frame.pts is None or frame.pts < self._pts[start]:
-                        continue
-                    begun = begun or (frame.pts == self._pts[start] and frame.key_frame)
-                    if not begun:
-                        break
-                    # Also one that is not asked for: others can be predicted from it
-                    if frame.is_corrupt:
-                        raise self._undecodable(self._number(frame.pts), DAMAGED)
-                    if places and frame.pts == self._pts[places[0]]:
-                        del places[0]
-                        yield self._upright_rgb(frame)
-            except READ_ERRORS as error:
-                reason = reason_of(error)
-            if begun:
-                break
-            self._keys = self._keys[:0]
-        if places:
-            raise self._undecodable(self._number(self._pts[places[0]]), reason)
-
-    def _decode_between(self, start: int, places: list[int]) -> Iterator[VideoFrame]:
-        """Decodes what the frames at some places need, beginning with a key frame."""
-        wanted, last = set(places), max(places)
-        for place, packet in self._packets_from(start):
+    def _decode_between(self, key: int, ticks: Collection[int]) -> Iterator[VideoFrame]:
+        """Decodes what some frames need, beginning with a key frame."""
+        last = max(self._places[tick] for tick in ticks)
+        for place, packet in self._packets_from(key):
             context = self._stream.codec_context
-            can_skip = self._can_skip and place not in wanted
+            can_skip = self._can_skip and packet.pts not in ticks
             context.skip_frame = "NONREF" if can_skip else "DEFAULT"
             yield from context.decode(packet)
             if place == last:
@@ -292,29 +288,14 @@ class Video:
                 self._next_place = place + 1
                 yield place, packet
 
-    def _decoded_from_start(self) -> Iterator[VideoFrame]:
-        self._reopen()
-        number = 0
-        try:
-            for frame in self._container.decode(self._stream):
-                if frame.is_corrupt:
-                    raise self._undecodable(number, DAMAGED)
-                yield frame
-                number += 1
-        except READ_ERRORS as error:
-            raise self._undecodable(number, reason_of(error)) from error
-
-    def _number(self, pts: int) -> int:
-        return int(self._pts[self._shown].searchsorted(pts))
-
     def _reopen(self) -> None:
         self._container.close()
         self._open()
 
-    def _undecodable(self, number: int, reason: str) -> ValueError:
-        second = self.times[number] if self._timed else number / self.fps
+    def _undecodable(self, tick: int, reason: str) -> ValueError:
+        number = min(self._ticks.searchsorted(tick), self.num_frames - 1)
         return ValueError(
-            f"frame {number} at {second:.2f} s cannot be decoded ({reason}); the file "
+            f"frame {number} at {self.times[number]:.2f} s cannot be decoded ({reason}); the file "
             "is damaged: fetch it again, convert it or remove it from the data"
         )
 
