@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from copy import copy
 from itertools import count
 from typing import Any
@@ -12,11 +12,8 @@ from torch.utils.data import Dataset
 
 from torchtune_vl.chat import ChatTransform
 from torchtune_vl.datasets._formats import COLUMNS, MediaDirectory, RecordReader, naming
-from torchtune_vl.datasets._json_records import JsonRecords
-from torchtune_vl.datasets._tables import Table, load_records
+from torchtune_vl.datasets._tables import Records, Table, load_records
 from torchtune_vl.modules import IGNORE_INDEX
-
-_END = object()
 
 
 def vision_chat_dataset(
@@ -73,7 +70,7 @@ def vision_chat_dataset(
     return (StreamedVisionChat if streaming else VisionChatDataset)(tokenizer, records, read)
 
 
-def _check_columns(column_map: Mapping[str, str], records: JsonRecords | Table) -> None:
+def _check_columns(column_map: Mapping[str, str], records: Records) -> None:
     if unknown := column_map.keys() - {*COLUMNS}:
         raise ValueError(f"column_map has {sorted(unknown)}; known are {', '.join(COLUMNS)}")
     wanted, columns = {*column_map.values()}, set[str]()
@@ -84,7 +81,7 @@ def _check_columns(column_map: Mapping[str, str], records: JsonRecords | Table) 
             if wanted <= columns:
                 break
             with suppress(ValueError):  # is told when the sample is measured or made
-                record = records[index]
+                record, _ = records[index]
                 columns.update(record if isinstance(record, Mapping) else ())
     if missing := wanted - columns:
         raise ValueError(f"column_map names {sorted(missing)}; the columns are {sorted(columns)}")
@@ -93,16 +90,10 @@ def _check_columns(column_map: Mapping[str, str], records: JsonRecords | Table) 
 class _Conversations:
     """Conversations as samples for a transform, which ``read`` makes of a record and its number."""
 
-    def __init__(
-        self, transform: ChatTransform, rows: JsonRecords | Table, read: RecordReader
-    ) -> None:
+    def __init__(self, transform: ChatTransform, records: Records, read: RecordReader) -> None:
         self._transform = transform
-        self._rows = rows
+        self._records = records
         self._read = read
-
-    def _naming(self, number: int) -> AbstractContextManager[None]:
-        rows = self._rows
-        return naming(number, f" ({rows.place(number)})" if isinstance(rows, JsonRecords) else "")
 
     def _supervised(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """A transformed sample with labels, of which there are some."""
@@ -117,7 +108,7 @@ class VisionChatDataset(_Conversations, Dataset):
     """A table of conversations; see :func:`vision_chat_dataset`."""
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Transform a sample, and add ``labels``, list[int]: -100 where the loss ignores a token.
@@ -137,8 +128,8 @@ class VisionChatDataset(_Conversations, Dataset):
 
     def _apply(self, function: Callable[[dict[str, Any]], Any], index: int) -> Any:
         with naming(index):
-            record = self._rows[index]
-        with self._naming(index):
+            record, place = self._records[index]
+        with naming(index, place):
             return function(self._read(record, index))
 
 
@@ -148,13 +139,18 @@ class StreamedVisionChat(_Conversations):
     _start = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        records = iter(self._rows.skip(self._start) if self._start else self._rows)
+        records = self._records
+        if isinstance(records, Table):
+            left = iter(records.skip(self._start))
+        else:
+            left = (records[index] for index in range(self._start, len(records)))
         for number in count(self._start):
             with naming(number):
-                record: Any = next(records, _END)
-            if record is _END:
+                found = next(left, None)
+            if found is None:
                 return
-            with self._naming(number):
+            record, place = found
+            with naming(number, place):
                 sample = self._read(record, number)
             yield sample
 

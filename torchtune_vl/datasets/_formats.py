@@ -263,4 +263,4 @@ def naming(name: Any, place: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         is_named = isinstance(error, ValueError) and str(error).startswith("sample ")
-        reraise(error, "" if is_named else f"sample {name!r}: ", place)
+        reraise(error, "" if is_named else f"sample {name!r}: ", f" ({place})" if place else "")
