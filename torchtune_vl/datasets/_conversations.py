@@ -11,8 +11,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from torchtune_vl.chat import ChatTransform
-from torchtune_vl.datasets._formats import COLUMNS, MediaDirectory, RecordReader, naming
+from torchtune_vl.datasets._formats import COLUMNS, MediaDirectory, RecordReader
 from torchtune_vl.datasets._tables import Records, Table, load_records
+from torchtune_vl.media._errors import naming_sample
 from torchtune_vl.modules import IGNORE_INDEX
 
 
@@ -99,7 +100,7 @@ class _Conversations:
         """A transformed sample with labels, of which there are some."""
         transformed = self._transform(sample)
         tokens, mask = transformed["tokens"], transformed["mask"]
-        with naming(sample["id"]):
+        with naming_sample(sample["id"]):
             self._transform.check_supervised(tokens, mask)
         return {**transformed, "labels": np.where(mask, IGNORE_INDEX, tokens).tolist()}
 
@@ -127,9 +128,9 @@ class VisionChatDataset(_Conversations, Dataset):
         return self._apply(self._transform.examine, index)
 
     def _apply(self, function: Callable[[dict[str, Any]], Any], index: int) -> Any:
-        with naming(index):
+        with naming_sample(index):
             record, place = self._records[index]
-        with naming(index, place):
+        with naming_sample(index, place):
             return function(self._read(record, index))
 
 
@@ -145,12 +146,12 @@ class StreamedVisionChat(_Conversations):
         else:
             left = (records[index] for index in range(self._start, len(records)))
         for number in count(self._start):
-            with naming(number):
+            with naming_sample(number):
                 found = next(left, None)
             if found is None:
                 return
             record, place = found
-            with naming(number, place):
+            with naming_sample(number, place):
                 sample = self._read(record, number)
             yield sample
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from torchtune_vl.data._data_workers import loading
-from torchtune_vl.media._errors import shortened
+from torchtune_vl.media._errors import naming_sample
 
 # Sending a batch from a worker costs as much as measuring some samples
 _BATCH_SIZE = 128
@@ -110,11 +110,9 @@ class _Examined(Dataset[_Examination]):
 
     def __getitem__(self, index: int) -> _Examination:
         try:
-            if hasattr(self.dataset, "examine"):
-                return index, *self.dataset.examine(index), None
-            return index, self.dataset.measure(index), None, None
-        except ValueError as error:
-            problem = str(error)
-        except Exception as error:  # one bad sample must not hide the others
-            problem = f"sample {index}: {type(error).__name__}: {error}"
-        return index, (0, 0, 0), None, shortened(problem)
+            with naming_sample(index):
+                if hasattr(self.dataset, "examine"):
+                    return index, *self.dataset.examine(index), None
+                return index, self.dataset.measure(index), None, None
+        except ValueError as error:  # one bad sample must not hide the others
+            return index, (0, 0, 0), None, str(error)
