@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from copy import copy
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -30,12 +30,9 @@ def vision_chat_dataset(
 ) -> "VisionChatDataset | StreamedVisionChat":
     """Build a dataset of conversations with images and videos.
 
-    A record is what a file has of one sample: a line or value of JSON, or the row of a table. It
-    has ``messages``, in the chat format of transformers or OpenAI, or ``conversations``, in that of
-    ShareGPT, and perhaps ``image``, ``images``, ``video`` and ``videos``, which are for items
-    without a source and tags ``<image>`` and ``<video>``, ms-swift's ``objects`` for the tags
-    ``<ref-object>`` and ``<bbox>``, ``tools``, ``system`` and an ``id`` for errors; docs/data.md
-    has them all.
+    A record, a line or value of JSON or the row of a table, is one sample. It has ``messages``, in
+    the chat format of transformers or OpenAI, or ``conversations``, in that of ShareGPT, and
+    perhaps the other columns that docs/data.md tells of.
 
     Args:
         tokenizer: the model's transform, as recipes pass it.
@@ -88,16 +85,20 @@ def _check_columns(column_map: Mapping[str, str], records: Records) -> None:
         raise ValueError(f"column_map names {sorted(missing)}; the columns are {sorted(columns)}")
 
 
+@dataclass(eq=False)
 class _Conversations:
     """Conversations as samples for a transform, which ``read`` makes of a record and its number."""
 
-    def __init__(self, transform: ChatTransform, records: Records, read: RecordReader) -> None:
-        self._transform = transform
-        self._records = records
-        self._read = read
+    _transform: ChatTransform
+    _records: Records
+    _read: RecordReader
 
-    def _supervised(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        """A transformed sample with labels, of which there are some."""
+    def transform(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """Transform a sample, and add ``labels``, list[int]: -100 where the loss ignores a token.
+
+        A ValueError names the sample whose media cannot be read, or that has no token of an answer
+        that carries loss.
+        """
         transformed = self._transform(sample)
         tokens, mask = transformed["tokens"], transformed["mask"]
         with naming_sample(sample["id"]):
@@ -112,12 +113,8 @@ class VisionChatDataset(_Conversations, Dataset):
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Transform a sample, and add ``labels``, list[int]: -100 where the loss ignores a token.
-
-        A ValueError names the sample whose record or media cannot be read, or that has no token of
-        an answer that carries loss.
-        """
-        return self._apply(self._supervised, index)
+        """Read a sample, and :meth:`transform` it; a ValueError names its file and line too."""
+        return self._apply(self.transform, index)
 
     def measure(self, index: int) -> tuple[int, int, int]:
         """Count tokens, patches and supervised tokens of a sample without decoding its media."""
@@ -134,10 +131,11 @@ class VisionChatDataset(_Conversations, Dataset):
             return function(self._read(record, index))
 
 
+@dataclass(eq=False)
 class StreamedVisionChat(_Conversations):
     """A stream of samples as the transform takes them; see :func:`vision_chat_dataset`."""
 
-    _start = 0
+    _start: int = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         records = self._records
@@ -157,14 +155,8 @@ class StreamedVisionChat(_Conversations):
 
     def skip(self, count: int) -> "StreamedVisionChat":
         """Leave out so many samples at the beginning; the numbers of the others stay."""
-        others = copy(self)
-        others._start += count
-        return others
+        return replace(self, _start=self._start + count)
 
     def measure(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
         """Measure a sample of the stream as :meth:`VisionChatDataset.measure` does."""
-        return self._transform.examine(sample)[0]
-
-    def transform(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        """Transform a sample of the stream as :meth:`VisionChatDataset.__getitem__` does."""
-        return self._supervised(sample)
+        return self._transform.measure(sample)

@@ -1,8 +1,8 @@
 """The records that source, files and split of a config name."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Union
 
 import datasets
@@ -29,7 +29,9 @@ class Table:
 
     def __init__(self, rows: datasets.Dataset | datasets.IterableDataset) -> None:
         if rows.features is not None:  # cast() would copy them
-            rows.info.features = datasets.Features(_encoded(dict(rows.features)))
+            features = json.dumps(rows.features.to_dict())
+            encoded = json.loads(features, object_hook=_encoded)
+            rows.info.features = datasets.Features.from_dict(encoded)
         self._rows = rows
         self.column_names = rows.column_names
 
@@ -50,14 +52,8 @@ class Table:
         return Table(self._rows.skip(count))
 
 
-def _encoded(feature: Any) -> Any:
-    if isinstance(feature, datasets.Image | datasets.Video):
-        return replace(feature, decode=False)
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return replace(feature, feature=_encoded(feature.feature))
-    if isinstance(feature, dict):
-        return {name: _encoded(value) for name, value in feature.items()}
-    return feature
+def _encoded(feature: dict[str, Any]) -> dict[str, Any]:
+    return feature | ({"decode": False} if feature.get("_type") in ("Image", "Video") else {})
 
 
 def _without_nulls(value: Any, feature: Any) -> Any:
