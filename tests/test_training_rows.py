@@ -26,7 +26,7 @@ def sample(number: int, size: Size) -> dict[str, Any]:
     }
     if size.patches:
         vision = {
-            "patches": torch.full((size.patches, 2), float(number)),
+            "patches": torch.full((size.patches, 3), float(number)),
             "grid_thw": torch.tensor([[1, 1, size.patches]]),
         }
         made["encoder_input"] = {"vision": vision}
@@ -439,7 +439,7 @@ def test_positions_of_other_runs_are_refused(change: dict[str, Any], message: st
 
 def test_a_sample_too_large_is_refused_at_once_if_sizes_are_known() -> None:
     sizes = [*SIZES, Size(65, 0, 64)]
-    message = r"sample 200 of the dataset: it has 65 tokens.*raise max_tokens"
+    message = r"sample 200: it has 65 tokens.*raise max_tokens"
     with pytest.raises(ValueError, match=message):
         TrainingRows(Samples(sizes), PACKED, rows_per_step=1, sizes=np.array(sizes))
     with pytest.raises(ValueError, match=message):
@@ -448,7 +448,7 @@ def test_a_sample_too_large_is_refused_at_once_if_sizes_are_known() -> None:
 
 def test_a_sample_without_targets_is_refused() -> None:
     sizes = [*SIZES[:3], Size(9, 0, 0)]
-    message = r"sample 3 of the dataset: it has no supervised token"
+    message = r"sample 3: it has no supervised token"
     with pytest.raises(ValueError, match=message):
         TrainingRows(Samples(sizes), PaddedRows(1), rows_per_step=1, sizes=np.array(sizes))
     with pytest.raises(ValueError, match=message):
@@ -479,12 +479,12 @@ class Unsupervised(Samples):
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        (Unreadable, ValueError, "sample 0 of the dataset: no such file: cat.jpg"),
-        (Unmeasurable, ValueError, "sample 0 of the dataset: it has no messages"),
+        (Unreadable, ValueError, "sample 0: OSError: no such file: cat.jpg"),
+        (Unmeasurable, ValueError, "sample 0: it has no messages"),
         (
             Changed,
             ValueError,
-            r"sample 0 of the dataset has 9 tokens, 4 patches and 8 supervised.*had 9 tokens, 8",
+            r"sample 0 has 9 tokens, 4 patches and 8 supervised.*had 9 tokens, 8",
         ),
         (Unsupervised, ValueError, "8 patches and 0 supervised.*8 patches and 8 supervised"),
     ],

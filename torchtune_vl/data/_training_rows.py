@@ -2,7 +2,6 @@
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from itertools import chain, count, islice, takewhile
@@ -13,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from torchtune_vl.data._collate import Batch
 from torchtune_vl.data._packing import Planner, Size, planner_of, settings_of
+from torchtune_vl.media._errors import naming_sample
 from torchtune_vl.modules import IGNORE_INDEX
 
 # Of so many random orders of an epoch's rows the most even is taken
@@ -133,7 +133,7 @@ class TrainingRows(IterableDataset[Row]):
                 f"to {begun} or more"
             )
         for number, measured in enumerate([] if self.sizes is None else self.sizes.tolist()):
-            with _naming(number):
+            with naming_sample(number):
                 self._checked(measured)
 
     def __iter__(self) -> Iterator[Row]:
@@ -265,7 +265,7 @@ class TrainingRows(IterableDataset[Row]):
     def _size(self, number: int, raw: Any) -> Size:
         if self.sizes is not None:
             return Size(*self.sizes[number].tolist())
-        with _naming(number):
+        with naming_sample(number):
             return self._checked(self.dataset.measure(raw))
 
     def _checked(self, measured: Sequence[int]) -> Size:
@@ -320,22 +320,14 @@ def _evenly(rows: list[np.ndarray], sizes: np.ndarray, seed: tuple[int, ...]) ->
 
 
 def _made(sample: _Sample) -> Mapping[str, Any]:
-    with _naming(sample.number):
+    with naming_sample(sample.number):
         made = sample.make()
     patches = made["encoder_input"]["vision"]["patches"] if "encoder_input" in made else ()
     targets = len(made["labels"]) - 1 - made["labels"][1:].count(IGNORE_INDEX)
     size = Size(len(made["tokens"]), len(patches), targets)
     if size != sample.size:
         raise ValueError(
-            f"sample {sample.number} of the dataset has {size}, but had {sample.size} when it was "
+            f"sample {sample.number} has {size}, but had {sample.size} when it was "
             "measured: it has changed since; measure the dataset anew"
         )
     return made
-
-
-@contextmanager
-def _naming(number: int) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"sample {number} of the dataset: {error}") from error

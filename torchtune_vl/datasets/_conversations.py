@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
-from copy import copy
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -11,12 +11,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from torchtune_vl.chat import ChatTransform
-from torchtune_vl.datasets._formats import COLUMNS, MediaDirectory, RecordReader, naming
-from torchtune_vl.datasets._json_records import JsonRecords
-from torchtune_vl.datasets._tables import Table, load_records
+from torchtune_vl.datasets._formats import COLUMNS, MediaDirectory, RecordReader
+from torchtune_vl.datasets._tables import Records, Table, load_records
+from torchtune_vl.media._errors import naming_sample
 from torchtune_vl.modules import IGNORE_INDEX
-
-_END = object()
 
 
 def vision_chat_dataset(
@@ -32,12 +30,9 @@ def vision_chat_dataset(
 ) -> "VisionChatDataset | StreamedVisionChat":
     """Build a dataset of conversations with images and videos.
 
-    A record is what a file has of one sample: a line or value of JSON, or the row of a table. It
-    has ``messages``, in the chat format of transformers or OpenAI, or ``conversations``, in that of
-    ShareGPT, and perhaps ``image``, ``images``, ``video`` and ``videos``, which are for items
-    without a source and tags ``<image>`` and ``<video>``, ms-swift's ``objects`` for the tags
-    ``<ref-object>`` and ``<bbox>``, ``tools``, ``system`` and an ``id`` for errors; docs/data.md
-    has them all.
+    A record, a line or value of JSON or the row of a table, is one sample. It has ``messages``, in
+    the chat format of transformers or OpenAI, or ``conversations``, in that of ShareGPT, and
+    perhaps the other columns that docs/data.md tells of.
 
     Args:
         tokenizer: the model's transform, as recipes pass it.
@@ -73,7 +68,7 @@ def vision_chat_dataset(
     return (StreamedVisionChat if streaming else VisionChatDataset)(tokenizer, records, read)
 
 
-def _check_columns(column_map: Mapping[str, str], records: JsonRecords | Table) -> None:
+def _check_columns(column_map: Mapping[str, str], records: Records) -> None:
     if unknown := column_map.keys() - {*COLUMNS}:
         raise ValueError(f"column_map has {sorted(unknown)}; known are {', '.join(COLUMNS)}")
     wanted, columns = {*column_map.values()}, set[str]()
@@ -84,31 +79,29 @@ def _check_columns(column_map: Mapping[str, str], records: JsonRecords | Table) 
             if wanted <= columns:
                 break
             with suppress(ValueError):  # is told when the sample is measured or made
-                record = records[index]
+                record, _ = records[index]
                 columns.update(record if isinstance(record, Mapping) else ())
     if missing := wanted - columns:
         raise ValueError(f"column_map names {sorted(missing)}; the columns are {sorted(columns)}")
 
 
+@dataclass(eq=False)
 class _Conversations:
     """Conversations as samples for a transform, which ``read`` makes of a record and its number."""
 
-    def __init__(
-        self, transform: ChatTransform, rows: JsonRecords | Table, read: RecordReader
-    ) -> None:
-        self._transform = transform
-        self._rows = rows
-        self._read = read
+    _transform: ChatTransform
+    _records: Records
+    _read: RecordReader
 
-    def _naming(self, number: int) -> AbstractContextManager[None]:
-        rows = self._rows
-        return naming(number, f" ({rows.place(number)})" if isinstance(rows, JsonRecords) else "")
+    def transform(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """Transform a sample, and add ``labels``, list[int]: -100 where the loss ignores a token.
 
-    def _supervised(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        """A transformed sample with labels, of which there are some."""
+        A ValueError names the sample whose media cannot be read, or that has no token of an answer
+        that carries loss.
+        """
         transformed = self._transform(sample)
         tokens, mask = transformed["tokens"], transformed["mask"]
-        with naming(sample["id"]):
+        with naming_sample(sample["id"]):
             self._transform.check_supervised(tokens, mask)
         return {**transformed, "labels": np.where(mask, IGNORE_INDEX, tokens).tolist()}
 
@@ -117,15 +110,11 @@ class VisionChatDataset(_Conversations, Dataset):
     """A table of conversations; see :func:`vision_chat_dataset`."""
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Transform a sample, and add ``labels``, list[int]: -100 where the loss ignores a token.
-
-        A ValueError names the sample whose record or media cannot be read, or that has no token of
-        an answer that carries loss.
-        """
-        return self._apply(self._supervised, index)
+        """Read a sample, and :meth:`transform` it; a ValueError names its file and line too."""
+        return self._apply(self.transform, index)
 
     def measure(self, index: int) -> tuple[int, int, int]:
         """Count tokens, patches and supervised tokens of a sample without decoding its media."""
@@ -136,38 +125,38 @@ class VisionChatDataset(_Conversations, Dataset):
         return self._apply(self._transform.examine, index)
 
     def _apply(self, function: Callable[[dict[str, Any]], Any], index: int) -> Any:
-        with naming(index):
-            record = self._rows[index]
-        with self._naming(index):
+        with naming_sample(index):
+            record, place = self._records[index]
+        with naming_sample(index, place):
             return function(self._read(record, index))
 
 
+@dataclass(eq=False)
 class StreamedVisionChat(_Conversations):
     """A stream of samples as the transform takes them; see :func:`vision_chat_dataset`."""
 
-    _start = 0
+    _start: int = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        records = iter(self._rows.skip(self._start) if self._start else self._rows)
+        records = self._records
+        if isinstance(records, Table):
+            left = iter(records.skip(self._start))
+        else:
+            left = (records[index] for index in range(self._start, len(records)))
         for number in count(self._start):
-            with naming(number):
-                record: Any = next(records, _END)
-            if record is _END:
+            with naming_sample(number):
+                found = next(left, None)
+            if found is None:
                 return
-            with self._naming(number):
+            record, place = found
+            with naming_sample(number, place):
                 sample = self._read(record, number)
             yield sample
 
     def skip(self, count: int) -> "StreamedVisionChat":
         """Leave out so many samples at the beginning; the numbers of the others stay."""
-        others = copy(self)
-        others._start += count
-        return others
+        return replace(self, _start=self._start + count)
 
     def measure(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
         """Measure a sample of the stream as :meth:`VisionChatDataset.measure` does."""
-        return self._transform.examine(sample)[0]
-
-    def transform(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        """Transform a sample of the stream as :meth:`VisionChatDataset.__getitem__` does."""
-        return self._supervised(sample)
+        return self._transform.measure(sample)

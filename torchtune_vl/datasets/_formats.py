@@ -3,13 +3,12 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torchtune_vl.files._json import from_json_text
-from torchtune_vl.media._errors import reraise, shortened
-from torchtune_vl.media._sources import path_of_file_url
+from torchtune_vl.media._errors import naming_sample, shortened
+from torchtune_vl.media._sources import path_of_file_url, scheme_of
 
 _KEYS_OF_MEDIA = ("image", "images", "video", "videos")
 COLUMNS = ("id", "messages", "conversations", "system", *_KEYS_OF_MEDIA, "tools", "objects")
@@ -18,7 +17,6 @@ _SOURCE_KEYS = ("image", "image_url", "video", "video_url", "url", "path")
 _ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 _ROLES |= {"human": "user", "gpt": "assistant"}
 _ROLES |= {"function_call": "assistant", "observation": "tool"}
-_URL = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # Of a file's name and of a path, on every common system: what is longer is base64
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 4095
@@ -46,8 +44,8 @@ class MediaDirectory:
             return source if found is None else self.source(source[found])
         if not isinstance(source, str):
             return source
-        if _URL.match(source):
-            if source.lower().startswith("file:"):
+        if scheme := scheme_of(source):
+            if scheme == "file":
                 self._check(source, path_of_file_url(source))
             return source
         encoded = source.encode("utf-8", "surrogatepass")
@@ -89,7 +87,7 @@ class RecordReader:
             )
         values = {column: record.get(name) for column, name in self._names.items()}
         name = number if values["id"] is None else values["id"]
-        with naming(name):
+        with naming_sample(name):
             given = {
                 kind: [*_as_list(values[kind]), *_as_list(values[f"{kind}s"])]
                 for kind in ("image", "video")
@@ -254,13 +252,3 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
-
-
-@contextmanager
-def naming(name: Any, place: str = "") -> Iterator[None]:
-    """Names the sample, and its place, in errors, which whatever a record holds may cause."""
-    try:
-        yield
-    except Exception as error:
-        is_named = isinstance(error, ValueError) and str(error).startswith("sample ")
-        reraise(error, "" if is_named else f"sample {name!r}: ", place)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import lzma
 import math
-import mmap
 import os
 import re
 import shutil
@@ -14,31 +13,30 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from copy import copy
+from itertools import islice
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
-import numba
 import numpy as np
 from datasets.config import HF_DATASETS_CACHE
 
+from torchtune_vl.media._errors import refusing
+
 _BOM = b"\xef\xbb\xbf"
-# What no file in UTF-8 begins with, but those in UTF-16, and archives
-_NO_TEXT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\xf5-\xff]")
-_LINE = re.compile(rb"[^ \t\r\n](?:[^\n]*[^ \t\r\n])?")
-_KEY = re.compile(rb'("(?:[^"\\]|\\.)*")[ \t\r\n]*:[ \t\r\n]*', re.DOTALL)
+# Of JSON that is known to be right, decoded as Latin-1
+_ARRAY = re.compile(r"(?:\xef\xbb\xbf)?\s*\[")
+_KEY = re.compile(r'(?:\xef\xbb\xbf)?\s*[{,]\s*("(?:[^"\\]|\\.)*")\s*:\s*')
+_VALUE = re.compile(r"[^\s,]")
 _OPENERS: dict[bytes, Callable[[str], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
 }
 _PLACE = np.dtype([("file", "u4"), ("line", "u4"), ("start", "u8"), ("length", "u4")])
-_LINE_BREAK, _QUOTE, _BACKSLASH, _COMMA = b'\n"\\,'
-_BRACKET, _BRACKET_END, _BRACE, _BRACE_END = b"[]{}"
 
 
-class JsonRecords(Sequence[Any]):
+class JsonRecords(Sequence[tuple[Any, str]]):
     """The records of JSON files, one after another, each what the file says.
 
     A file is an array, whose values are records; JSON Lines, where every line that is not blank is
@@ -46,94 +44,46 @@ class JsonRecords(Sequence[Any]):
     UTF-8, perhaps with a byte order mark, perhaps compressed by gzip, bzip2 or xz. ``datasets``
     would infer types from the beginning, and change or refuse what does not fit them.
 
-    Only places are in memory, 20 bytes for each record, which data workers share. What is wrong is
-    a ValueError that tells file, line and column.
+    Only places are in memory, 20 bytes for each record, which data workers share; to find those of
+    an array takes all of it for a moment. What is wrong is a ValueError that tells file and line.
     """
 
     def __init__(
         self, files: Sequence[str], field: str | None = None, cache_dir: str = HF_DATASETS_CACHE
     ) -> None:
-        self._files: list[_File] = []
+        # The name, the path of the content, perhaps unpacked, and its state
+        self._files: list[tuple[str, str, tuple[int, int]]] = []
         tables = []
         for number, name in enumerate(files):
             try:
                 path = _unpacked(name, cache_dir)
-                self._files.append(_File(name, path, _state(os.stat(path))))
-                places = _places(self._files[-1], field)
+                with open(path, "rb") as file:
+                    self._files.append((name, path, _state(file.fileno())))
+                    places = ((number, *place) for place in _places(file, name, field))
+                    tables.append(np.fromiter(places, _PLACE))
             except OSError as error:
                 raise ValueError(f"{name} cannot be read ({error.strerror})") from error
-            if not len(places):
+            if not len(tables[-1]):
                 raise ValueError(f"{name} has no records: write it again, or leave it out")
-            start, stop, line = places.T
-            columns = [np.full(len(places), number), line, start, stop - start]
-            tables.append(np.rec.fromarrays(columns, _PLACE))
         self._table = np.concatenate(tables)
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: Any) -> Any:
-        """Read a record, or choose the records of a slice without reading them."""
-        if isinstance(index, slice):
-            part = copy(self)
-            part._table = self._table[index]
-            return part
+    def __getitem__(self, index: int) -> tuple[Any, str]:  # type: ignore[override]
+        """Read a record, and tell where it is, such as ``data/train.jsonl, line 7``."""
         number, line, start, length = self._table[index].tolist()
-        file = self._files[number]
-        with open(file.path, "rb", buffering=0) as opened:
-            if _state(os.fstat(opened.fileno())) != file.state:
-                raise ValueError(f"{file.name} has changed since it was opened: start anew")
-            # Not mapped: a file that someone shortens would end the process by a signal
-            return file.parse(os.pread(opened.fileno(), length, start), start, line)
-
-    def __add__(self, other: "JsonRecords") -> "JsonRecords":
-        table = other._table.copy()
-        table["file"] += len(self._files)
-        both = copy(self)
-        both._table = np.concatenate([self._table, table])
-        both._files = self._files + other._files
-        return both
-
-    def skip(self, count: int) -> "JsonRecords":
-        return self[count:]
-
-    def place(self, index: int) -> str:
-        """File and line of a record, such as ``data/train.jsonl, line 7``."""
-        number, line, _, _ = self._table[index].tolist()
-        return f"{self._files[number].name}, line {line}"
+        name, path, state = self._files[number]
+        with open(path, "rb", buffering=0) as file:
+            if _state(file.fileno()) != state:
+                raise ValueError(f"{name} has changed since it was opened: start anew")
+            data = os.pread(file.fileno(), length, start)
+        return _parse(data, name, line), f"{name}, line {line}"
 
 
-class _File(NamedTuple):
-    name: str
-    path: str  # of its content, perhaps unpacked
-    state: tuple[int, int]
-
-    def parse(self, data: bytes, start: int, line: int) -> Any:
-        """Parse a record that starts at a place."""
-        offset = 0
-        try:
-            return _DECODER.decode(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            offset = error.start
-            problem = f"the byte 0x{data[offset]:02x} is no UTF-8: save the file as UTF-8"
-        except json.JSONDecodeError as error:
-            offset = len(error.doc[: error.pos].encode("utf-8"))
-            problem = f"this is no JSON ({error.msg}): correct it, each record an object on a line "
-            problem += "of its own or in one array"
-        except RecursionError:
-            problem = "this is nested too deeply: make it flatter"
-        except ValueError as error:  # of the functions below, or an integer's thousands of digits
-            problem = str(error)
-        raise self.error(problem, start, line, start + offset)
-
-    def error(self, problem: str, start: int, line: int, stop: int) -> ValueError:
-        """Tell line and column of what is behind a place whose line is known."""
-        with open(self.path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        line += data[start:stop].count(b"\n")
-        begin = data.rfind(b"\n", 0, stop) + 1
-        column = len(data[begin:stop].decode("utf-8-sig", "replace")) + 1
-        return ValueError(f"{self.name}, line {line}, column {column}: {problem}")
+def _state(fileno: int) -> tuple[int, int]:
+    status = os.fstat(fileno)
+    return status.st_size, status.st_mtime_ns
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -152,10 +102,30 @@ def _finite(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite)
+# What else is wrong with a record is told with its line when it is read
+_GRAMMAR = json.JSONDecoder(parse_int=float)
 
 
-def _state(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
+def _parse(data: bytes, name: str, line: int, decoder: json.JSONDecoder = _DECODER) -> Any:
+    """Parse what begins in a line of a file."""
+    column = 0
+    try:
+        return decoder.decode(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        *lines, last = error.object[: error.start].decode("utf-8").split("\n")
+        line, column = line + len(lines), len(last) + 1
+        byte = error.object[error.start]
+        problem = f"the byte 0x{byte:02x} is no UTF-8: save the file as UTF-8"
+    except json.JSONDecodeError as error:
+        line, column = line + error.lineno - 1, error.colno
+        problem = f"this is no JSON ({error.msg}): correct it, each record an object on a line of "
+        problem += "its own or in one array"
+    except RecursionError:
+        problem = "this is nested too deeply: make it flatter"
+    except ValueError as error:  # of the functions above, or an integer's thousands of digits
+        problem = str(error)
+    place = f"{name}, line {line}" + (f", column {column}" if column else "")
+    raise ValueError(f"{place}: {problem}")
 
 
 def _unpacked(name: str, cache_dir: str) -> str:
@@ -164,120 +134,76 @@ def _unpacked(name: str, cache_dir: str) -> str:
         raise ValueError(f"{name} is no file: name the files that it has, such as {name}/*.jsonl")
     with open(name, "rb") as file:
         head = file.read(8)
-        key = repr((os.path.realpath(name), *_state(os.fstat(file.fileno()))))
+        key = repr((os.path.realpath(name), *_state(file.fileno())))
     opener = next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
     if opener is None:
         return name
     target = Path(cache_dir, f"unpacked-{hashlib.sha256(key.encode()).hexdigest()}.json")
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=cache_dir, delete=False) as partial:
-            try:
-                with opener(name) as source:
-                    shutil.copyfileobj(source, partial)
-                partial.close()
-                os.replace(partial.name, target)  # perhaps another process's, of the same content
-            except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-                os.unlink(partial.name)
-                raise ValueError(f"{name} cannot be unpacked ({error}): write it again") from error
+        kinds = (EOFError, lzma.LZMAError, zlib.error, OSError)
+        problem = f"{name} cannot be unpacked"
+        with refusing(problem, "write it again", kinds), TemporaryDirectory(dir=cache_dir) as own:
+            partial = Path(own, target.name)
+            with opener(name) as source, open(partial, "wb") as unpacked:
+                shutil.copyfileobj(source, unpacked)
+            partial.replace(target)  # perhaps another process's, of the same content
     return str(target)
 
 
-def _places(file: _File, field: str | None) -> np.ndarray:
-    """Start, stop and line of each record of a file."""
-    if not file.state[0]:  # which cannot be mapped
-        return np.empty((0, 3), np.int64)
-    with open(file.path, "rb") as opened:
-        data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    if _NO_TEXT.search(data[:6]):
-        raise ValueError(
-            f"{file.name} is no text in UTF-8, plain or compressed by gzip, bzip2 or xz: unpack "
-            "it, or save it as UTF-8"
-        )
-    start, stop_of_line, line = next(_lines(data), (0, 0, 0))
-    values, end = np.empty((0, 3), np.int64), -1
-    if data[start] in (_BRACKET, _BRACE):
-        values, end = _values(np.frombuffer(data, np.uint8), start + 1, line)
-    is_whole = end > 0 and not _LINE.search(data, end)
+def _places(file: BinaryIO, name: str, field: str | None) -> Iterator[tuple[int, int, int]]:
+    """Line, start and length of each record of a file."""
+    lines = [*islice(_lines(file), 2)]
+    if not lines:
+        return
+    if field is None and len(lines) == 2:
+        _, start, length = lines[0]
+        with suppress(ValueError):  # or else a larger value goes on in the next line
+            _parse(os.pread(file.fileno(), length, start), name, 1, _GRAMMAR)
+            yield from _lines(file)
+            return
+    file.seek(0)
+    content = file.read()
+    _parse(content, name, 1, _GRAMMAR)
+    text = content.decode("latin-1")  # one character for each byte; JSON's own are ASCII
+    array = _ARRAY.match(text)
     if field is not None:
-        return _of_field(data, values if is_whole else values[:0], file.name, field)
-    is_array = data[start] == _BRACKET
-    if is_array and is_whole:
-        return values
-    if is_whole and end > stop_of_line:
-        return np.array([[start, end, line]])
-    if not is_array or end == stop_of_line:  # or each line is an array
-        return np.fromiter(_lines(data), np.dtype((np.int64, 3)))
-    for start_of_value, stop, line_of_value in values.tolist():
-        file.parse(data[start_of_value:stop], start_of_value, line_of_value)
-    problem = "the array ends here, but the file goes on: remove the rest"
-    if end < 0:
-        problem = "the file ends within its array: it is cut off; write it again"
-    raise file.error(problem, start, line, end if end > 0 else len(data))
+        stop = _begin_of_field(text, name, field)
+    elif array:
+        stop = array.end()
+    else:
+        yield 1, 0, len(content)
+        return
+    line, seen = 1, 0
+    while (begin := _VALUE.search(text, stop)) and begin[0] != "]":
+        start = begin.start()
+        line += text.count("\n", seen, start)
+        seen = start
+        _, stop = _GRAMMAR.raw_decode(text, start)
+        yield line, start, stop - start
 
 
-def _of_field(data: mmap.mmap, entries: np.ndarray, name: str, field: str) -> np.ndarray:
-    """The records that an object, of which these are the entries, has under a key."""
-    keys, found = [], []
-    for start, stop, line in entries.tolist():
-        if entry := _KEY.match(data, start, stop):
-            with suppress(ValueError):  # of another key
-                keys.append(json.loads(entry[1]))
-                if keys[-1] == field:
-                    found.append((entry.end() + 1, line + entry[0].count(b"\n")))
-    if len(found) != 1 or data[found[0][0] - 1] != _BRACKET:
+def _begin_of_field(text: str, name: str, field: str) -> int:
+    """Where the values begin of the array that an object has under a key."""
+    keys, begins, stop = [], [], 0
+    while entry := _KEY.match(text, stop):
+        keys.append(json.loads(entry[1].encode("latin-1")))
+        if keys[-1] == field:
+            begins.append(entry.end())
+        _, stop = _GRAMMAR.raw_decode(text, entry.end())
+    if len(begins) != 1 or text[begins[0]] != "[":
         raise ValueError(
             f"{name} is no object that has a list of records under {field!r}, once; its keys are "
             f"{keys[:20]}: name another field, or none"
         )
-    return _values(np.frombuffer(data, np.uint8), *found[0])[0]
+    return begins[0] + 1
 
 
-def _lines(data: mmap.mmap) -> Iterator[tuple[int, int, int]]:
-    """Start, stop and number of each line that is not blank."""
-    line, seen = 1, 0
-    for found in _LINE.finditer(data, len(_BOM) if data[:3] == _BOM else 0):
-        start, stop = found.span()
-        line += data[seen:start].count(b"\n")
-        yield start, stop, line
-        seen = stop
-
-
-@numba.njit(nogil=True, cache=True)
-def _values(data, begin, line):  # type: ignore[no-untyped-def]
-    """Start, stop and line of the values behind a bracket, and where this ends, -1 if nowhere.
-
-    Only strings, brackets and commas are looked at: a value may turn out to be none.
-    """
-    places, count = np.empty((1024, 3), np.int64), 0
-    depth, is_string, is_escaped = 0, False, False
-    start = stop = start_line = -1
-    for i in range(begin, len(data) + 1):
-        at_end = i == len(data)
-        byte = 0 if at_end else data[i]
-        is_closing = byte in (_BRACKET_END, _BRACE_END)
-        if at_end or (depth == 0 and not is_string and (byte == _COMMA or is_closing)):
-            if start < 0 and not (at_end or (is_closing and count == 0)):
-                start, stop, start_line = i, i, line  # no value: an error when it is read
-            if start >= 0:
-                if count == len(places):
-                    places = np.concatenate((places, np.empty_like(places)))
-                places[count, 0], places[count, 1], places[count, 2] = start, stop, start_line
-                count += 1
-            start = -1
-            if is_closing:
-                return places[:count], i + 1 if byte == data[begin - 1] + 2 else -1  # in ASCII
-        elif is_string:
-            stop = i + 1
-            is_string = is_escaped or byte != _QUOTE
-            is_escaped = byte == _BACKSLASH and not is_escaped
-        elif not (byte == 32 or 9 <= byte <= 10 or byte == 13):
-            if start < 0:
-                start, start_line = i, line
-            stop = i + 1
-            is_string = byte == _QUOTE
-            depth += byte in (_BRACKET, _BRACE)
-            depth -= is_closing
-        if byte == _LINE_BREAK:
-            line += 1
-    return places[:count], -1
+def _lines(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
+    """The same of each line that is not blank."""
+    start = file.seek(0)
+    for number, line in enumerate(file, 1):
+        value = line.rstrip(b" \t\r\n")
+        if value.removeprefix(_BOM):
+            yield number, start, len(value)
+        start += len(line)

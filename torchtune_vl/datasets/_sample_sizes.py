@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
-from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from torchtune_vl.data._data_workers import loading
-from torchtune_vl.media._errors import shortened
+from torchtune_vl.media._errors import naming_sample
 
 # Sending a batch from a worker costs as much as measuring some samples
 _BATCH_SIZE = 128
@@ -74,15 +74,15 @@ def measure_all(
     # With more processes than samples some measure none
     sizes = [np.empty((0, 3), np.int32)]
     bad, cut = [], []
-    examined = Subset(_Examined(dataset), indices)
-    loader = loading(examined, num_workers, batch_size=_BATCH_SIZE, collate_fn=list)
+    examine = partial(_examine, dataset)
+    loader = loading(indices, num_workers, batch_size=_BATCH_SIZE, collate_fn=examine)
     bar = tqdm(total=len(indices), desc="measuring", unit=" samples", disable=not show_progress)
     with loader as batches, bar:
-        for batch in batches:
-            sizes.append(np.array([size for _, size, _, _ in batch], np.int32))
-            bad += [(index, problem) for index, _, _, problem in batch if problem is not None]
-            cut += [(index, lost) for index, _, lost, _ in batch if lost]
-            bar.update(len(batch))
+        for sizes_of_batch, bad_ones, cut_ones in batches:
+            sizes.append(sizes_of_batch)
+            bad += bad_ones
+            cut += cut_ones
+            bar.update(len(sizes_of_batch))
     if bad:
         raise SamplesError(bad, len(bad), len(indices))
     if cut:
@@ -100,21 +100,20 @@ def measure_all(
     return np.concatenate(sizes)
 
 
-# Index, size, what is cut, and why it cannot be measured
-_Examination = tuple[int, tuple[int, int, int], dict[str, int] | None, str | None]
-
-
-class _Examined(Dataset[_Examination]):
-    def __init__(self, dataset: Measurable) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> _Examination:
+def _examine(
+    dataset: Measurable, indices: Sequence[int]
+) -> tuple[np.ndarray, list[tuple[int, str]], list[tuple[int, dict[str, int]]]]:
+    """Sizes, and which samples cannot be measured and which are cut, with why and what."""
+    sizes = np.zeros((len(indices), 3), np.int32)
+    bad, cut = [], []
+    examine = getattr(dataset, "examine", None)
+    for place, index in enumerate(indices):
         try:
-            if hasattr(self.dataset, "examine"):
-                return index, *self.dataset.examine(index), None
-            return index, self.dataset.measure(index), None, None
-        except ValueError as error:
-            problem = str(error)
-        except Exception as error:  # one bad sample must not hide the others
-            problem = f"sample {index}: {type(error).__name__}: {error}"
-        return index, (0, 0, 0), None, shortened(problem)
+            with naming_sample(index):
+                size, lost = examine(index) if examine else (dataset.measure(index), None)
+                sizes[place] = size
+            if lost:
+                cut.append((index, lost))
+        except ValueError as error:  # one bad sample must not hide the others
+            bad.append((index, str(error)))
+    return sizes, bad, cut

@@ -1,18 +1,20 @@
 """The records that source, files and split of a config name."""
 
-import operator
+import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from functools import reduce
-from typing import Any
+from typing import Any, Union
 
 import datasets
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.json.json import Json
+from torch.utils.data import ConcatDataset, Subset
 
 from torchtune_vl.datasets._json_records import JsonRecords
+
+# Each a record and where it is, if that is known
+Records = Union["ConcatDataset[tuple[Any, str]]", "Table"]
 
 # Arguments of load_dataset, not of its builder: they say how to make a table, and JSON has none
 _OF_TABLES = {"verification_mode", "keep_in_memory", "save_infos", "num_proc"}
@@ -27,35 +29,31 @@ class Table:
 
     def __init__(self, rows: datasets.Dataset | datasets.IterableDataset) -> None:
         if rows.features is not None:  # cast() would copy them
-            rows.info.features = datasets.Features(_encoded(dict(rows.features)))
+            features = json.dumps(rows.features.to_dict())
+            encoded = json.loads(features, object_hook=_encoded)
+            rows.info.features = datasets.Features.from_dict(encoded)
         self._rows = rows
         self.column_names = rows.column_names
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return _without_nulls(self._rows[index], self._rows.features)
+    def __getitem__(self, index: int) -> tuple[dict[str, Any], str]:
+        return _without_nulls(self._rows[index], self._rows.features), ""
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
         # Iterated over by itself, a stream would share its rows out among data workers
         for batch in self._rows.iter(batch_size=1):
             row = {key: value for key, (value,) in batch.items()}
-            yield _without_nulls(row, self._rows.features)
+            yield _without_nulls(row, self._rows.features), ""
 
     def skip(self, count: int) -> "Table":
         """Leave out rows at the beginning."""
         return Table(self._rows.skip(count))
 
 
-def _encoded(feature: Any) -> Any:
-    if isinstance(feature, datasets.Image | datasets.Video):
-        return replace(feature, decode=False)
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return replace(feature, feature=_encoded(feature.feature))
-    if isinstance(feature, dict):
-        return {name: _encoded(value) for name, value in feature.items()}
-    return feature
+def _encoded(feature: dict[str, Any]) -> dict[str, Any]:
+    return feature | ({"decode": False} if feature.get("_type") in ("Image", "Video") else {})
 
 
 def _without_nulls(value: Any, feature: Any) -> Any:
@@ -72,7 +70,7 @@ def _without_nulls(value: Any, feature: Any) -> Any:
 
 def load_records(
     source: str, data_files: Any, *, split: str, streaming: bool, **settings: Any
-) -> tuple[JsonRecords | Table, list[str]]:
+) -> tuple[Records, list[str]]:
     """Find the records of ``vision_chat_dataset``, and the files of the config that hold them.
 
     ``datasets`` finds the files, and reads all but JSON.
@@ -107,7 +105,7 @@ def load_records(
 
 def _json_records(
     builder: datasets.DatasetBuilder, split: str, cache_dir: str
-) -> tuple[JsonRecords, list[str]]:
+) -> tuple[Records, list[str]]:
     config: Any = builder.config
     if config.features is not None or config.encoding.lower().replace("-", "") != "utf8":
         raise ValueError("JSON is read as it is and in UTF-8: leave features and encoding out")
@@ -122,8 +120,8 @@ def _json_records(
         own += [file for file in groups[name] if os.path.exists(file)]
         files = [file if os.path.exists(file) else download(file) for file in groups[name]]
         tables[name] = JsonRecords(files, config.field, cache_dir)
-    parts = [table[start:stop] for table, start, stop in _parts(split, tables)]
-    return reduce(operator.add, parts), own
+    parts = [Subset(table, range(*bounds)) for table, *bounds in _parts(split, tables)]
+    return ConcatDataset(parts), own
 
 
 def _parts(split: str, tables: Mapping[str, Any]) -> list[tuple[Any, int, int]]:

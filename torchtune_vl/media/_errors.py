@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _LONGEST = 1000
 
@@ -24,6 +24,16 @@ def reraise(error: Exception, before: str = "", behind: str = "") -> NoReturn:
     text = f"{before}{kind}{error}"
     cause = error if len(text) <= _LONGEST else None
     raise ValueError(shortened(text) + behind) from cause
+
+
+@contextmanager
+def naming_sample(name: Any, place: str = "") -> Iterator[None]:
+    """Name a sample, and its place, in errors, which whatever a record holds may cause."""
+    try:
+        yield
+    except Exception as error:
+        is_named = isinstance(error, ValueError) and str(error).startswith("sample ")
+        reraise(error, "" if is_named else f"sample {name!r}: ", f" ({place})" if place else "")
 
 
 @contextmanager

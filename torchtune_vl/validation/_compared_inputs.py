@@ -87,7 +87,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     of messages. Paths are relative to it. What transformers has no answer for has a ``problem``.
     """
     try:
-        rows = list(JsonRecords([str(path)]))
+        rows = [record for record, _ in JsonRecords([str(path)])]
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as conversations: {error}") from error
     if isinstance(rows[0], dict) and "role" in rows[0]:
