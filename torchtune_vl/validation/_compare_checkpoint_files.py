@@ -150,7 +150,6 @@ def compare_texts(run: Comparison, texts: Mapping[str, Sequence[str]]) -> None:
     if run.skip(unreadable("vocabulary", *sides), "text ids"):
         return
     ours, theirs = (side.value for side in sides)
-    ours.encode("once before the time is taken"), theirs("once before the time is taken")
     named = [(name, text) for name, group in texts.items() for text in group]
     for name, text in run.track(named, "texts"):
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:60])

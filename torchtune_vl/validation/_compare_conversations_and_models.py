@@ -47,9 +47,6 @@ def compare_conversations(
     transform = run.ours.transform.value
     # A template of another kind need not say where answers are, which training asks for
     asks = transform.prompts.chat_template is not None
-    first = next(c for c in conversations if c.values("image"))
-    # Compile and load codecs before the time is taken
-    attempt(transform, first.sample, asks), attempt(reference.chat, first, [], asks)
     samples: list[Sample] = []
     problems, moved = [], 0
     for conversation in run.track(conversations, "conversations"):
@@ -60,8 +57,7 @@ def compare_conversations(
             problems.append(f"{name}: {problem}")
             continue
         media = [item for item in conversation.items if item["type"] != "text"]
-        timings = [run.ours.timing(item.get("video")) for item in media]
-        frames = [frames for frames, _ in timings if frames]
+        frames = [run.ours.frames(path) for path in conversation.values("video")]
         a = attempt(transform, conversation.sample, asks)
         b = attempt(reference.chat, conversation, frames, asks)
         tokens = a.map(lambda s: s["tokens"]), b.map(lambda s: s["input_ids"][0].tolist())
@@ -74,10 +70,7 @@ def compare_conversations(
             pixels.add(compare(name, Outcome(vision["patches"]), Outcome(theirs)))
         usual = attempt(reference.positions, b.value)
         behind = usual.map(partial(continue_behind_media, kinds=b.value["mm_token_type_ids"][0]))
-        grids = vision.get("grid_thw", torch.empty(0, 3, dtype=torch.long))
-        seconds = [seconds for _, seconds in timings]
-        timed = attempt(transform.positions, a.value["tokens"], grids, seconds)
-        given = timed._replace(value=a.value["input_pos"].tolist(), error=None)
+        given = Outcome(a.value["input_pos"].tolist())
         positions.add(compare(name, given, behind.map(torch.Tensor.tolist)))
         if behind.error:
             continue
@@ -148,8 +141,7 @@ def compare_models(
     b = {published_name(name): tensor for name, tensor in theirs.value.state_dict().items()}
     if "lm_head.weight" not in a and theirs.value.config.tie_word_embeddings:
         del b["lm_head.weight"]
-    names = ours._replace(value=sorted(a)), theirs._replace(value=sorted(b))
-    row.add(compare("names of tensors", *names))
+    row.add(compare("names of tensors", Outcome(sorted(a)), Outcome(sorted(b))))
     for name in run.track(sorted(a.keys() & b.keys()), "weights"):
         row.add(compare(name, Outcome(a[name]), Outcome(b[name])))
     if logits and samples:

@@ -35,7 +35,7 @@ def compare_images(run: Comparison, images: Mapping[str, str]) -> None:
 def compare_videos(run: Comparison, videos: Mapping[str, str]) -> None:
     """Compare videos, paths by name."""
     if not run.skip(run.obstacle, "video grids", "video pixels"):
-        frames = {path: run.ours.timing(path)[0] for path in videos.values()}
+        frames = {path: run.ours.frames(path) for path in videos.values()}
         sides = run.ours.video, lambda path: run.reference.video(path, frames[path])
         _compare(run, "video pixels", sides, videos)
 
@@ -45,9 +45,6 @@ def _compare(
 ) -> None:
     kind = "video" if row == "video pixels" else "image"
     grids, pixels, keys = run.rows[f"{kind} grids"], run.rows[row], MEDIA_KEYS[kind]
-    # Compile and load codecs before the time is taken
-    readable = (path for path in media.values() if not attempt(sides[0], path).error)
-    attempt(sides[1], next(readable, None))
     for name, path in run.track([*media.items()], f"{kind}s{suffix}"):
         a, b = (attempt(side, path).map(itemgetter(*keys)) for side in sides)
         if not a.error and not b.error:

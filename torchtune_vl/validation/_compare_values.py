@@ -1,7 +1,6 @@
 """What both sides give for one input, and how it becomes a case of the report."""
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import zip_longest
@@ -13,11 +12,10 @@ from torchtune_vl.validation._report import Case, TokenPair
 
 
 class Outcome(NamedTuple):
-    """What a call gave, or how it failed, and how long it took."""
+    """What a call gave, or how it failed."""
 
     value: Any
     error: Exception | None = None
-    seconds: float = 0.0
 
     def map(self, function: Callable[[Any], Any]) -> "Outcome":
         """Apply a function to the value, if there is one."""
@@ -26,11 +24,10 @@ class Outcome(NamedTuple):
 
 def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
     """Call one side, which may refuse its input: then the outcome has an error and no value."""
-    start = time.perf_counter()
     try:
-        return Outcome(function(*args, **kwargs), None, time.perf_counter() - start)
+        return Outcome(function(*args, **kwargs))
     except Exception as error:  # decoders and tokenizers raise what they like
-        return Outcome(None, error, time.perf_counter() - start)
+        return Outcome(None, error)
 
 
 def attempted(read: Callable[[Any], Any]) -> Any:
@@ -53,7 +50,7 @@ def compare(
     sequences of ids ``text_of`` gives the texts, to show those that differ. An input that both
     sides refuse passes if ours explains that by a ``ValueError`` and it need not be read.
     """
-    case = Case(name, ours_seconds=ours.seconds, reference_seconds=reference.seconds)
+    case = Case(name)
     a, b = ours.value, reference.value
     if ours.error or reference.error:
         errors = {"Ours": ours.error, "transformers": reference.error}

@@ -86,13 +86,11 @@ class Ours(_Side):
     def video(self, path: str) -> dict[str, Any]:
         return self.transform.value.video_transform({"video": path})
 
-    def timing(self, video: str | None) -> tuple[list[int], float | None]:
-        """Return the frames of a video that are taken, and the seconds between its steps."""
-        if video is None:
-            return [], None
-        measured = attempt(self.transform.value.video_transform.measure, {"video": video}).value
-        # Of one that it refuses the other side is given the first frame
-        return (measured["frame_indices"], measured["seconds_per_step"]) if measured else ([0], 1.0)
+    def frames(self, video: str) -> list[int]:
+        """Return the indices of the frames of a video that are taken."""
+        measured = attempt(self.transform.value.video_transform.measure, {"video": video})
+        # Of one that it refuses the other side is given the first
+        return [0] if measured.error else measured.value["frame_indices"]
 
 
 class Reference(_Side):

@@ -17,8 +17,8 @@ from rich.table import Column, Table
 
 from torchtune_vl.files._printable import shown
 
-COLUMNS = ("Compared", "Inputs", "Values", "Difference", "Result", "Ours", "transformers")
-NUMBERS = ("Inputs", "Values", "Ours", "transformers")
+COLUMNS = ("Compared", "Inputs", "Values", "Difference", "Result")
+NUMBERS = ("Inputs", "Values")
 # Cases of a row whose pictures and tokens are kept: with thousands of images all would not fit
 KEPT_EVIDENCE = 8
 # The worst first
@@ -56,8 +56,6 @@ class Case:
     failed: bool = False
     refused: Literal["", "both", "ours", "transformers"] = ""
     detail: str = ""
-    ours_seconds: float = 0.0
-    reference_seconds: float = 0.0
     pictures: list[Picture] = field(default_factory=list)
     tokens: list[TokenPair] = field(default_factory=list)
 
@@ -81,15 +79,13 @@ class Case:
 class Row:
     """One kind of comparison over all inputs, the worst first, or why it is skipped.
 
-    Differences are those of numbers, or are counted in a unit such as "ids". ``timed_in`` is the
-    row whose time holds that of this one, "-" for one that takes none; empty for a time of its own.
+    Differences are those of numbers, or are counted in a unit such as "ids".
     """
 
     name: str
     about: str
     unit: str
     numeric: bool = False
-    timed_in: str = ""
     skipped: str = ""
     note: str = ""
     cases: list[Case] = field(default_factory=list)
@@ -104,8 +100,6 @@ class Row:
     # Over all cases
     failed = property(lambda self: [case for case in self.cases if case.failed])
     compared = property(lambda self: sum(case.compared for case in self.cases))
-    ours_seconds = property(lambda self: sum(case.ours_seconds for case in self.cases))
-    reference_seconds = property(lambda self: sum(case.reference_seconds for case in self.cases))
 
     @property
     def status(self) -> str:
@@ -131,13 +125,9 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """The row of the reports' table, in the order of :data:`COLUMNS`."""
         if not self.cases:
-            return self.name, "", "", self.figure, self.status, "", ""
-        seconds = self.ours_seconds, self.reference_seconds
-        times = [f"{s:.3f} s" if s < 10 else f"{s:.0f} s" for s in seconds]
-        if self.timed_in:
-            times = 2 * ["-" if self.timed_in == "-" else f"in {self.timed_in}"]
+            return self.name, "", "", self.figure, self.status
         counts = f"{len(self.cases):,}", f"{self.compared:,}"
-        return self.name, *counts, self.figure, self.status, *times
+        return self.name, *counts, self.figure, self.status
 
 
 @dataclass
@@ -189,10 +179,10 @@ def print_report(report: Report, console: Console) -> None:
         if row.note:
             console.print(f"\n[bold]{row.name}[/]: {escape(shown(row.note))}.", highlight=False)
     groups = [(f"[bold red]{row.name}[/]", " fail", row.failed) for row in report.rows]
-    # Each image would be there once for every backend
-    cases = [case for row in report.rows for case in row.cases if not row.timed_in]
+    cases = [case for row in report.rows for case in row.cases]
     refused = [case for case in cases if case.refused == "both" and not case.failed]
     for title, end, listed in [*groups, ("[bold]Refused by both sides[/]", "", refused)]:
+        # An image once, and not for every backend
         summaries = {case.name: case.summary for case in listed}
         lines = [escape(shown(f"  {name}: {text}")) for name, text in summaries.items()]
         lines[5:] = [f"  and {len(lines) - 5:,} more"] if len(lines) > 5 else []
