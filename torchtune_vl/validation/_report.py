@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -33,11 +33,11 @@ class Picture(NamedTuple):
 
 
 class TokenPair(NamedTuple):
-    """The ids that both sides have at one place of a sequence, with text; None beyond its end."""
+    """What both sides have at one place of a sequence, with its text; None beyond its end."""
 
     place: int
-    ours: tuple[int, str] | None
-    reference: tuple[int, str] | None
+    ours: tuple[Any, str] | None
+    reference: tuple[Any, str] | None
 
 
 @dataclass
@@ -215,7 +215,7 @@ def _rendered(name: str, report: Report, listed: int, show: Callable[[str], str]
         trim_blocks=True,
         lstrip_blocks=True,
         # Names and data; what macros made of them is Markup
-        finalize=lambda value: show(value) if type(value) is str else value,
+        finalize=lambda value: value if isinstance(value, Markup) else show(str(value)),
     )
     environment.filters["data_url"] = lambda png: f"data:image/png;base64,{b64encode(png).decode()}"
     environment.filters["visible"] = lambda s: shown(s).replace(" ", "␣").replace("\n", "\\n")
