@@ -669,14 +669,17 @@ def test_terminal_lists_five_cases_of_a_kind() -> None:
     ]
     stream = StringIO()
     print_report(Report("a", "b", {}, rows), Console(file=stream, width=200))
-    table, note, fails, both, verdict = stream.getvalue().split("\n\n")
-    assert "7 ids differ, 1 refused by both" in table
-    assert "only with --logits" in table
-    assert note == "logits: A note."
-    listed = [f"  wrong {i}: 1 of 2 differ" for i in range(5)]
-    assert fails.splitlines() == ["texts: 7 fail", *listed, "  and 2 more"]
-    assert both.splitlines() == ["Refused by both sides: 1", "  refused: Both refuse it"]
-    assert verdict == "1 rows pass, 1 fail, 1 not compared\n"
+    lines = [line.strip() for line in stream.getvalue().splitlines() if line.strip()]
+    cells = [[cell.strip() for cell in re.split("  +", line)] for line in lines]
+    assert ["texts", "8", "14", "7 ids differ, 1 refused by both", "fail"] in cells
+    assert ["logits", "only with --logits", "not compared"] in cells
+    assert "• logits: A note." in lines
+    listed = [f"• wrong {i}: 1 of 2 differ" for i in range(5)]
+    place = lines.index("texts: 7 of 8 inputs fail")
+    assert lines[place + 1 : place + 7] == [*listed, "... and 2 more"]
+    verdict = "1 rows pass, 1 fail, 1 not compared"
+    both = ["Refused by both sides: 1", "• refused: Both refuse it", verdict]
+    assert lines[place + 7 :] == both
 
 
 def test_page_needs_nothing_else(report: Report) -> None:

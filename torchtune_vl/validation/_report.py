@@ -12,8 +12,7 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
+from rich.markdown import Markdown
 
 from torchtune_vl.files._printable import shown
 
@@ -21,8 +20,7 @@ COLUMNS = ("Compared", "Inputs", "Values", "Difference", "Result")
 NUMBERS = ("Inputs", "Values")
 # Cases of a row whose pictures and tokens are kept: with thousands of images all would not fit
 KEPT_EVIDENCE = 8
-# The worst first
-_COLOURS = {"fail": "bold red", "not compared": "yellow", "pass": "green"}
+_WORST_FIRST = ("fail", "not compared", "pass")
 
 
 class Picture(NamedTuple):
@@ -144,6 +142,12 @@ class Report:
         return all(row.status != "fail" for row in self.rows)
 
     @property
+    def refused_by_both(self) -> dict[str, str]:
+        """What is said of inputs, by their names: of an image once, and not for every backend."""
+        cases = [case for row in self.rows for case in row.cases if not case.failed]
+        return {case.name: case.summary for case in cases if case.refused == "both"}
+
+    @property
     def verdict(self) -> str:
         """The result in one sentence."""
         counts = Counter(row.status for row in self.rows)
@@ -167,35 +171,15 @@ def empty_rows() -> dict[str, Row]:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print a report in a terminal: its table, its notes, and the worst cases."""
-    columns = [Column(c, justify="right", no_wrap=True) if c in NUMBERS else c for c in COLUMNS]
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in report.rows:
-        texts = [escape(shown(cell)) for cell in row.cells]
-        texts[4] = f"[{_COLOURS[row.status]}]{texts[4]}[/]"
-        table.add_row(*texts)
-    console.print(table)
-    for row in report.rows:
-        if row.note:
-            console.print(f"\n[bold]{row.name}[/]: {escape(shown(row.note))}.", highlight=False)
-    groups = [(f"[bold red]{row.name}[/]", " fail", row.failed) for row in report.rows]
-    cases = [case for row in report.rows for case in row.cases]
-    refused = [case for case in cases if case.refused == "both" and not case.failed]
-    for title, end, listed in [*groups, ("[bold]Refused by both sides[/]", "", refused)]:
-        # An image once, and not for every backend
-        summaries = {case.name: case.summary for case in listed}
-        lines = [escape(shown(f"  {name}: {text}")) for name, text in summaries.items()]
-        lines[5:] = [f"  and {len(lines) - 5:,} more"] if len(lines) > 5 else []
-        if lines:
-            lines.insert(0, f"\n{title}: {len(summaries):,}{end}")
-            console.print("\n".join(lines), highlight=False)
-    colour = _COLOURS["pass" if report.passed else "fail"]
+    """Print a report in a terminal, with five cases of each row, and its result once more."""
+    console.print(Markdown(to_markdown(report, 5)))
+    colour = "green" if report.passed else "bold red"
     console.print(f"\n[{colour}]{report.verdict}[/]", highlight=False)
 
 
-def to_markdown(report: Report) -> str:
-    """Write a report as Markdown."""
-    return _rendered("report.md.j2", report, 20, _escaped)
+def to_markdown(report: Report, max_cases: int = 20) -> str:
+    """Write a report as Markdown, with the worst cases of each row."""
+    return _rendered("report.md.j2", report, max_cases, _escaped)
 
 
 def to_html(report: Report) -> str:
@@ -204,7 +188,7 @@ def to_html(report: Report) -> str:
 
 
 def _escaped(text: str) -> str:
-    text = "".join(f"\\{c}" if c in "\\|<>*_`[]" else c for c in shown(text))
+    text = "".join(f"\\{c}" if c in "\\|<>*_`[]~&#" else c for c in shown(text))
     return Markup(" ".join(text.split()))
 
 
@@ -219,7 +203,7 @@ def _rendered(name: str, report: Report, listed: int, show: Callable[[str], str]
     )
     environment.filters["data_url"] = lambda png: f"data:image/png;base64,{b64encode(png).decode()}"
     environment.filters["visible"] = lambda s: shown(s).replace(" ", "␣").replace("\n", "\\n")
-    worst_first = sorted(report.rows, key=lambda row: [*_COLOURS].index(row.status))
+    worst_first = sorted(report.rows, key=lambda row: _WORST_FIRST.index(row.status))
     return environment.from_string(package_file(name)).render(
         report=report, rows=worst_first, columns=COLUMNS, numbers=NUMBERS, max_cases=listed
     )
