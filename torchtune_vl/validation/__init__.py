@@ -9,7 +9,7 @@ import_torchvision()  # before transformers, which looks for it at import
 
 # These take long to import
 _NAMES = {
-    "_compared_inputs": "Conversation Inputs find_images find_videos read_conversations",
+    "_inputs": "Conversation Inputs find_images find_videos read_conversations",
     "_report": "Case Picture Report Row TokenPair print_report to_html to_markdown",
     "_validate": "validate",
 }

@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageOps
 
 from torchtune_vl.media import CHANNELS, Geometry
-from torchtune_vl.validation._compare_values import attempt, compare
-from torchtune_vl.validation._ours_and_reference import MEDIA_KEYS, Comparison, unreadable
+from torchtune_vl.validation._compare import Comparison, compare, unreadable
 from torchtune_vl.validation._report import KEPT_EVIDENCE, Picture
+from torchtune_vl.validation._sides import MEDIA_KEYS, attempt, failed
 
 _Sides = Sequence[Callable[..., Mapping[str, torch.Tensor]]]
 _LONGEST_SIDE = 360
@@ -35,7 +35,7 @@ def compare_images(run: Comparison, images: Mapping[str, str]) -> None:
 def compare_videos(run: Comparison, videos: Mapping[str, str]) -> None:
     """Compare videos, paths by name."""
     if not run.skip(run.obstacle, "video grids", "video pixels"):
-        frames = {path: run.ours.timing(path)[0] for path in videos.values()}
+        frames = {path: run.ours.frames(path) for path in videos.values()}
         sides = run.ours.video, lambda path: run.reference.video(path, frames[path])
         _compare(run, "video pixels", sides, videos)
 
@@ -45,17 +45,13 @@ def _compare(
 ) -> None:
     kind = "video" if row == "video pixels" else "image"
     grids, pixels, keys = run.rows[f"{kind} grids"], run.rows[row], MEDIA_KEYS[kind]
-    # Compile and load codecs before the time is taken
-    readable = (path for path in media.values() if not attempt(sides[0], path).error)
-    attempt(sides[1], next(readable, None))
     for name, path in run.track([*media.items()], f"{kind}s{suffix}"):
-        a, b = (attempt(side, path).map(itemgetter(*keys)) for side in sides)
-        if not a.error and not b.error:
-            found = (side.map(lambda medium: medium[1][0].tolist()) for side in (a, b))
-            grids.add(compare(name + suffix, *found))
-        case = compare(name, a.map(itemgetter(0)), b.map(itemgetter(0)))
+        a, b = (attempt(itemgetter(*keys), attempt(side, path)) for side in sides)
+        if not failed(a, b):
+            grids.add(compare(name + suffix, a[1][0].tolist(), b[1][0].tolist()))
+        case = compare(name, *(attempt(itemgetter(0), side) for side in (a, b)))
         if case.failed or len(pixels.cases) < KEPT_EVIDENCE:
-            seen = [side.value for side in (b, a) if not side.error]
+            seen = [side for side in (b, a) if not failed(side)]
             case.pictures = _pictures(seen, run.ours.family.geometry)
         pixels.add(case)
 

@@ -7,22 +7,20 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
+from rich.markdown import Markdown
 
 from torchtune_vl.files._printable import shown
 
-COLUMNS = ("Compared", "Inputs", "Values", "Difference", "Result", "Ours", "transformers")
-NUMBERS = ("Inputs", "Values", "Ours", "transformers")
+COLUMNS = ("Compared", "Inputs", "Values", "Difference", "Result")
+NUMBERS = ("Inputs", "Values")
 # Cases of a row whose pictures and tokens are kept: with thousands of images all would not fit
 KEPT_EVIDENCE = 8
-# The worst first
-_COLOURS = {"fail": "bold red", "not compared": "yellow", "pass": "green"}
+_WORST_FIRST = ("fail", "not compared", "pass")
 
 
 class Picture(NamedTuple):
@@ -33,11 +31,11 @@ class Picture(NamedTuple):
 
 
 class TokenPair(NamedTuple):
-    """The ids that both sides have at one place of a sequence, with text; None beyond its end."""
+    """What both sides have at one place of a sequence, with its text; None beyond its end."""
 
     place: int
-    ours: tuple[int, str] | None
-    reference: tuple[int, str] | None
+    ours: tuple[Any, str] | None
+    reference: tuple[Any, str] | None
 
 
 @dataclass
@@ -56,8 +54,6 @@ class Case:
     failed: bool = False
     refused: Literal["", "both", "ours", "transformers"] = ""
     detail: str = ""
-    ours_seconds: float = 0.0
-    reference_seconds: float = 0.0
     pictures: list[Picture] = field(default_factory=list)
     tokens: list[TokenPair] = field(default_factory=list)
 
@@ -81,15 +77,13 @@ class Case:
 class Row:
     """One kind of comparison over all inputs, the worst first, or why it is skipped.
 
-    Differences are those of numbers, or are counted in a unit such as "ids". ``timed_in`` is the
-    row whose time holds that of this one, "-" for one that takes none; empty for a time of its own.
+    Differences are those of numbers, or are counted in a unit such as "ids".
     """
 
     name: str
     about: str
     unit: str
     numeric: bool = False
-    timed_in: str = ""
     skipped: str = ""
     note: str = ""
     cases: list[Case] = field(default_factory=list)
@@ -104,8 +98,6 @@ class Row:
     # Over all cases
     failed = property(lambda self: [case for case in self.cases if case.failed])
     compared = property(lambda self: sum(case.compared for case in self.cases))
-    ours_seconds = property(lambda self: sum(case.ours_seconds for case in self.cases))
-    reference_seconds = property(lambda self: sum(case.reference_seconds for case in self.cases))
 
     @property
     def status(self) -> str:
@@ -131,13 +123,9 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """The row of the reports' table, in the order of :data:`COLUMNS`."""
         if not self.cases:
-            return self.name, "", "", self.figure, self.status, "", ""
-        seconds = self.ours_seconds, self.reference_seconds
-        times = [f"{s:.3f} s" if s < 10 else f"{s:.0f} s" for s in seconds]
-        if self.timed_in:
-            times = 2 * ["-" if self.timed_in == "-" else f"in {self.timed_in}"]
+            return self.name, "", "", self.figure, self.status
         counts = f"{len(self.cases):,}", f"{self.compared:,}"
-        return self.name, *counts, self.figure, self.status, *times
+        return self.name, *counts, self.figure, self.status
 
 
 @dataclass
@@ -152,6 +140,12 @@ class Report:
     @property
     def passed(self) -> bool:
         return all(row.status != "fail" for row in self.rows)
+
+    @property
+    def refused_by_both(self) -> dict[str, str]:
+        """What is said of inputs, by their names: of an image once, and not for every backend."""
+        cases = [case for row in self.rows for case in row.cases if not case.failed]
+        return {case.name: case.summary for case in cases if case.refused == "both"}
 
     @property
     def verdict(self) -> str:
@@ -177,35 +171,15 @@ def empty_rows() -> dict[str, Row]:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print a report in a terminal: its table, its notes, and the worst cases."""
-    columns = [Column(c, justify="right", no_wrap=True) if c in NUMBERS else c for c in COLUMNS]
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
-    for row in report.rows:
-        texts = [escape(shown(cell)) for cell in row.cells]
-        texts[4] = f"[{_COLOURS[row.status]}]{texts[4]}[/]"
-        table.add_row(*texts)
-    console.print(table)
-    for row in report.rows:
-        if row.note:
-            console.print(f"\n[bold]{row.name}[/]: {escape(shown(row.note))}.", highlight=False)
-    groups = [(f"[bold red]{row.name}[/]", " fail", row.failed) for row in report.rows]
-    # Each image would be there once for every backend
-    cases = [case for row in report.rows for case in row.cases if not row.timed_in]
-    refused = [case for case in cases if case.refused == "both" and not case.failed]
-    for title, end, listed in [*groups, ("[bold]Refused by both sides[/]", "", refused)]:
-        summaries = {case.name: case.summary for case in listed}
-        lines = [escape(shown(f"  {name}: {text}")) for name, text in summaries.items()]
-        lines[5:] = [f"  and {len(lines) - 5:,} more"] if len(lines) > 5 else []
-        if lines:
-            lines.insert(0, f"\n{title}: {len(summaries):,}{end}")
-            console.print("\n".join(lines), highlight=False)
-    colour = _COLOURS["pass" if report.passed else "fail"]
+    """Print a report in a terminal, with five cases of each row, and its result once more."""
+    console.print(Markdown(to_markdown(report, 5)))
+    colour = "green" if report.passed else "bold red"
     console.print(f"\n[{colour}]{report.verdict}[/]", highlight=False)
 
 
-def to_markdown(report: Report) -> str:
-    """Write a report as Markdown."""
-    return _rendered("report.md.j2", report, 20, _escaped)
+def to_markdown(report: Report, max_cases: int = 20) -> str:
+    """Write a report as Markdown, with the worst cases of each row."""
+    return _rendered("report.md.j2", report, max_cases, _escaped)
 
 
 def to_html(report: Report) -> str:
@@ -214,7 +188,7 @@ def to_html(report: Report) -> str:
 
 
 def _escaped(text: str) -> str:
-    text = "".join(f"\\{c}" if c in "\\|<>*_`[]" else c for c in shown(text))
+    text = "".join(f"\\{c}" if c in "\\|<>*_`[]~&#" else c for c in shown(text))
     return Markup(" ".join(text.split()))
 
 
@@ -225,11 +199,11 @@ def _rendered(name: str, report: Report, listed: int, show: Callable[[str], str]
         trim_blocks=True,
         lstrip_blocks=True,
         # Names and data; what macros made of them is Markup
-        finalize=lambda value: show(value) if type(value) is str else value,
+        finalize=lambda value: value if isinstance(value, Markup) else show(str(value)),
     )
     environment.filters["data_url"] = lambda png: f"data:image/png;base64,{b64encode(png).decode()}"
     environment.filters["visible"] = lambda s: shown(s).replace(" ", "␣").replace("\n", "\\n")
-    worst_first = sorted(report.rows, key=lambda row: [*_COLOURS].index(row.status))
+    worst_first = sorted(report.rows, key=lambda row: _WORST_FIRST.index(row.status))
     return environment.from_string(package_file(name)).render(
         report=report, rows=worst_first, columns=COLUMNS, numbers=NUMBERS, max_cases=listed
     )

@@ -8,15 +8,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from torchtune_vl.validation import _compare_checkpoint_files as files
-from torchtune_vl.validation._compare_conversations_and_models import (
-    compare_conversations,
-    compare_models,
-)
+from torchtune_vl.validation import _compare_files as files
+from torchtune_vl.validation._compare import Comparison
 from torchtune_vl.validation._compare_media import compare_images, compare_videos
-from torchtune_vl.validation._compared_inputs import TEXTS, Inputs, builtin_inputs, conversation_of
-from torchtune_vl.validation._ours_and_reference import Comparison, Ours, Reference, Track
+from torchtune_vl.validation._compare_models import compare_conversations, compare_models
+from torchtune_vl.validation._inputs import TEXTS, Inputs, builtin_inputs, conversation_of
 from torchtune_vl.validation._report import Report
+from torchtune_vl.validation._sides import Ours, Reference, Track
 
 _PACKAGES = ("torchtune-vl", "transformers", "tokenizers", "torch", "torchvision", "Pillow")
 

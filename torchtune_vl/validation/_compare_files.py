@@ -11,9 +11,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from torchtune_vl.chat import CHAT_TEMPLATE, QwenTokenizer
 from torchtune_vl.chat._processor_files import sizes_of_patches
-from torchtune_vl.validation._compare_values import Outcome, attempt, brief, compare
-from torchtune_vl.validation._ours_and_reference import Comparison, unreadable
-from torchtune_vl.validation._report import Case, Row, TokenPair, package_file
+from torchtune_vl.validation._compare import Comparison, brief, compare, unreadable
+from torchtune_vl.validation._report import Case, Row, package_file
+from torchtune_vl.validation._sides import attempt, failed
 
 # What is the same in all published checkpoints, not taken from the code that it serves to check: an
 # added token has its id, and whether skip_special_tokens leaves it out; hashes are of the lines
@@ -26,38 +26,36 @@ _BOTH = "ours beside transformers"
 def compare_vocabularies(run: Comparison) -> None:
     """Compare the vocabularies token by token, and all of their files with the published ones."""
     row, (file, *_) = run.rows["vocabulary"], run.ours.vocabulary_files
-    ours, tokenizer = run.ours.tokenizer.map(_tokens), run.reference.tokenizer
-    theirs = tokenizer.map(_reference_tokens)
-    case = compare(_BOTH, ours, theirs, must_read=True)
-    if case.differing:
-        pairs = enumerate(zip(ours.value, theirs.value, strict=False))
-        different = [(i, pair) for i, pair in pairs if pair[0] != pair[1]][:9]
-        texts = [(i, [token.decode(errors="replace") for token in pair]) for i, pair in different]
-        case.tokens = [TokenPair(i, (i, a), (i, b)) for i, (a, b) in texts]
-    row.add(case)
+    reference = run.reference.tokenizer
+    ours, theirs = attempt(_tokens, run.ours.tokenizer), attempt(_reference_tokens, reference)
+    row.add(compare(_BOTH, ours, theirs, text_of=_text, must_read=True))
     contents = [
-        (f"tokens of {file.name}", "vocabulary", ours.map(_lines)),
-        ("merges that transformers reads", "merges", tokenizer.map(_reference_merges)),
+        (f"tokens of {file.name}", "vocabulary", attempt(_lines, ours)),
+        ("merges that transformers reads", "merges", attempt(_reference_merges, reference)),
     ]
-    others = file.with_name("vocab.json"), file.with_name("merges.txt")
-    if file not in others and others[0].exists():  # other programs read these
-        second = attempt(QwenTokenizer, *others).map(_tokens)
-        if second.error:
-            detail = brief(second.error)
+    vocab, merges = file.with_name("vocab.json"), file.with_name("merges.txt")
+    if file != vocab and vocab.exists():  # other programs read these
+        tokens = attempt(_tokens, attempt(QwenTokenizer, vocab, merges))
+        if failed(tokens):
+            detail = brief(tokens)
             row.add(Case("tokens of vocab.json", largest=math.inf, failed=True, detail=detail))
         else:
-            lines = [line for line in others[1].read_bytes().splitlines() if line]
-            merges = b"\n".join(line for line in lines if not line.startswith(b"#version"))
-            contents.append(("tokens of vocab.json", "vocabulary", second.map(_lines)))
-            contents.append(("merges.txt", "merges", Outcome(merges)))
+            lines = [line for line in merges.read_bytes().splitlines() if line]
+            content = b"\n".join(line for line in lines if not line.startswith(b"#version"))
+            contents.append(("tokens of vocab.json", "vocabulary", _lines(tokens)))
+            contents.append(("merges.txt", "merges", content))
     for name, what, content in contents:
-        if not content.error:
-            digests = hashlib.sha256(content.value).hexdigest(), _PUBLISHED[f"{what}_sha256"]
-            sides = [Outcome({"their SHA-256": digest}) for digest in digests]
+        if not failed(content):
+            digests = hashlib.sha256(content).hexdigest(), _PUBLISHED[f"{what}_sha256"]
+            sides = ({"their SHA-256": digest} for digest in digests)
             case = compare(f"{name} beside the published", *sides)
             if case.failed:
                 case.detail += ": at least one of them is another. Take the published file"
             row.add(case)
+
+
+def _text(token: bytes) -> str:
+    return token.decode(errors="replace")
 
 
 def _tokens(tokenizer: QwenTokenizer) -> list[bytes]:
@@ -79,30 +77,29 @@ def _lines(tokens: Sequence[bytes]) -> bytes:
     return b"".join(b"%s %d\n" % (b64encode(token), i) for i, token in enumerate(tokens))
 
 
-def _compare_settings(row: Row, ours: Outcome, theirs: Outcome, published: Mapping) -> None:
+def _compare_settings(row: Row, ours: Any, theirs: Any, published: Mapping) -> None:
     """Compare what could be read of each side with the published, and of both."""
     for side, settings in (("transformers", theirs), ("ours", ours)):
-        if not settings.error:
-            row.add(compare(f"{side} beside the published", settings, Outcome(published)))
-    if not ours.error and not theirs.error:
-        row.add(compare(_BOTH, ours, theirs))
+        if not failed(settings):
+            row.add(compare(f"{side} beside the published", settings, published))
+    row.add(compare(_BOTH, ours, theirs, must_read=True))
 
 
 def compare_special_tokens(run: Comparison) -> None:
     """Compare ids and kinds of added tokens."""
+    ours, theirs = run.ours.tokenizer, run.reference.tokenizer
+    if run.skip(unreadable("vocabulary", theirs), "special tokens"):
+        return
 
-    def of_ours(t: QwenTokenizer) -> dict[str, Any]:
-        added = t.special_tokens.items()
-        tokens = {name: [i, not t.decode([i], skip_special_tokens=True)] for name, i in added}
-        return {**tokens, "end": t.decode([t.eos_id]), "padding": t.decode([t.pad_id])}
+    def of_ours(tokenizer: QwenTokenizer) -> dict[str, Any]:
+        decode, added = tokenizer.decode, tokenizer.special_tokens.items()
+        tokens = {name: [i, not decode([i], skip_special_tokens=True)] for name, i in added}
+        return {**tokens, "end": decode([tokenizer.eos_id]), "padding": decode([tokenizer.pad_id])}
 
-    def of_reference(t: Any) -> dict[str, Any]:
-        tokens = {token.content: [i, token.special] for i, token in t.added_tokens_decoder.items()}
-        return {**tokens, "end": t.eos_token, "padding": t.pad_token}
-
-    if not run.skip(unreadable("vocabulary", run.reference.tokenizer), "special tokens"):
-        sides = run.ours.tokenizer.map(of_ours), run.reference.tokenizer.map(of_reference)
-        _compare_settings(run.rows["special tokens"], *sides, _PUBLISHED["added_tokens"])
+    tokens = {token.content: [i, token.special] for i, token in theirs.added_tokens_decoder.items()}
+    used = {**tokens, "end": theirs.eos_token, "padding": theirs.pad_token}
+    row = run.rows["special tokens"]
+    _compare_settings(row, attempt(of_ours, ours), used, _PUBLISHED["added_tokens"])
 
 
 def compare_image_settings(run: Comparison) -> None:
@@ -122,11 +119,9 @@ def compare_image_settings(run: Comparison) -> None:
         return {name: getattr(p, name) for name in _IMAGE_SETTINGS} | limits | lists
 
     row, processor = run.rows["image settings"], run.reference.image_processors["pil"]
-    ours, theirs = run.ours.settings.map(of_ours), processor.map(of_reference)
-    if ours.error or theirs.error:
-        row.add(compare(_BOTH, ours, theirs, must_read=True))
+    ours, theirs = attempt(of_ours, run.ours.settings), attempt(of_reference, processor)
     _compare_settings(row, ours, theirs, _IMAGE_SETTINGS)
-    used = {} if ours.error else ours.value
+    used = {} if failed(ours) else ours
     changed = [
         f"{name} is {used[name]:,}, published {value:,}"
         for name, value in _PIXEL_LIMITS.items()
@@ -138,23 +133,21 @@ def compare_image_settings(run: Comparison) -> None:
 def compare_chat_templates(run: Comparison) -> None:
     """Compare the chat templates that both sides follow."""
     if not run.skip(run.obstacle, "chat template"):
-        row, ours = run.rows["chat template"], run.ours.transform.value.chat_template
-        theirs = run.reference.processor.value.chat_template or ""
-        row.add(compare(_BOTH, Outcome(ours.strip()), Outcome(theirs.strip())))
+        row, ours = run.rows["chat template"], run.ours.transform.chat_template
+        theirs = run.reference.processor.chat_template or ""
+        row.add(compare(_BOTH, ours.strip(), theirs.strip()))
         row.note = "" if ours == CHAT_TEMPLATE else "This template is not the published one"
 
 
 def compare_texts(run: Comparison, texts: Mapping[str, Sequence[str]]) -> None:
     """Compare the ids of texts, by the name of their source."""
-    sides = run.ours.tokenizer, run.reference.tokenizer
-    if run.skip(unreadable("vocabulary", *sides), "text ids"):
+    ours, theirs = run.ours.tokenizer, run.reference.tokenizer
+    if run.skip(unreadable("vocabulary", ours, theirs), "text ids"):
         return
-    ours, theirs = (side.value for side in sides)
-    ours.encode("once before the time is taken"), theirs("once before the time is taken")
     named = [(name, text) for name, group in texts.items() for text in group]
     for name, text in run.track(named, "texts"):
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:60])
         name = f"{name}: {line}{'...' if len(text) > 60 else ''}"
         a = attempt(ours.encode, text, add_eos=False)
-        b = attempt(theirs, text).map(lambda encoded: encoded.input_ids)
+        b = attempt(lambda text: theirs(text).input_ids, text)
         run.rows["text ids"].add(compare(name, a, b, text_of=lambda token: ours.decode([token])))

@@ -1,7 +1,6 @@
 """Compares conversations, their ids, pixels and positions, and models, their weights and logits."""
 
 from collections.abc import Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +9,13 @@ import torch
 
 from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
 from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.files._safetensors import weight_files
 from torchtune_vl.files._tensor_names import published_name
 from torchtune_vl.models import model_from_pretrained
-from torchtune_vl.models._weights import load_weights
-from torchtune_vl.validation._compare_values import Outcome, attempt, compare
-from torchtune_vl.validation._compared_inputs import Conversation
-from torchtune_vl.validation._ours_and_reference import MEDIA_KEYS, Comparison
+from torchtune_vl.training._sharding import default_dtype
+from torchtune_vl.validation._compare import Comparison, compare
+from torchtune_vl.validation._inputs import Conversation
 from torchtune_vl.validation._report import Case, number
+from torchtune_vl.validation._sides import MEDIA_KEYS, attempt, failed
 
 # Longer conversations are not run through the models: logits, and eager attention, take gigabytes
 MAX_TOKENS = 1024
@@ -39,52 +37,43 @@ def compare_conversations(
 ) -> list[Sample]:
     """Compare ids, pixels and positions, and keep a number of short samples for the models."""
     reference, skipped = run.reference, run.obstacle
-    if not skipped and reference.rope.error:
-        skipped = f"transformers cannot read config.json: {reference.rope.error}"
+    if not skipped and failed(reference.rope):
+        skipped = f"transformers cannot read config.json: {reference.rope}"
     if run.skip(skipped, "chat ids", "chat pixels", "positions"):
         return []
     ids, pixels, positions = (run.rows[n] for n in ("chat ids", "chat pixels", "positions"))
-    transform = run.ours.transform.value
+    transform = run.ours.transform
     # A template of another kind need not say where answers are, which training asks for
     asks = transform.prompts.chat_template is not None
-    first = next(c for c in conversations if c.values("image"))
-    # Compile and load codecs before the time is taken
-    attempt(transform, first.sample, asks), attempt(reference.chat, first, [], asks)
     samples: list[Sample] = []
     problems, moved = [], 0
     for conversation in run.track(conversations, "conversations"):
         name, problem = conversation.name, conversation.problem
-        if conversation.tools is not None and not reference.tokenizer.value.chat_template:
+        if conversation.tools is not None and not reference.tokenizer.chat_template:
             problem = "conversations with tools need a chat template in tokenizer_config.json"
         if problem:
             problems.append(f"{name}: {problem}")
             continue
-        media = [item for item in conversation.items if item["type"] != "text"]
-        timings = [run.ours.timing(item.get("video")) for item in media]
-        frames = [frames for frames, _ in timings if frames]
+        frames = [run.ours.frames(path) for path in conversation.values("video")]
         a = attempt(transform, conversation.sample, asks)
         b = attempt(reference.chat, conversation, frames, asks)
-        tokens = a.map(lambda s: s["tokens"]), b.map(lambda s: s["input_ids"][0].tolist())
+        tokens = attempt(lambda s: s["tokens"], a), attempt(lambda s: s["input_ids"][0].tolist(), b)
         ids.add(compare(name, *tokens, text_of=lambda token: transform.decode([token])))
-        if a.error or b.error:
+        if failed(a, b):
             continue
-        vision = a.value.get("encoder_input", {}).get("vision", {})
-        if media:
-            theirs = _patches_in_order([item["type"] for item in media], b.value)
-            pixels.add(compare(name, Outcome(vision["patches"]), Outcome(theirs)))
-        usual = attempt(reference.positions, b.value)
-        behind = usual.map(partial(continue_behind_media, kinds=b.value["mm_token_type_ids"][0]))
-        grids = vision.get("grid_thw", torch.empty(0, 3, dtype=torch.long))
-        seconds = [seconds for _, seconds in timings]
-        timed = attempt(transform.positions, a.value["tokens"], grids, seconds)
-        given = timed._replace(value=a.value["input_pos"].tolist(), error=None)
-        positions.add(compare(name, given, behind.map(torch.Tensor.tolist)))
-        if behind.error:
+        kinds = [item["type"] for item in conversation.items if item["type"] != "text"]
+        if kinds:
+            patches = a["encoder_input"]["vision"]["patches"]
+            pixels.add(compare(name, patches, _patches_in_order(kinds, b)))
+        usual = attempt(reference.positions, b)
+        behind = attempt(continue_behind_media, usual, b["mm_token_type_ids"][0])
+        theirs = attempt(torch.Tensor.tolist, behind)
+        positions.add(compare(name, a["input_pos"].tolist(), theirs))
+        if failed(behind):
             continue
-        moved += not torch.equal(usual.value, behind.value)
-        if len(a.value["tokens"]) <= MAX_TOKENS and len(samples) < keep:
-            inputs = {**b.value, "position_ids": behind.value.T[:, None]}
-            samples.append(Sample(name, a.value, inputs))
+        moved += not torch.equal(usual, behind)
+        if len(a["tokens"]) <= MAX_TOKENS and len(samples) < keep:
+            samples.append(Sample(name, a, {**b, "position_ids": behind.T[:, None]}))
     texts = ["\n".join(conversation.values("text")) for conversation in conversations]
     forged = sum(any(token in text for token in STRUCTURAL_TOKENS) for text in texts)
     some = f"Not compared: {len(problems):,}, among them {'; '.join(problems[:3])}"
@@ -141,27 +130,23 @@ def compare_models(
         return
     row, directory = run.rows["weights"], run.ours.directory
     ours, theirs = attempt(_load, directory, dtype), attempt(run.reference.model, dtype)
-    if ours.error or theirs.error:
+    if failed(ours, theirs):
         row.add(compare("ours beside transformers", ours, theirs, must_read=True))
         return
-    a = run.ours.family.names.to_published(ours.value.state_dict())
-    b = {published_name(name): tensor for name, tensor in theirs.value.state_dict().items()}
-    if "lm_head.weight" not in a and theirs.value.config.tie_word_embeddings:
+    a = run.ours.family.names.to_published(ours.state_dict())
+    b = {published_name(name): tensor for name, tensor in theirs.state_dict().items()}
+    if "lm_head.weight" not in a and theirs.config.tie_word_embeddings:
         del b["lm_head.weight"]
-    names = ours._replace(value=sorted(a)), theirs._replace(value=sorted(b))
-    row.add(compare("names of tensors", *names))
+    row.add(compare("names of tensors", sorted(a), sorted(b)))
     for name in run.track(sorted(a.keys() & b.keys()), "weights"):
-        row.add(compare(name, Outcome(a[name]), Outcome(b[name])))
+        row.add(compare(name, a[name], b[name]))
     if logits and samples:
-        _compare_logits(run, ours.value, theirs.value, samples)
+        _compare_logits(run, ours, theirs, samples)
 
 
 def _load(directory: Path, dtype: torch.dtype) -> torch.nn.Module:
-    weights = load_weights(directory, weight_files(directory))
-    with torch.device("meta"):
-        model = model_from_pretrained(directory, weights=False)
-    model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, assign=True)
-    return model.eval()
+    with default_dtype(dtype):
+        return model_from_pretrained(directory).eval()
 
 
 @torch.inference_mode()
@@ -180,7 +165,7 @@ def _compare_logits(run: Comparison, ours: Any, reference: Any, samples: Sequenc
     logits, top = run.rows["logits"], run.rows["top-1"]
     spreads = [attempt(spread_of, sample) for sample in run.track(samples, "rounding")]
     # A model that does not run is told of by the cases below
-    spread = max((s.value for s in spreads if not s.error), default=0.0)
+    spread = max((spread for spread in spreads if not failed(spread)), default=0.0)
     relative = MARGIN * max(spread, torch.finfo(torch.float32).eps)
     logits.note = (
         f"Passes up to {number(relative)} of the largest logit: {MARGIN} times the difference "
@@ -189,13 +174,13 @@ def _compare_logits(run: Comparison, ours: Any, reference: Any, samples: Sequenc
     )
     for sample in run.track(samples, "logits"):
         a, b = attempt(of_ours, sample), attempt(of_reference, sample)
-        tolerance = 0.0 if b.error else relative * float(b.value.abs().max())
+        tolerance = 0.0 if failed(b) else relative * float(b.abs().max())
         case = compare(sample.name, a, b, tolerance=tolerance)
         logits.add(case)
-        if not a.error and not b.error and a.value.shape == b.value.shape:
+        if not failed(a, b) and a.shape == b.shape:
             if case.failed:
                 case.detail = f"the tolerance is {number(tolerance)}"
-            top.add(_top_case(sample.name, a.value, b.value, tolerance))
+            top.add(_top_case(sample.name, a, b, tolerance))
     agreeing = 1 - sum(case.differing for case in top.cases) / max(top.compared, 1)
     top.note = f"{agreeing:.2%} agree"
 

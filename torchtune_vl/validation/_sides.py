@@ -1,7 +1,6 @@
 """Both sides of the comparison, from the files of one directory each and nothing else."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from torchtune_vl.chat import QwenTokenizer
 from torchtune_vl.media import ImageTransform
 from torchtune_vl.media._images import Backend
 from torchtune_vl.models._registry import Family, families, family_of
-from torchtune_vl.validation._compare_values import Outcome, attempt, attempted
-from torchtune_vl.validation._compared_inputs import Conversation
-from torchtune_vl.validation._report import Row, empty_rows
+from torchtune_vl.validation._inputs import Conversation
 from torchtune_vl.validation._torchvision import import_torchvision
 
 # What the names of transformers' image processors end in
@@ -36,6 +33,26 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 # What qwen-vl-utils gives a video, and transformers' class by default: the published
 # preprocessor_config.json states limits of images, which its video processor would take too
 _FRAME_LIMITS: dict[str, Any] = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
+
+
+def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return what a function makes of arguments, or the error in that or in an argument."""
+    for error in filter(failed, args):
+        return error
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # decoders and tokenizers raise what they like
+        return error
+
+
+def failed(*results: Any) -> bool:
+    """Whether one of the results of attempts is an error."""
+    return any(isinstance(result, Exception) for result in results)
+
+
+def attempted(read: Callable[[Any], Any]) -> Any:
+    """Make a property of what is read once, when it is asked for, or of the error in that."""
+    return cached_property(lambda self: attempt(read, self))
 
 
 class _Side:
@@ -77,22 +94,20 @@ class Ours(_Side):
     @cached_property
     def image_transforms(self) -> dict[Backend, ImageTransform]:
         names = ("min_pixels", "max_pixels", "image_mean", "image_std")
-        settings = {k: v for k, v in self.settings.value.items() if k in names}
+        settings = {k: v for k, v in self.settings.items() if k in names}
         return {b: ImageTransform(self.family.geometry, backend=b, **settings) for b in BACKENDS}
 
     def image(self, path: str, backend: Backend) -> dict[str, Any]:
         return self.image_transforms[backend]({"image": path})
 
     def video(self, path: str) -> dict[str, Any]:
-        return self.transform.value.video_transform({"video": path})
+        return self.transform.video_transform({"video": path})
 
-    def timing(self, video: str | None) -> tuple[list[int], float | None]:
-        """Return the frames of a video that are taken, and the seconds between its steps."""
-        if video is None:
-            return [], None
-        measured = attempt(self.transform.value.video_transform.measure, {"video": video}).value
-        # Of one that it refuses the other side is given the first frame
-        return (measured["frame_indices"], measured["seconds_per_step"]) if measured else ([0], 1.0)
+    def frames(self, video: str) -> list[int]:
+        """Return the indices of the frames of a video that are taken."""
+        measured = attempt(self.transform.video_transform.measure, {"video": video})
+        # Of one that it refuses the other side is given the first
+        return [0] if failed(measured) else measured["frame_indices"]
 
 
 class Reference(_Side):
@@ -111,7 +126,7 @@ class Reference(_Side):
         return transformers.AutoTokenizer.from_pretrained(self.directory, **_LOCAL)
 
     @cached_property
-    def image_processors(self) -> dict[Backend, Outcome]:
+    def image_processors(self) -> dict[Backend, Any]:
         read = partial(self._processor, "images", **self._limits)
         return {backend: attempt(read, suffix) for backend, suffix in BACKENDS.items()}
 
@@ -135,23 +150,23 @@ class Reference(_Side):
             return transformers.AutoModelForImageTextToText.from_config(config).model
 
     def model(self, dtype: torch.dtype) -> Any:
-        if self.rope.error:
-            raise self.rope.error
+        if failed(self.rope):
+            raise self.rope
         load = transformers.AutoModelForImageTextToText.from_pretrained
         return load(self.directory, dtype=dtype, **_LOCAL).eval()
 
     def image(self, path: str, backend: Backend) -> dict[str, Any]:
-        return self.image_processors[backend].value(load_image(path), return_tensors="pt")
+        return self.image_processors[backend](load_image(path), return_tensors="pt")
 
     def video(self, path: str, indices: Sequence[int]) -> dict[str, Any]:
-        process, (frames, _) = self.processor.value.video_processor, _frames(path, indices)
+        process, (frames, _) = self.processor.video_processor, _frames(path, indices)
         return process(frames, do_sample_frames=False, return_tensors="pt")
 
     def chat(
         self, conversation: Conversation, frames: Sequence[Sequence[int]], asks: bool
     ) -> dict[str, torch.Tensor]:
         """Make the model's inputs; the template is the directory's, with tools the tokenizer's."""
-        processor, messages, tools = self.processor.value, conversation.messages, conversation.tools
+        processor, messages, tools = self.processor, conversation.messages, conversation.tools
         render = (processor if tools is None else processor.tokenizer).apply_chat_template
         text = render(messages, tools=tools or None, tokenize=False, add_generation_prompt=asks)
         images = [*map(load_image, conversation.values("image"))]
@@ -165,7 +180,7 @@ class Reference(_Side):
         """Number the positions of a conversation as the installed release does: int64 [s, 3]."""
         names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
         given = {name: inputs[name] for name in names if name in inputs}
-        positions, _ = self.rope.value.get_rope_index(inputs["input_ids"], **given)
+        positions, _ = self.rope.get_rope_index(inputs["input_ids"], **given)
         return positions[:, 0].T
 
 
@@ -181,31 +196,3 @@ def _frames(path: str, indices: Sequence[int]) -> tuple[np.ndarray, VideoMetadat
                 picked.append(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
     metadata = VideoMetadata(total, fps=float(rate or 0), frames_indices=list(indices))
     return np.stack(picked), metadata
-
-
-@dataclass
-class Comparison:
-    """A run: both sides, what shows its progress, and the rows of its report by their names."""
-
-    ours: Ours
-    reference: Reference
-    track: Track = lambda sequence, description: sequence
-    rows: dict[str, Row] = field(default_factory=empty_rows)
-
-    @property
-    def obstacle(self) -> str:
-        """Why conversations and videos cannot be compared; empty if they can."""
-        return self.reference.no_torchvision or unreadable(
-            "vocabulary and image settings", self.ours.transform, self.reference.processor
-        )
-
-    def skip(self, reason: str, *names: str) -> bool:
-        """Let rows say why they are not compared, if there is a reason."""
-        for name in names:
-            self.rows[name].skipped = reason
-        return bool(reason)
-
-
-def unreadable(see: str, *parts: Outcome) -> str:
-    """Return why rows that need these parts are not compared; empty if all could be read."""
-    return f"unreadable: see {see}" if any(part.error for part in parts) else ""
