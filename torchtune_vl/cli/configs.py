@@ -3,12 +3,13 @@
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.metadata import distribution
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from torchtune_vl.cli._torchtune_command import config_file, output_of_tune, suffix_of, tune
 from torchtune_vl.recipes import config_names, config_path, recipe_path
 
 _VALIDATE = """\
@@ -80,57 +81,54 @@ def _list(options: argparse.Namespace) -> int:
         for name, config in zip_longest([recipe], configs, fillvalue=""):
             print(f"{name:<40} {config}")
     if options.all:
-        print("\nThose of torchtune:")
-        tune("ls")
+        import torchtune_vl._torchao  # noqa: F401 (or torchtune would not import)
+
+        print("\nThose of torchtune:", flush=True)
+        # Its command, found as what was installed, so no module behind it is named here
+        (tune,) = distribution("torchtune").entry_points.select(name="tune")
+        sys.argv = ["tune", "ls"]
+        tune.load()()
     return 0
 
 
 def _copy(options: argparse.Namespace) -> int:
-    built_in = recipe_path(options.name) or config_path(options.name)
-    is_ours = built_in.is_absolute() and built_in.is_file()
-    suffix = built_in.suffix if is_ours else suffix_of(options.name)
-    if suffix is None:
-        raise ValueError(
-            f"no recipe and no config is called {options.name!r}: see `tune-vl ls --all`"
-        )
+    source = recipe_path(options.name) or config_path(options.name)
     destination: Path = options.destination
     if destination.is_dir():
-        destination /= Path(options.name).name
-    if destination.suffix != suffix:
-        destination = destination.with_name(destination.name + suffix)
+        destination /= source.name
+    if destination.suffix != source.suffix:
+        destination = destination.with_name(destination.name + source.suffix)
     if os.path.lexists(destination):
         raise ValueError(f"{destination} exists: remove it first, or name another file")
     if options.make_parents:
         destination.parent.mkdir(parents=True, exist_ok=True)
     elif not destination.parent.is_dir():
         raise ValueError(f"{destination.parent} is no directory: --make-parents makes it")
-    if is_ours:
-        shutil.copyfile(built_in, destination)
-        print(f"Copied file to {destination}")
-    else:
-        tune("cp", options.name, str(destination))
+    shutil.copyfile(source, destination)
+    print(f"Copied file to {destination}")
     return 0
 
 
 def _print(options: argparse.Namespace) -> int:
-    path = config_file(options.config)
-    if path is None or options.sort:
-        tune("cat", str(path or options.config), *["--sort"] * options.sort)
+    path = config_path(options.config)
+    if options.sort:
+        from omegaconf import OmegaConf
+
+        from torchtune_vl.recipes._check_config import read_file
+
+        print(OmegaConf.to_yaml(read_file(path), sort_keys=True), end="")
     else:
         print(path.read_text(encoding="utf-8"), end="")
     return 0
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from omegaconf import OmegaConf
-
     from torchtune_vl.recipes._check_config import check_components, is_ours, read_config, read_file
 
     if (options.config is None) == (options.file is None):
         raise ValueError("name a config, and only one")
     name = options.config or options.file
-    path = config_file(name)
-    content: Any = OmegaConf.create(read_file(path) if path else output_of_tune("cat", name))
+    content = read_file(config_path(name))
     if is_ours(content):
         check_components(read_config(["--config", name]))
     else:

@@ -45,10 +45,7 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
     parser = argparse.ArgumentParser(prog="tune-vl run", allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="CONFIG")
     known, overrides = parser.parse_known_args(arguments)
-    path = config_path(known.config)
-    if not path.exists():
-        raise ValueError(f"no config and no file is called {known.config!r}: see `tune-vl ls`")
-    content = read_file(path)
+    content = read_file(config_path(known.config))
     try:
         config = _override(content, overrides)
         training, validation = config.get("dataset"), config.get("dataset_val")
@@ -137,27 +134,28 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> DictConfig:
     """Read any config as it is, or raise ``OSError``, or ``ValueError`` if it is no YAML of one."""
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+        content = OmegaConf.load(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error.reason}") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {_first_line(error)}") from error
-    if not content or not isinstance(content, dict):
+    if not content or not isinstance(content, DictConfig):
         raise ValueError(f"{path} has no keys at its top: it is no config")
     return content
 
 
-def _override(content: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
+def _override(config: DictConfig, overrides: Sequence[str]) -> Any:
     """Apply what the command line says, of which removals come first."""
+    content: Any = OmegaConf.to_container(config)
     assignments = []
     for override in overrides:
         key, equals, value = override.partition("=")
         if override.startswith("~"):
             *parents, last = key[1:].split(".")
-            node: Any = content
+            node = content
             for parent in parents:
                 node = node.get(parent) if isinstance(node, dict) else None
             if not isinstance(node, dict) or last not in node:
@@ -172,8 +170,7 @@ def _override(content: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
             raise ValueError(
                 f"{override!r} is no override: write key=value to set a key, ~key to take it out"
             )
-    config: Any = OmegaConf.merge(content, OmegaConf.from_dotlist(assignments))
-    return config
+    return OmegaConf.merge(content, OmegaConf.from_dotlist(assignments))
 
 
 def _has_component(value: Any) -> bool:
