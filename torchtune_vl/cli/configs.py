@@ -15,64 +15,50 @@ from torchtune_vl.recipes import config_names, config_path, recipe_path
 _VALIDATE = """\
 Check the keys and values of a config, that its components exist, and that they take the arguments
 beside them. A config for a recipe of torchtune has its components checked."""
+_VALIDATE_EXAMPLES = """\
+  tune-vl validate-config --config mine.yaml
+  tune-vl validate-config qwen2_5_vl/stock_lora"""
 _ESTIMATE = """\
 Compute how much memory a config of the recipe finetune takes on each device. Nothing is trained or
 measured, and no device is needed: of the checkpoint it reads config.json alone."""
+_ESTIMATE_EXAMPLES = """\
+  tune-vl estimate --config qwen2_5_vl/full --devices 8
+  tune-vl estimate --config mine.yaml checkpoint_dir=Qwen2.5-VL-3B-Instruct"""
 
 
-def add_parsers(subparsers: Any) -> None:
-    """Add the commands."""
-
-    def add(name: str, purpose: str, run: Callable, *examples: str, description: str = "") -> Any:
-        parser = subparsers.add_parser(
-            name,
-            help=purpose,
-            description=description or f"{purpose.capitalize()}.",
-            epilog="\n  ".join(["examples:", *examples]),
-        )
-        parser.set_defaults(run=run)
-        return parser.add_argument
-
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add all."""
     config: Any = {"metavar": "CONFIG", "help": "name, see `tune-vl ls`, or file"}
-    argument = add("ls", "list recipes and their configs", _list, "tune-vl ls", "tune-vl ls --all")
-    argument("--all", action="store_true", help="list those of torchtune, too")
 
-    examples = "tune-vl cp qwen2_5_vl/lora mine.yaml", "tune-vl cp finetune ."
-    argument = add("cp", "copy a recipe or a config, to change it", _copy, *examples)
-    argument("name", metavar="NAME", help="recipe or config, see `tune-vl ls`")
-    argument(
-        "destination",
-        type=Path,
-        metavar="DESTINATION",
-        help="file to write, or directory to write it to; nothing is overwritten",
-    )
-    argument("--make-parents", action="store_true", help="make missing directories")
+    examples = "  tune-vl ls\n  tune-vl ls --all"
+    command = add("ls", _list, "list recipes and their configs", examples)
+    command.add_argument("--all", action="store_true", help="list those of torchtune, too")
 
-    examples = "tune-vl cat qwen2_5_vl/lora", "tune-vl cat mine.yaml --sort"
-    argument = add("cat", "print a config", _print, *examples)
-    argument("config", **config)
-    argument("--sort", action="store_true", help="sort the keys; comments are left out then")
+    examples = "  tune-vl cp qwen2_5_vl/lora mine.yaml\n  tune-vl cp finetune ."
+    command = add("cp", _copy, "copy a recipe or a config, to change it", examples)
+    command.add_argument("name", metavar="NAME", help="recipe or config, see `tune-vl ls`")
+    what = "file to write, or directory to write it to; nothing is overwritten"
+    command.add_argument("destination", type=Path, metavar="DESTINATION", help=what)
+    command.add_argument("--make-parents", action="store_true", help="make missing directories")
+
+    examples = "  tune-vl cat qwen2_5_vl/lora\n  tune-vl cat mine.yaml --sort"
+    command = add("cat", _print, "print a config", examples)
+    command.add_argument("config", **config)
+    what = "sort the keys; comments are left out then"
+    command.add_argument("--sort", action="store_true", help=what)
 
     purpose = "check that a config fits its recipe"
-    examples = (
-        "tune-vl validate-config --config mine.yaml",
-        "tune-vl validate-config qwen2_5_vl/stock_lora",
-    )
-    argument = add("validate-config", purpose, _validate, *examples, description=_VALIDATE)
-    argument("file", nargs="?", **config)
-    argument("--config", metavar="CONFIG", help="the same")
+    command = add("validate-config", _validate, purpose, _VALIDATE_EXAMPLES, _VALIDATE)
+    command.add_argument("file", nargs="?", **config)
+    command.add_argument("--config", metavar="CONFIG", help="the same")
 
-    examples = (
-        "tune-vl estimate --config qwen2_5_vl/full --devices 8",
-        "tune-vl estimate --config mine.yaml checkpoint_dir=Qwen2.5-VL-3B-Instruct",
-    )
     purpose = "compute the memory that a config takes"
-    argument = add("estimate", purpose, _estimate, *examples, description=_ESTIMATE)
-    argument("--config", required=True, **config)
-    argument(
-        "--devices", type=int, default=1, metavar="N", help="GPUs, over all nodes (default: 1)"
-    )
-    argument("overrides", nargs="*", metavar="key=value", help="in place of what the config says")
+    command = add("estimate", _estimate, purpose, _ESTIMATE_EXAMPLES, _ESTIMATE)
+    command.add_argument("--config", required=True, **config)
+    what = "GPUs, over all nodes (default: 1)"
+    command.add_argument("--devices", type=int, default=1, metavar="N", help=what)
+    what = "in place of what the config says"
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=what)
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -8,9 +8,9 @@ import runpy
 import signal
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
 
 from torchtune_vl.recipes import config_path, is_of_torchtune, recipe_path
 
@@ -37,15 +37,13 @@ examples:
 """
 
 
-def add_parsers(subparsers: Any) -> None:
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the command."""
     # No character makes an option here: options are for torchrun's parser, which takes seconds to
     # import
-    parser = subparsers.add_parser(
-        "run", help="run a recipe, on one device or on many", add_help=False, prefix_chars="\0"
-    )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    parser.set_defaults(run=_run)
+    purpose = "run a recipe, on one device or on many"
+    command = add("run", _run, purpose, add_help=False, prefix_chars="\0")
+    command.add_argument("arguments", nargs=argparse.REMAINDER)
 
 
 def _run(options: argparse.Namespace) -> int:
