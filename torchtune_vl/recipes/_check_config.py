@@ -162,7 +162,7 @@ def _override(config: DictConfig, overrides: Sequence[str]) -> Any:
             del node[last]
         elif equals and not key.startswith("-"):
             value = "null" if value == "None" else value
-            if _has_component(content.get(key)) and value != "null":
+            if value != "null" and kind_of(Component).fits(content.get(key)):
                 key = f"{key}.{_COMPONENT}"
             assignments.append(f"{key}={value}")
         else:
@@ -170,10 +170,6 @@ def _override(config: DictConfig, overrides: Sequence[str]) -> Any:
                 f"{override!r} is no override: write key=value to set a key, ~key to take it out"
             )
     return OmegaConf.merge(content, OmegaConf.from_dotlist(assignments))
-
-
-def _has_component(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get(_COMPONENT), str)
 
 
 def _wrong_value(name: str, value: Any, hint: Any) -> Iterator[str]:
@@ -205,7 +201,6 @@ _KINDS = {
     str: Kind("a text", lambda x: isinstance(x, str)),
     Path: Kind("a path", lambda x: isinstance(x, str)),
     types.NoneType: Kind("null", lambda x: x is None),
-    Component: Kind(f"a mapping with `{_COMPONENT}`", _has_component),
 }
 # Of a type that YAML cannot hold, which in a union says nothing of the others
 _UNKNOWN = Kind("any value", lambda x: True)

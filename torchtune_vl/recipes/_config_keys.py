@@ -18,10 +18,6 @@ class Kind(NamedTuple):
     fits: Callable[[Any], bool]
 
 
-class Component:
-    """A mapping that names what to call by ``_component_``, with its arguments beside it."""
-
-
 class Given(NamedTuple):
     """The arguments that the recipe adds to a component's: by position, and by name."""
 
@@ -53,6 +49,10 @@ def keys_of(description: type, prefix: str = "") -> Iterator[Key]:
             yield from keys_of(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
 
 
+# What to call, with its arguments beside it
+Component = Annotated[
+    dict, Kind(" with `_component_`", lambda x: isinstance(x.get("_component_"), str))
+]
 _AT_LEAST_0 = Kind(" of at least 0", lambda x: x >= 0)
 _Natural = Annotated[int, _AT_LEAST_0]
 _Count = Annotated[int, Kind(" of at least 1", lambda x: x >= 1)]
