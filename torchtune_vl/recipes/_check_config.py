@@ -78,7 +78,7 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
         elif key.default is MISSING:
             wrong.append(f"{name} is missing: {key.meaning}")
     _raise_all(lead, wrong)
-    for name in {*keys} - {*flat}:
+    for name in [name for name in keys if name not in flat]:
         OmegaConf.update(config, name, keys[name].default)
     return config
 
