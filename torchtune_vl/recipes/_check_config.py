@@ -20,14 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchtune_vl.recipes import config_path
-from torchtune_vl.recipes._config_keys import (
-    NAMES_ELSEWHERE,
-    Component,
-    Config,
-    Given,
-    Kind,
-    keys_of,
-)
+from torchtune_vl.recipes._config_keys import Component, Config, Given, Kind, keys_of
 
 _COMPONENT = "_component_"
 # Keys that no recipe of torchtune has
@@ -182,8 +175,6 @@ def _wrong_value(name: str, value: Any, hint: Any) -> Iterator[str]:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     """Name what may be meant by a name, with dots, that is not known."""
-    if name in NAMES_ELSEWHERE:
-        return f"; what it sets elsewhere {NAMES_ELSEWHERE[name]} sets here"
     parent, dot, last = name.rpartition(".")
     siblings = [x.removeprefix(parent + dot) for x in known if x.startswith(parent + dot)]
     near = difflib.get_close_matches(last, siblings, n=1)

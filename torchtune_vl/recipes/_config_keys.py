@@ -144,25 +144,3 @@ class Config:
     resume: Annotated[bool, "go on from the newest step, if there is one"]
     log_every_n_steps: Annotated[_Count, "a line of the log"]
     metric_logger: Annotated[Component, "torchtune's: disk, TensorBoard, W&B, ..."]
-
-
-# Keys of torchtune's recipes and other trainers', beside what does the same here
-NAMES_ELSEWHERE = {
-    "gradient_accumulation_steps": "rows_per_step",
-    "per_device_train_batch_size": "rows_per_step",
-    "batch_size": "rows_per_step",
-    "max_steps_per_epoch": "max_steps",
-    "num_train_epochs": "epochs",
-    "learning_rate": "optimizer.lr",
-    "max_grad_norm": "clip_grad_norm",
-    "enable_activation_checkpointing": "activation_checkpointing",
-    "enable_activation_offloading": "activation_offloading",
-    "resume_from_checkpoint": "resume",
-    "run_val_every_n_steps": "eval_every_n_steps",
-    "save_steps": "save_every_n_steps",
-    "save_total_limit": "keep_last",
-    "eval_steps": "eval_every_n_steps",
-    "logging_steps": "log_every_n_steps",
-    "tensor_parallel_dim": "parallel.tensor",
-    "fsdp_cpu_offload": "parallel.cpu_offload",
-}
