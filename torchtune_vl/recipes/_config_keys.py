@@ -9,10 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 
 class Kind(NamedTuple):
-    """What a key takes, in a user's words, and whether a value that YAML can hold is such.
-
-    As a note of a type, what a value has to be beside that.
-    """
+    """What a value is, in a user's words and by a test; as a note of a type, what it is beside."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -26,16 +23,13 @@ class Given(NamedTuple):
 
 
 class Key(NamedTuple):
-    """A key: its name, with dots; what it takes; its meaning, in Markdown.
-
-    Without a default, which is ``MISSING`` then, it must be there.
-    """
+    """A key by its name with dots; required if its default is ``MISSING``."""
 
     name: str
     kind: Any
     given: Given
     default: Any
-    meaning: str
+    meaning: str  # in Markdown
 
 
 def keys_of(description: type, prefix: str = "") -> Iterator[Key]:
