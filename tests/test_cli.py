@@ -91,6 +91,7 @@ def test_wrong_usage(
         (["estimate", "--config", "qwen2_5_vl/stock_lora"],
          "stock_lora is a config of torchtune's recipes, and no config of the recipe finetune"),
         (["run", "finetune", "--config", "qwen2_5_vl/stock_full"], "see `tune-vl ls`"),
+        (["estimate", "--config", "llama2/7B_full"], "7B_full is a config of torchtune's recipes"),
         (["estimate", "--config", "nothing"], "tune-vl estimate: no config and no file"),
         (["estimate", "--config", "x", "--devices", "0"], "--devices is 0: give the number"),
         (["validate-config", "nothing"], "tune-vl validate-config: "),

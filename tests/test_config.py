@@ -36,7 +36,7 @@ def read(*overrides: str) -> dict[str, Any]:
     ("override", "message"),
     [
         ("max_stepss=1", "max_stepss is no key of this recipe; the nearest is max_steps"),
-        ("gradient_accumulation_steps=8", "what it sets elsewhere rows_per_step sets here"),
+        ("gradient_accumulation_steps=8", "gradient_accumulation_steps is no key of this recipe"),
         ("learning_rates.mergers=1", "learning_rates.mergers is no key of this recipe; the nearest"
          " is learning_rates.merger"),
         ("parallel.tensors=1", "the nearest is parallel.tensor"),

@@ -10,7 +10,6 @@ import pytest
 from torchtune._recipe_registry import get_all_recipes
 
 from torchtune_vl.cli import main
-from torchtune_vl.cli._torchtune_command import suffix_of
 from torchtune_vl.recipes import config_path, recipe_path
 
 # Writes what reached it to a file of its own for each process
@@ -138,9 +137,13 @@ def test_run_starts_processes_of_torchtunes_recipes(
 
 def test_all_names_of_torchtune_are_known() -> None:
     for recipe in get_all_recipes():
-        assert suffix_of(recipe.name) == ".py"
-        assert {suffix_of(each.name) for each in recipe.configs} <= {".yaml"}
-    assert suffix_of("nothing") is None
+        path = recipe_path(recipe.name)
+        assert str(path).endswith(f"/recipes/{recipe.file_path}")
+        for each in recipe.configs:
+            if each.name == "llama2/7B_full_early_exit":  # its file was not released
+                continue
+            assert str(config_path(each.name)).endswith(f"/recipes/configs/{each.file_path}")
+    assert recipe_path("nothing") is None
 
 
 def test_run_finds_stock_recipes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +164,7 @@ def test_run_finds_stock_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--config", "mine/config.yaml"], "a recipe is needed"),
         (["run", "../recipe.py", "--config", "mine/config.yaml"], "../recipe.py is not below this"),
         (["run", "finetune", "--config"], "a config is needed"),
-        (["cp", "nothing", "."], "no recipe and no config is called 'nothing': see `tune-vl ls"),
+        (["cp", "nothing", "."], "no config and no file is called 'nothing': see `tune-vl ls"),
         (["cat", "nothing.yaml"], "tune-vl cat: no config and no file is called 'nothing.yaml'"),
         (["validate-config", "mine/wrong.yaml"], "no_such_argument"),
         (["validate-config"], "name a config, and only one"),

@@ -2,31 +2,44 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torchtune_vl.cli import checkpoints, configs, run, validate
 
 
-class _Parser(argparse.ArgumentParser):
-    """Of this command and its subcommands: descriptions and examples are shown as written."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, that of the process by default, and exit with its status."""
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="tune-vl", description="Fine-tune Qwen-VL with torchtune, and check that it is it."
     )
     subparsers = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", dest="command"
     )
-    # Each parser has the function to run, which imports what takes long
+
+    def add(
+        name: str,
+        run: Callable,
+        purpose: str,
+        examples: str = "",
+        description: str = "",
+        **how: Any,
+    ) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(
+            name,
+            help=purpose,
+            description=description or f"{purpose.capitalize()}.",
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # as they are written
+            **how,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    # Each command has the function to run, which imports what takes long
     for module in (configs, run, validate, checkpoints):
-        module.add_parsers(subparsers)
+        module.add_commands(add)
     options = parser.parse_args(arguments)
     from torchtune_vl.recipes._run_recipe import ended
 

@@ -1,8 +1,8 @@
 """``tune-vl merge`` and ``export``: checkpoints and adapters written anew."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torchtune_vl.files._printable import shown
 
@@ -10,28 +10,23 @@ _MERGE = """\
 Add an adapter, of torchtune-vl or of peft, to the weights of its base model, and write the
 checkpoint that results: in the published layout, which transformers, vLLM and SGLang load."""
 _MERGE_EXAMPLE = """\
-example:
   tune-vl merge Qwen2.5-VL-3B-Instruct output/epoch_0/adapter merged --dtype bfloat16"""
 _EXPORT = """\
 Write a checkpoint anew in the published layout, or an adapter in peft's: in another dtype, in files
 of another size, or with the published names where a trainer wrote others."""
 _EXPORT_EXAMPLES = """\
-examples:
   tune-vl export output/epoch_0 exported --dtype bfloat16 --max-shard-size 2GB
   tune-vl export output/epoch_0/adapter exported-adapter --dtype bfloat16"""
 
 
-def add_parsers(subparsers: Any) -> None:
-    """Add both commands."""
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add both."""
     purpose = "merge an adapter into its base model"
-    merge = subparsers.add_parser("merge", help=purpose, description=_MERGE, epilog=_MERGE_EXAMPLE)
+    merge = add("merge", _write, purpose, _MERGE_EXAMPLE, _MERGE)
     merge.add_argument("base", type=Path, help="checkpoint directory of the base model")
     merge.add_argument("adapter", type=Path, help="directory with adapter_config.json")
-
     purpose = "write a checkpoint or an adapter in another dtype or file size"
-    export = subparsers.add_parser(
-        "export", help=purpose, description=_EXPORT, epilog=_EXPORT_EXAMPLES
-    )
+    export = add("export", _write, purpose, _EXPORT_EXAMPLES, _EXPORT)
     export.add_argument("source", type=Path, help="directory of a checkpoint or of an adapter")
     for parser in (merge, export):
         parser.add_argument("output", type=Path, help="directory to make")
@@ -46,7 +41,6 @@ def add_parsers(subparsers: Any) -> None:
             metavar="SIZE",
             help="most bytes of tensors in a file, such as 500MB (default: %(default)s)",
         )
-        parser.set_defaults(run=_write)
 
 
 def _write(options: argparse.Namespace) -> int:

@@ -3,75 +3,62 @@
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.metadata import distribution
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from torchtune_vl.cli._torchtune_command import config_file, output_of_tune, suffix_of, tune
 from torchtune_vl.recipes import config_names, config_path, recipe_path
 
 _VALIDATE = """\
 Check the keys and values of a config, that its components exist, and that they take the arguments
 beside them. A config for a recipe of torchtune has its components checked."""
+_VALIDATE_EXAMPLES = """\
+  tune-vl validate-config --config mine.yaml
+  tune-vl validate-config qwen2_5_vl/stock_lora"""
 _ESTIMATE = """\
 Compute how much memory a config of the recipe finetune takes on each device. Nothing is trained or
 measured, and no device is needed: of the checkpoint it reads config.json alone."""
+_ESTIMATE_EXAMPLES = """\
+  tune-vl estimate --config qwen2_5_vl/full --devices 8
+  tune-vl estimate --config mine.yaml checkpoint_dir=Qwen2.5-VL-3B-Instruct"""
 
 
-def add_parsers(subparsers: Any) -> None:
-    """Add the commands."""
-
-    def add(name: str, purpose: str, run: Callable, *examples: str, description: str = "") -> Any:
-        parser = subparsers.add_parser(
-            name,
-            help=purpose,
-            description=description or f"{purpose.capitalize()}.",
-            epilog="\n  ".join(["examples:", *examples]),
-        )
-        parser.set_defaults(run=run)
-        return parser.add_argument
-
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add all."""
     config: Any = {"metavar": "CONFIG", "help": "name, see `tune-vl ls`, or file"}
-    argument = add("ls", "list recipes and their configs", _list, "tune-vl ls", "tune-vl ls --all")
-    argument("--all", action="store_true", help="list those of torchtune, too")
 
-    examples = "tune-vl cp qwen2_5_vl/lora mine.yaml", "tune-vl cp finetune ."
-    argument = add("cp", "copy a recipe or a config, to change it", _copy, *examples)
-    argument("name", metavar="NAME", help="recipe or config, see `tune-vl ls`")
-    argument(
-        "destination",
-        type=Path,
-        metavar="DESTINATION",
-        help="file to write, or directory to write it to; nothing is overwritten",
-    )
-    argument("--make-parents", action="store_true", help="make missing directories")
+    examples = "  tune-vl ls\n  tune-vl ls --all"
+    command = add("ls", _list, "list recipes and their configs", examples)
+    command.add_argument("--all", action="store_true", help="list those of torchtune, too")
 
-    examples = "tune-vl cat qwen2_5_vl/lora", "tune-vl cat mine.yaml --sort"
-    argument = add("cat", "print a config", _print, *examples)
-    argument("config", **config)
-    argument("--sort", action="store_true", help="sort the keys; comments are left out then")
+    examples = "  tune-vl cp qwen2_5_vl/lora mine.yaml\n  tune-vl cp finetune ."
+    command = add("cp", _copy, "copy a recipe or a config, to change it", examples)
+    command.add_argument("name", metavar="NAME", help="recipe or config, see `tune-vl ls`")
+    what = "file to write, or directory to write it to; nothing is overwritten"
+    command.add_argument("destination", type=Path, metavar="DESTINATION", help=what)
+    command.add_argument("--make-parents", action="store_true", help="make missing directories")
+
+    examples = "  tune-vl cat qwen2_5_vl/lora\n  tune-vl cat mine.yaml --sort"
+    command = add("cat", _print, "print a config", examples)
+    command.add_argument("config", **config)
+    what = "sort the keys; comments are left out then"
+    command.add_argument("--sort", action="store_true", help=what)
 
     purpose = "check that a config fits its recipe"
-    examples = (
-        "tune-vl validate-config --config mine.yaml",
-        "tune-vl validate-config qwen2_5_vl/stock_lora",
-    )
-    argument = add("validate-config", purpose, _validate, *examples, description=_VALIDATE)
-    argument("file", nargs="?", **config)
-    argument("--config", metavar="CONFIG", help="the same")
+    command = add("validate-config", _validate, purpose, _VALIDATE_EXAMPLES, _VALIDATE)
+    command.add_argument("file", nargs="?", **config)
+    command.add_argument("--config", metavar="CONFIG", help="the same")
 
-    examples = (
-        "tune-vl estimate --config qwen2_5_vl/full --devices 8",
-        "tune-vl estimate --config mine.yaml checkpoint_dir=Qwen2.5-VL-3B-Instruct",
-    )
     purpose = "compute the memory that a config takes"
-    argument = add("estimate", purpose, _estimate, *examples, description=_ESTIMATE)
-    argument("--config", required=True, **config)
-    argument(
-        "--devices", type=int, default=1, metavar="N", help="GPUs, over all nodes (default: 1)"
-    )
-    argument("overrides", nargs="*", metavar="key=value", help="in place of what the config says")
+    command = add("estimate", _estimate, purpose, _ESTIMATE_EXAMPLES, _ESTIMATE)
+    command.add_argument("--config", required=True, **config)
+    what = "GPUs, over all nodes (default: 1)"
+    command.add_argument("--devices", type=int, default=1, metavar="N", help=what)
+    what = "in place of what the config says"
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=what)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -80,57 +67,54 @@ def _list(options: argparse.Namespace) -> int:
         for name, config in zip_longest([recipe], configs, fillvalue=""):
             print(f"{name:<40} {config}")
     if options.all:
-        print("\nThose of torchtune:")
-        tune("ls")
+        import torchtune_vl._torchao  # noqa: F401 (or torchtune would not import)
+
+        print("\nThose of torchtune:", flush=True)
+        # Its command, found as what was installed, so no module behind it is named here
+        (tune,) = distribution("torchtune").entry_points.select(name="tune")
+        sys.argv = ["tune", "ls"]
+        tune.load()()
     return 0
 
 
 def _copy(options: argparse.Namespace) -> int:
-    built_in = recipe_path(options.name) or config_path(options.name)
-    is_ours = built_in.is_absolute() and built_in.is_file()
-    suffix = built_in.suffix if is_ours else suffix_of(options.name)
-    if suffix is None:
-        raise ValueError(
-            f"no recipe and no config is called {options.name!r}: see `tune-vl ls --all`"
-        )
+    source = recipe_path(options.name) or config_path(options.name)
     destination: Path = options.destination
     if destination.is_dir():
-        destination /= Path(options.name).name
-    if destination.suffix != suffix:
-        destination = destination.with_name(destination.name + suffix)
+        destination /= source.name
+    if destination.suffix != source.suffix:
+        destination = destination.with_name(destination.name + source.suffix)
     if os.path.lexists(destination):
         raise ValueError(f"{destination} exists: remove it first, or name another file")
     if options.make_parents:
         destination.parent.mkdir(parents=True, exist_ok=True)
     elif not destination.parent.is_dir():
         raise ValueError(f"{destination.parent} is no directory: --make-parents makes it")
-    if is_ours:
-        shutil.copyfile(built_in, destination)
-        print(f"Copied file to {destination}")
-    else:
-        tune("cp", options.name, str(destination))
+    shutil.copyfile(source, destination)
+    print(f"Copied file to {destination}")
     return 0
 
 
 def _print(options: argparse.Namespace) -> int:
-    path = config_file(options.config)
-    if path is None or options.sort:
-        tune("cat", str(path or options.config), *["--sort"] * options.sort)
+    path = config_path(options.config)
+    if options.sort:
+        from omegaconf import OmegaConf
+
+        from torchtune_vl.recipes._check_config import read_file
+
+        print(OmegaConf.to_yaml(read_file(path), sort_keys=True), end="")
     else:
         print(path.read_text(encoding="utf-8"), end="")
     return 0
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from omegaconf import OmegaConf
-
     from torchtune_vl.recipes._check_config import check_components, is_ours, read_config, read_file
 
     if (options.config is None) == (options.file is None):
         raise ValueError("name a config, and only one")
     name = options.config or options.file
-    path = config_file(name)
-    content: Any = OmegaConf.create(read_file(path) if path else output_of_tune("cat", name))
+    content = read_file(config_path(name))
     if is_ours(content):
         check_components(read_config(["--config", name]))
     else:

@@ -8,12 +8,11 @@ import runpy
 import signal
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
 
-from torchtune_vl.cli._torchtune_command import config_file, suffix_of, tune
-from torchtune_vl.recipes import recipe_path
+from torchtune_vl.recipes import config_path, is_of_torchtune, recipe_path
 
 _HELP = """\
 usage: tune-vl run [OPTION ...] RECIPE --config CONFIG [KEY=VALUE | ~KEY ...]
@@ -38,15 +37,13 @@ examples:
 """
 
 
-def add_parsers(subparsers: Any) -> None:
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the command."""
     # No character makes an option here: options are for torchrun's parser, which takes seconds to
     # import
-    parser = subparsers.add_parser(
-        "run", help="run a recipe, on one device or on many", add_help=False, prefix_chars="\0"
-    )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    parser.set_defaults(run=_run)
+    purpose = "run a recipe, on one device or on many"
+    command = add("run", _run, purpose, add_help=False, prefix_chars="\0")
+    command.add_argument("arguments", nargs=argparse.REMAINDER)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -54,28 +51,29 @@ def _run(options: argparse.Namespace) -> int:
         _print_help("finetune" in options.arguments)
         return 0
     launcher, recipe, arguments = _split(options.arguments)
-    if recipe_path(recipe):
+    built_in = recipe_path(recipe)
+    is_stock = built_in is not None and is_of_torchtune(built_in)
+    if built_in and not is_stock:
         from torchtune_vl.recipes._check_config import read_config
 
         read_config(arguments)  # before anything is imported that takes seconds
-    module = _module_of(recipe)
+    module = f"torchtune_vl.recipes.{recipe}" if built_in else _module_of(recipe)
     position = arguments.index("--config") + 1
-    config = config_file(arguments[position])
-    arguments[position] = str(config or arguments[position])
+    arguments[position] = str(config_path(arguments[position]))
     if launcher:
-        if module is None and "_distributed" not in recipe:  # as all others are called
+        if is_stock and "_distributed" not in recipe:  # as all others are called
             raise ValueError(f"{recipe} runs in one process: leave {launcher[0]} out")
         return _run_processes(
             [*launcher, "--module", "torchtune_vl.cli", "run", recipe, *arguments]
         )
-    if module is None or config is None:  # one of the two is torchtune's
-        tune("run", recipe, *arguments)
-        return 0
     import torchtune_vl._torchao  # noqa: F401 (the recipe may import torchtune first)
 
     sys.path.append(os.getcwd())
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__")
+    sys.argv = [recipe, *arguments]
+    if is_stock:
+        runpy.run_path(str(built_in), run_name="__main__")
+    else:
+        runpy.run_module(module, run_name="__main__")
     return 0
 
 
@@ -112,12 +110,8 @@ def _split(arguments: list[str]) -> tuple[list[str], str, list[str]]:
     return arguments[: end - 1], arguments[end - 1], arguments[end:]
 
 
-def _module_of(recipe: str) -> str | None:
-    """Name the module of a recipe, ours or a user's; None for one of torchtune."""
-    if recipe_path(recipe):
-        return f"torchtune_vl.recipes.{recipe}"
-    if not recipe.endswith(".py") and suffix_of(recipe) == ".py":
-        return None
+def _module_of(recipe: str) -> str:
+    """Name the module that a user's file is from here."""
     file = Path(os.path.relpath(recipe)).with_suffix(".py")
     if not file.is_file():
         raise ValueError(f"no recipe and no file is called {recipe!r}: see `tune-vl ls --all`")

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ conversations, with what transformers makes of it: vocabulary, token ids, image 
 positions, and if you ask for it weights and logits. Images, texts and conversations are built in,
 so it says something without any file of yours. Nothing is downloaded."""
 _EXAMPLES = """\
-examples:
   tune-vl validate Qwen2.5-VL-3B-Instruct
   tune-vl validate Qwen2.5-VL-3B-Instruct --images photos/ scan.png --html report.html
   tune-vl validate Qwen2.5-VL-3B-Instruct --conversations train.json --logits
@@ -32,15 +32,12 @@ exit status:
 """
 
 
-def add_parsers(subparsers: Any) -> None:
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the command."""
     purpose = "compare a checkpoint and your data with transformers"
-    parser = subparsers.add_parser(
-        "validate", help=purpose, description=_DESCRIPTION, epilog=_EXAMPLES
-    )
-    add = parser.add_argument
-    add("checkpoint_dir", type=Path, help="directory with the files of a checkpoint")
-    add(
+    argument = add("validate", _run, purpose, _EXAMPLES, _DESCRIPTION).add_argument
+    argument("checkpoint_dir", type=Path, help="directory with the files of a checkpoint")
+    argument(
         "--reference",
         type=Path,
         metavar="DIR",
@@ -48,28 +45,27 @@ def add_parsers(subparsers: Any) -> None:
         "what a copy, an export or a fine-tuned checkpoint has changed",
     )
     several: dict[str, Any] = {"type": Path, "nargs": "+", "default": []}
-    add("--images", **several, metavar="PATH", help="files, or folders searched for images")
-    add("--videos", **several, metavar="PATH", help="files, or folders searched for videos")
-    add(
+    argument("--images", **several, metavar="PATH", help="files, or folders searched for images")
+    argument("--videos", **several, metavar="PATH", help="files, or folders searched for videos")
+    argument(
         "--conversations",
         **several,
         metavar="FILE",
         help="JSON or JSON lines, in the chat format of transformers and OpenAI or in ShareGPT's; "
         "paths in it are relative to it",
     )
-    add("--max-pixels", type=int, metavar="N", help="largest area of an image, for both sides")
-    add("--weights", action="store_true", help="compare every tensor of the model")
+    argument("--max-pixels", type=int, metavar="N", help="largest area of an image, for both sides")
+    argument("--weights", action="store_true", help="compare every tensor of the model")
     what = "compare weights and logits; holds both models in memory"
-    add("--logits", action="store_true", help=what)
-    add(
+    argument("--logits", action="store_true", help=what)
+    argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
         help="of both models (default: %(default)s)",
     )
-    add("--markdown", type=Path, metavar="FILE", help="write the report here, too")
-    add("--html", type=Path, metavar="FILE", help="write a page with pictures of what differs")
-    parser.set_defaults(run=_run)
+    argument("--markdown", type=Path, metavar="FILE", help="write the report here, too")
+    argument("--html", type=Path, metavar="FILE", help="write a page with pictures of what differs")
 
 
 def _run(options: argparse.Namespace) -> int:

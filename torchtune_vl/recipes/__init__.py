@@ -1,10 +1,10 @@
-"""Recipes, one file each, and their configs."""
+"""Recipes, one file each, and their configs; those of torchtune stand beside ours."""
 
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 _ROOT = Path(__file__).parent
-_CONFIGS = _ROOT / "configs"
-_RECIPES = {"finetune": _ROOT / "finetune.py"}
 # Ready configs for recipes of torchtune, by the names of their files
 _FOR_TORCHTUNE = {
     "stock_full": "full_finetune_single_device",
@@ -12,21 +12,43 @@ _FOR_TORCHTUNE = {
 }
 
 
+@cache
+def _files(folder: str, suffix: str) -> dict[str, Path]:
+    """The files of torchtune and of this package by their names."""
+    spec = find_spec("torchtune")  # which takes seconds to import
+    roots = [Path(spec.origin).parents[1] / "recipes"] if spec and spec.origin else []
+    return {
+        str(path.relative_to(root / folder).with_suffix("")): path
+        for root in (*roots, _ROOT)
+        for path in (root / folder).rglob(f"[!_]*{suffix}")
+    }
+
+
 def recipe_path(name: str) -> Path | None:
-    """Find the file of a recipe of this package, such as ``finetune``; None if there is none."""
-    return _RECIPES.get(name)
+    """Find the file of a recipe, such as ``finetune``, or torchtune's; None if there is none."""
+    return _files("", ".py").get(name)
+
+
+def is_of_torchtune(recipe: Path) -> bool:
+    """Whether a file of a recipe came with torchtune."""
+    return not recipe.is_relative_to(_ROOT)
 
 
 def config_path(name: str) -> Path:
-    """Find the file of a config: of one of this package, such as ``qwen2_5_vl/lora``, or a path."""
-    built_in = _CONFIGS / f"{name}.yaml"
-    return built_in if built_in.is_file() else Path(name)
+    """Find the file of a config, such as ``qwen2_5_vl/lora``, or torchtune's; or take it as a path.
+
+    Raises ``ValueError`` if there is none.
+    """
+    path = _files("configs", ".yaml").get(name, Path(name))
+    if not path.exists():
+        raise ValueError(f"no config and no file is called {name!r}: see `tune-vl ls --all`")
+    return path
 
 
 def config_names() -> dict[str, list[str]]:
     """List the names of this package's configs by the recipe they are for, ours or torchtune's."""
-    names: dict[str, list[str]] = {recipe: [] for recipe in (*_RECIPES, *_FOR_TORCHTUNE.values())}
-    for path in sorted(_CONFIGS.glob("*/*.yaml")):
+    names: dict[str, list[str]] = {recipe: [] for recipe in ("finetune", *_FOR_TORCHTUNE.values())}
+    for path in sorted(_ROOT.glob("configs/*/*.yaml")):
         recipe = _FOR_TORCHTUNE.get(path.stem, "finetune")
-        names[recipe].append(str(path.relative_to(_CONFIGS).with_suffix("")))
+        names[recipe].append(f"{path.parent.name}/{path.stem}")
     return names

@@ -20,14 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchtune_vl.recipes import config_path
-from torchtune_vl.recipes._config_keys import (
-    NAMES_ELSEWHERE,
-    Component,
-    Config,
-    Given,
-    Kind,
-    keys_of,
-)
+from torchtune_vl.recipes._config_keys import Component, Config, Given, Kind, keys_of
 
 _COMPONENT = "_component_"
 # Keys that no recipe of torchtune has
@@ -45,10 +38,8 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
     parser = argparse.ArgumentParser(prog="tune-vl run", allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="CONFIG")
     known, overrides = parser.parse_known_args(arguments)
-    path = config_path(known.config)
-    if not path.exists():
-        raise ValueError(f"no config and no file is called {known.config!r}: see `tune-vl ls`")
-    content = read_file(path)
+    lead = f"{known.config}: "
+    content = read_file(config_path(known.config))
     try:
         config = _override(content, overrides)
         training, validation = config.get("dataset"), config.get("dataset_val")
@@ -58,10 +49,10 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
             config.dataset_val = OmegaConf.merge(training, validation)
         values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f"{known.config}: {_first_line(error)}") from error
+        raise ValueError(lead + _first_line(error)) from error
     keys = {key.name: key for key in keys_of(description)}
     # torchtune's recipes that train all have this key; a config of ours may be no more than begun
-    if "resume_from_checkpoint" in values and not is_ours(values) and is_ours(keys):
+    if "resume_from_checkpoint" in {*values} - {*keys} and not is_ours(values):
         raise ValueError(
             f"{known.config} is a config of torchtune's recipes, and no config of the recipe "
             "finetune: see `tune-vl ls`"
@@ -79,10 +70,9 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
             wrong += _wrong_value(name, flat[name], key.kind)
         elif key.default is MISSING:
             wrong.append(f"{name} is missing: {key.meaning}")
-    _raise_all(f"{known.config}: ", wrong)
-    for name, key in keys.items():
-        if name not in flat:
-            OmegaConf.update(config, name, key.default)
+    _raise_all(lead, wrong)
+    for name in [name for name in keys if name not in flat]:
+        OmegaConf.update(config, name, keys[name].default)
     return config
 
 
@@ -122,12 +112,11 @@ def check_components(config: DictConfig, description: type | None = Config) -> N
     _raise_all("", wrong)
 
 
-def _raise_all(lead: str, errors: Iterable[str]) -> None:
-    found = [*errors]
-    if len(found) == 1:
-        raise ValueError(lead + found[0])
-    if found:
-        raise ValueError("\n  ".join([f"{lead}{len(found)} keys of the config are wrong", *found]))
+def _raise_all(lead: str, wrong: Sequence[str]) -> None:
+    if len(wrong) > 1:
+        lead += f"{len(wrong)} keys of the config are wrong\n  "
+    if wrong:
+        raise ValueError(lead + "\n  ".join(wrong))
 
 
 def _first_line(error: Exception) -> str:
@@ -137,27 +126,28 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-def read_file(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> DictConfig:
     """Read any config as it is, or raise ``OSError``, or ``ValueError`` if it is no YAML of one."""
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+        content = OmegaConf.load(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error.reason}") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {_first_line(error)}") from error
-    if not content or not isinstance(content, dict):
+    if not content or not isinstance(content, DictConfig):
         raise ValueError(f"{path} has no keys at its top: it is no config")
     return content
 
 
-def _override(content: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
+def _override(config: DictConfig, overrides: Sequence[str]) -> Any:
     """Apply what the command line says, of which removals come first."""
+    content: Any = OmegaConf.to_container(config)
     assignments = []
     for override in overrides:
         key, equals, value = override.partition("=")
         if override.startswith("~"):
             *parents, last = key[1:].split(".")
-            node: Any = content
+            node = content
             for parent in parents:
                 node = node.get(parent) if isinstance(node, dict) else None
             if not isinstance(node, dict) or last not in node:
@@ -165,19 +155,14 @@ def _override(content: dict[str, Any], overrides: Sequence[str]) -> DictConfig:
             del node[last]
         elif equals and not key.startswith("-"):
             value = "null" if value == "None" else value
-            if _has_component(content.get(key)) and value != "null":
+            if value != "null" and kind_of(Component).fits(content.get(key)):
                 key = f"{key}.{_COMPONENT}"
             assignments.append(f"{key}={value}")
         else:
             raise ValueError(
                 f"{override!r} is no override: write key=value to set a key, ~key to take it out"
             )
-    config: Any = OmegaConf.merge(content, OmegaConf.from_dotlist(assignments))
-    return config
-
-
-def _has_component(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get(_COMPONENT), str)
+    return OmegaConf.merge(content, OmegaConf.from_dotlist(assignments))
 
 
 def _wrong_value(name: str, value: Any, hint: Any) -> Iterator[str]:
@@ -190,15 +175,12 @@ def _wrong_value(name: str, value: Any, hint: Any) -> Iterator[str]:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     """Name what may be meant by a name, with dots, that is not known."""
-    if name in NAMES_ELSEWHERE:
-        return f"; what it sets elsewhere {NAMES_ELSEWHERE[name]} sets here"
     parent, dot, last = name.rpartition(".")
     siblings = [x.removeprefix(parent + dot) for x in known if x.startswith(parent + dot)]
     near = difflib.get_close_matches(last, siblings, n=1)
     return f"; the nearest is {parent}{dot}{near[0]}" if near else ""
 
 
-_MAPPING = Kind("a mapping", lambda x: isinstance(x, dict))
 _KINDS = {
     Any: Kind("any value", lambda x: True),
     int: Kind("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool)),
@@ -210,7 +192,6 @@ _KINDS = {
     str: Kind("a text", lambda x: isinstance(x, str)),
     Path: Kind("a path", lambda x: isinstance(x, str)),
     types.NoneType: Kind("null", lambda x: x is None),
-    Component: Kind(f"a mapping with `{_COMPONENT}`", _has_component),
 }
 # Of a type that YAML cannot hold, which in a union says nothing of the others
 _UNKNOWN = Kind("any value", lambda x: True)
@@ -218,10 +199,7 @@ _UNKNOWN = Kind("any value", lambda x: True)
 
 def kind_of(hint: Any) -> Kind:
     """Tell what a type takes."""
-    origin, parameters = get_origin(hint), get_args(hint)
-    if origin is None and not is_dataclass(hint):
-        is_mapping = isinstance(hint, type) and issubclass(hint, Mapping)
-        return _KINDS.get(hint, _MAPPING if is_mapping else _UNKNOWN)
+    origin, parameters = get_origin(hint) or hint, get_args(hint)
     if origin is Annotated:
         kinds = [kind_of(parameters[0]), *(x for x in parameters[1:] if isinstance(x, Kind))]
         words = "".join(kind.words for kind in kinds)
@@ -234,7 +212,7 @@ def kind_of(hint: Any) -> Kind:
         *others, last = map(str, parameters)
         words = f"{', '.join(others)} or {last}" if others else last
         return Kind(words, lambda x: any(x == y and type(x) is type(y) for y in parameters))
-    if origin in (tuple, list, Sequence, Iterable):
+    if parameters and origin in (tuple, list, Sequence, Iterable):
         items = [kind_of(x) for x in parameters if x is not Ellipsis]
         length = len(items) if origin is tuple and Ellipsis not in parameters else None
         return Kind(
@@ -245,8 +223,9 @@ def kind_of(hint: Any) -> Kind:
                 and all(kind.fits(y) for kind, y in zip(cycle(items), x, strict=False))
             ),
         )
-    is_mapping = is_dataclass(hint) or (isinstance(origin, type) and issubclass(origin, Mapping))
-    return _MAPPING if is_mapping else _KINDS[Any]
+    if is_dataclass(origin) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        return Kind("a mapping", lambda x: isinstance(x, dict))
+    return _KINDS.get(origin, _UNKNOWN if origin is hint else _KINDS[Any])
 
 
 def _wrong_component(value: Mapping[str, Any], given: Given | None, name: str) -> Iterator[str]:
@@ -257,28 +236,24 @@ def _wrong_component(value: Mapping[str, Any], given: Given | None, name: str) -
         yield f"{name}.{_COMPONENT}: {error}"
         return
     try:
-        parameters = inspect.signature(component).parameters
+        parameters = [*inspect.signature(component).parameters.values()]
     except ValueError:  # one that is written in C
         return
-    arguments = {key: x for key, x in value.items() if key != _COMPONENT}
     positional, keywords = given or Given()
-    by_name = {
-        key: parameter
-        for key, parameter in [*parameters.items()][len(positional) :]
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    takes_any = any(x.kind == x.VAR_KEYWORD for x in parameters.values())
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    by_name = {x.name: x for x in parameters[len(positional) :] if x.kind in kinds}
+    takes_any = any(x.kind == x.VAR_KEYWORD for x in parameters)
     hints = _hints(component) if given else {}
-    for key, argument in arguments.items():
+    for key, argument in value.items():
         if key in keywords:
             yield f"{name}.{key} is set by the recipe itself"
         elif key in by_name:
             yield from _wrong_value(f"{name}.{key}", argument, hints.get(key, Any))
-        elif not takes_any:
+        elif key != _COMPONENT and not takes_any:
             near = _nearest(f"{name}.{key}", (f"{name}.{x}" for x in by_name))
             yield f"{name}.{key} is nothing that {path} takes{near}"
     for key, parameter in by_name.items() if given else ():
-        if parameter.default is parameter.empty and key not in {*arguments, *keywords}:
+        if parameter.default is parameter.empty and key not in {*value, *keywords}:
             yield f"{name}.{key} is missing, which {path} needs"
 
 

@@ -9,17 +9,10 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 
 class Kind(NamedTuple):
-    """What a key takes, in a user's words, and whether a value that YAML can hold is such.
-
-    As a note of a type, what a value has to be beside that.
-    """
+    """What a value is, in a user's words and by a test; as a note of a type, what it is beside."""
 
     words: str
     fits: Callable[[Any], bool]
-
-
-class Component:
-    """A mapping that names what to call by ``_component_``, with its arguments beside it."""
 
 
 class Given(NamedTuple):
@@ -30,16 +23,13 @@ class Given(NamedTuple):
 
 
 class Key(NamedTuple):
-    """A key: its name, with dots; what it takes; its meaning, in Markdown.
-
-    Without a default, which is ``MISSING`` then, it must be there.
-    """
+    """A key by its name with dots; required if its default is ``MISSING``."""
 
     name: str
     kind: Any
     given: Given
     default: Any
-    meaning: str
+    meaning: str  # in Markdown
 
 
 def keys_of(description: type, prefix: str = "") -> Iterator[Key]:
@@ -53,6 +43,10 @@ def keys_of(description: type, prefix: str = "") -> Iterator[Key]:
             yield from keys_of(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
 
 
+# What to call, with its arguments beside it
+Component = Annotated[
+    dict, Kind(" with `_component_`", lambda x: isinstance(x.get("_component_"), str))
+]
 _AT_LEAST_0 = Kind(" of at least 0", lambda x: x >= 0)
 _Natural = Annotated[int, _AT_LEAST_0]
 _Count = Annotated[int, Kind(" of at least 1", lambda x: x >= 1)]
@@ -144,25 +138,3 @@ class Config:
     resume: Annotated[bool, "go on from the newest step, if there is one"]
     log_every_n_steps: Annotated[_Count, "a line of the log"]
     metric_logger: Annotated[Component, "torchtune's: disk, TensorBoard, W&B, ..."]
-
-
-# Keys of torchtune's recipes and other trainers', beside what does the same here
-NAMES_ELSEWHERE = {
-    "gradient_accumulation_steps": "rows_per_step",
-    "per_device_train_batch_size": "rows_per_step",
-    "batch_size": "rows_per_step",
-    "max_steps_per_epoch": "max_steps",
-    "num_train_epochs": "epochs",
-    "learning_rate": "optimizer.lr",
-    "max_grad_norm": "clip_grad_norm",
-    "enable_activation_checkpointing": "activation_checkpointing",
-    "enable_activation_offloading": "activation_offloading",
-    "resume_from_checkpoint": "resume",
-    "run_val_every_n_steps": "eval_every_n_steps",
-    "save_steps": "save_every_n_steps",
-    "save_total_limit": "keep_last",
-    "eval_steps": "eval_every_n_steps",
-    "logging_steps": "log_every_n_steps",
-    "tensor_parallel_dim": "parallel.tensor",
-    "fsdp_cpu_offload": "parallel.cpu_offload",
-}

@@ -29,19 +29,14 @@ def run_recipe(main: Callable[[DictConfig], int], description: type = Config) ->
     """
 
     def start() -> int:
-        try:
-            config = read_config(sys.argv[1:], description)
-            check_components(config, description)
-            return main(config)
-        except KeyboardInterrupt:
-            if _is_first_to_fail():
-                print("tune-vl run: interrupted before the first step", file=sys.stderr)
-            return 130
+        config = read_config(sys.argv[1:], description)
+        check_components(config, description)
+        return main(config)
 
-    return ended("run", start)
+    return ended("run", start, "tune-vl run: interrupted before the first step\n")
 
 
-def ended(command: str, start: Callable[[], int]) -> int:
+def ended(command: str, start: Callable[[], int], if_interrupted: str = "") -> int:
     """Run a command, tell what ended it before its end, and return the exit status.
 
     It is 2 after an error that its user can cause, which is told in a sentence; 1 after any other,
@@ -52,6 +47,8 @@ def ended(command: str, start: Callable[[], int]) -> int:
     try:
         return start()
     except KeyboardInterrupt:
+        if _is_first_to_fail():
+            sys.stderr.write(if_interrupted)
         return 130
     except Exception as error:
         sentence = sentence_of(error)
@@ -92,11 +89,10 @@ def sentence_of(error: Exception) -> str | None:
 def _is_first_to_fail() -> bool:
     """Whether no other process of this node that torchrun started has failed before."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not error_file:
-        return True
     try:
-        # torchrun makes this directory anew for each start, and one below it for each process
-        (Path(error_file).parents[1] / "failed").touch(exist_ok=False)
+        if error_file:
+            # torchrun makes this directory anew for each start, and one below it for each process
+            (Path(error_file).parents[1] / "failed").touch(exist_ok=False)
     except FileExistsError:
         return False
     return True

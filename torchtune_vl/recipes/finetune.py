@@ -64,6 +64,8 @@ log = get_logger("INFO")
 
 T = TypeVar("T")
 
+# A line of the log comes with each of these
+_TURNS = ("log_every_n_steps", "save_every_n_steps", "eval_every_n_steps")
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -185,9 +187,9 @@ class FinetuneRecipe:
                 "model.fusion_trainable, or correct the dataset"
             )
         steps = {"num_training_steps": self.max_steps}
-        self.scheduler = instantiate(cfg.lr_scheduler, self.optimizer, **steps)
-        if self.scheduler is None:
-            self.scheduler = LambdaLR(self.optimizer, lambda step: 1.0)
+        self.scheduler = instantiate(cfg.lr_scheduler, self.optimizer, **steps) or LambdaLR(
+            self.optimizer, lambda step: 1.0
+        )
         logger = instantiate(cfg.metric_logger) if self.is_main else None
         if logger:
             logger.log_config(cfg)
@@ -359,7 +361,6 @@ class FinetuneRecipe:
             print(f"Weights:    {self.output_dir / f'epoch_{self._epoch()}'}")
 
     def _take_steps(self) -> None:
-        cfg = self.cfg
         self.bar = tqdm(
             total=self.max_steps, initial=self.step, unit="step", disable=not self.is_main
         )
@@ -370,10 +371,10 @@ class FinetuneRecipe:
                 self.bar.update()
                 if self.pending_save and self.pending_save.done():
                     self._wait_for_save()
-                if self._logs(self.step):
-                    saves = self._is_turn(self.step, cfg.save_every_n_steps)
+                if self._is_turn(self.step):
+                    saves = self._is_turn(self.step, "save_every_n_steps")
                     asked_to_stop = self._log()
-                    if self.validation_rows and self._is_turn(self.step, cfg.eval_every_n_steps):
+                    if self.validation_rows and self._is_turn(self.step, "eval_every_n_steps"):
                         saves |= self._evaluate(self.validation_rows)
                     if saves or asked_to_stop:
                         self._save()
@@ -381,13 +382,10 @@ class FinetuneRecipe:
                         return
                     self.metrics.begin()
 
-    def _is_turn(self, step: int, *every: int | None) -> bool:
+    def _is_turn(self, step: int, *keys: str) -> bool:
+        """Whether a step is the last, or one of those that keys, by default all, name."""
+        every = (self.cfg[key] for key in keys or _TURNS)
         return step == self.max_steps or any(n is not None and step % n == 0 for n in every)
-
-    def _logs(self, step: int) -> bool:
-        """Whether a step ends with a line of the log, which what else follows needs."""
-        every = ("log_every_n_steps", "save_every_n_steps", "eval_every_n_steps")
-        return self._is_turn(step, *(self.cfg[key] for key in every))
 
     def _train_step(self, loader: Iterator[Row]) -> None:
         start = time.perf_counter()
@@ -440,17 +438,15 @@ class FinetuneRecipe:
 
     def _refuse_non_finite(self, loss: float, rows: list[Row]) -> None:
         """End the run, on all processes, before a step would spoil the weights."""
-        if math.isfinite(loss) and math.isfinite(self.grad_norm):
-            return
-        self._refuse_non_finite_weights(self.step - 1)
-        what = f"loss of step {self.step} is {loss}"
-        if math.isfinite(loss):
-            what = f"norm of the gradients of step {self.step} is {self.grad_norm}"
-        self._end(
-            f"the {what}; its samples have the indices "
-            f"{self._samples_of_all([row.samples for row in rows])}. The step was not taken: lower "
-            "the learning rate, or look at these samples"
-        )
+        for what, value in (("loss", loss), ("norm of the gradients", self.grad_norm)):
+            if not math.isfinite(value):
+                self._refuse_non_finite_weights(self.step - 1)
+                samples = self._samples_of_all([row.samples for row in rows])
+                self._end(
+                    f"the {what} of step {self.step} is {value}; its samples have the indices "
+                    f"{samples}. The step was not taken: lower the learning rate, or look at these "
+                    "samples"
+                )
 
     def _refuse_non_finite_weights(self, step: int) -> None:
         names = sharding.non_finite(self.trained, self.device)
@@ -475,23 +471,22 @@ class FinetuneRecipe:
     def _evaluate(self, rows: TrainingRows) -> bool:
         """Compute the loss of the validation set, and tell whether it is the lowest so far."""
         self.model.eval()
-        sums: list[torch.Tensor] = []
-        samples: list[list[int]] = []
+        sums: list[tuple[torch.Tensor, list[int]]] = []  # of the losses of each row's samples
         count = 0
         with self._load(rows) as loader:
             for row in loader:
                 losses = self.model(**self._to_device(row.batch))
-                sums.append(losses.double().sum())
-                samples.append(row.samples)
+                sums.append((losses.double().sum(), row.samples))
                 count += len(losses)
-        total = torch.stack([torch.stack(sums).sum(), torch.full_like(sums[0], count)])
+        total = torch.stack([x for x, _ in sums]).sum()
+        total = torch.stack([total, torch.full_like(total, count)])
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # a backward would have
         self.model.train()
         dist.all_reduce(total)  # of all processes, which have to come to the same conclusion
         loss = (total[0] / total[1]).item()
         if not math.isfinite(loss):
-            bad = [own for own, x in zip(samples, sums, strict=True) if not x.isfinite()]
+            bad = [samples for x, samples in sums if not x.isfinite()]
             self._end(
                 f"the validation loss after step {self.step} is {loss}; the samples of dataset_val "
                 f"whose rows did it have the indices {self._samples_of_all(bad)}: look at them"
@@ -606,7 +601,7 @@ class FinetuneRecipe:
             signal.signal(each, signal.SIG_DFL)
         if self.is_main:
             step = max(self.step, self.last_asked + 1)
-            while step < self.max_steps and not self._logs(step):
+            while step < self.max_steps and not self._is_turn(step):
                 step += 1
             what = f"step {step} is saved" if step < self.max_steps else "the export is written"
             name = signal.Signals(number).name
