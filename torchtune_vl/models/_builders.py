@@ -74,12 +74,12 @@ def with_adapters(
 ) -> VisionLanguageModel:
     """Build a model in which only low-rank adapters, and parts that are "full", are trained.
 
-    Parts are the decoder, with its token embedding, the encoder without its merger, and the merger
-    (``fusion``). Of those that are "lora", attention layers get adapters that
-    ``lora_attn_modules`` names: ``q_proj``, ``k_proj`` and ``v_proj`` of the decoder, ``qkv`` of
-    the encoder, where these three are one layer, and ``output_proj`` of both. Feed-forwards, the
-    merger's too, and the output layer get them by flags of their own. Products of adapters are
-    scaled by lora_alpha / lora_rank; DoRA trains magnitudes of weights beside.
+    Parts and dimensions are those of :func:`vision_language_model`. Of parts that are "lora",
+    attention layers get adapters that ``lora_attn_modules`` names: ``q_proj``, ``k_proj`` and
+    ``v_proj`` of the decoder, ``qkv`` of the encoder, where these three are one layer, and
+    ``output_proj`` of both. Feed-forwards, the merger's too, and the output layer get them by flags
+    of their own. Products of adapters are scaled by lora_alpha / lora_rank; DoRA trains magnitudes
+    of weights beside.
 
     With ``quantize_base`` the weights of linear layers are NF4 (QLoRA), unless they are trained in
     full. The output layer, as in the paper, keeps its dtype. With ``trained_in_float32`` what is
@@ -87,9 +87,8 @@ def with_adapters(
     they are below half a unit in the last place. A layer then holds two dtypes, which our recipe
     computes with in one, and torchtune's recipes do not.
 
-    ``dimensions`` are as in :func:`vision_language_model`. Raises ``ValueError`` if
-    nothing would be trained, a name matches no layer of a part with adapters, a part gets none, or
-    the output layer is the token embedding and is to get one.
+    Raises ``ValueError`` if nothing would be trained, a name matches no layer of a part with
+    adapters, a part gets none, or the output layer is the token embedding and is to get one.
     """
     parts = {"decoder": decoder_trainable, "encoder": encoder_trainable, "fusion": fusion_trainable}
     names = {*lora_attn_modules, *(_MLP if apply_lora_to_mlp else ())}

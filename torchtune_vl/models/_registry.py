@@ -66,8 +66,7 @@ class Family:
     def function(self, name: str) -> Any:
         """Return a function of the package, which asks for it by a ``__getattr__`` of its own."""
         if name not in self.functions:
-            package = f"{__package__}.{self.package}"
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            raise AttributeError(f"module '{__package__}.{self.package}' has no attribute {name!r}")
         return self.functions[name]()
 
     @cached_property
@@ -75,9 +74,8 @@ class Family:
         """What the package gives to others by name, each made when it is asked for.
 
         Builders from dimensions, from a checkpoint's config and of published sizes, each plain,
-        with adapters (``lora_``) and, of sizes, with adapters of NF4 weights (``qlora_``); renaming
-        of tensors, from and to published checkpoints and peft's files; and ``_tp_plan``, how the
-        decoder divides over devices.
+        with adapters (``lora_``) and, of sizes, with those of NF4 weights (``qlora_``); renaming of
+        tensors, from and to published checkpoints and peft's files; and the tensor-parallel plan.
         """
 
         def builder(name: str, **settings: Any) -> Callable[[], Any]:
@@ -119,19 +117,15 @@ def family_of(directory: str | Path) -> Family:
     """Return the family of a checkpoint, or raise ``ValueError`` if that is not known here."""
     config = read_config(directory)
     model_type = config.content.get("model_type")
-    if model_type not in _MODEL_TYPES:
+    found = [family for family in families() if family.package == model_type]
+    if not found:
         known = " or ".join(map(repr, _MODEL_TYPES))
         raise config.over({"model_type": None}).error(
             "model_type", f"{known}: this is a checkpoint of another model"
         )
-    return _family(model_type)
+    return found[0]
 
 
 def families() -> list[Family]:
     """Return all families, in the order in which they came to be."""
-    return [*map(_family, _MODEL_TYPES)]
-
-
-def _family(model_type: str) -> Family:
-    family: Family = import_module(f"{__package__}.{model_type}").FAMILY
-    return family
+    return [import_module(f"{__package__}.{model_type}").FAMILY for model_type in _MODEL_TYPES]

@@ -20,7 +20,7 @@ from torchtune_vl.modules.vision import VisionLanguageModel
 
 _OUTPUT_LAYER = "lm_head.weight"
 _TOKEN_EMBEDDING = "model.embed_tokens.weight"
-_LISTED = 20  # tensors in an error
+_LISTED = 60  # tensors in an error
 
 
 def model_of(
@@ -47,7 +47,7 @@ def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tens
 
     Returns the tensors by our names, as stored, on the CPU and mapped from the files. Raises
     ``ValueError`` if files are missing or damaged, or tensors are unknown, missing or of another
-    shape than the config says; it lists all of them.
+    shape than the config says; it lists them.
     """
     check_manifest(directory)
     family = family_of(directory)
@@ -76,18 +76,19 @@ def load_weights_into(
 
     Each process takes its own part of them to ``device``, the CPU if they are offloaded.
     """
-    placed = {name: _like(weights[name], p, device) for name, p in model.named_parameters()}
+    placed = {}
+    for name, parameter in model.named_parameters():
+        weight = weights[name]
+        if isinstance(parameter, DTensor):
+            # Nothing is sent, since all processes have all weights mapped; a clone, since the part
+            # would keep the whole alive
+            layout = parameter.device_mesh, parameter.placements
+            part = distribute_tensor(weight.to(parameter.dtype), *layout, src_data_rank=None)
+            placed[name] = part.clone().to(device)
+        else:
+            copied = weight.to(device, parameter.dtype, copy=True)
+            placed[name] = _quantized_like(copied, parameter)
     model.load_state_dict(placed, assign=True)
-
-
-def _like(weight: torch.Tensor, parameter: nn.Parameter, device: torch.device) -> torch.Tensor:
-    if isinstance(parameter, DTensor):
-        # Nothing is sent, since all processes have all weights mapped; a clone, since the part
-        # would keep the whole alive
-        layout = parameter.device_mesh, parameter.placements
-        part = distribute_tensor(weight.to(parameter.dtype), *layout, src_data_rank=None)
-        return part.clone().to(device)
-    return _quantized_like(weight.to(device, parameter.dtype, copy=True), parameter)
 
 
 def _quantized_like(weight: torch.Tensor, parameter: Any) -> torch.Tensor:
@@ -124,20 +125,15 @@ def initial_adapters(
 def _refuse_differences(
     stored: Mapping[str, Stored], expected: Mapping[str, torch.Size], directory: Path
 ) -> None:
-    problems: dict[str, list[str]] = {"unknown": [], "missing": [], "of another shape": []}
-    for name in {**stored, **expected}:
+    shapes = {name: place.shape for name, place in stored.items()}
+    # By name, so that a wrong name stands beside the right one
+    names = sorted(n for n in {**shapes, **expected} if shapes.get(n) != expected.get(n))
+    lines = [f"{len(names)} tensors do not fit {directory / 'config.json'}:"]
+    for name in names[:_LISTED]:
         place, shape = stored.get(name), expected.get(name)
-        if place is None:
-            problems["missing"].append(name)
-        elif shape is None:
-            problems["unknown"].append(f"{place.name} ({place.path.name})")
-        elif place.shape != shape:
-            found = f"{name} is {list(place.shape)} in {place.path.name}, expected {list(shape)}"
-            problems["of another shape"].append(found)
-    lines = [
-        f"{len(names)} tensors {what}:\n  " + "\n  ".join(names[:_LISTED])
-        for what, names in problems.items()
-        if names
-    ]
-    if lines:
-        raise ValueError(f"the weights do not fit {directory / 'config.json'}\n" + "\n".join(lines))
+        found = f"{name} is missing"
+        if place is not None:
+            found = f"{place.name} is {list(place.shape)} in {place.path.name}"
+        lines.append(f"{found}, expected {'none' if shape is None else list(shape)}")
+    if names:
+        raise ValueError("\n  ".join(lines))

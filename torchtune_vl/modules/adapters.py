@@ -105,10 +105,8 @@ class DoRA(DoRALinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer, from [..., in_dim] to [..., out_dim]."""
-        if self._quantize_base:
-            out = linear_nf4(input=x, weight=self.weight)
-        else:
-            out = F.linear(x, self.weight)
+        multiply = linear_nf4 if self._quantize_base else F.linear
+        out = multiply(x, self.weight)
         if not self.disabled:
             with torch.no_grad():  # norms count as constants in gradients, as in the paper
                 product = self.lora_b.weight @ self.lora_a.weight

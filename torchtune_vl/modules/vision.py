@@ -4,7 +4,6 @@
 # embedding, E width of the decoder (of B and S) or of the encoder (of N), H heads, D dimension of a
 # head
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -127,11 +126,8 @@ class VisionEncoder(nn.Module):
         if width % (4 * heads):
             expected = f"{heads} heads of a dimension divisible by 4"
             raise ValueError(f"the encoder's width of {width} does not divide into {expected}")
-        self.geometry = replace(
-            dims.geometry,
-            patch_size=dims.patch_size,
-            temporal_patch_size=dims.temporal_patch_size,
-        )
+        patch, frames = dims.patch_size, dims.temporal_patch_size
+        self.geometry = replace(dims.geometry, patch_size=patch, temporal_patch_size=frames)
         self.head_dim = width // heads
         self.full_attention_layers = frozenset(dims.full_attention_layers)
         self.patch_embed = PatchEmbedding(self.geometry, dims.vision_in_channels, width)
@@ -215,20 +211,17 @@ class PatchEmbedding(nn.Module):
 
     def _normalize(self, patches: torch.Tensor) -> torch.Tensor:
         """The float32 operations of the image transform, and an image's copy along time."""
-        mean = 255 * _constant(self.geometry.mean, patches.device)
-        std = 255 * _constant(self.geometry.std, patches.device)
+        # Filled on the device: a tensor made from a list would be copied there, and waited for
+        mean, std = (
+            255 * torch.stack([patches.new_full((), v, dtype=torch.float32) for v in values])
+            for values in (self.geometry.mean, self.geometry.std)
+        )
         levels = patches.unflatten(1, (CHANNELS, -1)).float()
         normalized = levels.sub_(mean[:, None]).div_(std[:, None])
         if patches.shape[1] == self.geometry.values_per_patch:
             return normalized.flatten(1)
         frames = self.geometry.temporal_patch_size
         return normalized.unsqueeze(2).expand(-1, -1, frames, -1).flatten(1)
-
-
-def _constant(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    # Filled on the device: a tensor made from a list would be copied there, and waited for
-    full = partial(torch.full, (), dtype=torch.float32, device=device)
-    return torch.stack([full(value) for value in values])
 
 
 class VisionAttention(nn.Module):

@@ -26,14 +26,10 @@ _VISION_DEFAULTS = VISION_DEFAULTS | {"embed_dim": 1280, "hidden_act": "quick_ge
 
 def _dimensions(config: JsonObject) -> dict[str, Any]:
     vision = config.part("vision_config").over(_VISION_DEFAULTS)
-    dimensions = common_dimensions(
-        config,
-        vision,
-        width="embed_dim",
-        out="hidden_size",
-        # The published files say in_chans, transformers' class in_channels
-        channels="in_chans" if "in_chans" in vision else "in_channels",
-    )
+    # The published files say in_chans, transformers' class in_channels
+    channels = "in_chans" if "in_chans" in vision else "in_channels"
+    keys = {"width": "embed_dim", "out": "hidden_size", "channels": channels}
+    dimensions = common_dimensions(config, vision, **keys)
     support_only(vision, hidden_act="quick_gelu", spatial_merge_size=GEOMETRY.merge_size)
     hidden = int(dimensions["vision_embed_dim"] * vision.number("mlp_ratio", 0.1, 100))
     return {**dimensions, "vision_intermediate_dim": hidden}
