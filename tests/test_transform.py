@@ -183,7 +183,7 @@ def test_roles_that_the_template_does_not_know(
     message = (
         rf"message 1 \({role}\): its role is '{role}'; known are system, user, assistant, tool"
     )
-    for read in (transform, transform.measure):
+    for read in (transform, transform.examine):
         with pytest.raises(ValueError, match=message):
             read({"messages": messages})
     with pytest.raises(ValueError, match=message):
@@ -205,7 +205,7 @@ def test_roles_that_the_template_does_not_know(
     without = [messages[0], {**messages[1], "weight": 0}]
     with pytest.raises(ValueError, match=f"role '{role}' are to carry no loss"):
         naming({"messages": without})
-    assert naming.measure({"messages": messages})[2] == 1
+    assert naming.examine({"messages": messages})[0][2] == 1
 
 
 def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
     transform = Qwen2_5_VLTransform.from_pretrained(
         tmp_path, max_pixels=50000, fps=1.0, max_seq_len=9
     )
-    assert transform.max_seq_len == transform.tokenizer.max_seq_len == 9
+    assert transform.max_seq_len == 9
     assert transform.image_transform.max_pixels == 50000
     assert transform.image_transform.min_pixels == 3136
 
