@@ -90,6 +90,15 @@ def test_line_break_that_merges_with_the_header_is_trained(transform: Qwen2_5_VL
     assert unmasked(transform, sample) == "\n\nb<|im_end|>"
 
 
+def test_token_that_an_answer_shares_with_what_follows_is_trained(vocabulary: Path) -> None:
+    answer = "{% generation %}{{ messages[1].content }}{% endgeneration %}"
+    template = f"{{{{ messages[0].content }}}}\n{answer}lo you"
+    transform = Qwen2_5_VLTransform(vocabulary / "tokenizer.json", chat_template=template)
+    for before in ("a", "é"):
+        sample = transform({"messages": [user(text(before)), assistant("Hel")]})
+        assert unmasked(transform, sample) == "Hello"
+
+
 def test_empty_answer_at_the_end_asks_for_one(transform: Qwen2_5_VLTransform) -> None:
     question = user(image(), text("a"))
     asked = transform({"messages": [question, assistant("")]}, inference=True)
