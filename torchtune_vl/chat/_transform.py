@@ -275,18 +275,11 @@ class ChatTransform(QwenTokenizer):
             whole, prompt = self._prompts_of(sample, inference)
             media = prompt.media.values()
             grid_thw = torch.cat([medium.grid_thw for medium in media]) if media else _NO_MEDIA
-            rate, seconds = self.tokens_per_second, [medium.seconds_per_step for medium in media]
-            positions = mrope_positions(
-                prompt.tokens,
-                grid_thw,
-                [1.0 if s is None or rate is None else rate * s for s in seconds],
-                placeholder_ids=(self.image_pad_id, self.video_pad_id),
-                merge_size=self.geometry.merge_size,
-            )
+            seconds = [medium.seconds_per_step for medium in media]
             transformed: dict[str, Any] = {
                 "tokens": prompt.tokens,
                 "mask": prompt.mask,
-                "input_pos": positions,
+                "input_pos": self.positions(prompt.tokens, grid_thw, seconds),
             }
             if media:
                 patches = concatenate_patches([medium.patches for medium in media])
@@ -327,6 +320,27 @@ class ChatTransform(QwenTokenizer):
         pairs = zip(tokens[1:], mask[1:], strict=True)
         if {token for token, masked in pairs if not masked} <= {*self.stop_tokens}:
             raise ValueError(problem)
+
+    def positions(
+        self,
+        tokens: Sequence[int],
+        grid_thw: torch.Tensor,
+        seconds_per_step: Sequence[float | None],
+    ) -> torch.Tensor:
+        """Find the M-RoPE positions of ids whose placeholders are expanded, int64 [s, 3].
+
+        ``grid_thw`` is of their media, patches along time, height and width, int64 [k, 3], and
+        ``seconds_per_step`` between steps of each, None for an image. ``ValueError`` if they do
+        not fit the placeholders.
+        """
+        rate = self.tokens_per_second
+        return mrope_positions(
+            tokens,
+            grid_thw,
+            [1.0 if s is None or rate is None else rate * s for s in seconds_per_step],
+            placeholder_ids=(self.image_pad_id, self.video_pad_id),
+            merge_size=self.geometry.merge_size,
+        )
 
     def _prompts_of(
         self, sample: Mapping[str, Any], inference: bool, measuring: bool = False
