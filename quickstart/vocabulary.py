@@ -5,14 +5,26 @@ python -m quickstart.vocabulary DIRECTORY
 
 import argparse
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from torchtune_vl.chat import QwenTokenizer
+from torchtune_vl.chat._vocabulary import (
+    ADDED_TOKEN_FLAGS,
+    BPE,
+    BYTE_LEVEL,
+    CHARACTERS,
+    EOS,
+    PAD,
+    STEPS,
+)
 
 # Alibaba's client for its hosted models (Apache-2.0) carries the ranks of Qwen's tokenizer.
 PACKAGE = "dashscope==2.0.2"
@@ -44,10 +56,89 @@ def fetch_vocabulary(directory: Path) -> Path:
         unfinished = Path(temporary)
         ranks = unfinished / RANKS
         ranks.write_bytes(_download_ranks(unfinished))
-        QwenTokenizer(ranks).save_pretrained(unfinished)
+        write_vocabulary(QwenTokenizer(ranks), unfinished)
         for name in FILES:
             os.replace(unfinished / name, directory / name)
     return directory
+
+
+def write_vocabulary(tokenizer: QwenTokenizer, directory: Path) -> None:
+    """Write the tokenizer files of a checkpoint, for transformers' ``Qwen2Tokenizer`` to read.
+
+    These are ``vocab.json``, ``merges.txt``, ``tokenizer.json`` and ``tokenizer_config.json``, with
+    the content of the published ones except for the chat template.
+
+    Args:
+        tokenizer (QwenTokenizer): whose vocabulary to write.
+        directory (Path): where the files belong.
+
+    Raises:
+        ValueError: if the ids are not those that byte-pair merges make.
+    """
+    tokens = tokenizer.token_bytes(range(tokenizer.base_vocab_size))
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    vocab = {_to_characters(token): rank for token, rank in ranks.items()}
+    # The first are the bytes
+    pairs = (_last_merge(token, ranks) for token in tokens[len(CHARACTERS) :])
+    merges = [" ".join(map(_to_characters, pair)) for pair in pairs]
+    added = tokenizer.special_tokens
+    special = {n for n, i in added.items() if not tokenizer.decode([i], skip_special_tokens=True)}
+    off = dict.fromkeys(ADDED_TOKEN_FLAGS, False)
+    properties: dict[int, dict[str, Any]] = {
+        added[name]: {"content": name, **off, "special": name in special}
+        for name in sorted(added, key=added.__getitem__)
+    }
+    bpe = {name: published for name, (published, *_) in BPE.items()}
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, **token} for i, token in properties.items()],
+        **STEPS,
+        "post_processor": BYTE_LEVEL,
+        "decoder": BYTE_LEVEL,
+        "model": {**bpe, "vocab": vocab, "merges": merges},
+    }
+    config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": properties,
+        "additional_special_tokens": [name for name in added if name in special and name != PAD],
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": EOS,
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": PAD,
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    files = {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False, separators=(",", ":")),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+        "tokenizer.json": json.dumps(content, ensure_ascii=False, indent=2),
+        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
+    }
+    for name, text in files.items():
+        (directory / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that merge into this one, found by merging its bytes by rank."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    rank = ranks[token]
+    while len(parts) > 2:
+        candidates = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+        i = candidates.index(min(candidates))
+        if candidates[i] >= rank:
+            raise ValueError(f"no merges of lower rank lead to the token {token!r} (id {rank})")
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def _to_characters(token: bytes) -> str:
+    return token.decode("latin-1").translate(CHARACTERS)
 
 
 def _download_ranks(directory: Path) -> bytes:

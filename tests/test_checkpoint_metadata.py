@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from quickstart.checkpoint import GENERATION_CONFIG, PREPROCESSOR_CONFIG
+from quickstart.vocabulary import write_vocabulary
 from tests.finetune_runs import NARROW
 from torchtune_vl.files._directory import write_manifest
 from torchtune_vl.files._safetensors import write_shards
@@ -95,7 +96,7 @@ def directory(tmp_path: Path) -> Path:
     directory.mkdir()
     ranks = tmp_path / "tiny.tiktoken"
     ranks.write_text("\n".join(f"{b64encode(t).decode()} {i}" for i, t in enumerate(TOKENS)))
-    Qwen2_5_VLTokenizer(ranks, special_tokens=IDS).save_pretrained(directory)
+    write_vocabulary(Qwen2_5_VLTokenizer(ranks, special_tokens=IDS), directory)
     for name, content in {
         "config.json": FLAT,
         "preprocessor_config.json": {**PREPROCESSOR_CONFIG, "size": {"longest_edge": 12845056}},
@@ -124,10 +125,10 @@ def transform(directory: Path) -> Any:
     made = Qwen2_5_VLTransform.from_pretrained(directory)
     images = made.image_transform
     return (
-        made.tokenizer.encode("abcd <|im_end|>"),
+        made.encode("abcd <|im_end|>"),
         made.special_tokens,
-        made.tokenizer.decode([*IDS.values(), 256]),
-        made.tokenizer.decode([*IDS.values(), 256], skip_special_tokens=True),
+        made.decode([*IDS.values(), 256]),
+        made.decode([*IDS.values(), 256], skip_special_tokens=True),
         made.tokens_per_second,
         made.prompts.chat_template if hasattr(made.prompts, "chat_template") else None,
         (images.min_pixels, images.max_pixels, images.image_mean, images.image_std),

@@ -67,13 +67,13 @@ def outcome(function: Callable[[Any], Any], sample: Any) -> Any:
 def check(transform: Qwen2_5_VLTransform, sample: Any) -> None:
     """The size is that of the transformed sample; where it has none, the error is the same."""
     expected = outcome(lambda s: size_of(transform, s), sample)
-    assert outcome(transform.measure, sample) == expected
+    assert outcome(lambda s: transform.examine(s)[0], sample) == expected
 
 
 def check_damaged(transform: Qwen2_5_VLTransform, sample: Any) -> None:
     """As :func:`check`, but that decoding may find what the header does not tell."""
     expected = outcome(lambda s: size_of(transform, s), sample)
-    measured = outcome(transform.measure, sample)
+    measured = outcome(lambda s: transform.examine(s)[0], sample)
     if isinstance(measured, str) or not isinstance(expected, str):
         assert measured == expected
 
@@ -97,7 +97,7 @@ def test_conversations_of_every_length(
     limited = with_setting(transform, max_seq_len=limit, truncation=truncation)
     sample = {"id": seed, "messages": generate_conversation(seed)}
     expected = outcome(lambda s: size_of(limited, s, inference), sample)
-    assert outcome(lambda s: limited.measure(s, inference), sample) == expected
+    assert outcome(lambda s: limited.examine(s, inference)[0], sample) == expected
 
 
 def test_hostile_conversations(transform: Qwen2_5_VLTransform) -> None:
@@ -122,7 +122,7 @@ def test_damaged_files(transform: Qwen2_5_VLTransform, tmp_path: Path, kind: str
             for source in (str(path), path.read_bytes()):
                 sample = asking({"type": kind, kind: source})
                 check_damaged(transform, sample)
-                sizes += not isinstance(outcome(transform.measure, sample), str)
+                sizes += not isinstance(outcome(lambda s: transform.examine(s)[0], sample), str)
     transform.image_transform.max_pixels = before
     assert sizes >= 8
 
@@ -132,7 +132,7 @@ def test_missing_files(transform: Qwen2_5_VLTransform, tmp_path: Path) -> None:
     for source in ("none.jpg", tmp_path, tmp_path / "empty", "https://a.org/b.jpg", "a\0b", b""):
         check(transform, asking({"type": "image", "image": source}))
         assert isinstance(
-            outcome(transform.measure, asking({"type": "image", "image": source})), str
+            outcome(transform.examine, asking({"type": "image", "image": source})), str
         )
 
 
@@ -226,7 +226,7 @@ def test_pixels_are_not_decoded(
     monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
     monkeypatch.setattr(images, "_decode_jpeg", decode)
     monkeypatch.setattr(Video, "_decoded", decode)
-    assert [transform.measure(sample) for sample in (*samples, clip_sample)] == expected
+    assert [transform.examine(sample)[0] for sample in (*samples, clip_sample)] == expected
 
 
 @pytest.fixture(scope="module")
@@ -308,5 +308,5 @@ def test_a_handle_stays_where_it_is(transform: Qwen2_5_VLTransform) -> None:
     file = io.BytesIO(hostile.encode(Image.fromarray(hostile.noise(60, 90, 3)), "PNG"))
     file.seek(7)
     with contextlib.closing(file):
-        transform.measure(asking({"type": "image", "image": file}))
+        transform.examine(asking({"type": "image", "image": file}))
         assert file.tell() == 7

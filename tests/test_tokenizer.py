@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quickstart import vocabulary as quickstart_vocabulary
-from quickstart.vocabulary import FILES, MEMBER, fetch_vocabulary
+from quickstart.vocabulary import FILES, MEMBER, fetch_vocabulary, write_vocabulary
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ def tokenizer():
 def tiny(tmp_path):
     """The files of a vocabulary small enough to damage."""
     ranks = write_ranks(tmp_path / "tiny.tiktoken", TINY)
-    Qwen2_5_VLTokenizer(ranks, special_tokens=TINY_SPECIAL).save_pretrained(tmp_path)
+    write_vocabulary(Qwen2_5_VLTokenizer(ranks, special_tokens=TINY_SPECIAL), tmp_path)
     return tmp_path
 
 
@@ -115,7 +115,8 @@ def test_what_is_written_is_read_back(tiny, tmp_path, files):
     again = Qwen2_5_VLTokenizer(*(tiny / name for name in files), special_tokens=special)
     assert again.special_tokens == TINY_SPECIAL
     assert again.encode("abcdabc", add_eos=False) == [258, 259]
-    again.save_pretrained(tmp_path / "again")
+    (tmp_path / "again").mkdir()
+    write_vocabulary(again, tmp_path / "again")
     for name in WRITTEN:
         assert (tmp_path / "again" / name).read_bytes() == (tiny / name).read_bytes()
 
@@ -128,7 +129,7 @@ def test_ranks_that_no_merges_lead_to(tmp_path):
     ranks = write_ranks(tmp_path / "odd.tiktoken", [*TINY, b"wxyz"])
     special = {name: token_id + 1 for name, token_id in TINY_SPECIAL.items()}
     with pytest.raises(ValueError, match="wxyz"):
-        Qwen2_5_VLTokenizer(ranks, special_tokens=special).save_pretrained(tmp_path)
+        write_vocabulary(Qwen2_5_VLTokenizer(ranks, special_tokens=special), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -218,13 +219,10 @@ def test_vocabulary_that_is_not_the_expected_one(tmp_path, monkeypatch):
 
 
 def test_vocabulary_of_a_killed_run_is_not_complete(tmp_path, monkeypatch):
-    class Tokenizer:
-        def __init__(self, path):
-            assert path.read_bytes() == b"ranks"
-
-        def save_pretrained(self, directory):
-            for name in WRITTEN:
-                (directory / name).write_text("whole")
+    def write(tokenizer, directory):
+        assert tokenizer == directory / "qwen.tiktoken"
+        for name in WRITTEN:
+            (directory / name).write_text("whole")
 
     def killed_replace(source, target):
         if target.name == FILES[-1]:
@@ -233,7 +231,8 @@ def test_vocabulary_of_a_killed_run_is_not_complete(tmp_path, monkeypatch):
 
     replace = os.replace
     monkeypatch.setattr(quickstart_vocabulary, "_download_ranks", lambda directory: b"ranks")
-    monkeypatch.setattr(quickstart_vocabulary, "QwenTokenizer", Tokenizer)
+    monkeypatch.setattr(quickstart_vocabulary, "QwenTokenizer", lambda path: path)
+    monkeypatch.setattr(quickstart_vocabulary, "write_vocabulary", write)
     monkeypatch.setattr(os, "replace", killed_replace)
     with pytest.raises(KeyboardInterrupt):
         fetch_vocabulary(tmp_path)

@@ -90,6 +90,15 @@ def test_line_break_that_merges_with_the_header_is_trained(transform: Qwen2_5_VL
     assert unmasked(transform, sample) == "\n\nb<|im_end|>"
 
 
+def test_token_that_an_answer_shares_with_what_follows_is_trained(vocabulary: Path) -> None:
+    answer = "{% generation %}{{ messages[1].content }}{% endgeneration %}"
+    template = f"{{{{ messages[0].content }}}}\n{answer}lo you"
+    transform = Qwen2_5_VLTransform(vocabulary / "tokenizer.json", chat_template=template)
+    for before in ("a", "é"):
+        sample = transform({"messages": [user(text(before)), assistant("Hel")]})
+        assert unmasked(transform, sample) == "Hello"
+
+
 def test_empty_answer_at_the_end_asks_for_one(transform: Qwen2_5_VLTransform) -> None:
     question = user(image(), text("a"))
     asked = transform({"messages": [question, assistant("")]}, inference=True)
@@ -183,7 +192,7 @@ def test_roles_that_the_template_does_not_know(
     message = (
         rf"message 1 \({role}\): its role is '{role}'; known are system, user, assistant, tool"
     )
-    for read in (transform, transform.measure):
+    for read in (transform, transform.examine):
         with pytest.raises(ValueError, match=message):
             read({"messages": messages})
     with pytest.raises(ValueError, match=message):
@@ -205,7 +214,7 @@ def test_roles_that_the_template_does_not_know(
     without = [messages[0], {**messages[1], "weight": 0}]
     with pytest.raises(ValueError, match=f"role '{role}' are to carry no loss"):
         naming({"messages": without})
-    assert naming.measure({"messages": messages})[2] == 1
+    assert naming.examine({"messages": messages})[0][2] == 1
 
 
 def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
@@ -213,7 +222,7 @@ def test_settings_of_a_directory(vocabulary: Path, tmp_path: Path) -> None:
     transform = Qwen2_5_VLTransform.from_pretrained(
         tmp_path, max_pixels=50000, fps=1.0, max_seq_len=9
     )
-    assert transform.max_seq_len == transform.tokenizer.max_seq_len == 9
+    assert transform.max_seq_len == 9
     assert transform.image_transform.max_pixels == 50000
     assert transform.image_transform.min_pixels == 3136
 

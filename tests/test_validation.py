@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from quickstart.checkpoint import PREPROCESSOR_CONFIG, write_tiny_checkpoint
+from quickstart.vocabulary import write_vocabulary
 from tests.reference import QWEN2_VL, reference_config, reference_model
 from torchtune_vl.chat import CHAT_TEMPLATE, QwenTokenizer
 from torchtune_vl.chat._vocabulary import SPECIAL_TOKENS
@@ -217,7 +218,7 @@ def test_all_rows_pass(report: Report) -> None:
 
 
 def test_another_family(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    QwenTokenizer(vocabulary / "tokenizer.json").save_pretrained(tmp_path)
+    write_vocabulary(QwenTokenizer(vocabulary / "tokenizer.json"), tmp_path)
     settings = {**PREPROCESSOR_CONFIG, "processor_class": "Qwen2VLProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     template = json.dumps({"chat_template": CHAT_TEMPLATE})

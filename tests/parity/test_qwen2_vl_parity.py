@@ -8,6 +8,7 @@ import torch
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from quickstart.checkpoint import PREPROCESSOR_CONFIG
+from quickstart.vocabulary import write_vocabulary
 from tests.parity.figures import record
 from tests.parity.test_mixed_media_parity import LIMITS, reference, with_videos
 from tests.positions import defined_positions
@@ -20,7 +21,7 @@ from torchtune_vl.models.qwen2_vl import Qwen2VLTransform, boxes_in_original
 @pytest.fixture(scope="module")
 def checkpoint(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint")
-    QwenTokenizer(vocabulary / "tokenizer.json").save_pretrained(directory)
+    write_vocabulary(QwenTokenizer(vocabulary / "tokenizer.json"), directory)
     settings = {**PREPROCESSOR_CONFIG, "processor_class": "Qwen2VLProcessor"}
     (directory / "preprocessor_config.json").write_text(json.dumps(settings))
     template = json.dumps({"chat_template": CHAT_TEMPLATE})

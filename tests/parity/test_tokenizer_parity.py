@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from quickstart.vocabulary import write_vocabulary
 from tests.parity.figures import record
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTokenizer
 
@@ -252,7 +253,7 @@ def test_sizes_and_added_tokens(vocabulary, reference_tokenizer, files):
 
 
 def test_written_tokenizer_is_the_published_one(vocabulary, tmp_path):
-    Qwen2_5_VLTokenizer(vocabulary / "qwen.tiktoken").save_pretrained(tmp_path)
+    write_vocabulary(Qwen2_5_VLTokenizer(vocabulary / "qwen.tiktoken"), tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_bytes())
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     assert digest == PUBLISHED

@@ -77,7 +77,7 @@ def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
 # end of what the loss is taken of, and for structural tokens within texts of messages
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 START, END = "\ufdd0", "\ufdd1"
-_STAND_INS = {chr(0xFDD2 + number): token for number, token in enumerate(STRUCTURAL_TOKENS)}
+STAND_INS = {0xFDD2 + number: token for number, token in enumerate(STRUCTURAL_TOKENS)}
 
 
 class _Generation(Extension):
@@ -96,8 +96,8 @@ def render(template: str, hides_structure: bool, **variables: Any) -> str:
     """Run a chat template as transformers' ``apply_chat_template`` does.
 
     The text has ``START`` and ``END`` around what stands between ``{% generation %}`` and
-    ``{% endgeneration %}``, and, if ``hides_structure``, what :func:`reveal` undoes in place of the
-    structural tokens in variables. ``ValueError`` if the template fails.
+    ``{% endgeneration %}``, and, if ``hides_structure``, ``STAND_INS`` for the structural tokens in
+    variables. ``ValueError`` if the template fails.
     """
     try:
         return _compile(template).render(_hide(variables, hides_structure))
@@ -110,21 +110,14 @@ def _hide(value: Any, hides_structure: bool) -> Any:
     if isinstance(value, str):
         if _NONCHARACTERS.search(value):
             raise ValueError("a text has a noncharacter of Unicode (U+FDD0 to U+FDEF): remove it")
-        for stand_in, token in _STAND_INS.items() if hides_structure else ():
-            value = value.replace(token, stand_in)
+        for stand_in, token in STAND_INS.items() if hides_structure else ():
+            value = value.replace(token, chr(stand_in))
         return value
     if isinstance(value, Mapping):
         return {_hide(k, hides_structure): _hide(v, hides_structure) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_hide(entry, hides_structure) for entry in value]
     return value
-
-
-def reveal(text: str) -> str:
-    """Put back the structural tokens that were hidden in a rendered text."""
-    for stand_in, token in _STAND_INS.items():
-        text = text.replace(stand_in, token)
-    return text
 
 
 @lru_cache(maxsize=8)
@@ -134,28 +127,22 @@ def known_roles(template: str | None) -> frozenset[str]:
     One that it does not name it treats like any other, an answer's perhaps as one without loss.
     """
     try:
-        parsed = _environment().parse(template or "")
+        parsed = _ENVIRONMENT.parse(template or "")
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template fails: {error}") from error
     constants = (node.value for node in parsed.find_all(nodes.Const))
     return frozenset((*ROLES, *(value for value in constants if isinstance(value, str))))
 
 
-@lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
-    return _environment().from_string(template)
-
-
-@lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
-    )
-    environment.filters["tojson"] = as_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    return environment
-
-
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
+)
+_ENVIRONMENT.filters["tojson"] = as_json
+_ENVIRONMENT.globals["raise_exception"] = _raise
+_ENVIRONMENT.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+# Compiled once
+_compile = lru_cache(maxsize=8)(_ENVIRONMENT.from_string)

@@ -9,6 +9,7 @@ import torch
 
 from torchtune_vl.chat._boxes import is_geometry
 from torchtune_vl.files._json import from_json_text
+from torchtune_vl.media import ImageTransform, VideoTransform
 
 Kind = Literal["image", "video"]
 # Of the published templates
@@ -26,14 +27,7 @@ _IMPLIED = {
 }
 # Where transformers' chat format, OpenAI's and torchtune's keep a medium, after "image" or "video"
 _SOURCE_KEYS = ("content", "url", "path", "base64")
-_SIZE_SETTINGS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-_SETTINGS = {
-    "image": _SIZE_SETTINGS,
-    "video": (
-        *(*_SIZE_SETTINGS, "total_pixels", "fps", "nframes", "min_frames", "max_frames"),
-        *("video_start", "video_end", "sample_fps", "frame_indices"),
-    ),
-}
+_SETTINGS = {"image": ImageTransform._settings, "video": VideoTransform._settings}
 _KINDS: dict[str, Any] = {"list": Sequence, "dict": Mapping, "str": str}
 Item = TypeVar("Item")
 
@@ -269,19 +263,16 @@ def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_masked(message: Mapping[str, Any]) -> bool:
     """Whether a message carries no loss, which several keys may say."""
-    said = {}
-    for key, no_loss in _LOSS_KEYS.items():
-        if key not in message:
-            continue
-        value = message[key]
+    said = {key: message[key] for key in _LOSS_KEYS if key in message}
+    for key, value in said.items():
         if not isinstance(value, int | float) or value not in (0, 1):
             raise ValueError(f"its {key} is {value!r}; only 0 (no loss) and 1 are supported")
-        said[key] = value == no_loss
         if key != "masked" and value and message["role"] != "assistant":
             raise ValueError(f"its {key} is 1, but only messages of the assistant carry loss")
-    if len({*said.values()}) > 1:
+    answers = {value == _LOSS_KEYS[key] for key, value in said.items()}
+    if len(answers) > 1:
         raise ValueError(f"its keys {', '.join(said)} disagree whether it carries loss")
-    return any(said.values())
+    return answers == {True}
 
 
 def _refuse_unread(values: Mapping[str, Any], known: Collection[str] = ()) -> None:

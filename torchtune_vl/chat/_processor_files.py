@@ -3,8 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,32 +41,28 @@ def sizes_of_patches(geometry: Geometry) -> dict[str, int]:
 
 def read_settings(directory: Path, geometry: Geometry) -> dict[str, Any]:
     """Settings of a checkpoint directory, by the names of the transform's arguments."""
-    fixed = {**_FIXED_SETTINGS, **sizes_of_patches(geometry)}
+    fixed: dict[str, Any] = {**_FIXED_SETTINGS, **sizes_of_patches(geometry)}
     images = _processor(directory, "image_processor", "preprocessor_config.json")
     if images is None:
         raise ValueError(f"{directory} has no preprocessor_config.json: copy the published one")
     settings: dict[str, Any] = _limits(images, fixed)
     settings["chat_template_file"] = _chat_template_file(directory)
-    normalization = {}
     for name, least in (("image_mean", 0), ("image_std", 1e-6)):  # of values from 0 to 1
         if name in images:
             channels = images.each(name)
-            normalization[name] = [channels.number(c, least, 1) for c in channels.content]
-            if len(normalization[name]) != CHANNELS:
+            fixed[name] = [channels.number(c, least, 1) for c in channels.content]
+            if len(fixed[name]) != CHANNELS:
                 raise images.error(name, f"{CHANNELS} numbers, one for each colour")
-    settings |= normalization
+            settings[name] = fixed[name]
     videos = _processor(directory, "video_processor", "video_preprocessor_config.json")
     # Others, as of the published checkpoints, hold the limits of images: nothing is taken from them
     if videos is None or not videos.content.get("cap_pixels_per_frame"):
         return settings
-    limits = _limits(videos, {**fixed, **normalization})
-    settings |= {f"video_{name}": value for name, value in limits.items()}
-    readers: dict[str, Callable[[str], float]] = {
-        "fps": partial(videos.number, least=1e-6, most=1e6),
-        "min_frames": partial(videos.whole, least=0),
-        "max_frames": videos.whole,
-    }
-    settings |= {name: read(name) for name, read in readers.items() if name in videos}
+    settings |= {f"video_{name}": value for name, value in _limits(videos, fixed).items()}
+    if "fps" in videos:
+        settings["fps"] = videos.number("fps", 1e-6, 1e6)
+    counts = {"min_frames": 0, "max_frames": 1}
+    settings |= {n: videos.whole(n, least) for n, least in counts.items() if n in videos}
     if "max_video_tokens" in videos:
         # Nine tenths of a context of so many tokens, as transformers has it
         area = videos.whole("max_video_tokens") * geometry.unit**2
@@ -162,9 +157,11 @@ def processor_files(
     but the processor.
     """
     processor = {"processor_class": classes.processor}
+    of_images = {"image_processor_type": classes.images}
     # qwen-vl-utils' rules. No frames are chosen unless a server asks for it (`do_sample_frames`):
     # it has chosen before, and this would choose among its choice
     of_videos = {
+        "video_processor_type": classes.videos,
         "cap_pixels_per_frame": True,
         # transformers leaves videos nine tenths of a context of so many tokens
         "max_video_tokens": int(videos.total_pixels * 10) // (9 * videos.geometry.unit**2),
@@ -172,11 +169,9 @@ def processor_files(
         "min_frames": math.ceil(videos.min_frames / FRAME_FACTOR) * FRAME_FACTOR,
         "max_frames": videos.max_frames // FRAME_FACTOR * FRAME_FACTOR,
     }
-    image_type = {"image_processor_type": classes.images}
-    video_type = {"video_processor_type": classes.videos}
     contents = {
-        "preprocessor_config.json": _written(images) | processor | image_type,
-        "video_preprocessor_config.json": _written(videos) | processor | video_type | of_videos,
+        "preprocessor_config.json": _written(images) | processor | of_images,
+        "video_preprocessor_config.json": _written(videos) | processor | of_videos,
         "processor_config.json": processor,
         "chat_template.json": {"chat_template": chat_template},
     }

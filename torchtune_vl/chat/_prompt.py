@@ -1,8 +1,10 @@
 """Turns to the token ids of a prompt, each medium's placeholders in their place."""
 
-import math
 import re
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +14,7 @@ from torchtune_vl.chat._tokenizer import QwenTokenizer
 from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
 
 Special = Literal["content", "all"]
+Truncation = Literal["right", "left", "turns"]
 # A text, token or medium, and whether the loss is taken of it
 _Piece = tuple[str | int | EncodedMedium, bool]
 
@@ -20,6 +23,11 @@ _NAMES = {"image": "Picture", "video": "Video"}
 _PLACES = {f"<|vision_start|><|{kind}_pad|><|vision_end|>": kind for kind in _NAMES}
 _MARKS = (*_PLACES, template.START, template.END, *STRUCTURAL_TOKENS)
 _STRUCTURE = re.compile(f"({'|'.join(map(re.escape, _MARKS))})")
+# By what a medium takes fewer tokens
+_MAKES_SMALLER = {
+    "image": "max_pixels",
+    "video": "fps, max_frames or video_max_pixels (of one video nframes or max_pixels)",
+}
 
 
 class Prompt(NamedTuple):
@@ -38,22 +46,18 @@ class Prompt(NamedTuple):
         return Prompt(self.tokens[start:stop], self.mask[start:stop], media)
 
 
+@dataclass(eq=False, repr=False)
 class PromptBuilder:
     """Applies a chat template, None for the published ones, and tokenizes what it gives."""
 
-    def __init__(
-        self,
-        tokenizer: QwenTokenizer,
-        parse_special: Special,
-        add_vision_id: bool,
-        chat_template: str | None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.parse_special = parse_special
-        self.add_vision_id = add_vision_id
-        self.chat_template = chat_template
-        self.roles = template.known_roles(chat_template)
-        (self._line_break,) = tokenizer.encode("\n", add_eos=False)
+    tokenizer: QwenTokenizer
+    parse_special: Special
+    add_vision_id: bool
+    chat_template: str | None
+
+    def __post_init__(self) -> None:
+        self.roles = template.known_roles(self.chat_template)
+        (self._line_break,) = self.tokenizer.encode("\n", add_eos=False)
 
     def build(
         self, turns: Sequence[EncodedTurn], tools: Sequence[Mapping[str, Any]], inference: bool
@@ -78,6 +82,37 @@ class PromptBuilder:
     def of_message(self, turn: EncodedTurn) -> Prompt:
         """Tokenize one message as the published template has it, without a system prompt."""
         return self._tokenize(self._published([turn], numbers_media=False))
+
+    def truncate(
+        self,
+        whole: Prompt,
+        limit: int,
+        truncation: Truncation,
+        turns: Sequence[EncodedTurn],
+        tools: Sequence[Mapping[str, Any]],
+    ) -> Prompt:
+        """Cut the prompt of turns that is longer than a limit, never in a medium.
+
+        Its "right" or "left" end goes, or the oldest whole "turns", each a user's message with what
+        follows it, but never the system's and never the last, which alone may still be too long.
+        """
+        length = len(whole.tokens)
+        if truncation != "turns":
+            cut = limit if truncation == "right" else length - limit
+            for start, medium in whole.media.items():
+                stop = start + medium.num_tokens + 2
+                if start < cut < stop:
+                    cut = start if truncation == "right" else stop
+            return whole.part(0, cut) if truncation == "right" else whole.part(cut, length)
+        first = int(turns[0].role == "system")
+        starts = [i for i, t in enumerate(turns) if t.role == "user" and i > first] or [first]
+
+        def after(count: int) -> Prompt:
+            return self.build([*turns[:first], *turns[starts[count] :]], tools, inference=False)
+
+        # As few as necessary; the last one stays
+        counts = range(len(starts) - 1)
+        return after(bisect_left(counts, True, key=lambda count: len(after(count).tokens) <= limit))
 
     def _published(self, turns: Sequence[EncodedTurn], numbers_media: bool) -> Iterator[_Piece]:
         """What the published templates give of turns."""
@@ -154,7 +189,7 @@ class PromptBuilder:
             elif piece in STRUCTURAL_TOKENS:
                 yield self.tokenizer.special_tokens[piece], is_trained
             else:
-                yield template.reveal(piece), is_trained
+                yield piece.translate(template.STAND_INS), is_trained
 
     def _tokenize(self, pieces: Iterable[_Piece]) -> Prompt:
         t, prompt = self.tokenizer, Prompt([], [], {})
@@ -186,25 +221,23 @@ class PromptBuilder:
         breaks shares one with its header.
         """
         ids = self._encode("".join(text for text, _ in texts))
-        _, is_last_trained = texts[-1]
-        mask = [not is_last_trained] * len(ids)
-        trained: list[tuple[float, float]] = []
-        before, start = "", 0
-        for text, is_trained in texts[:-1]:
+        trained = [is_trained for _, is_trained in texts]
+        before, starts = "", [0]  # of the texts, in bytes
+        for text, _ in texts[:-1]:
             before += text
-            stop = len(before) if before.isascii() else self._num_bytes(self._encode(before))
-            trained += [(start, stop)] if is_trained else []
-            start = stop
-        trained += [(start, math.inf)] if is_last_trained else []
+            is_ascii = before.isascii()
+            starts.append(len(before) if is_ascii else self._num_bytes(self._encode(before)))
+        mask: list[bool] = []
         position = 0
-        for i, token in enumerate(ids):
-            if position >= start:
+        for token in ids:
+            if position >= starts[-1]:
                 break
             stop = position + self._num_bytes([token])
-            mask[i] = not any(a < stop and b > position for a, b in trained)
+            first, behind = bisect_right(starts, position) - 1, bisect_left(starts, stop)
+            mask.append(not any(trained[first:behind]))
             position = stop
         prompt.tokens.extend(ids)
-        prompt.mask.extend(mask)
+        prompt.mask.extend([*mask, *[not trained[-1]] * (len(ids) - len(mask))])
 
     def _encode(self, text: str) -> list[int]:
         if self.parse_special == "content":
@@ -213,6 +246,20 @@ class PromptBuilder:
 
     def _num_bytes(self, ids: Sequence[int]) -> int:
         return sum(map(len, self.tokenizer.token_bytes(ids)))
+
+
+def remedy(whole: Prompt, limit: int) -> str:
+    """Tell by what a prompt would come within a limit."""
+    kinds = {medium.kind for medium in whole.media.values()}
+    smaller = [f"lower {_MAKES_SMALLER[kind]}, " for kind in sorted(kinds)]
+    return f"raise max_seq_len (now {limit}), {''.join(smaller)}or shorten the sample"
+
+
+def difference(whole: Prompt, part: Prompt) -> dict[str, int]:
+    """Count the ``tokens``, ``images`` and ``videos`` that a part of a prompt lacks."""
+    counts = [Counter(f"{m.kind}s" for m in p.media.values()) for p in (whole, part)]
+    media = {kind: counts[0][kind] - counts[1][kind] for kind in ("images", "videos")}
+    return {"tokens": len(whole.tokens) - len(part.tokens), **media}
 
 
 def _as_dict(turn: EncodedTurn) -> dict[str, Any]:

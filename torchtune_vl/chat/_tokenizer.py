@@ -33,11 +33,14 @@ _NEWER_THAN_UNICODE_9 = re.compile(
 # Whatever combines is neither a word character nor a space to Python.
 _MANY_MARKS = re.compile(r"[^\w\s]{100,}")
 
-# From 999,999 blanks on, the backtracking of `\s+(?!\S)` makes tiktoken panic. The lookbehind
-# keeps the search linear.
+# From 999,999 blanks on, the backtracking of `\s+(?!\S)` makes tiktoken panic. It makes one piece
+# of such a run, without its last blank if more text follows; before a line break, where they are
+# part of another piece, blanks are harmless. The lookbehind keeps the search linear.
 _MANY_BLANKS = 100_000
 _BLANK = "\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_BLANK_RUN = re.compile(f"(?<![{_BLANK}])[{_BLANK}]{{{_MANY_BLANKS},}}")
+_BLANK_RUN = re.compile(
+    rf"((?<![{_BLANK}])[{_BLANK}]{{{_MANY_BLANKS},}}(?:\Z|(?=[{_BLANK}][^{_BLANK}\r\n])))"
+)
 
 
 class QwenTokenizer:
@@ -130,46 +133,19 @@ class QwenTokenizer:
         known = [i for i in ids if i < self.base_vocab_size or i in added]
         return self._encoding.decode_bytes(known).decode("utf-8", errors="replace")
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write the tokenizer files of a checkpoint, for transformers' ``Qwen2Tokenizer`` to read.
-
-        These are ``vocab.json``, ``merges.txt``, ``tokenizer.json`` and ``tokenizer_config.json``,
-        with the content of the published ones except for the chat template. ``ValueError`` if the
-        ranks are not those of byte-pair merges.
-        """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tokens = self.token_bytes(range(self.base_vocab_size))
-        files = vocabulary.vocabulary_files(tokens, self.special_tokens, self._plain)
-        for name, text in files.items():
-            (directory / name).write_text(text, encoding="utf-8", newline="\n")
-
     def _encode(self, text: str, added: re.Pattern[str]) -> list[int]:
         check_surrogates(text)
         ids: list[int] = []
+        encode_text = self._encoding.encode_ordinary
         for i, piece in enumerate(added.split(text)):
             if i % 2:
                 ids.append(self.special_tokens[piece])
-            else:
-                ids += self._encode_piece(_nfc(piece))
-        return ids
-
-    def _encode_piece(self, text: str) -> list[int]:
-        """Ids of normalized text, with long runs of blanks kept from tiktoken's regex engine."""
-        if len(text) < _MANY_BLANKS:
-            return self._encoding.encode_ordinary(text)
-        ids: list[int] = []
-        done = 0
-        # The regular expression makes one piece of such a run, without its last blank if more text
-        # follows. Blanks before a line break are part of another piece, which is harmless
-        for run in _BLANK_RUN.finditer(text):
-            if text[run.end() : run.end() + 1] in ("\r", "\n"):
                 continue
-            end = run.end() if run.end() == len(text) else run.end() - 1
-            ids += self._encoding.encode_ordinary(text[done : run.start()])
-            ids += self._encoding._encode_single_piece(text[run.start() : end])
-            done = end
-        return ids + self._encoding.encode_ordinary(text[done:])
+            normalized = _nfc(piece)
+            is_short = len(normalized) < _MANY_BLANKS
+            for j, part in enumerate([normalized] if is_short else _BLANK_RUN.split(normalized)):
+                ids += self._encoding._encode_single_piece(part) if j % 2 else encode_text(part)
+        return ids
 
 
 def check_surrogates(text: str) -> None:

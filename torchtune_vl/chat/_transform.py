@@ -26,9 +26,15 @@ from torchtune_vl.chat._messages import (
     read_conversation,
     read_tools,
 )
-from torchtune_vl.chat._prompt import Prompt, PromptBuilder, Special
+from torchtune_vl.chat._prompt import (
+    Prompt,
+    PromptBuilder,
+    Special,
+    Truncation,
+    difference,
+    remedy,
+)
 from torchtune_vl.chat._tokenizer import QwenTokenizer, check_surrogates
-from torchtune_vl.chat._truncation import Truncation, difference, remedy, truncate
 from torchtune_vl.media import Geometry, ImageTransform, RemoteLimits, VideoTransform
 from torchtune_vl.media._errors import reraise
 from torchtune_vl.media._images import Alpha, Backend
@@ -36,13 +42,17 @@ from torchtune_vl.media._transforms import FPS, MAX_FRAMES, MIN_FRAMES, PatchDty
 from torchtune_vl.modules.layout import concatenate_patches, mrope_positions, vision_index
 
 Turns = Literal["all", "last"]
+_NO_LOSS = (
+    "no token of an answer carries loss: give it a message of the role assistant with a text or "
+    "tool calls (and not of weight 0), or remove the sample"
+)
 _NO_MEDIA = torch.empty(0, 3, dtype=torch.int64)
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 _log = logging.getLogger(__name__)
 
 
-class ChatTransform:
+class ChatTransform(QwenTokenizer):
     """Turns a conversation with images and videos into what a model trains on or answers.
 
     A ``ModelTokenizer`` and a ``Transform`` by torchtune's protocols. The ids are those of
@@ -124,8 +134,8 @@ class ChatTransform:
         if chat_template_file is not None:
             chat_template, numbers_media = files.read_chat_template(chat_template_file)
             add_vision_id |= numbers_media
-        self.tokenizer = QwenTokenizer(path, merges_file, max_seq_len=max_seq_len)
-        self.prompts = PromptBuilder(self.tokenizer, parse_special, add_vision_id, chat_template)
+        super().__init__(path, merges_file, max_seq_len=max_seq_len)
+        self.prompts = PromptBuilder(self, parse_special, add_vision_id, chat_template)
         shared: dict[str, Any] = {
             "image_mean": image_mean,
             "image_std": image_std,
@@ -150,12 +160,6 @@ class ChatTransform:
         self.train_on = train_on
         self.parse_special = parse_special
         self.tokens_per_second = tokens_per_second or self.default_tokens_per_second
-        self.max_seq_len = max_seq_len
-        self.special_tokens = self.tokenizer.special_tokens
-        self.base_vocab_size = self.tokenizer.base_vocab_size
-        self.vocab_size = self.tokenizer.vocab_size
-        self.pad_id = self.tokenizer.pad_id
-        self.stop_tokens = self.tokenizer.stop_tokens
         self._told_cuts: frozenset[str] = frozenset()
 
     @classmethod
@@ -183,7 +187,7 @@ class ChatTransform:
             vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
         given = {name: value for name, value in settings.items() if value is not None}
         transform = cls(vocabulary, merges, **{**cls.settings_of(directory), **given})
-        files.check_token_ids(vocabulary, transform.tokenizer)
+        files.check_token_ids(vocabulary, transform)
         return transform
 
     @classmethod
@@ -214,16 +218,6 @@ class ChatTransform:
             written["chat_template.jinja"] = self.chat_template
         return written
 
-    def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
-        """Encode text as :meth:`QwenTokenizer.encode` does."""
-        return self.tokenizer.encode(text, add_bos=add_bos, add_eos=add_eos)
-
-    def decode(
-        self, token_ids: Sequence[int] | torch.Tensor, skip_special_tokens: bool = False
-    ) -> str:
-        """Decode ids as :meth:`QwenTokenizer.decode` does."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-
     def tokenize_message(
         self, message: Message | Mapping[str, Any], **kwargs: Any
     ) -> tuple[list[int], list[bool]]:
@@ -247,32 +241,31 @@ class ChatTransform:
         """Transform one sample.
 
         Args:
-            sample: ``messages``, a list of torchtune's ``Message`` or of dicts in the chat format
-                of transformers: ``role``, one of the template's, ``content``, and perhaps
-                ``tool_calls`` and ``weight``, ``loss`` or ``loss_mask`` (0: no loss). Content is a
-                str or a list of items, torchtune's or:
+            sample: ``messages``, of torchtune or dicts in the chat format of transformers:
+                ``role``, one of the template's, ``content``, and perhaps ``tool_calls`` and
+                ``weight``, ``loss`` or ``loss_mask`` (0: no loss). Content is a str or a list of
+                items, torchtune's or:
 
                 - ``{"type": "text", "text": str}``, with ``fields`` perhaps, a dict of boxes and
                   points whose coordinates replace ``{name}`` in the text;
-                - ``{"type": "image", "image": source}`` or ``"video"``, with settings that
-                  :class:`~torchtune_vl.media.ImageTransform` and ``VideoTransform`` know; without
-                  a source, of the next of the sample's ``images`` or ``videos``;
+                - ``{"type": "image", "image": source}`` or ``"video"``, with settings that the
+                  media's transforms know; without a source, the next of ``images`` or ``videos``;
                 - ``{"type": "boxes", "boxes": [{"bbox_2d": [x1, y1, x2, y2], "label": str}, ...]}``
                   of the last image before it, or of ``image``, its number from 0; in ``unit``
                   ``"pixels"`` (default), ``"0..1"`` or ``"0..1000"`` of the upright original.
 
                 ``tools``, a list of JSON schemas, is optional, and an ``id`` is named in errors.
-            inference: whether to end with the prompt for an answer. An empty assistant message
-                at the end, which torchtune's inference recipes add, becomes that prompt.
+            inference: whether to end with the prompt for an answer, which an empty message of the
+                assistant at the end (of torchtune's inference recipes) becomes.
 
         Returns:
-            ``tokens``, list[int] of length s; ``mask``, list[bool] of length s, True where the
-            loss ignores the token: everywhere but in the text of answers and their
-            ``<|im_end|>``, and there too if the message is ``masked`` or of weight 0;
-            ``input_pos``, M-RoPE positions, int64 [s, 3]; if there are media ``encoder_input``,
-            whose ``vision`` has ``patches``, float32 [n, 1176] or uint8 [n, 588] (with videos
-            [n, 1176]), ``grid_thw``, int64 [k, 3], and the index of :func:`vision_index`; and if
-            something was cut ``truncated``, how many ``tokens``, ``images`` and ``videos``.
+            ``tokens``, list[int], and ``mask``, list[bool], of length s, True where the loss
+            ignores the token: everywhere but in the text of answers and their ``<|im_end|>``, and
+            there too if the message is ``masked`` or of weight 0; ``input_pos``, M-RoPE positions,
+            int64 [s, 3]; if there are media ``encoder_input``, whose ``vision`` has ``patches``,
+            float32 [n, 1176] or uint8 [n, 588] (with videos [n, 1176]), ``grid_thw``, int64 [k, 3],
+            and the index of :func:`vision_index`; and if something was cut ``truncated``, how many
+            ``tokens``, ``images`` and ``videos``.
 
         Raises:
             ValueError: if a message or medium cannot be read, media and their places do not match,
@@ -298,7 +291,9 @@ class ChatTransform:
                 self._tell_cut(transformed["truncated"])
             return transformed
 
-    def measure(self, sample: Mapping[str, Any], inference: bool = False) -> tuple[int, int, int]:
+    def examine(
+        self, sample: Mapping[str, Any], inference: bool = False
+    ) -> tuple[tuple[int, int, int], dict[str, int] | None]:
         """Find how large :meth:`__call__` makes a sample, without decoding its media.
 
         Of image files the header is read, of video files the list of packets. ``ValueError`` as
@@ -307,14 +302,9 @@ class ChatTransform:
 
         Returns:
             Of what is left within ``max_seq_len`` the number of tokens, of patches, and of tokens
-            that carry loss, the first token aside, which nothing predicts.
+            that carry loss, the first token aside, which nothing predicts; and ``truncated`` of
+            :meth:`__call__`, or None.
         """
-        return self.examine(sample, inference)[0]
-
-    def examine(
-        self, sample: Mapping[str, Any], inference: bool = False
-    ) -> tuple[tuple[int, int, int], dict[str, int] | None]:
-        """Return what :meth:`measure` does, and ``truncated`` of :meth:`__call__` or None."""
         with _naming(sample):
             whole, prompt = self._prompts_of(sample, inference, measuring=True)
             if not inference:
@@ -323,17 +313,13 @@ class ChatTransform:
         size = len(prompt.tokens), patches, prompt.mask[1:].count(False)
         return size, None if prompt is whole else difference(whole, prompt)
 
-    def check_supervised(self, tokens: Sequence[int], mask: Sequence[bool]) -> None:
+    def check_supervised(
+        self, tokens: Sequence[int], mask: Sequence[bool], problem: str = _NO_LOSS
+    ) -> None:
         """Raise ``ValueError`` if the loss is taken of no id but those that end an answer."""
-        if not self._is_supervised(tokens, mask):
-            raise ValueError(
-                "no token of an answer carries loss: give it a message of the role assistant with "
-                "a text or tool calls (and not of weight 0), or remove the sample"
-            )
-
-    def _is_supervised(self, tokens: Sequence[int], mask: Sequence[bool]) -> bool:
         pairs = zip(tokens[1:], mask[1:], strict=True)
-        return not {token for token, masked in pairs if not masked} <= {*self.tokenizer.stop_tokens}
+        if {token for token, masked in pairs if not masked} <= {*self.stop_tokens}:
+            raise ValueError(problem)
 
     def positions(
         self,
@@ -352,7 +338,7 @@ class ChatTransform:
             tokens,
             grid_thw,
             [1.0 if s is None or rate is None else rate * s for s in seconds_per_step],
-            placeholder_ids=(self.tokenizer.image_pad_id, self.tokenizer.video_pad_id),
+            placeholder_ids=(self.image_pad_id, self.video_pad_id),
             merge_size=self.geometry.merge_size,
         )
 
@@ -378,28 +364,26 @@ class ChatTransform:
         help_ = remedy(whole, limit)
         if inference:
             raise ValueError(f"the prompt has {length} tokens: {help_}")
-        build = partial(self.prompts.build, tools=tools, inference=False)
-        prompt = truncate(whole, limit, self.truncation, encoded, build)
+        prompt = self.prompts.truncate(whole, limit, self.truncation, encoded, tools)
         left = len(prompt.tokens)
         if left > limit:
             raise ValueError(f"the sample has {length} tokens, its last turn alone {left}: {help_}")
-        if not self._is_supervised(prompt.tokens, prompt.mask):
-            raise ValueError(
-                f"the sample has {length} tokens, and none that carries loss would be left of it: "
-                f"{help_}, or choose another truncation (now {self.truncation!r})"
-            )
+        self.check_supervised(
+            prompt.tokens,
+            prompt.mask,
+            f"the sample has {length} tokens, and none that carries loss would be left of it: "
+            f"{help_}, or choose another truncation (now {self.truncation!r})",
+        )
         return whole, prompt
 
     def _tell_cut(self, cut: Mapping[str, int]) -> None:
         kind = "media" if cut["images"] or cut["videos"] else "texts"
         if kind not in self._told_cuts:
             self._told_cuts |= {kind}
+            lost = ", ".join(f"{count} {what}" for what, count in cut.items())
             _log.warning(
-                "A sample is longer than max_seq_len=%s and loses %s. Lost %s are said once; each "
-                "sample tells it as 'truncated'.",
-                self.max_seq_len,
-                ", ".join(f"{count} {what}" for what, count in cut.items()),
-                kind,
+                f"A sample is longer than max_seq_len={self.max_seq_len} and loses {lost}. Lost "
+                f"{kind} are said once; each sample tells it as 'truncated'."
             )
 
     def _encoded(

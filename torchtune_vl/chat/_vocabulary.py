@@ -1,10 +1,9 @@
-"""The files of a vocabulary, which are read to tokens and written of them."""
+"""The files of a vocabulary, read to tokens."""
 
-import json
 from base64 import b64decode
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import count, pairwise, zip_longest
+from collections.abc import Sequence
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,18 +36,23 @@ _ADDED = (
 )
 SPECIAL_TOKENS = {name: 151643 + number for number, name in enumerate(_ADDED)}
 _NUM_BYTES = 256
+# GPT-2's character for each byte: the byte's own if printable, else the next from U+0100
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_others = count(0x100)
+CHARACTERS = {i: chr(i if i in _PRINTABLE else next(_others)) for i in range(_NUM_BYTES)}
+_BYTES = {ord(character): byte for byte, character in CHARACTERS.items()}
 
 _OFF = ("add_prefix_space", "trim_offsets", "use_regex")
-_BYTE_LEVEL = {"type": "ByteLevel", **dict.fromkeys(_OFF, False)}
+BYTE_LEVEL = {"type": "ByteLevel", **dict.fromkeys(_OFF, False)}
 _REGEX = {"Regex": f"{_WORDS_AND_LINE_BREAKS}|{_BLANKS}"}
 _SPLIT = {"type": "Split", "pattern": _REGEX, "behavior": "Isolated", "invert": False}
 # tokenizer.json's description of the way from text to the pieces whose bytes BPE merges
-_STEPS: dict[str, Any] = {
+STEPS: dict[str, Any] = {
     "normalizer": {"type": "NFC"},
-    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_SPLIT, _BYTE_LEVEL]},
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_SPLIT, BYTE_LEVEL]},
 }
 # ... and its settings of BPE, each with the values that change nothing, first the published one
-_BPE: dict[str, tuple[Any, ...]] = {
+BPE: dict[str, tuple[Any, ...]] = {
     "type": ("BPE",),
     "dropout": (None, 0),
     "unk_token": (None,),
@@ -57,7 +61,7 @@ _BPE: dict[str, tuple[Any, ...]] = {
     "fuse_unk": (False, True, None),
     "byte_fallback": (False, None),
 }
-_OF_ADDED_TOKENS = ("single_word", "lstrip", "rstrip", "normalized")
+ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _Token = TypeVar("_Token", bytes, str)
 # Tokens in the order of their ids, added tokens with their ids, and which of these are plain
 _Vocabulary = tuple[list[bytes], dict[str, int], frozenset[str]]
@@ -122,10 +126,10 @@ def _read_tokenizer_json(path: Path) -> _Vocabulary:
         # It moves offsets, not ids, and transformers writes it otherwise than it was published.
         if isinstance(step, dict) and "trim_offsets" in step:
             step["trim_offsets"] = False
-    for name, expected in _STEPS.items():
+    for name, expected in STEPS.items():
         if tokenizer.part(name).content != expected:
             raise tokenizer.error(name, "Qwen's steps before BPE, as published")
-    for name, harmless in {**_BPE, "ignore_merges": (False, None)}.items():
+    for name, harmless in {**BPE, "ignore_merges": (False, None)}.items():
         if bpe.content.get(name) not in harmless:
             raise bpe.error(name, f"{harmless[0]!r}: nothing else is supported")
     merges = bpe.each("merges")
@@ -142,7 +146,7 @@ def _read_tokenizer_json(path: Path) -> _Vocabulary:
     for place in added.content:
         token = added.part(place)
         content, token_id = token.text("content"), token.whole("id", 0)
-        for name in _OF_ADDED_TOKENS:
+        for name in ADDED_TOKEN_FLAGS:
             if token.flag(name):
                 raise token.error(name, f"false, since {content!r} is matched literally")
         if ids.setdefault(content, token_id) != token_id:
@@ -175,78 +179,3 @@ def _in_id_order(ids: dict[_Token, int]) -> list[_Token]:
         if ids[token] != i:
             raise ValueError(f"its ids are not 0 to {len(ids) - 1}: {token!r} has {ids[token]}")
     return tokens
-
-
-def vocabulary_files(
-    tokens: Sequence[bytes], added: Mapping[str, int], plain: frozenset[str]
-) -> dict[str, str]:
-    """Text by name of file; ``ValueError`` if the ids are not those that byte-pair merges make."""
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    vocab = {_to_characters(token): rank for token, rank in ranks.items()}
-    pairs = (_last_merge(token, ranks) for token in tokens[_NUM_BYTES:])
-    merges = [" ".join(map(_to_characters, pair)) for pair in pairs]
-    off = dict.fromkeys(_OF_ADDED_TOKENS, False)
-    properties: dict[int, dict[str, Any]] = {
-        added[name]: {"content": name, **off, "special": name not in plain}
-        for name in sorted(added, key=added.__getitem__)
-    }
-    bpe = {name: published for name, (published, *_) in _BPE.items()}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, **token} for i, token in properties.items()],
-        **_STEPS,
-        "post_processor": _BYTE_LEVEL,
-        "decoder": _BYTE_LEVEL,
-        "model": {**bpe, "vocab": vocab, "merges": merges},
-    }
-    config = {
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "added_tokens_decoder": properties,
-        "additional_special_tokens": [name for name in added if name not in {*plain, PAD}],
-        "bos_token": None,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": EOS,
-        "errors": "replace",
-        "model_max_length": 131072,
-        "pad_token": PAD,
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
-    return {
-        "vocab.json": json.dumps(vocab, ensure_ascii=False, separators=(",", ":")),
-        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-        "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False, indent=2),
-        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
-    }
-
-
-def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that merge into this one, found by merging its bytes by rank."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    rank = ranks[token]
-    while len(parts) > 2:
-        candidates = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
-        i = candidates.index(min(candidates))
-        if candidates[i] >= rank:
-            raise ValueError(f"no merges of lower rank lead to the token {token!r} (id {rank})")
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
-
-
-def _to_characters(token: bytes) -> str:
-    return token.decode("latin-1").translate(_CHARACTERS)
-
-
-def _byte_alphabet() -> str:
-    """GPT-2's character for each byte: the byte's own if printable, else the next from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = count(0x100)
-    return "".join(chr(i if i in printable else next(others)) for i in range(_NUM_BYTES))
-
-
-_CHARACTERS = dict(enumerate(_byte_alphabet()))
-_BYTES = {ord(character): byte for byte, character in _CHARACTERS.items()}
