@@ -159,4 +159,4 @@ class StreamedVisionChat(_Conversations):
 
     def measure(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
         """Measure a sample of the stream as :meth:`VisionChatDataset.measure` does."""
-        return self._transform.measure(sample)
+        return self._transform.examine(sample)[0]
