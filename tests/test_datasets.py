@@ -26,10 +26,10 @@ from torchtune_vl.datasets import (
     measure_all,
     vision_chat_dataset,
 )
-from torchtune_vl.datasets._formats import MediaDirectory, RecordReader
+from torchtune_vl.datasets._record_formats import MediaDirectory, RecordReader
 from torchtune_vl.datasets._tables import Table
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
-from torchtune_vl.recipes._run_recipe import sentence_of
+from torchtune_vl.recipes._launch import sentence_of
 
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 PROMPT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from tests.finetune_runs import start, write_config, write_inputs
 from torchtune_vl.cli import main
 from torchtune_vl.recipes._check_config import read_config
-from torchtune_vl.recipes._run_recipe import run_recipe, sentence_of
+from torchtune_vl.recipes._launch import run_recipe, sentence_of
 from torchtune_vl.recipes.finetune import FinetuneRecipe
 
 
@@ -226,7 +226,7 @@ def test_sentences() -> None:
     worker = (
         "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
         'last):\n  File "/torch/fetch.py", line 54, in fetch\n    data = next(x)\n'
-        f'  File "{Path("torchtune_vl/data/_rows.py").resolve()}", line 7, in __iter__\n'
+        f'  File "{Path("torchtune_vl/data/_training_rows.py").resolve()}", line 7, in __iter__\n'
         "    raise ValueError(message)\nValueError: sample 3: too long\n"
     )
     assert sentence_of(raised(ValueError(worker))) == "sample 3: too long\n"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.axis import Axis
 
-from torchtune_vl.training._loss_curve import draw_losses, smoothed
+from torchtune_vl.training._plot_losses import draw_losses, smoothed
 
 LENGTHS = (1, 2, 3, 40, 3000)
 

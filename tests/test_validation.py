@@ -54,8 +54,8 @@ from torchtune_vl.validation._compare_models import (
     continue_behind_media,
 )
 from torchtune_vl.validation._inputs import builtin_inputs
+from torchtune_vl.validation._ours_and_reference import Ours, Reference, attempt
 from torchtune_vl.validation._report import KEPT_EVIDENCE, Case
-from torchtune_vl.validation._sides import Ours, Reference, attempt
 
 ROWS = [
     "vocabulary",

@@ -41,6 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for module in (configs, run, validate, checkpoints):
         module.add_commands(add)
     options = parser.parse_args(arguments)
-    from torchtune_vl.recipes._run_recipe import ended
+    from torchtune_vl.recipes._launch import ended
 
     sys.exit(ended(options.command, partial(options.run, options)))

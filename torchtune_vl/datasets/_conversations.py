@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from torchtune_vl.chat import ChatTransform
-from torchtune_vl.datasets._formats import COLUMNS, MediaDirectory, RecordReader
+from torchtune_vl.datasets._record_formats import COLUMNS, MediaDirectory, RecordReader
 from torchtune_vl.datasets._tables import Records, Table, load_records
 from torchtune_vl.media._errors import naming_sample
 from torchtune_vl.modules import IGNORE_INDEX

@@ -52,7 +52,7 @@ from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import initial_adapters, load_weights_into
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import DoRA, is_adapter
-from torchtune_vl.recipes._run_recipe import run_recipe
+from torchtune_vl.recipes._launch import run_recipe
 from torchtune_vl.training import _fingerprint as fingerprint
 from torchtune_vl.training import _optimizer_state as states
 from torchtune_vl.training import _sharding as sharding

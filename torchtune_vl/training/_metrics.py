@@ -13,7 +13,7 @@ from rich.table import Table
 
 from torchtune_vl.data import Row
 from torchtune_vl.training._flops import FlopCounter, peak_flops
-from torchtune_vl.training._loss_curve import draw_losses
+from torchtune_vl.training._plot_losses import draw_losses
 
 
 class Metrics:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from torchtune_vl.media._errors import shortened
+from torchtune_vl.validation._ours_and_reference import Ours, Reference, Track, failed
 from torchtune_vl.validation._report import Case, Row, TokenPair, empty_rows
-from torchtune_vl.validation._sides import Ours, Reference, Track, failed
 
 
 @dataclass

@@ -12,13 +12,13 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from torchtune_vl.chat import CHAT_TEMPLATE, QwenTokenizer
 from torchtune_vl.chat._processor_files import sizes_of_patches
 from torchtune_vl.validation._compare import Comparison, brief, compare, unreadable
+from torchtune_vl.validation._ours_and_reference import attempt, failed
 from torchtune_vl.validation._report import Case, Row, package_file
-from torchtune_vl.validation._sides import attempt, failed
 
 # What is the same in all published checkpoints, not taken from the code that it serves to check: an
 # added token has its id, and whether skip_special_tokens leaves it out; hashes are of the lines
 # "base64(token) id", and of the merges, one in a line. How large images may be is anyone's choice
-_PUBLISHED: dict[str, Any] = json.loads(package_file("published.json"))
+_PUBLISHED: dict[str, Any] = json.loads(package_file("published_settings.json"))
 _PIXEL_LIMITS, _IMAGE_SETTINGS = _PUBLISHED["pixel_limits"], _PUBLISHED["image_settings"]
 _BOTH = "ours beside transformers"
 

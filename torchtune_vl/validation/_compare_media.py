@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 
 from torchtune_vl.media import CHANNELS, Geometry
 from torchtune_vl.validation._compare import Comparison, compare, unreadable
+from torchtune_vl.validation._ours_and_reference import MEDIA_KEYS, attempt, failed
 from torchtune_vl.validation._report import KEPT_EVIDENCE, Picture
-from torchtune_vl.validation._sides import MEDIA_KEYS, attempt, failed
 
 _Sides = Sequence[Callable[..., Mapping[str, torch.Tensor]]]
 _LONGEST_SIDE = 360

@@ -14,8 +14,8 @@ from torchtune_vl.models import model_from_pretrained
 from torchtune_vl.training._sharding import default_dtype
 from torchtune_vl.validation._compare import Comparison, compare
 from torchtune_vl.validation._inputs import Conversation
+from torchtune_vl.validation._ours_and_reference import MEDIA_KEYS, attempt, failed
 from torchtune_vl.validation._report import Case, number
-from torchtune_vl.validation._sides import MEDIA_KEYS, attempt, failed
 
 # Longer conversations are not run through the models: logits, and eager attention, take gigabytes
 MAX_TOKENS = 1024

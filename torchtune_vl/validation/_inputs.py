@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from torchtune_vl.chat._messages import Medium, Objects, read_conversation, read_tools
-from torchtune_vl.datasets._formats import MediaDirectory, RecordReader
 from torchtune_vl.datasets._json_records import JsonRecords
+from torchtune_vl.datasets._record_formats import MediaDirectory, RecordReader
 from torchtune_vl.media._errors import shortened
 from torchtune_vl.media._sources import path_of_file_url
 from torchtune_vl.validation._report import package_file
@@ -25,7 +25,7 @@ _SUFFIXES = {
 # Texts in many scripts; images that are enlarged, reduced, kept, narrow, no multiple of 28, or have
 # one side more than 200 times the other, which both sides have to refuse; and conversations about
 # them as training reads them
-_BUILTIN = json.loads(package_file("builtin.json"))
+_BUILTIN = json.loads(package_file("builtin_inputs.json"))
 TEXTS: list[str] = [*_BUILTIN["texts"], "a" * 3000 + " " * 300 + "\n" * 50 + "1" * 40]
 
 

@@ -167,7 +167,7 @@ def package_file(name: str) -> str:
 
 def empty_rows() -> dict[str, Row]:
     """Make the rows of a report by their names, in its order, without cases."""
-    return {row["name"]: Row(**row) for row in json.loads(package_file("rows.json"))}
+    return {row["name"]: Row(**row) for row in json.loads(package_file("report_rows.json"))}
 
 
 def print_report(report: Report, console: Console) -> None:

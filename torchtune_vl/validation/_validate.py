@@ -13,8 +13,8 @@ from torchtune_vl.validation._compare import Comparison
 from torchtune_vl.validation._compare_media import compare_images, compare_videos
 from torchtune_vl.validation._compare_models import compare_conversations, compare_models
 from torchtune_vl.validation._inputs import TEXTS, Inputs, builtin_inputs, conversation_of
+from torchtune_vl.validation._ours_and_reference import Ours, Reference, Track
 from torchtune_vl.validation._report import Report
-from torchtune_vl.validation._sides import Ours, Reference, Track
 
 _PACKAGES = ("torchtune-vl", "transformers", "tokenizers", "torch", "torchvision", "Pillow")
 
