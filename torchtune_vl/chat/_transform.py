@@ -4,8 +4,8 @@ import difflib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from torchtune_vl.chat._prompt import (
 )
 from torchtune_vl.chat._tokenizer import QwenTokenizer, check_surrogates
 from torchtune_vl.media import Geometry, ImageTransform, RemoteLimits, VideoTransform
-from torchtune_vl.media._errors import reraise
+from torchtune_vl.media._errors import naming_sample
 from torchtune_vl.media._images import Alpha, Backend
 from torchtune_vl.media._transforms import FPS, MAX_FRAMES, MIN_FRAMES, PatchDtype
 from torchtune_vl.modules.layout import concatenate_patches, mrope_positions, vision_index
@@ -471,12 +471,6 @@ def _each_item(turns: Sequence[Turn[_A]], convert: Callable[[_A], _B]) -> list[T
     return converted
 
 
-@contextmanager
-def _naming(sample: Mapping[str, Any]) -> Iterator[None]:
+def _naming(sample: Mapping[str, Any]) -> AbstractContextManager[None]:
     """Names the sample in errors, which whatever it holds may cause."""
-    try:
-        yield
-    except Exception as error:
-        if "id" not in sample:
-            raise
-        reraise(error, f"sample {sample['id']!r}: ")
+    return naming_sample(sample["id"]) if "id" in sample else nullcontext()

@@ -96,8 +96,8 @@ class HubCheckpointer:
         self._state = self._find_state(recipe_checkpoint) if should_load_recipe_state else None
         if self._state:
             epoch = self._state.parent
-            check_manifest(epoch)
             if (epoch / _ADAPTER).is_dir():
+                check_manifest(epoch)  # elsewhere loading the weights checks what lies beside them
                 self._adapter_dir = epoch / _ADAPTER
             else:
                 self._weights_dir, checkpoint_files = epoch, None
