@@ -99,7 +99,7 @@ def test_lost_levels_are_told_once(tmp_path, mode):
     image.save(path)
     (message,) = warned(path, path.read_bytes(), image)
     assert f"image file '{path}' has levels of more than 8 bits (mode {mode})" in message
-    assert "scale such images to 0 ... 255" in message
+    assert "scale them to 0 ... 255" in message
     assert to_rgb(path).max() == 255
 
 
@@ -115,16 +115,8 @@ def test_lost_frames_are_told_once(tmp_path, file_format):
     options = {"save_all": True, "append_images": frames[1:]}
     path.write_bytes(encoded(file_format, frames[0], **options))
     (message,) = warned(path, path, encoded("GIF", frames[1], **options))
-    assert f"image file '{path}' has 3 frames, of which the first is taken" in message
+    assert f"image file '{path}' has more frames than the first, which is taken" in message
     assert "pass an animation as a video" in message
-
-
-def test_frames_of_long_files_are_not_counted(monkeypatch):
-    pages = [Image.new("L", (9, 9), level) for level in (1, 2)]
-    data = encoded("GIF", pages[0], save_all=True, append_images=pages[1:])
-    monkeypatch.setattr(_images, "_COUNTED_BYTES", len(data) - 1)
-    (message,) = warned(data)
-    assert "has many frames" in message
 
 
 def test_each_kind_is_told():

@@ -73,7 +73,7 @@ def test_text_is_normalized(tokenizer):
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")
 
 
-@pytest.mark.parametrize("run", [" ", "\u3000", "\n", "a", "\u0301\u0328"])
+@pytest.mark.parametrize("run", [" ", "\u3000", "\n", "a"])
 @pytest.mark.parametrize("end", ["", "x"])
 def test_a_million_characters_of_a_kind(tokenizer, run, end):
     text = run * (1_000_000 // len(run)) + end
@@ -195,7 +195,7 @@ def test_special_tokens_without_the_messages_tokens(tiny):
 
 @pytest.mark.parametrize("name", ["", "vocab.json", "tokenizer.json", "qwen.tiktoken"])
 def test_missing_file(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match="is no file; the tokenizer reads"):
+    with pytest.raises(FileNotFoundError, match="is no file; a tokenizer reads"):
         Qwen2_5_VLTokenizer(tmp_path / name)
 
 

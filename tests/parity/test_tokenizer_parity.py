@@ -214,7 +214,7 @@ def test_normalization_of_every_character(tokenizer, reference_tokenizer):
         + "<|im_end|>",
         "a" * 1_000_000,
         "\r\n" * 500_000,
-        "e" + "\u0301\u0328" * 100_000 + "e",
+        "e" + "\u0301\u0328" * 5_000 + "e",
         "\U0001f600\u200d" * 100_000,
         "a b\n \U0001f600é" * 20_000,
     ],

@@ -8,6 +8,8 @@ from itertools import cycle
 from numbers import Real
 from typing import Any
 
+from torchtune_vl.media._patches import Size
+
 # What the sides of the user's image are in each unit; 0: as many pixels as it has
 _UNITS = {"pixels": 0, "0..1": 1, "0..1000": 1000}
 _COORDINATES = {"bbox_2d": 4, "point_2d": 2}
@@ -21,9 +23,7 @@ _GEOMETRY = re.compile(
 )
 
 
-def rescaled(
-    entry: Any, unit: str, original_size: tuple[int, int], extent: tuple[int, int]
-) -> dict[str, Any]:
+def rescaled(entry: Any, unit: str, original_size: Size, extent: Size) -> dict[str, Any]:
     """Take a box or point from the user's image to what the model is to read or write.
 
     ``bbox_2d`` [x1, y1, x2, y2] or ``point_2d`` [x, y] are in a unit of the upright image of
@@ -40,9 +40,8 @@ def rescaled(
             value = _rescaled_numbers(key, value, sides, extent)
         elif is_geometry(key, value) or _has_number(value, bare=False):
             raise ValueError(
-                f"the numbers of {key!r} would stay those of the original image: only bbox_2d and "
-                "point_2d are taken to the resized one, each also as a field of a text; remove it "
-                "or write it so"
+                f"the numbers of {key!r} would stay those of the original image: remove it, or "
+                "write it as bbox_2d or point_2d, each also as a field of a text"
             )
         if value is not None:
             result[key] = value
@@ -51,22 +50,16 @@ def rescaled(
     return result
 
 
-def _rescaled_numbers(
-    key: str, coordinates: Any, sides: tuple[int, int], extent: tuple[int, int]
-) -> list[int]:
+def _rescaled_numbers(key: str, coordinates: Any, sides: Size, extent: Size) -> list[int]:
     if not _is_coordinates(key, coordinates):
         raise ValueError(f"{key} is {coordinates!r}, expected {_COORDINATES[key]} numbers")
     height, width = sides
     scaled = [*zip(coordinates, cycle((width, height)), cycle(extent[::-1]))]
     if not all(0 <= value <= side for value, side, _ in scaled):
-        raise ValueError(
-            f"{key} {list(coordinates)} is outside of the image, whose width is {width} and "
-            f"height {height} in its unit: correct it, clip it or give the right 'unit'"
-        )
+        image = f"the image, whose width is {width} and height {height} in its unit"
+        raise ValueError(f"{key} {[*coordinates]} is outside of {image}: clip it or correct 'unit'")
     if any(first > last for first, last in zip(coordinates, coordinates[2:], strict=False)):
-        raise ValueError(
-            f"{key} {list(coordinates)} is no [x1, y1, x2, y2] with x1 <= x2, y1 <= y2"
-        )
+        raise ValueError(f"{key} {[*coordinates]} is no [x1, y1, x2, y2] with x1 <= x2, y1 <= y2")
     # Half up, not to even: neighbours stay in order
     return [math.floor(value / side * new_side + 0.5) for value, side, new_side in scaled]
 
@@ -98,22 +91,13 @@ def to_json(entries: Sequence[Mapping[str, Any]]) -> str:
     return "```json\n[\n" + ",\n".join(lines) + "\n]\n```"
 
 
-def boxes_in_original(
-    text: str, original_size: tuple[int, int], extent: tuple[int, int]
-) -> list[dict[str, Any]]:
+def boxes_in_original(text: str, original_size: Size, extent: Size) -> list[dict[str, Any]]:
     """Find the boxes and points in a generated text, as float pixels of the user's image.
 
-    The text may have words around its JSON and may end in the middle of an entry, which is then
-    left out.
-
-    Args:
-        text: what the model wrote.
-        original_size: height and width of the user's upright image in pixels.
-        extent: the numbers of the image's lower and right edge in the text, such as pixels of the
-            image that the model saw.
-
-    Returns:
-        Each entry that has ``bbox_2d`` or ``point_2d``.
+    Of the text, which may have words around its JSON and end in the middle of an entry, each whole
+    entry that has ``bbox_2d`` or ``point_2d``. ``original_size`` is height and width of the user's
+    upright image in pixels, and ``extent`` the numbers of its lower and right edge in the text,
+    such as pixels of the image that the model saw.
     """
     height, width = (original / edge for original, edge in zip(original_size, extent, strict=True))
     found = []

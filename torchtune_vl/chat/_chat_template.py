@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from importlib.resources import files
 from typing import Any
 
 import jinja2
@@ -16,41 +17,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torchtune_vl.chat._messages import ROLES
 from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
 
-# The template of the published checkpoints for conversations without tools, a value that they ship
-# (Apache-2.0)
-CHAT_TEMPLATE = (
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
-    "{{ message['content'] }}<|im_end|>\n{% else %}"
-    "{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
-    "{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}"
-    "Picture {{ image_count.value }}: {% endif %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif content['type'] == 'video' or 'video' in content %}"
-    "{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}"
-    "Video {{ video_count.value }}: {% endif %}"
-    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}"
-    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+_FILES = files(__package__)
+# That of the published checkpoints for conversations without tools, as they ship it (Apache-2.0)
+CHAT_TEMPLATE = (_FILES / "chat_template.jinja").read_text(encoding="utf-8")
 # Of conversations without tools, and with: `chat_template` of the published tokenizer_config.json
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
 )
 # What that one has around the schemas of tools
-_TOOLS_HEAD = (
-    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
-)
-_TOOLS_TAIL = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
-    "within <tool_call></tool_call> XML tags:\n<tool_call>\n"
-    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
-)
+_TOOLS = (_FILES / "tools_prompt.txt").read_text(encoding="utf-8").split("{schemas}")
 
 
 def call_text(call: Mapping[str, Any]) -> str:
@@ -62,7 +38,7 @@ def call_text(call: Mapping[str, Any]) -> str:
 def tools_prompt(tools: Sequence[Mapping[str, Any]]) -> str:
     """What stands behind the system prompt when there are tools."""
     schemas = "".join(f"\n{as_json(tool)}" for tool in tools)
-    return f"{_TOOLS_HEAD}{schemas}{_TOOLS_TAIL}" if tools else ""
+    return schemas.join(_TOOLS) if tools else ""
 
 
 def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:

@@ -30,6 +30,7 @@ _SOURCE_KEYS = ("content", "url", "path", "base64")
 _SETTINGS = {"image": ImageTransform._settings, "video": VideoTransform._settings}
 _KINDS: dict[str, Any] = {"list": Sequence, "dict": Mapping, "str": str}
 Item = TypeVar("Item")
+Tools = Sequence[Mapping[str, Any]]  # JSON schemas of functions
 
 
 @runtime_checkable
@@ -92,6 +93,7 @@ class Turn(Generic[Item]):
         return [call.get("function", call) for call in self.given.get("tool_calls", ())]
 
 
+Part = str | Medium | Objects
 # One whose media are encoded and whose boxes are text
 EncodedTurn = Turn[str | EncodedMedium]
 
@@ -101,7 +103,7 @@ def read_conversation(
     images: Sequence[Any] | None = None,
     videos: Sequence[Any] | None = None,
     roles: Collection[str] = ROLES,
-) -> list[Turn[str | Medium | Objects]]:
+) -> list[Turn[Part]]:
     """Read torchtune's messages, or messages in the chat format of transformers and OpenAI.
 
     Keys whose value is None count as absent, and torchtune's role ``ipython`` is ``tool``. Items
@@ -137,7 +139,7 @@ class _Reader:
         self.places: dict[Kind, int] = {"image": 0, "video": 0}
         self.images_so_far = 0
 
-    def turn(self, message: Any) -> Turn[str | Medium | Objects]:
+    def turn(self, message: Any) -> Turn[Part]:
         if not isinstance(message, Mapping) and isinstance(message, Message):
             role = self._role(message.role)
             message = {"role": role, "content": message.content, "masked": message.masked}
@@ -168,7 +170,7 @@ class _Reader:
             raise ValueError(f"its role is {role!r}; known are {known}, and those of a template")
         return role
 
-    def _item(self, item: dict[str, Any]) -> str | Medium | Objects:
+    def _item(self, item: dict[str, Any]) -> Part:
         implied = (kind for kind, keys in _IMPLIED.items() if item.keys() & keys)
         kind = item.get("type") or next(implied, None)
         if kind in ("image", "image_url", "video", "video_url"):
@@ -177,16 +179,13 @@ class _Reader:
             return self._objects(item)
         if kind == "text" and ("text" in item or "content" in item):
             return self._text(item)
-        raise ValueError(
-            f"its type is {kind!r} and its keys are {sorted(item)}; known are 'text' with a str, "
-            "'image', 'video' and 'boxes'"
-        )
+        known = "'text' with a str, 'image', 'video' and 'boxes'"
+        raise ValueError(f"its type is {kind!r} and its keys are {sorted(item)}; known are {known}")
 
     def _medium(self, kind: Kind, item: dict[str, Any]) -> Medium:
         names = [name for name in (kind, f"{kind}_url", *_SOURCE_KEYS) if name in item]
         settings = {key: value for key, value in item.items() if key not in (*names, "type")}
-        unknown = settings.keys() - {*_SETTINGS[kind]}
-        if unknown:
+        if unknown := settings.keys() - {*_SETTINGS[kind]}:
             known = ", ".join(_SETTINGS[kind])
             raise ValueError(f"{kind}s have no setting {sorted(unknown)}; there are {known}")
         if len(names) > 1:
@@ -227,7 +226,7 @@ class _Reader:
         return Objects(entries, item.get("unit", "pixels"), image, text, tuple(fields or ()))
 
 
-def read_tools(tools: Any) -> list[Mapping[str, Any]]:
+def read_tools(tools: Any) -> Tools:
     """Read the function schemas of a sample: a list, which and each of which may be JSON text."""
     tools = _parsed([] if tools is None else tools, "list", "tools")
     return [_parsed(tool, "dict", f"tool {number}") for number, tool in enumerate(tools)]
@@ -283,7 +282,6 @@ def _refuse_unread(values: Mapping[str, Any], known: Collection[str] = ()) -> No
         is_place = is_geometry(key, value) and not isinstance(value, int | float)
         if (is_medium or is_place or _ABOUT_LOSS.search(str(key))) and key not in known:
             raise ValueError(
-                f"its key {key!r} is not understood: media and boxes are items of the content, "
-                "such as {'type': 'image', 'image': ...}, and a message carries loss or not by "
-                "weight, loss or loss_mask of 1 or 0"
+                f"its key {key!r} is not understood: media and boxes are items of the content, as "
+                "{'type': 'image', 'image': ...}; weight, loss or loss_mask is 1 or 0 for the loss"
             )

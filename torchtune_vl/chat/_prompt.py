@@ -3,18 +3,20 @@
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import groupby, repeat
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 from torchtune_vl.chat import _chat_template as template
-from torchtune_vl.chat._messages import ROLES, EncodedMedium, EncodedTurn, Turn
+from torchtune_vl.chat._messages import ROLES, EncodedMedium, EncodedTurn, Tools, Turn
 from torchtune_vl.chat._tokenizer import QwenTokenizer
 from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
 
 Special = Literal["content", "all"]
 Truncation = Literal["right", "left", "turns"]
+_Turns = Sequence[EncodedTurn]
 # A text, token or medium, and whether the loss is taken of it
 _Piece = tuple[str | int | EncodedMedium, bool]
 
@@ -59,9 +61,7 @@ class PromptBuilder:
         self.roles = template.known_roles(self.chat_template)
         (self._line_break,) = self.tokenizer.encode("\n", add_eos=False)
 
-    def build(
-        self, turns: Sequence[EncodedTurn], tools: Sequence[Mapping[str, Any]], inference: bool
-    ) -> Prompt:
+    def build(self, turns: _Turns, tools: Tools, inference: bool) -> Prompt:
         """Apply the chat template to turns, with JSON schemas of functions.
 
         ``inference`` ends it with the prompt for an answer. ``ValueError`` if it cannot be applied.
@@ -84,12 +84,7 @@ class PromptBuilder:
         return self._tokenize(self._published([turn], numbers_media=False))
 
     def truncate(
-        self,
-        whole: Prompt,
-        limit: int,
-        truncation: Truncation,
-        turns: Sequence[EncodedTurn],
-        tools: Sequence[Mapping[str, Any]],
+        self, whole: Prompt, limit: int, by: Truncation, turns: _Turns, tools: Tools
     ) -> Prompt:
         """Cut the prompt of turns that is longer than a limit, never in a medium.
 
@@ -97,13 +92,13 @@ class PromptBuilder:
         follows it, but never the system's and never the last, which alone may still be too long.
         """
         length = len(whole.tokens)
-        if truncation != "turns":
-            cut = limit if truncation == "right" else length - limit
+        if by != "turns":
+            cut = limit if by == "right" else length - limit
             for start, medium in whole.media.items():
                 stop = start + medium.num_tokens + 2
                 if start < cut < stop:
-                    cut = start if truncation == "right" else stop
-            return whole.part(0, cut) if truncation == "right" else whole.part(cut, length)
+                    cut = start if by == "right" else stop
+            return whole.part(0, cut) if by == "right" else whole.part(cut, length)
         first = int(turns[0].role == "system")
         starts = [i for i, t in enumerate(turns) if t.role == "user" and i > first] or [first]
 
@@ -114,20 +109,17 @@ class PromptBuilder:
         counts = range(len(starts) - 1)
         return after(bisect_left(counts, True, key=lambda count: len(after(count).tokens) <= limit))
 
-    def _published(self, turns: Sequence[EncodedTurn], numbers_media: bool) -> Iterator[_Piece]:
+    def _published(self, turns: _Turns, numbers_media: bool) -> Iterator[_Piece]:
         """What the published templates give of turns."""
         counts = dict.fromkeys(_NAMES, 0)
         roles = [turn.role for turn in turns]
         for turn, before, behind in zip(turns, [None, *roles], [*roles[1:], None], strict=False):
             is_tool = turn.role == "tool"
             is_trained = turn.role == "assistant" and not turn.masked
-            if is_tool and before == "tool":
-                yield "\n", False
-            else:
+            if not (is_tool and before == "tool"):
                 yield self.tokenizer.im_start_id, False
-                yield f"{'user' if is_tool else turn.role}\n", False
-            if is_tool:
-                yield "<tool_response>\n", False
+                yield "user" if is_tool else turn.role, False
+            yield "\n<tool_response>\n" if is_tool else "\n", False
             for part in turn.content:
                 if numbers_media and isinstance(part, EncodedMedium):
                     counts[part.kind] += 1
@@ -142,9 +134,7 @@ class PromptBuilder:
                 yield self.tokenizer.im_end_id, is_trained
                 yield self._line_break, False
 
-    def _rendered(
-        self, turns: Sequence[EncodedTurn], tools: Sequence[Mapping[str, Any]], inference: bool
-    ) -> Iterator[_Piece]:
+    def _rendered(self, turns: _Turns, tools: Tools, inference: bool) -> Iterator[_Piece]:
         """What a template of the user's gives."""
         text = template.render(
             self.chat_template or "",
@@ -174,10 +164,8 @@ class PromptBuilder:
         wanted = {**_PLACES, "<|image_pad|>": None, "<|video_pad|>": None}
         places = [wanted[piece] for piece in pieces if piece in wanted]
         if places != [medium.kind for medium in media]:
-            raise ValueError(
-                "the chat template's places are not those of the media: for each of them, in their "
-                f"order, it has to write {' or '.join(_PLACES)}"
-            )
+            needed = f"for each of them, in their order, it has to write {' or '.join(_PLACES)}"
+            raise ValueError(f"the chat template's places are not those of the media: {needed}")
         remaining = iter(media)
         masked_answers = iter(without_loss) if any(without_loss) else repeat(False)
         is_trained = False
@@ -193,37 +181,34 @@ class PromptBuilder:
 
     def _tokenize(self, pieces: Iterable[_Piece]) -> Prompt:
         t, prompt = self.tokenizer, Prompt([], [], {})
-        texts: list[tuple[str, bool]] = []
-        for part, is_trained in pieces:
-            if isinstance(part, str):
-                before = texts.pop()[0] if texts and texts[-1][1] == is_trained else ""
-                texts.append((before + part, is_trained))
+        for is_text, neighbours in groupby(pieces, lambda piece: isinstance(piece[0], str)):
+            if is_text:
+                self._append_texts(prompt, neighbours)
                 continue
-            if texts:
-                self._append_texts(prompt, texts)
-                texts = []
-            if isinstance(part, int):
-                prompt.tokens.append(part)
-                prompt.mask.append(not is_trained)
-            else:
-                prompt.media[len(prompt.tokens)] = part
-                pad = t.special_tokens[f"<|{part.kind}_pad|>"]
-                prompt.tokens.extend([t.vision_start_id, *[pad] * part.num_tokens, t.vision_end_id])
-                prompt.mask.extend([True] * (part.num_tokens + 2))
-        if texts:
-            self._append_texts(prompt, texts)
+            for part, is_trained in neighbours:
+                if isinstance(part, EncodedMedium):
+                    prompt.media[len(prompt.tokens)] = part
+                    pads = [t.special_tokens[f"<|{part.kind}_pad|>"]] * part.num_tokens
+                    prompt.tokens.extend([t.vision_start_id, *pads, t.vision_end_id])
+                    prompt.mask.extend([True] * (part.num_tokens + 2))
+                elif isinstance(part, int):
+                    prompt.tokens.append(part)
+                    prompt.mask.append(not is_trained)
         return prompt
 
-    def _append_texts(self, prompt: Prompt, texts: Sequence[tuple[str, bool]]) -> None:
+    def _append_texts(self, prompt: Prompt, pieces: Iterable[tuple[Any, bool]]) -> None:
         """Append texts as one, since BPE merges across their seams.
 
         A token across a seam is trained if one of its sides is: an answer that begins with line
         breaks shares one with its header.
         """
-        ids = self._encode("".join(text for text, _ in texts))
-        trained = [is_trained for _, is_trained in texts]
+        texts, trained = [], []
+        for is_trained, group in groupby(pieces, itemgetter(1)):
+            texts.append("".join(text for text, _ in group))
+            trained.append(is_trained)
+        ids = self._encode("".join(texts))
         before, starts = "", [0]  # of the texts, in bytes
-        for text, _ in texts[:-1]:
+        for text in texts[:-1]:
             before += text
             is_ascii = before.isascii()
             starts.append(len(before) if is_ascii else self._num_bytes(self._encode(before)))
@@ -265,10 +250,8 @@ def difference(whole: Prompt, part: Prompt) -> dict[str, int]:
 def _as_dict(turn: EncodedTurn) -> dict[str, Any]:
     """A turn as transformers' templates expect it."""
     content: Any = [
-        {"type": part.kind, part.kind: ""}
-        if isinstance(part, EncodedMedium)
-        else {"type": "text", "text": part}
-        for part in turn.content
+        {"type": "text", "text": p} if isinstance(p, str) else {"type": p.kind, p.kind: ""}
+        for p in turn.content
     ]
     if len(content) == 1 and content[0]["type"] == "text":
         content = content[0]["text"]

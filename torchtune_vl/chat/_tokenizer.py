@@ -3,35 +3,24 @@
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from itertools import chain, groupby
 from pathlib import Path
 
 import tiktoken
-import torch
+from torch import Tensor
 
 from torchtune_vl.chat import _vocabulary as vocabulary
 
-# The `tokenizers` library normalizes by the tables of Unicode 9. These are the characters since
-# then that combine, compose or decompose: to it they are letters like any other, which no mark
-# passes and which stay as they are.
+# The `tokenizers` library normalizes by the tables of Unicode 9. In these ranges are the characters
+# since then that combine, compose or decompose, and others that never do: to it all of them are
+# letters like any other, which no mark passes and which stay as they are.
 _NEWER_THAN_UNICODE_9 = re.compile(
-    "([\u05c8\u05c9\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715"
-    "\u1abf-\u1af0\u1df6-\u1dfa\ua82c\U000105c9\U000105d2\U000105da\U000105e4"
-    "\U00010d24-\U00010d27\U00010d69-\U00010d6d\U00010eab\U00010eac\U00010ecb-\U00010ecf"
-    "\U00010ef0-\U00010efb\U00010efd-\U00010eff\U00010f46-\U00010f50\U00010f82-\U00010f85"
-    "\U00011070\U0001133b\U00011382-\U00011385\U0001138b\U0001138e\U00011390\U00011391"
-    "\U000113b8\U000113bb\U000113c2\U000113c5\U000113c7-\U000113c9\U000113ce-\U000113d0"
-    "\U0001145e\U00011839\U0001183a\U00011930\U00011935\U00011938\U0001193d\U0001193e"
-    "\U00011943\U000119e0\U00011a34\U00011a47\U00011a99\U00011d42\U00011d44\U00011d45"
-    "\U00011d97\U00011f41\U00011f42\U0001611e-\U00016129\U0001612f\U00016d63"
-    "\U00016d67-\U00016d6a\U00016ff0\U00016ff1\U0001d127\U0001d128\U0001d250-\U0001d252"
-    "\U0001d25b\U0001d25c\U0001d25f\U0001d280\U0001d281\U0001e08f\U0001e130-\U0001e136"
-    "\U0001e2ae\U0001e2ec-\U0001e2ef\U0001e4ec-\U0001e4ef\U0001e5ee\U0001e5ef\U0001e6e3"
-    "\U0001e6e6\U0001e6ee\U0001e6ef\U0001e6f5])"
+    "([\u05c8\u05c9\u07fd\u0897-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1af0"
+    "\u1df6-\u1dfa\ua82c\U000105c9-\U000105e4\U00010d24-\U00010d6d\U00010eab-\U00010f85"
+    "\U00011070\U0001133b\U00011382-\U000113d0\U0001145e\U00011839-\U00011a99"
+    "\U00011d42-\U00011d97\U00011f41\U00011f42\U0001611e-\U0001612f\U00016d63-\U00016d6a"
+    "\U00016ff0\U00016ff1\U0001d127\U0001d128\U0001d250-\U0001d281\U0001e08f-\U0001e136"
+    "\U0001e2ae-\U0001e2ef\U0001e4ec-\U0001e6f5])"
 )
-
-# Whatever combines is neither a word character nor a space to Python.
-_MANY_MARKS = re.compile(r"[^\w\s]{100,}")
 
 # From 999,999 blanks on, the backtracking of `\s+(?!\S)` makes tiktoken panic. It makes one piece
 # of such a run, without its last blank if more text follows; before a line break, where they are
@@ -59,10 +48,8 @@ class QwenTokenizer:
         max_seq_len: longest sample, for the transforms that use this tokenizer; ``encode`` does
             not truncate.
 
-    Raises:
-        FileNotFoundError: if a file does not exist.
-        ValueError: if a file is damaged or holds another kind of tokenizer, or if
-            ``special_tokens`` does not fit the vocabulary.
+    ``FileNotFoundError`` if a file does not exist, and ``ValueError`` if it is damaged, holds
+    another kind of tokenizer, or does not fit ``special_tokens``.
     """
 
     def __init__(
@@ -115,9 +102,7 @@ class QwenTokenizer:
         """The bytes of each known token, UTF-8 of parts of characters too."""
         return [self._encoding.decode_single_token_bytes(i) for i in ids]
 
-    def decode(
-        self, token_ids: Sequence[int] | torch.Tensor, skip_special_tokens: bool = False
-    ) -> str:
+    def decode(self, token_ids: Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
         """Decode ids to the text of transformers' ``Qwen2Tokenizer.decode``.
 
         Bytes that are not valid UTF-8 become U+FFFD, and ids without a token, such as those that
@@ -125,7 +110,7 @@ class QwenTokenizer:
         that are flagged as special; ``<tool_call>`` and the code tokens are not. ``ValueError`` if
         an id is negative.
         """
-        ids = token_ids.tolist() if isinstance(token_ids, torch.Tensor) else token_ids
+        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
         if min(ids, default=0) < 0:
             raise ValueError(f"token ids hold {min(ids)}: take ignored labels out before decoding")
         skipped = self.special_tokens.keys() - self._plain if skip_special_tokens else ()
@@ -153,30 +138,17 @@ def check_surrogates(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"text has a lone surrogate ({text[error.start]!r}) at position {error.start}: it was "
-            "decoded wrongly; decode its bytes with errors='replace'"
-        ) from error
+        found = f"a lone surrogate ({text[error.start]!r}) at position {error.start}"
+        raise ValueError(f"text has {found}: decode its bytes with errors='replace'") from error
 
 
 def _nfc(text: str) -> str:
-    """NFC as the ``tokenizers`` library has it, in less than quadratic time."""
+    """NFC as the ``tokenizers`` library has it."""
     # What newer tables call normalized, Unicode 9's do too; the reverse does not hold.
     if unicodedata.is_normalized("NFC", text):
         return text
     pieces = _NEWER_THAN_UNICODE_9.split(text)
-    ordered = (_MANY_MARKS.sub(_order_marks, piece) for piece in pieces)
-    return "".join(unicodedata.normalize("NFC", piece) for piece in ordered)
-
-
-def _order_marks(run: re.Match[str]) -> str:
-    """Put marks in canonical order: unicodedata's own sort takes quadratic time."""
-    decomposed = chain.from_iterable(unicodedata.normalize("NFD", c) for c in run[0])
-    runs = groupby(decomposed, key=lambda c: unicodedata.combining(c) > 0)
-    return "".join(
-        "".join(sorted(marks, key=unicodedata.combining) if combines else marks)
-        for combines, marks in runs
-    )
+    return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

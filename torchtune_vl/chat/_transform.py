@@ -9,34 +9,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
+from torchtune_vl.chat import _messages as chat
 from torchtune_vl.chat import _processor_files as files
+from torchtune_vl.chat import _prompt as prompting
 from torchtune_vl.chat._boxes import rescaled, to_json
 from torchtune_vl.chat._chat_template import CHAT_TEMPLATE
-from torchtune_vl.chat._messages import (
-    EncodedMedium,
-    EncodedTurn,
-    Medium,
-    Message,
-    Objects,
-    Turn,
-    read_conversation,
-    read_tools,
-)
-from torchtune_vl.chat._prompt import (
-    Prompt,
-    PromptBuilder,
-    Special,
-    Truncation,
-    difference,
-    remedy,
-)
 from torchtune_vl.chat._tokenizer import QwenTokenizer, check_surrogates
 from torchtune_vl.media import Geometry, ImageTransform, RemoteLimits, VideoTransform
-from torchtune_vl.media._errors import naming_sample
+from torchtune_vl.media._errors import check_choice, naming_sample
 from torchtune_vl.media._images import Alpha, Backend
 from torchtune_vl.media._transforms import FPS, MAX_FRAMES, MIN_FRAMES, PatchDtype
 from torchtune_vl.modules.layout import concatenate_patches, mrope_positions, vision_index
@@ -47,6 +31,8 @@ _NO_LOSS = (
     "tool calls (and not of weight 0), or remove the sample"
 )
 _NO_MEDIA = torch.empty(0, 3, dtype=torch.int64)
+AnyMessage = chat.Message | Mapping[str, Any]
+_EncodedPart = str | chat.EncodedMedium | chat.Objects
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 _log = logging.getLogger(__name__)
@@ -82,8 +68,7 @@ class ChatTransform(QwenTokenizer):
         tokens_per_second: temporal positions per second of video; None: one for each step of its
             grid. The family's by default.
 
-    Raises:
-        ValueError: if a file is not a vocabulary of Qwen's, or a setting makes no sense.
+    ``ValueError`` if a file is not a vocabulary of Qwen's, or a setting makes no sense.
     """
 
     geometry: ClassVar[Geometry]
@@ -96,9 +81,9 @@ class ChatTransform(QwenTokenizer):
         merges_file: str | Path | None = None,
         *,
         max_seq_len: int | None = None,
-        truncation: Truncation = "right",
+        truncation: prompting.Truncation = "right",
         train_on: Turns = "all",
-        parse_special: Special = "content",
+        parse_special: prompting.Special = "content",
         add_vision_id: bool = False,
         chat_template: str | None = None,
         chat_template_file: str | Path | None = None,
@@ -118,15 +103,11 @@ class ChatTransform(QwenTokenizer):
         image_std: Sequence[float] | None = None,
         tokens_per_second: int | None = None,
     ) -> None:
-        for name, value, known in (
-            ("truncation", truncation, get_args(Truncation)),
-            ("train_on", train_on, get_args(Turns)),
-            ("parse_special", parse_special, get_args(Special)),
-            ("add_vision_id", add_vision_id, (True, False)),
-            ("allow_remote", allow_remote, (True, False)),
-        ):
-            if not isinstance(value, type(known[0])) or value not in known:
-                raise ValueError(f"{name} is {value!r}: make it one of {known}")
+        check_choice("truncation", truncation, prompting.Truncation)
+        check_choice("train_on", train_on, Turns)
+        check_choice("parse_special", parse_special, prompting.Special)
+        check_choice("add_vision_id", add_vision_id, Literal[True, False])
+        check_choice("allow_remote", allow_remote, Literal[True, False])
         numbers = {"max_seq_len": max_seq_len, "tokens_per_second": tokens_per_second}
         for name, number in numbers.items():
             if number is not None and (type(number) is not int or number < 1):
@@ -135,13 +116,10 @@ class ChatTransform(QwenTokenizer):
             chat_template, numbers_media = files.read_chat_template(chat_template_file)
             add_vision_id |= numbers_media
         super().__init__(path, merges_file, max_seq_len=max_seq_len)
-        self.prompts = PromptBuilder(self, parse_special, add_vision_id, chat_template)
-        shared: dict[str, Any] = {
-            "image_mean": image_mean,
-            "image_std": image_std,
-            "patch_dtype": patch_dtype,
-            "remote": RemoteLimits() if allow_remote else None,
-        }
+        self.prompts = prompting.PromptBuilder(self, parse_special, add_vision_id, chat_template)
+        remote = RemoteLimits() if allow_remote else None
+        shared: dict[str, Any] = {"patch_dtype": patch_dtype, "remote": remote}
+        shared |= {"image_mean": image_mean, "image_std": image_std}
         limits: dict[str, Any] = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self.image_transform = ImageTransform(
             self.geometry, backend=image_backend, alpha=alpha, **limits, **shared
@@ -166,13 +144,9 @@ class ChatTransform(QwenTokenizer):
     def from_pretrained(cls, checkpoint_dir: str | Path, **settings: Any) -> "ChatTransform":
         """Read vocabulary, chat template and settings from the files of a checkpoint directory.
 
-        Args:
-            checkpoint_dir: the directory.
-            **settings: those of the class, which go before the directory's. None counts as absent.
-
-        Raises:
-            ValueError: if a file is missing, asks for what the transform does not do, or a setting
-                is unknown.
+        ``settings`` are those of the class and go before the directory's; None counts as absent.
+        ``ValueError`` if a file is missing, asks for what the transform does not do, or a setting
+        is unknown.
         """
         directory = Path(checkpoint_dir)
         if not directory.is_dir():
@@ -204,11 +178,10 @@ class ChatTransform(QwenTokenizer):
     def processor_files(self) -> dict[str, str]:
         """Write the settings down as transformers and servers read them, text by name of file.
 
-        With these files in a checkpoint's directory, transformers' ``AutoProcessor`` gives what
-        this transform gives: ids, grids and pixels of the same images and frames (with
-        ``do_sample_frames`` as many frames of a file, chosen by another rule), and
-        :meth:`from_pretrained` a transform of the same settings. ``max_seq_len``, ``truncation``,
-        ``alpha`` and ``backend`` of images have no place in them.
+        With these in a checkpoint's directory, transformers' ``AutoProcessor`` gives the same ids,
+        grids and pixels of the same images and frames (with ``do_sample_frames`` as many frames of
+        a file, chosen by another rule), and :meth:`from_pretrained` a transform of the same
+        settings, but for ``max_seq_len``, ``truncation``, ``alpha`` and ``backend`` of images.
         """
         written = files.processor_files(
             self.image_transform, self.video_transform, self.chat_template, self.processors
@@ -218,22 +191,20 @@ class ChatTransform(QwenTokenizer):
             written["chat_template.jinja"] = self.chat_template
         return written
 
-    def tokenize_message(
-        self, message: Message | Mapping[str, Any], **kwargs: Any
-    ) -> tuple[list[int], list[bool]]:
+    def tokenize_message(self, message: AnyMessage, **kwargs: Any) -> tuple[list[int], list[bool]]:
         """Tokenize one message as :meth:`tokenize_messages` does, without a system prompt."""
-        (turn,) = self._encoded(read_conversation([message]))
+        (turn,) = self._encoded(chat.read_conversation([message]))
         prompt = self.prompts.of_message(turn)
         return prompt.tokens, prompt.mask
 
     def tokenize_messages(
-        self, messages: Sequence[Message | Mapping[str, Any]], **kwargs: Any
+        self, messages: Sequence[AnyMessage], **kwargs: Any
     ) -> tuple[list[int], list[bool]]:
         """Tokenize ``messages`` of :meth:`__call__` to ids and, for each, whether it has no loss.
 
         They are not cut. ``kwargs`` are ignored: recipes pass those of other tokenizers.
         """
-        turns = self._encoded(read_conversation(messages, roles=self.prompts.roles))
+        turns = self._encoded(chat.read_conversation(messages, roles=self.prompts.roles))
         prompt = self.prompts.build(turns, [], inference=False)
         return prompt.tokens, prompt.mask
 
@@ -273,21 +244,18 @@ class ChatTransform(QwenTokenizer):
         """
         with _naming(sample):
             whole, prompt = self._prompts_of(sample, inference)
-            media = prompt.media.values()
+            tokens, mask, media = prompt.tokens, prompt.mask, prompt.media.values()
             grid_thw = torch.cat([medium.grid_thw for medium in media]) if media else _NO_MEDIA
             seconds = [medium.seconds_per_step for medium in media]
-            transformed: dict[str, Any] = {
-                "tokens": prompt.tokens,
-                "mask": prompt.mask,
-                "input_pos": self.positions(prompt.tokens, grid_thw, seconds),
-            }
+            positions = self.positions(tokens, grid_thw, seconds)
+            transformed: dict[str, Any] = {"tokens": tokens, "mask": mask, "input_pos": positions}
             if media:
                 patches = concatenate_patches([medium.patches for medium in media])
                 index = vision_index(grid_thw, self.geometry)
                 vision = {"patches": patches, "grid_thw": grid_thw, **index}
                 transformed["encoder_input"] = {"vision": vision}
             if prompt is not whole:
-                transformed["truncated"] = difference(whole, prompt)
+                transformed["truncated"] = prompting.difference(whole, prompt)
                 self._tell_cut(transformed["truncated"])
             return transformed
 
@@ -311,7 +279,7 @@ class ChatTransform(QwenTokenizer):
                 self.check_supervised(prompt.tokens, prompt.mask)
         patches = sum(len(medium.patches) for medium in prompt.media.values())
         size = len(prompt.tokens), patches, prompt.mask[1:].count(False)
-        return size, None if prompt is whole else difference(whole, prompt)
+        return size, None if prompt is whole else prompting.difference(whole, prompt)
 
     def check_supervised(
         self, tokens: Sequence[int], mask: Sequence[bool], problem: str = _NO_LOSS
@@ -333,24 +301,20 @@ class ChatTransform(QwenTokenizer):
         ``seconds_per_step`` between steps of each, None for an image. ``ValueError`` if they do
         not fit the placeholders.
         """
-        rate = self.tokens_per_second
-        return mrope_positions(
-            tokens,
-            grid_thw,
-            [1.0 if s is None or rate is None else rate * s for s in seconds_per_step],
-            placeholder_ids=(self.image_pad_id, self.video_pad_id),
-            merge_size=self.geometry.merge_size,
-        )
+        rate, size = self.tokens_per_second, self.geometry.merge_size
+        steps = [1.0 if s is None or rate is None else rate * s for s in seconds_per_step]
+        pads = self.image_pad_id, self.video_pad_id
+        return mrope_positions(tokens, grid_thw, steps, placeholder_ids=pads, merge_size=size)
 
     def _prompts_of(
         self, sample: Mapping[str, Any], inference: bool, measuring: bool = False
-    ) -> tuple[Prompt, Prompt]:
+    ) -> tuple[prompting.Prompt, prompting.Prompt]:
         """The whole prompt of a sample, and what is left of it within ``max_seq_len``."""
         if "messages" not in sample:
             raise ValueError(f"it has no 'messages', but {sorted(map(str, sample))}")
         media = sample.get("images"), sample.get("videos")
-        turns = read_conversation(sample["messages"], *media, self.prompts.roles)
-        tools = read_tools(sample.get("tools"))
+        turns = chat.read_conversation(sample["messages"], *media, self.prompts.roles)
+        tools = chat.read_tools(sample.get("tools"))
         last = turns[-1]
         if inference and last.role == "assistant" and not last.tool_calls and not any(last.content):
             turns = turns[:-1]
@@ -361,19 +325,16 @@ class ChatTransform(QwenTokenizer):
         limit, length = self.max_seq_len, len(whole.tokens)
         if limit is None or length <= limit:
             return whole, whole
-        help_ = remedy(whole, limit)
+        help_ = prompting.remedy(whole, limit)
         if inference:
             raise ValueError(f"the prompt has {length} tokens: {help_}")
         prompt = self.prompts.truncate(whole, limit, self.truncation, encoded, tools)
         left = len(prompt.tokens)
         if left > limit:
             raise ValueError(f"the sample has {length} tokens, its last turn alone {left}: {help_}")
-        self.check_supervised(
-            prompt.tokens,
-            prompt.mask,
-            f"the sample has {length} tokens, and none that carries loss would be left of it: "
-            f"{help_}, or choose another truncation (now {self.truncation!r})",
-        )
+        problem = f"the sample has {length} tokens, and none that carries loss would be left of it"
+        help_ += f", or choose another truncation (now {self.truncation!r})"
+        self.check_supervised(prompt.tokens, prompt.mask, f"{problem}: {help_}")
         return whole, prompt
 
     def _tell_cut(self, cut: Mapping[str, int]) -> None:
@@ -387,12 +348,12 @@ class ChatTransform(QwenTokenizer):
             )
 
     def _encoded(
-        self, turns: Sequence[Turn[str | Medium | Objects]], measuring: bool = False
-    ) -> list[EncodedTurn]:
+        self, turns: Sequence[chat.Turn[chat.Part]], measuring: bool = False
+    ) -> list[chat.EncodedTurn]:
         """Encode media, and write boxes in the pixels of the images that they belong to."""
         encoded = _each_item(turns, partial(self._encode_item, measuring=measuring))
         parts = [part for turn in encoded for part in turn.content]
-        images = [p for p in parts if isinstance(p, EncodedMedium) and p.kind == "image"]
+        images = [p for p in parts if isinstance(p, chat.EncodedMedium) and p.kind == "image"]
         # Boxes may be of an image that comes later
         written = _each_item(encoded, partial(self._write_item, images=images))
         if self.train_on == "last":
@@ -400,17 +361,14 @@ class ChatTransform(QwenTokenizer):
             return [t if i == last else replace(t, masked=True) for i, t in enumerate(written)]
         return written
 
-    def _encode_item(
-        self, item: str | Medium | Objects, measuring: bool
-    ) -> str | EncodedMedium | Objects:
+    def _encode_item(self, item: chat.Part, measuring: bool) -> _EncodedPart:
         if isinstance(item, str):
             check_surrogates(item)
             if self.parse_special == "all" and ("<|image_pad|>" in item or "<|video_pad|>" in item):
                 raise ValueError(
-                    "its text has a placeholder <|image_pad|> or <|video_pad|> without an image or "
-                    "video: give media as items of the message's content"
+                    "its text has a placeholder <|image_pad|> or <|video_pad|>: give media as items"
                 )
-        if not isinstance(item, Medium):
+        if not isinstance(item, chat.Medium):
             return item
         kind = item.kind
         transform = self.image_transform if kind == "image" else self.video_transform
@@ -419,18 +377,16 @@ class ChatTransform(QwenTokenizer):
         pixels = made["pixel_values" if kind == "image" else "pixel_values_videos"]
         grid_thw, num_tokens = made[f"{kind}_grid_thw"], made[f"num_{kind}_tokens"]
         seconds, size = made.get("seconds_per_step"), made.get("original_size", (0, 0))
-        return EncodedMedium(kind, pixels, grid_thw, num_tokens, seconds, size)
+        return chat.EncodedMedium(kind, pixels, grid_thw, num_tokens, seconds, size)
 
     def _write_item(
-        self, item: str | EncodedMedium | Objects, images: Sequence[EncodedMedium]
-    ) -> str | EncodedMedium:
-        if not isinstance(item, Objects):
+        self, item: _EncodedPart, images: Sequence[chat.EncodedMedium]
+    ) -> str | chat.EncodedMedium:
+        if not isinstance(item, chat.Objects):
             return item
         if not isinstance(item.image, int) or not 0 <= item.image < len(images):
-            raise ValueError(
-                f"its boxes are of image {item.image!r} (from 0), but the conversation has "
-                f"{len(images)} images: put them behind their image, or name it by 'image'"
-            )
+            found = f"image {item.image!r} (from 0), but the conversation has {len(images)} images"
+            raise ValueError(f"its boxes are of {found}: put them behind it, or name it by 'image'")
         image = images[item.image]
         ((_, *sides),) = image.grid_thw.tolist()
         extent = self.box_extent(*(side * self.geometry.patch_size for side in sides))
@@ -456,18 +412,17 @@ class ChatTransform(QwenTokenizer):
         return str(coordinates)
 
 
-def _each_item(turns: Sequence[Turn[_A]], convert: Callable[[_A], _B]) -> list[Turn[_B]]:
+def _each_item(turns: Sequence[chat.Turn[_A]], convert: Callable[[_A], _B]) -> list[chat.Turn[_B]]:
     """The turns with each item converted, which errors name."""
     converted = []
-    for number, turn in enumerate(turns):
+    for n, turn in enumerate(turns):
         content = []
-        for index, item in enumerate(turn.content):
+        for i, item in enumerate(turn.content):
             try:
                 content.append(convert(item))
             except ValueError as error:
-                place = f"{number} ({turn.role}): item {index}"
-                raise ValueError(f"message {place}: {error}") from error
-        converted.append(Turn(turn.role, content, turn.masked, turn.given))
+                raise ValueError(f"message {n} ({turn.role}): item {i}: {error}") from error
+        converted.append(chat.Turn(turn.role, content, turn.masked, turn.given))
     return converted
 
 

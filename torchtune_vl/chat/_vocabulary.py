@@ -89,10 +89,8 @@ def read_vocabulary(
         if sorted(tokens[:_NUM_BYTES]) != [bytes([i]) for i in range(_NUM_BYTES)]:
             raise ValueError("the first 256 ids are not the 256 bytes")
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise FileNotFoundError(
-            f"{error.filename} is no file; the tokenizer reads vocab.json and merges.txt, "
-            "tokenizer.json, or a .tiktoken file of a published checkpoint"
-        ) from error
+        what = "vocab.json and merges.txt, tokenizer.json, or a published .tiktoken file"
+        raise FileNotFoundError(f"{error.filename} is no file; a tokenizer reads {what}") from error
     except ValueError as error:
         files = path if merges_file is None else f"{path} and {merges_file}"
         reason = str(error).removeprefix(f"{path}: ")
@@ -100,10 +98,9 @@ def read_vocabulary(
     added = dict(added if special_tokens is None else special_tokens)
     first = min(added.values(), default=None)
     if first != len(tokens):
-        raise ValueError(
-            f"{path} holds {len(tokens):,} tokens, but the first special token has the id {first}: "
-            "the file is cut off, or special_tokens is another model's"
-        )
+        reason = "the file is cut off, or special_tokens is another model's"
+        found = f"{len(tokens):,} tokens, but the first special token has the id {first}"
+        raise ValueError(f"{path} holds {found}: {reason}")
     counts = Counter(added.values())
     wrong = [name for name, token_id in added.items() if not name or counts[token_id] > 1]
     if wrong:

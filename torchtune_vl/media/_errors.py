@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, get_args
 
 _LONGEST = 1000
+_Kinds = type[Exception] | tuple[type[Exception], ...]
 
 
 def shortened(text: str) -> str:
@@ -14,32 +15,31 @@ def shortened(text: str) -> str:
     return f"{text[: _LONGEST * 3 // 4]} [...] {text[-_LONGEST // 4 :]}"
 
 
-def reraise(error: Exception, before: str = "", behind: str = "") -> NoReturn:
-    """Raise ``ValueError`` for all that a sample can cause, with more text around its message.
-
-    The kind of an error that is no ``ValueError`` is told. The error is the cause, if that does
-    not quote too much.
-    """
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    text = f"{before}{kind}{error}"
-    cause = error if len(text) <= _LONGEST else None
-    raise ValueError(shortened(text) + behind) from cause
-
-
 @contextmanager
 def naming_sample(name: Any, place: str = "") -> Iterator[None]:
-    """Name a sample, and its place, in errors, which whatever a record holds may cause."""
+    """Raise ``ValueError`` for whatever a record causes, with the sample's name and its place.
+
+    The error is the cause, if that does not quote too much.
+    """
     try:
         yield
     except Exception as error:
-        is_named = isinstance(error, ValueError) and str(error).startswith("sample ")
-        reraise(error, "" if is_named else f"sample {name!r}: ", f" ({place})" if place else "")
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        if not text.startswith("sample "):
+            text = f"sample {name!r}: {text}"
+        cause = error if len(text) <= _LONGEST else None
+        raise ValueError(shortened(text) + (f" ({place})" if place else "")) from cause
+
+
+def check_choice(name: str, value: Any, kind: Any) -> None:
+    """Raise ``ValueError`` if a setting has none of a ``Literal``'s values."""
+    choices = get_args(kind)
+    if not isinstance(value, type(choices[0])) or value not in choices:
+        raise ValueError(f"{name} is {value!r}: make it one of {choices}")
 
 
 @contextmanager
-def refusing(
-    problem: str, remedy: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception
-) -> Iterator[None]:
+def refusing(problem: str, remedy: str, kinds: _Kinds = Exception) -> Iterator[None]:
     """Raise ``ValueError`` with the problem, the reason and the remedy for errors of some kinds."""
     try:
         yield

@@ -29,11 +29,8 @@ _PLAIN_SEGMENTS = (b"\xff\xc4", b"\xff\xdb", b"\xff\xdd", b"\xff\xfe", b"\xff\xc
 _PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 # Of the files that phones write (ISO/IEC 23008-12)
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-
 # Files with further frames that are no more than views or layers of the first
 _ONE_PICTURE = ("MPO", "PSD")
-# Counting the frames of a GIF takes 0.1 s per MB
-_COUNTED_BYTES = 2**24
 
 _warned: set[str] = set()
 
@@ -162,7 +159,7 @@ def _decode(data: bytes, alpha: Alpha, source: Any) -> np.ndarray:
                 image_or_rgb = image if alpha == "white" else image.convert("RGB")
                 pixels = np.array(_over_white(image_or_rgb, alpha))
         _warn_of_lost_levels(image, source)
-        _warn_of_lost_frames(image, data, source)
+        _warn_of_lost_frames(image, source)
     return pixels
 
 
@@ -245,21 +242,19 @@ def _over_white(image: Image.Image, alpha: Alpha) -> Image.Image:
 
 def _warn_of_lost_levels(image: Image.Image, source: Any) -> None:
     if image.mode[0] in "IF":
-        lost = f"has levels of more than 8 bits (mode {image.mode}), which are cut off at 0 and 255"
-        remedy = "not scaled, as in transformers: scale such images to 0 ... 255 before"
-        _warn_once("levels", source, f"{lost}, {remedy}")
+        lost = f"has levels of more than 8 bits (mode {image.mode}), which are cut off, not scaled"
+        _warn_once("levels", source, f"{lost}, as in transformers: scale them to 0 ... 255 before")
 
 
-def _warn_of_lost_frames(image: Image.Image, data: bytes, source: Any) -> None:
+def _warn_of_lost_frames(image: Image.Image, source: Any) -> None:
     if image.format in _ONE_PICTURE or "frames" in _warned:
         return
-    frames: Any = 1
+    has_more = False
     with suppress(Exception):  # a damaged later frame is of no concern to the first
-        if getattr(image, "is_animated", False):
-            frames = image.n_frames if len(data) <= _COUNTED_BYTES else "many"  # type: ignore[attr-defined]
-    if frames != 1:
+        has_more = getattr(image, "is_animated", False)
+    if has_more:
         remedy = "pass an animation as a video, or its frames one by one"
-        _warn_once("frames", source, f"has {frames} frames, of which the first is taken: {remedy}")
+        _warn_once("frames", source, f"has more frames than the first, which is taken: {remedy}")
 
 
 def _warn_once(kind: str, source: Any, text: str) -> None:
@@ -294,7 +289,5 @@ def _channels_first(image: np.ndarray | torch.Tensor) -> torch.Tensor:
         return pixels
     if pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4):
         return pixels.permute(2, 0, 1)
-    raise ValueError(
-        "the shape must be [H, W], [H, W, c] or [c, H, W], with c of 1, 3 or 4 channels; pass the "
-        "images of a batch one by one"
-    )
+    shapes = "[H, W], [H, W, c] or [c, H, W], with c of 1, 3 or 4 channels"
+    raise ValueError(f"the shape must be {shapes}; pass the images of a batch one by one")

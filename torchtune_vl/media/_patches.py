@@ -47,33 +47,26 @@ class Geometry:
         return CHANNELS * self.temporal_patch_size * self.patch_size**2
 
 
-def smart_resize(
-    height: int, width: int, factor: int, min_pixels: float, max_pixels: float
-) -> Size:
+def smart_resize(height: int, width: int, unit: int, min_pixels: float, max_pixels: float) -> Size:
     """Find the size that an image is resized to: transformers' ``smart_resize``.
 
-    Both sides become multiples of ``factor``, at least one of it, the area moves between
+    Both sides become multiples of ``unit``, at least one of it, the area moves between
     ``min_pixels`` and ``max_pixels``, and the aspect ratio stays as near as these allow.
     ``ValueError`` if one side is more than 200 times the other.
     """
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ValueError(
-            f"height {height} and width {width}: one side is more than {MAX_ASPECT_RATIO} times "
-            "the other; crop or pad the image"
-        )
-    sides = (height, width)
-    area = height * width
-    new_height, new_width = (round(side / factor) * factor for side in sides)
-    # The order of the float operations decides between two multiples of factor in close cases
-    if new_height * new_width > max_pixels:
+        ratio = f"one side is more than {MAX_ASPECT_RATIO} times the other"
+        raise ValueError(f"height {height} and width {width}: {ratio}; crop or pad the image")
+    sides, area = (height, width), height * width
+    new = [round(side / unit) * unit for side in sides]
+    # The order of the float operations decides between two multiples of unit in close cases
+    if math.prod(new) > max_pixels:
         shrink = math.sqrt(area / max_pixels)
-        new_height, new_width = (
-            max(factor, math.floor(side / shrink / factor) * factor) for side in sides
-        )
-    elif new_height * new_width < min_pixels:
+        new = [max(unit, math.floor(side / shrink / unit) * unit) for side in sides]
+    elif math.prod(new) < min_pixels:
         grow = math.sqrt(min_pixels / area)
-        new_height, new_width = (math.ceil(side * grow / factor) * factor for side in sides)
-    return new_height, new_width
+        new = [math.ceil(side * grow / unit) * unit for side in sides]
+    return new[0], new[1]
 
 
 def resize(image_CHW: torch.Tensor, height: int, width: int, backend: Backend) -> np.ndarray:

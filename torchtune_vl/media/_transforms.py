@@ -6,32 +6,28 @@ Shapes: T frames, C channels (3), H height and W width in pixels.
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain, islice, repeat
 from numbers import Integral, Real
-from typing import Any, ClassVar, Generic, Literal, TypeVar, cast, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from torchtune_vl.media._errors import refusing
+from torchtune_vl.media import _patches
+from torchtune_vl.media._errors import check_choice, refusing
 from torchtune_vl.media._images import Alpha, Backend, naming, rgb_size, to_rgb, uint8_tensor
-from torchtune_vl.media._patches import (
-    CHANNELS,
-    Geometry,
-    Size,
-    normalization_by,
-    patchify,
-    resize,
-    smart_resize,
-)
+from torchtune_vl.media._patches import CHANNELS, Geometry, Size
 from torchtune_vl.media._sources import RemoteLimits
 from torchtune_vl.media._videos import open_video
 
 PatchDtype = Literal["float32", "uint8"]
 Grid = tuple[int, int, int]  # patches along time, height and width
+# Frames [C, H, W], into how many steps of how many they go, and what else a call adds
+Frames = tuple[Iterator[torch.Tensor], int, int, dict[str, Any]]
+Settings = Mapping[str, Any]
 
 # After resizing, of all steps of a medium together: 342,392 tokens, more than any context holds,
 # and larger than images that Pillow opens
@@ -53,26 +49,6 @@ LEAST = {"nframes": 1, "min_frames": 0, "max_frames": 1, "min_pixels": 1, "max_p
 ABOVE = {"fps": 0, "sample_fps": 0, "total_pixels": 0, **dict.fromkeys(TIMES, -math.inf)}
 
 
-T = TypeVar("T")
-
-
-class OfGeometry(Generic[T]):
-    """A field of a transform that follows from its geometry where None is given."""
-
-    def __init__(self, rule: Callable[[Geometry], T]) -> None:
-        self.rule = rule
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, transform: Any, owner: type) -> T:
-        # Of the class itself it is the default that a dataclass reads
-        return cast(T, None) if transform is None else vars(transform)[self.name]
-
-    def __set__(self, transform: Any, value: T | None) -> None:
-        vars(transform)[self.name] = self.rule(transform.geometry) if value is None else value
-
-
 @dataclass(eq=False)
 class MediumTransform:
     """What the transforms of images and of videos share."""
@@ -81,10 +57,11 @@ class MediumTransform:
     _: KW_ONLY
     backend: Backend = field(default="torchvision", init=False)
     alpha: Alpha = field(default="reference", init=False)
-    min_pixels: OfGeometry[int] = OfGeometry(lambda geometry: geometry.min_pixels)
-    max_pixels: OfGeometry[int] = OfGeometry(lambda geometry: geometry.max_pixels)
-    image_mean: OfGeometry[Sequence[float]] = OfGeometry(lambda geometry: geometry.mean)
-    image_std: OfGeometry[Sequence[float]] = OfGeometry(lambda geometry: geometry.std)
+    # `| Any` for None, which `_defaults` replaces
+    min_pixels: int | Any = None
+    max_pixels: int | Any = None
+    image_mean: Sequence[float] | Any = None
+    image_std: Sequence[float] | Any = None
     patch_dtype: PatchDtype = "float32"
     remote: RemoteLimits | None = None
 
@@ -93,20 +70,24 @@ class MediumTransform:
     _settings: ClassVar[Sequence[str]]  # that a sample may have
 
     def __post_init__(self) -> None:
-        geometry = self.geometry
+        for name, value in self._defaults().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         self.image_mean, self.image_std = tuple(self.image_mean), tuple(self.image_std)
-        for name, known in (("backend", Backend), ("alpha", Alpha), ("patch_dtype", PatchDtype)):
-            value, choices = getattr(self, name), get_args(known)
-            if value not in choices:
-                raise ValueError(f"unknown {name} {value!r}: use one of {choices}")
-        of_model = (geometry.mean, geometry.std)
-        if self.patch_dtype == "uint8" and (self.image_mean, self.image_std) != of_model:
-            raise ValueError(
-                f"the model normalizes uint8 patches by the mean {geometry.mean} and the deviation "
-                f"{geometry.std}, not by {self.image_mean} and {self.image_std}: use float32"
-            )
-        _check_numbers(vars(self), geometry.unit)
+        for name, kind in (("backend", Backend), ("alpha", Alpha), ("patch_dtype", PatchDtype)):
+            check_choice(name, getattr(self, name), kind)
+        own, of_model = (self.image_mean, self.image_std), (self.geometry.mean, self.geometry.std)
+        if self.patch_dtype == "uint8" and own != of_model:
+            theirs = f"mean and deviation {of_model}, not {own}"
+            raise ValueError(f"the model normalizes uint8 patches by {theirs}: use float32")
+        _check_numbers(vars(self), self.geometry.unit)
         _check_areas(self.min_pixels, self.max_pixels)
+
+    def _defaults(self) -> dict[str, Any]:
+        """The settings that follow from the geometry."""
+        g = self.geometry
+        limits = {"min_pixels": g.min_pixels, "max_pixels": g.max_pixels}
+        return {**limits, "image_mean": g.mean, "image_std": g.std}
 
     def __call__(self, sample: Mapping[str, Any], inference: bool = False) -> dict[str, Any]:
         """Give a sample with patches and grid of its image or video, as the class says.
@@ -141,13 +122,10 @@ class MediumTransform:
             **facts,
         }
 
-    def _frames(
-        self, medium: Any, settings: Mapping[str, Any], decode: bool, files: ExitStack
-    ) -> tuple[Iterator[torch.Tensor], int, int, dict[str, Any]]:
-        """Frames, into how many steps of how many they go, and what else a call adds."""
+    def _frames(self, medium: Any, settings: Settings, decode: bool, files: ExitStack) -> Frames:
         raise NotImplementedError
 
-    def _areas(self, settings: Mapping[str, Any], steps: int) -> tuple[float, float]:
+    def _areas(self, settings: Settings, steps: int) -> tuple[float, float]:
         """Smallest and largest area of a frame after resizing."""
         limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, **settings}
         return limits["min_pixels"], limits["max_pixels"]
@@ -158,13 +136,10 @@ class MediumTransform:
             return to_rgb(image, self.backend, self.alpha, self.remote)
         return torch.empty(CHANNELS, *rgb_size(image, self.remote), device="meta")
 
-    def _grid(self, size: Size, steps: int, settings: Mapping[str, Any]) -> Grid:
+    def _grid(self, size: Size, steps: int, settings: Settings) -> Grid:
         """The grid of frames: that of ``fetch_image`` and ``fetch_video`` of qwen-vl-utils."""
         if min(size) < 1:
-            raise ValueError(
-                f"height {size[0]} and width {size[1]}: it needs at least one pixel each way; "
-                "remove it from the data"
-            )
+            raise ValueError(f"has no pixels: height and width are {size}; remove it from the data")
         if (SIDES[0] in settings) != (SIDES[1] in settings):
             raise ValueError("has one of resized_height and resized_width: give both or none")
         if SIDES[0] in settings:
@@ -173,12 +148,10 @@ class MediumTransform:
         else:
             areas = self._areas(settings, steps)
             _check_areas(*areas)
-        height, width = smart_resize(*size, self.geometry.unit, *areas)
+        height, width = _patches.smart_resize(*size, self.geometry.unit, *areas)
         if steps * height * width > LARGEST_AREA:
-            raise ValueError(
-                f"resized to {steps} x {height} x {width} pixels it would have more tokens than "
-                "any context: lower min_pixels"
-            )
+            resized = f"resized to {steps} x {height} x {width} pixels"
+            raise ValueError(f"{resized} it has more tokens than any context: lower min_pixels")
         return steps, height // self.geometry.patch_size, width // self.geometry.patch_size
 
     def _encode(
@@ -190,19 +163,19 @@ class MediumTransform:
         values, normalization = CHANNELS * per_patch * size**2, None
         if self.patch_dtype == "float32":
             values = self.geometry.values_per_patch
-            normalization = normalization_by(self.image_mean, self.image_std, self.backend)
+            normalization = _patches.normalization_by(self.image_mean, self.image_std, self.backend)
         if not decode:
             list(frames_CHW)  # looks at their sizes
             dtype = getattr(torch, self.patch_dtype)
             return torch.empty(steps * rows * columns, values, dtype=dtype, device="meta")
         patches = np.empty((steps, rows * columns, values), self.patch_dtype)
         height, width = rows * size, columns * size
-        resized = (resize(frame, height, width, self.backend) for frame in frames_CHW)
+        resized = (_patches.resize(frame, height, width, self.backend) for frame in frames_CHW)
         for step in patches:
             frames = list(islice(resized, per_patch))
             frames += frames[-1:] * (per_patch - len(frames))  # the last of an odd number
             frames_THWC = np.stack(frames) if per_patch > 1 else frames[0][None]
-            patchify(frames_THWC, self.geometry, normalization, step)
+            _patches.patchify(frames_THWC, self.geometry, normalization, step)
         return torch.from_numpy(patches.reshape(-1, values))
 
 
@@ -247,9 +220,7 @@ class ImageTransform(MediumTransform):
 
     _kind, _pixels, _settings = "image", "pixel_values", SIZING
 
-    def _frames(
-        self, medium: Any, settings: Mapping[str, Any], decode: bool, files: ExitStack
-    ) -> tuple[Iterator[torch.Tensor], int, int, dict[str, Any]]:
+    def _frames(self, medium: Any, settings: Settings, decode: bool, files: ExitStack) -> Frames:
         rgb_CHW = self._read(medium, decode)
         return iter([rgb_CHW]), 1, 1, {"original_size": tuple(rgb_CHW.shape[1:])}
 
@@ -296,17 +267,18 @@ class VideoTransform(MediumTransform):
     fps: float = FPS
     min_frames: int = MIN_FRAMES
     max_frames: int = MAX_FRAMES
-    # The defaults are qwen-vl-utils': in all, nine tenths of a context of 128,000 tokens
-    min_pixels: OfGeometry[int] = OfGeometry(lambda geometry: 128 * geometry.unit**2)
-    max_pixels: OfGeometry[int] = OfGeometry(lambda geometry: 768 * geometry.unit**2)
-    total_pixels: OfGeometry[float] = OfGeometry(lambda geometry: 115_200 * geometry.unit**2)
+    total_pixels: float | Any = None
 
     _kind, _pixels = "video", "pixel_values_videos"
     _settings = (*SIZING, "total_pixels", *SAMPLING, "frame_indices", "sample_fps")
 
-    def _frames(
-        self, medium: Any, settings: Mapping[str, Any], decode: bool, files: ExitStack
-    ) -> tuple[Iterator[torch.Tensor], int, int, dict[str, Any]]:
+    def _defaults(self) -> dict[str, Any]:
+        # qwen-vl-utils': in all, nine tenths of a context of 128,000 tokens
+        tokens = {"min_pixels": 128, "max_pixels": 768, "total_pixels": 115_200}
+        limits = {name: count * self.geometry.unit**2 for name, count in tokens.items()}
+        return {**super()._defaults(), **limits}
+
+    def _frames(self, medium: Any, settings: Settings, decode: bool, files: ExitStack) -> Frames:
         frames: Iterable[torch.Tensor]
         is_given = isinstance(medium, list | tuple | np.ndarray | torch.Tensor)
         for name in settings:
@@ -344,9 +316,7 @@ class VideoTransform(MediumTransform):
         frames = map(uint8_tensor, video)
         return frames if video.shape[1] == 3 else (frame.permute(2, 0, 1) for frame in frames)
 
-    def _sample(
-        self, num_frames: int, video_fps: float, settings: Mapping[str, Any]
-    ) -> tuple[list[int], float]:
+    def _sample(self, num_frames: int, rate: float, settings: Settings) -> tuple[list[int], float]:
         """Chooses frames of a file, and finds how many of them make a second.
 
         ``calculate_video_frame_range`` and ``smart_nframes`` of qwen-vl-utils.
@@ -362,11 +332,11 @@ class VideoTransform(MediumTransform):
             if not indices or indices != sorted({i for i in indices if 0 <= i < num_frames}):
                 wanted = f"increasing numbers from 0 to {num_frames - 1}"
                 raise ValueError(f"frame_indices begins with {indices[:8]}: make it {wanted}")
-            return indices, len(indices) / num_frames * video_fps
-        duration = num_frames / video_fps
+            return indices, len(indices) / num_frames * rate
+        duration = num_frames / rate
         start, end = settings.get("video_start", 0), settings.get("video_end", math.inf)
-        first = math.ceil(max(0.0, min(start, duration)) * video_fps)
-        last = min(num_frames - 1, math.floor(max(0.0, min(end, duration)) * video_fps))
+        first = math.ceil(max(0.0, min(start, duration)) * rate)
+        last = min(num_frames - 1, math.floor(max(0.0, min(end, duration)) * rate))
         if first >= last:
             raise ValueError(
                 f"has {num_frames} frames ({duration:.2f} s), less than the two of a step from "
@@ -380,18 +350,16 @@ class VideoTransform(MediumTransform):
             names = ("fps", "min_frames", "max_frames")
             fps, fewest, most = (settings.get(name, getattr(self, name)) for name in names)
             even = math.ceil(fewest / FRAME_FACTOR) * FRAME_FACTOR
-            count = min(max(frames / video_fps * fps, even), most, frames)
+            count = min(max(frames / rate * fps, even), most, frames)
             count = math.floor(count / FRAME_FACTOR) * FRAME_FACTOR
         if not FRAME_FACTOR <= count <= frames:
-            raise ValueError(
-                f"{count} of {frames} frames are asked for: ask for 2 to {frames} by nframes, or "
-                "by fps, min_frames and max_frames"
-            )
+            wanted = f"2 to {frames} by nframes, or by fps, min_frames and max_frames"
+            raise ValueError(f"{count} of {frames} frames are asked for: ask for {wanted}")
         # qwen-vl-utils computes in float32 and rounds halves to even numbers
         indices = torch.linspace(first, last, count).round().long().tolist()
-        return indices, count / frames * video_fps
+        return indices, count / frames * rate
 
-    def _areas(self, settings: Mapping[str, Any], steps: int) -> tuple[float, float]:
+    def _areas(self, settings: Settings, steps: int) -> tuple[float, float]:
         """Those of ``fetch_video``, where a share of a pixel counts."""
         frames = steps * self.geometry.temporal_patch_size
         share = settings.get("total_pixels", self.total_pixels) / frames * FRAME_FACTOR
@@ -404,7 +372,7 @@ class VideoTransform(MediumTransform):
         return least, min(limit, allowed)
 
 
-def _check_numbers(settings: Mapping[str, Any], unit: int) -> None:
+def _check_numbers(settings: Settings, unit: int) -> None:
     for name, value in settings.items():
         if name in LEAST or name in SIDES:
             least = LEAST.get(name, unit)
@@ -419,10 +387,9 @@ def _check_numbers(settings: Mapping[str, Any], unit: int) -> None:
 
 def _check_areas(least: float, most: float) -> None:
     if least > most:
-        raise ValueError(
-            f"min_pixels is {least} and max_pixels {most}: make them min_pixels <= max_pixels (for "
-            "videos a config has video_min_pixels and video_max_pixels)"
-        )
+        of_videos = "for videos a config has video_min_pixels and video_max_pixels"
+        wrong = f"min_pixels is {least} and max_pixels {most}"
+        raise ValueError(f"{wrong}: make them min_pixels <= max_pixels ({of_videos})")
 
 
 def _of_one_size(frames: Iterable[torch.Tensor], indices: Sequence[int]) -> Iterator[torch.Tensor]:

@@ -43,9 +43,7 @@ NO_RATE = "has no frame rate; convert it or pass its frames as a list"
 
 
 @contextmanager
-def open_video(
-    source: Source, remote: RemoteLimits | None = None
-) -> Iterator["Video | WebPAnimation"]:
+def open_video(source: Source, remote: RemoteLimits | None = None) -> Iterator["Video | WebPVideo"]:
     """Open a video file as ``open_bytes`` does, of any size; it is read piece by piece.
 
     ``ValueError`` if it is cut off, or holds no video that FFmpeg can decode.
@@ -55,7 +53,7 @@ def open_video(
         head = file.read(12)
         with refusing("FFmpeg cannot read it", remedy, READ_ERRORS):
             is_webp = head[:4] == b"RIFF" and head[8:] == b"WEBP"
-            video = WebPAnimation(file) if is_webp else Video(file)
+            video = WebPVideo(file) if is_webp else Video(file)
         with closing(video):
             yield video
 
@@ -129,10 +127,8 @@ class Video:
         if context is None:
             raise ValueError("FFmpeg cannot decode its codec; convert it, to H.264 for example")
         if stream.width * stream.height > MAX_PIXELS:
-            raise ValueError(
-                f"has frames of {stream.width} x {stream.height} pixels, more than {MAX_PIXELS:,}: "
-                "make it smaller or remove it from the data"
-            )
+            size = f"{stream.width} x {stream.height} pixels"
+            raise ValueError(f"has frames of {size}, more than {MAX_PIXELS:,}: make it smaller")
         context.thread_count = torch.get_num_threads()
         context.thread_type = "AUTO"
         context.options = {"max_pixels": str(MAX_PIXELS)}
@@ -244,10 +240,7 @@ class Video:
             yield from self._decoded(wanted)
 
     def _key_before(self, tick: int) -> int:
-        """Place of the last key frame that a frame can be decoded from.
-
-        A frame that is stored after a key frame and shown before it also needs earlier ones.
-        """
+        """Place of the last key frame that a frame needs: of those stored and shown before it."""
         keys = self._keys[: self._keys.searchsorted(self._places[tick], "right")]
         usable = keys[self._pts[keys] <= tick]
         return int(usable[-1]) if len(usable) else 0
@@ -294,10 +287,8 @@ class Video:
 
     def _undecodable(self, tick: int, reason: str) -> ValueError:
         number = min(self._ticks.searchsorted(tick), self.num_frames - 1)
-        return ValueError(
-            f"frame {number} at {self.times[number]:.2f} s cannot be decoded ({reason}); the file "
-            "is damaged: fetch it again, convert it or remove it from the data"
-        )
+        problem = f"frame {number} at {self.times[number]:.2f} s cannot be decoded ({reason})"
+        return ValueError(f"{problem}; the file is damaged: convert it, {REMOVE}")
 
     def _upright_rgb(self, frame: VideoFrame) -> np.ndarray:
         # One reformatter saves setting up the conversion for each frame
@@ -312,7 +303,7 @@ class Video:
         return turned(rgb, sideways, y < 0, x < 0)
 
 
-class WebPAnimation:
+class WebPVideo:
     """An animation in WebP, which FFmpeg does not decode, with what is used of :class:`Video`."""
 
     def __init__(self, file: BinaryIO) -> None:
