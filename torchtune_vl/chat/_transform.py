@@ -386,7 +386,7 @@ class ChatTransform(QwenTokenizer):
             return item
         if not isinstance(item.image, int) or not 0 <= item.image < len(images):
             found = f"image {item.image!r} (from 0), but the conversation has {len(images)} images"
-            raise ValueError(f"its boxes are of {found}: put them behind it, or name it by 'image'")
+            raise ValueError(f"its boxes are of {found}: put them behind theirs, or set 'image'")
         image = images[item.image]
         ((_, *sides),) = image.grid_thw.tolist()
         extent = self.box_extent(*(side * self.geometry.patch_size for side in sides))
