@@ -4,6 +4,7 @@ Shape notation: b samples, s tokens of the longest or of a packed row, n patches
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -15,17 +16,15 @@ from torchtune_vl.modules import Segments, concatenate_patches, encoder_index, j
 
 # Those of a row
 Samples = Sequence[Mapping[str, Any]]
-# A file of shared memory costs each side some half a millisecond, whatever its size; by value so
-# many bytes cost less
+# A file of shared memory costs each side half a millisecond; by value so many bytes cost less
 LARGEST_BY_VALUE = 2**18
 
 
 class Batch(dict[str, Any]):
     """A dict, also of dicts, whose small tensors go from process to process by value.
 
-    torch sends each tensor of a batch as a file of shared memory. That is right for patches, but a
-    batch has some ten small tensors of integers too, which would cost the trainer's Python
-    milliseconds of each step.
+    torch sends each tensor of a batch as a file of shared memory. That is right for patches, but
+    some ten small tensors of integers would cost the trainer's Python milliseconds of each step.
     """
 
     # How pickle, and so a queue between processes, takes it apart
@@ -64,8 +63,7 @@ def padded_collate_vision(
             ``vision`` has ``patches``, ``grid_thw`` and perhaps the index of the encoder.
         padding_idx: id of the padding token.
         ignore_idx: label of padding.
-        pad_direction: ``"right"`` for training. ``"left"`` for generation, where a ``mask`` keeps
-            tokens from attending to padding.
+        pad_direction: ``"right"`` for training; ``"left"``, and a ``mask`` of padding, to generate.
 
     Returns:
         ``tokens``, int64 [b, s]; ``input_pos``, int64 [b, s, 3]; ``labels``, int64 [b, s], if the
@@ -80,15 +78,12 @@ def padded_collate_vision(
         raise ValueError("cannot collate an empty batch")
     if pad_direction not in ("right", "left"):
         raise ValueError(f"pad_direction is {pad_direction!r}, expected 'right' or 'left'")
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=pad_direction)
     paddings = {"tokens": padding_idx, "input_pos": 0, "labels": ignore_idx}
     collated = Batch()
     for key in [key for key in paddings if key in batch[0]]:
-        collated[key] = torch.nn.utils.rnn.pad_sequence(
-            [torch.as_tensor(sample[key]) for sample in batch],
-            batch_first=True,
-            padding_value=paddings[key],
-            padding_side=pad_direction,
-        )
+        tensors = [torch.as_tensor(sample[key]) for sample in batch]
+        collated[key] = pad(tensors, padding_value=paddings[key])
     if pad_direction == "left":
         size = collated["tokens"].shape[1]
         lengths = torch.tensor([len(sample["tokens"]) for sample in batch])

@@ -25,8 +25,7 @@ def loading(dataset: Any, num_workers: int, **options: Any) -> Iterator[Iterator
     # With a generator, or else it draws from that of the steps, once more after resuming
     options |= {"worker_init_fn": _begin, "generator": torch.Generator()}
     loader = DataLoader(dataset, num_workers=num_workers, **options)
-    # What is garbage here is never collected by a worker: a process group would wait there for
-    # threads that a fork does not copy
+    # No worker may collect our garbage: a process group would wait for threads that no fork copies
     gc.freeze()
     try:
         loaded = iter(loader)

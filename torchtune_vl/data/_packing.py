@@ -7,12 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numba
 import numpy as np
 
-from torchtune_vl.data._collate import (
-    Batch,
-    Samples,
-    packed_collate_vision,
-    padded_collate_vision_targets,
-)
+from torchtune_vl.data import _collate
 
 # A patch passes the vision encoder, a token the decoder; each costs by the parameters that it
 # meets. The encoder has 0.09 (7B) to 0.2 (3B) times as many as the decoder. For larger decoders
@@ -44,7 +39,7 @@ class Planner(Protocol):
     ``collate`` makes arguments of the model of the samples of a row, perhaps none.
     """
 
-    collate: Callable[[Samples], Batch]
+    collate: Callable[[_collate.Samples], _collate.Batch]
 
     @property
     def lookahead(self) -> int:
@@ -83,10 +78,8 @@ class PackedRows(_Counts, Planner):
 
     Args:
         max_tokens: most tokens of a row.
-        max_patches: most patches of a row, no limit by default. Memory of the vision encoder grows
-            with it.
-        lookahead: how many samples to choose from: several times as many as a row holds, or else
-            rows are not full.
+        max_patches: most patches of a row, None for no limit; the encoder's memory grows with it.
+        lookahead: how many samples to choose from: to fill rows, several times as many as one has.
 
     Raises:
         ValueError: if a number is not at least 1.
@@ -96,18 +89,15 @@ class PackedRows(_Counts, Planner):
     max_patches: int | None = None
     lookahead: int = 1024
 
-    collate = staticmethod(packed_collate_vision)
+    collate = staticmethod(_collate.packed_collate_vision)
 
     def check(self, size: Size) -> None:
-        for kind, count, other_remedy in (
-            ("tokens", size.tokens, "max_seq_len"),
-            ("patches", size.patches, "max_pixels"),
-        ):
-            limit = vars(self)[f"max_{kind}"]
+        for kind, setting in (("tokens", "max_seq_len"), ("patches", "max_pixels")):
+            count, limit = getattr(size, kind), getattr(self, f"max_{kind}")
             if limit is not None and count > limit:
                 raise ValueError(
                     f"it has {count} {kind}, more than a row's max_{kind} of {limit}: raise "
-                    f"max_{kind}, or set {other_remedy} of the transform"
+                    f"max_{kind}, or set {setting} of the transform"
                 )
 
     def plan(self, sizes: np.ndarray) -> list[np.ndarray]:
@@ -126,7 +116,7 @@ class PaddedRows(_Counts, Planner):
 
     batch_size: int
 
-    collate = staticmethod(padded_collate_vision_targets)
+    collate = staticmethod(_collate.padded_collate_vision_targets)
 
     @property
     def lookahead(self) -> int:
@@ -149,10 +139,8 @@ def planner_of(planner: str, **arguments: Any) -> Planner:
     """Make a planner of :func:`settings_of`; a ValueError if it is none of ours."""
     known: dict[str, Any] = {"PackedRows": PackedRows, "PaddedRows": PaddedRows}
     if planner not in known:
-        raise ValueError(
-            f"the rows of the run so far were those of a {planner}, whose plan cannot be made "
-            "again: go on with the same settings of rows"
-        )
+        problem = f"rows so far were those of a {planner}, whose plan cannot be made again"
+        raise ValueError(f"{problem}: go on with the same settings of rows")
     return known[planner](**arguments)
 
 

@@ -62,8 +62,7 @@ class TrainingRows(IterableDataset[Row]):
 
     A step, after which the weights change, has ``rows_per_step`` rows over all ranks. Each rank
     gets equally many, their work as equal as it can be, heaviest first. An epoch has each sample
-    exactly once; rows that its last step lacks come from dividing others, and are empty where that
-    does not suffice.
+    exactly once; rows that its last step lacks come from dividing others, or else are empty.
 
     Rows come in a random order, large and small samples evenly over the epoch. Not shuffled, and
     from a stream, an epoch is planned in pieces of ``planner.lookahead`` samples, and only the rows
@@ -84,8 +83,7 @@ class TrainingRows(IterableDataset[Row]):
         epochs: how often to go through the dataset; None for no end.
         position: of the last row that was trained on, to go on behind its step, with any number of
             ranks; with another planner or ``rows_per_step`` the rest of its epoch is planned anew.
-        sizes: int [samples, 3], the :class:`Size` of each sample of a dataset with indices. None
-            measures them when they are planned.
+        sizes: int [samples, 3], the :class:`Size` of each sample; None measures them when planned.
 
     Raises:
         ValueError: if ranks cannot share a step equally, a stream is to be shuffled, or the
@@ -109,10 +107,8 @@ class TrainingRows(IterableDataset[Row]):
     def __post_init__(self) -> None:
         self.is_stream = not hasattr(self.dataset, "__getitem__")
         if self.rows_per_step % self.world_size:
-            raise ValueError(
-                f"{self.world_size} ranks cannot share the {self.rows_per_step} rows of a step: "
-                f"set rows_per_step to a multiple of {self.world_size}"
-            )
+            found = f"{self.world_size} ranks cannot share the {self.rows_per_step} rows of a step"
+            raise ValueError(f"{found}: set rows_per_step to a multiple of {self.world_size}")
         if self.shuffle and self.is_stream:
             raise ValueError("a stream has an order of its own: set shuffle to False")
         samples = None if self.is_stream else len(self.dataset)
@@ -128,10 +124,8 @@ class TrainingRows(IterableDataset[Row]):
                 )
         begun = self._position["epoch"] + self._position["has_begun"]
         if self.epochs is not None and begun > self.epochs:
-            raise ValueError(
-                f"the run is in epoch {begun}, but was told to end after {self.epochs}: set epochs "
-                f"to {begun} or more"
-            )
+            problem = f"the run is in epoch {begun}, but was told to end after {self.epochs}"
+            raise ValueError(f"{problem}: set epochs to {begun} or more")
         if self.sizes is not None and len(self.sizes):
             tokens, patches, _ = self.sizes.max(axis=0).tolist()
             try:  # no sample has more, or fewer targets, and millions are slow to check one by one
@@ -331,8 +325,6 @@ def _made(sample: _Sample) -> Mapping[str, Any]:
     targets = len(made["labels"]) - 1 - made["labels"][1:].count(IGNORE_INDEX)
     size = Size(len(made["tokens"]), len(patches), targets)
     if size != sample.size:
-        raise ValueError(
-            f"sample {sample.number} has {size}, but had {sample.size} when it was "
-            "measured: it has changed since; measure the dataset anew"
-        )
+        problem = f"sample {sample.number} has {size}, but had {sample.size} when it was measured"
+        raise ValueError(f"{problem}: it has changed since; measure the dataset anew")
     return made

@@ -26,7 +26,7 @@ def vision_chat_dataset(
     media_dir: str | None = None,
     column_map: Mapping[str, str] | None = None,
     streaming: bool = False,
-    **load_dataset_kwargs: Any,
+    **settings: Any,
 ) -> "VisionChatDataset | StreamedVisionChat":
     """Build a dataset of conversations with images and videos.
 
@@ -37,32 +37,26 @@ def vision_chat_dataset(
     Args:
         tokenizer: the model's transform, as recipes pass it.
         source: what ``datasets.load_dataset`` takes: "json" (also for JSON Lines), "parquet", a
-            directory of files, or the name of a dataset on the hub; or a directory that
-            ``save_to_disk`` wrote.
+            directory of files, or the name of a dataset on the hub; or what ``save_to_disk`` wrote.
         data_files: files of the source: one or a list, patterns too, perhaps by split.
         split: split of the source, also a part such as ``"train[:1%]"``.
         media_dir: directory of media whose path is relative, and outside of which nothing is read.
             By default that of the data files, and paths may lead anywhere.
         column_map: names of columns that differ, by the names above.
         streaming: whether to give a stream of samples, in the order of records.
-        **load_dataset_kwargs: further arguments of ``datasets.load_dataset``.
+        **settings: further arguments of ``datasets.load_dataset``.
 
     Raises:
         ValueError: if source, files or split are not there or cannot be read; ``column_map`` names
-            a column that is not known or not there; or the data files lie in several directories
-            and ``media_dir`` is not given.
+            an unknown or absent column; or data files of several directories lack ``media_dir``.
     """
-    records, files = load_records(
-        source, data_files, split=split, streaming=streaming, **load_dataset_kwargs
-    )
+    records, files = load_records(source, data_files, split=split, streaming=streaming, **settings)
     column_map = dict(column_map or {})
     _check_columns(column_map, records)
     directories = {os.path.dirname(file) for file in files}
     if media_dir is None and len(directories) > 1:
-        raise ValueError(
-            f"the data files lie in several directories, {sorted(directories)}: give media_dir, "
-            "the one that paths of media are relative to"
-        )
+        problem = f"the data files lie in several directories, {sorted(directories)}"
+        raise ValueError(f"{problem}: give media_dir, the one that paths of media are relative to")
     directory = "".join(directories) if media_dir is None else media_dir
     read = RecordReader(MediaDirectory(directory, is_confining=media_dir is not None), column_map)
     return (StreamedVisionChat if streaming else VisionChatDataset)(tokenizer, records, read)
@@ -96,8 +90,7 @@ class _Conversations:
     def transform(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """Transform a sample, and add ``labels``, list[int]: -100 where the loss ignores a token.
 
-        A ValueError names the sample whose media cannot be read, or that has no token of an answer
-        that carries loss.
+        A ValueError names a sample whose media cannot be read, or in which nothing carries loss.
         """
         transformed = self._transform(sample)
         tokens, mask = transformed["tokens"], transformed["mask"]

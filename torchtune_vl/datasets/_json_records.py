@@ -11,7 +11,7 @@ import re
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -28,11 +28,7 @@ _BOM = b"\xef\xbb\xbf"
 _ARRAY = re.compile(r"(?:\xef\xbb\xbf)?\s*\[")
 _KEY = re.compile(r'(?:\xef\xbb\xbf)?\s*[{,]\s*("(?:[^"\\]|\\.)*")\s*:\s*')
 _VALUE = re.compile(r"[^\s,]")
-_OPENERS: dict[bytes, Callable[[str], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ": lzma.open,
-}
+_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _PLACE = np.dtype([("file", "u4"), ("line", "u4"), ("start", "u8"), ("length", "u4")])
 
 
@@ -118,8 +114,7 @@ def _parse(data: bytes, name: str, line: int, decoder: json.JSONDecoder = _DECOD
         problem = f"the byte 0x{byte:02x} is no UTF-8: save the file as UTF-8"
     except json.JSONDecodeError as error:
         line, column = line + error.lineno - 1, error.colno
-        problem = f"this is no JSON ({error.msg}): correct it, each record an object on a line of "
-        problem += "its own or in one array"
+        problem = f"this is no JSON ({error.msg}): write objects, one a line or all in one array"
     except RecursionError:
         problem = "this is nested too deeply: make it flatter"
     except ValueError as error:  # of the functions above, or an integer's thousands of digits
@@ -192,10 +187,8 @@ def _begin_of_field(text: str, name: str, field: str) -> int:
             begins.append(entry.end())
         _, stop = _GRAMMAR.raw_decode(text, entry.end())
     if len(begins) != 1 or text[begins[0]] != "[":
-        raise ValueError(
-            f"{name} is no object that has a list of records under {field!r}, once; its keys are "
-            f"{keys[:20]}: name another field, or none"
-        )
+        problem = f"{name} is no object that has a list of records under {field!r}, once"
+        raise ValueError(f"{problem}; its keys are {keys[:20]}: name another field, or none")
     return begins[0] + 1
 
 

@@ -64,9 +64,8 @@ class MediaDirectory:
             return
         if os.path.commonpath([self._root, real]) != self._root:
             raise ValueError(
-                f"the path {source!r} leads to {real!r}, outside of media_dir "
-                f"{self._directory!r}: correct it, or set media_dir to a directory that holds all "
-                "media and no symbolic links out of it"
+                f"the path {source!r} leads to {real!r}, outside of media_dir {self._directory!r}: "
+                "correct it, or set media_dir to where all media are, without links out of it"
             )
 
 
@@ -82,17 +81,14 @@ class RecordReader:
         if isinstance(record, list):
             record = {"messages": record}
         if not isinstance(record, Mapping):
-            raise ValueError(
-                f"sample {number}: it is {shortened(repr(record))}, expected an object"
-            )
+            raise ValueError(f"it is {shortened(repr(record))}, expected an object")
         values = {column: record.get(name) for column, name in self._names.items()}
         name = number if values["id"] is None else values["id"]
         with naming_sample(name):
-            given = {
-                kind: [*_as_list(values[kind]), *_as_list(values[f"{kind}s"])]
-                for kind in ("image", "video")
-            }
-            places = _Places([kind for kind in given if given[kind]], values["objects"])
+            images = [*_as_list(values["image"]), *_as_list(values["images"])]
+            videos = [*_as_list(values["video"]), *_as_list(values["videos"])]
+            kinds = [kind for kind, media in (("image", images), ("video", videos)) if media]
+            places = _Places(kinds, values["objects"])
             messages = self._messages(record, values)
             for number, message in enumerate(messages):
                 try:
@@ -103,8 +99,8 @@ class RecordReader:
             return {
                 "id": name,
                 "messages": messages,
-                "images": self._media.source(given["image"]),
-                "videos": self._media.source(given["video"]),
+                "images": self._media.source(images),
+                "videos": self._media.source(videos),
                 "tools": values["tools"] or None,
             }
 
@@ -138,9 +134,7 @@ class RecordReader:
             return item
         is_medium = item.get("type") in ("image", "image_url", "video", "video_url")
         keys = (*_SOURCE_KEYS, "content") if is_medium else _SOURCE_KEYS
-        return {
-            key: self._media.source(value) if key in keys else value for key, value in item.items()
-        }
+        return {k: self._media.source(v) if k in keys else v for k, v in item.items()}
 
 
 class _Places:
@@ -190,10 +184,8 @@ class _Places:
         """Raise a ValueError if the texts have more or fewer places than there are objects."""
         for tag, given in self._objects.items():
             if len(given) != self._counts[tag]:
-                raise ValueError(
-                    f"the messages have {self._counts[tag]} places {tag}, but ms-swift's objects "
-                    f"{len(given)} for them: give one for each"
-                )
+                found = f"the messages have {self._counts[tag]} places {tag}, but ms-swift's"
+                raise ValueError(f"{found} objects {len(given)} for them: give one for each")
 
 
 def _read_objects(objects: Any) -> dict[str, list[dict[str, Any]]]:

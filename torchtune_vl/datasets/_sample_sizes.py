@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -16,14 +16,6 @@ _BATCH_SIZE = 128
 _NUM_SHOWN = 20
 
 _log = logging.getLogger(__name__)
-
-
-class Measurable(Protocol):
-    """A map-style dataset that knows sizes; with ``examine`` also what samples lose."""
-
-    def __len__(self) -> int: ...
-
-    def measure(self, index: int) -> tuple[int, int, int]: ...
 
 
 class SamplesError(ValueError):
@@ -50,12 +42,13 @@ class SamplesError(ValueError):
 
 
 def measure_all(
-    dataset: Measurable, indices: Sequence[int], num_workers: int = 0, show_progress: bool = True
+    dataset: Any, indices: Sequence[int], num_workers: int = 0, show_progress: bool = True
 ) -> np.ndarray:
     """Measure samples before training, and log how many are cut because they are too long.
 
     Args:
-        dataset: with ``measure``, as :func:`~torchtune_vl.datasets.vision_chat_dataset` makes it.
+        dataset: has ``measure``, of an index, and perhaps ``examine``, which also tells what a
+            sample loses, as those of :func:`~torchtune_vl.datasets.vision_chat_dataset` have.
         indices: of the samples, ``range(len(dataset))`` for all.
         num_workers: processes to measure in, besides this one; 0: in this one.
         show_progress: whether to show a progress bar. With several ranks, let one do so.
@@ -67,10 +60,8 @@ def measure_all(
         SamplesError: if samples cannot be measured; a ValueError if the dataset does not do so.
     """
     if not hasattr(dataset, "measure"):
-        raise ValueError(
-            f"a {type(dataset).__name__} does not know the sizes of its samples: use "
-            "torchtune_vl.datasets.vision_chat_dataset"
-        )
+        problem = f"a {type(dataset).__name__} does not know the sizes of its samples"
+        raise ValueError(f"{problem}: use torchtune_vl.datasets.vision_chat_dataset")
     # With more processes than samples some measure none
     sizes = [np.empty((0, 3), np.int32)]
     bad, cut = [], []
@@ -88,22 +79,17 @@ def measure_all(
     if cut:
         without_media = [(index, lost) for index, lost in cut if lost["images"] or lost["videos"]]
         index, lost = (without_media or cut)[0]
+        parts = ", ".join(f"{count} {what}" for what, count in lost.items())
         _log.warning(
-            "%d of %d samples are longer than max_seq_len and are cut, %d of them by images or "
-            "videos: sample %d, for one, loses %s; raise max_seq_len, or make media smaller",
-            len(cut),
-            len(indices),
-            len(without_media),
-            index,
-            ", ".join(f"{count} {what}" for what, count in lost.items()),
+            f"{len(cut)} of {len(indices)} samples are longer than max_seq_len and are cut, "
+            f"{len(without_media)} of them by images or videos: sample {index}, for one, loses "
+            f"{parts}; raise max_seq_len, or make media smaller"
         )
     return np.concatenate(sizes)
 
 
-def _examine(
-    dataset: Measurable, indices: Sequence[int]
-) -> tuple[np.ndarray, list[tuple[int, str]], list[tuple[int, dict[str, int]]]]:
-    """Sizes, and which samples cannot be measured and which are cut, with why and what."""
+def _examine(dataset: Any, indices: Sequence[int]) -> tuple[np.ndarray, list[Any], list[Any]]:
+    """Sizes, and indices of samples that cannot be measured or are cut, with why and what."""
     sizes = np.zeros((len(indices), 3), np.int32)
     bad, cut = [], []
     examine = getattr(dataset, "examine", None)

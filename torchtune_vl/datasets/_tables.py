@@ -91,9 +91,8 @@ def load_records(
     try:
         builder = datasets.load_dataset_builder(source, data_files=named, **of_builder)
         if not isinstance(builder, Json):
-            rows = datasets.load_dataset(
-                source, data_files=named, split=split, streaming=streaming, **settings
-            )
+            settings |= {"split": split, "streaming": streaming}
+            rows = datasets.load_dataset(source, data_files=named, **settings)
     # ValueError: of a split, or files of another format; TypeError: of a setting that is not known
     except (FileNotFoundError, TypeError, ValueError, DatasetGenerationError) as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
@@ -103,10 +102,8 @@ def load_records(
     return Table(rows), [file for files in groups.values() for file in files]
 
 
-def _json_records(
-    builder: datasets.DatasetBuilder, split: str, cache_dir: str
-) -> tuple[Records, list[str]]:
-    config: Any = builder.config
+def _json_records(builder: Any, split: str, cache_dir: str) -> tuple[Records, list[str]]:
+    config = builder.config
     if config.features is not None or config.encoding.lower().replace("-", "") != "utf8":
         raise ValueError("JSON is read as it is and in UTF-8: leave features and encoding out")
     wanted = {part.split("[")[0].strip() for part in split.split("+")}

@@ -23,29 +23,24 @@ def generate(
 
     They are padded on the left by :func:`~torchtune_vl.data.padded_collate_vision`, and on the
     device of the model, whose caches are not set up. A ``temperature`` of 0 takes the likeliest
-    token, more makes unlikely ones likelier; ``top_k`` is the number of likeliest tokens to sample
-    from, all by default.
+    token, more makes unlikely ones likelier; the ``top_k`` likeliest are sampled from, or else all.
 
-    Returns the new ids of each prompt, up to and with the first stop token, ``max_new_tokens`` at
-    most. Raises ``ValueError`` if prompts are not padded on the left, or prompts and answers do not
-    fit into the model's ``max_seq_len``.
+    Returns at most ``max_new_tokens`` new ids of each prompt, up to and with the first stop token.
+    Raises ``ValueError`` if prompts are not padded on the left, or ``max_seq_len`` is too short.
     """
     if not isinstance(batch.get("mask"), torch.Tensor):
-        raise ValueError(
-            "the batch has no mask of prompts that are padded on the left: collate it with "
-            'padded_collate_vision(..., pad_direction="left")'
-        )
-    tokens, mask = batch["tokens"], batch["mask"]
+        remedy = 'collate it with padded_collate_vision(..., pad_direction="left")'
+        raise ValueError(f"the batch has no mask of prompts that are padded on the left: {remedy}")
+    tokens, mask, input_pos = batch["tokens"], batch["mask"], batch["input_pos"]
+    media = batch.get("encoder_input")
     batch_size, prompt_length = tokens.shape
     length = prompt_length + max_new_tokens
     if length > model.decoder.max_seq_len:
-        raise ValueError(
-            f"{prompt_length} tokens of prompt and {max_new_tokens} new ones exceed the model's "
-            f"max_seq_len of {model.decoder.max_seq_len}"
-        )
+        wanted = f"{prompt_length} tokens of prompt and {max_new_tokens} new ones"
+        raise ValueError(f"{wanted} exceed the model's max_seq_len of {model.decoder.max_seq_len}")
     # An answer sees what the last token of its prompt sees, and what of itself is in the cache
     answer_mask = F.pad(mask[:, -1:], (0, max_new_tokens), value=True)
-    position = batch["input_pos"].amax(dim=(1, 2))
+    position = input_pos.amax(dim=(1, 2))
     last = torch.arange(1, batch_size + 1, device=tokens.device) * prompt_length - 1
     stops = torch.tensor(list(stop_tokens), device=tokens.device)
     answers: list[torch.Tensor] = []
@@ -53,13 +48,8 @@ def generate(
 
     model.setup_caches(batch_size, next(model.parameters()).dtype, decoder_max_seq_len=length)
     try:
-        logits = model(
-            tokens,
-            mask=mask,
-            encoder_input=batch.get("encoder_input"),
-            input_pos=batch["input_pos"],
-            output_positions=last,
-        )
+        prompt = {"mask": mask, "encoder_input": media, "input_pos": input_pos}
+        logits = model(tokens, **prompt, output_positions=last)
         for end in range(prompt_length, length):
             new = _choose(logits, temperature, top_k)
             answers.append(new)
@@ -67,11 +57,8 @@ def generate(
             if end + 1 == length or bool(ended.all()):
                 break
             position = position + 1
-            logits = model(
-                new[:, None],
-                mask=answer_mask,
-                input_pos=position[:, None, None].expand(-1, 1, 3),
-            ).squeeze(1)
+            next_pos = position[:, None, None].expand(-1, 1, 3)
+            logits = model(new[:, None], mask=answer_mask, input_pos=next_pos).squeeze(1)
     finally:
         model.delete_caches()
     return [until_stop(ids, stop_tokens) for ids in torch.stack(answers, dim=1).tolist()]

@@ -9,8 +9,7 @@ if TYPE_CHECKING:
 
 __all__ = ["lora_model_from_pretrained", "model_from_pretrained", "transform_from_pretrained"]
 
-# What takes long to import is imported where it is used: transforms need no model, and configs are
-# checked without either
+# Imports that take long are where they are used: transforms, and checks of configs, need no model
 
 
 def model_from_pretrained(

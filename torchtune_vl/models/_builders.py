@@ -78,8 +78,7 @@ def with_adapters(
     attention layers get adapters that ``lora_attn_modules`` names: ``q_proj``, ``k_proj`` and
     ``v_proj`` of the decoder, ``qkv`` of the encoder, where these three are one layer, and
     ``output_proj`` of both. Feed-forwards, the merger's too, and the output layer get them by flags
-    of their own. Products of adapters are scaled by lora_alpha / lora_rank; DoRA trains magnitudes
-    of weights beside.
+    of their own. Adapters' products are scaled by lora_alpha / lora_rank; DoRA trains magnitudes.
 
     With ``quantize_base`` the weights of linear layers are NF4 (QLoRA), unless they are trained in
     full. The output layer, as in the paper, keeps its dtype. With ``trained_in_float32`` what is
@@ -95,20 +94,11 @@ def with_adapters(
     names |= {"output"} if apply_lora_to_output else set()
     _check_adapters(names, parts)
     if apply_lora_to_output and dimensions["tie_word_embeddings"]:
-        raise ValueError(
-            "apply_lora_to_output: the output layer of this size is its token embedding, and an "
-            "adapter on one of both cannot be merged; leave it out"
-        )
-    linear = partial(
-        build_linear,
-        trainable=parts,
-        adapted=names,
-        quantize_base=quantize_base,
-        use_dora=use_dora,
-        rank=lora_rank,
-        alpha=lora_alpha,
-        dropout=lora_dropout,
-    )
+        problem = "the output layer of this size is its token embedding: no adapter can be merged"
+        raise ValueError(f"{problem}; leave apply_lora_to_output out")
+    adapter: Any = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout}
+    linear = partial(build_linear, use_dora=use_dora, quantize_base=quantize_base, **adapter)
+    linear = partial(linear, trainable=parts, adapted=names)
     full: Any = {f"{part}_trainable": how == "full" for part, how in parts.items()}
     model = vision_language_model(**dimensions, **full, linear=linear)
     # What torchtune's recipes train is what modules list by this method
@@ -147,10 +137,8 @@ def _check_adapters(names: set[str], parts: Mapping[str, Trainable]) -> None:
     problems += [f"{name} is no layer of a part that is 'lora'" for name in sorted(unmatched)]
     if problems:
         layers = "; ".join(f"{part}: {', '.join(sorted(_LAYERS[part]))}" for part in _LAYERS)
-        raise ValueError(
-            f"adapters on {sorted(names)}: {'; '.join(problems)}. Name others, or make parts "
-            f"'lora', 'frozen' or 'full'. There are {layers}"
-        )
+        problem = f"adapters on {sorted(names)}: {'; '.join(problems)}. Name others, or make parts"
+        raise ValueError(f"{problem} 'lora', 'frozen' or 'full'. There are {layers}")
 
 
 def _dequantize(model: nn.Module, state_dict: dict[str, Any], *args: Any) -> None:

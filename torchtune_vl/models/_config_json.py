@@ -100,9 +100,8 @@ def _rope(text: JsonObject, head_dim: int) -> dict[str, Any]:
     rope = given.over(_ROPE_DEFAULTS)
     sections = whole_numbers(rope, "mrope_section", 1, head_dim)
     if len(sections) != 3 or 2 * sum(sections) != head_dim:
-        raise rope.error(
-            "mrope_section", f"three numbers whose sum is half of a head's dimension, {head_dim}"
-        )
+        expected = f"three numbers whose sum is half of a head's dimension, {head_dim}"
+        raise rope.error("mrope_section", expected)
     rope_base = theta.over(_ROPE_DEFAULTS).number("rope_theta", 1, 1e12)
     return {"rope_base": rope_base, "mrope_sections": sections}
 

@@ -77,12 +77,12 @@ class Family:
         with adapters (``lora_``) and, of sizes, with those of NF4 weights (``qlora_``); renaming of
         tensors, from and to published checkpoints and peft's files; and the tensor-parallel plan.
         """
+        # torchtune, on which models stand, takes seconds to import
+        builders, plans = "torchtune_vl.models._builders", "torchtune_vl.modules.parallelism"
 
         def builder(name: str, **settings: Any) -> Callable[[], Any]:
-            # torchtune, on which models stand, takes seconds to import
-            module = partial(import_module, "torchtune_vl.models._builders")
             settings = {"geometry": self.geometry, **self.architecture, **settings}
-            return lambda: partial(getattr(module(), name), **settings)
+            return lambda: partial(getattr(import_module(builders), name), **settings)
 
         plain, lora = partial(builder, "vision_language_model"), partial(builder, "with_adapters")
         qlora = partial(lora, quantize_base=True)
@@ -97,9 +97,7 @@ class Family:
             f"{p}_tune_to_hf": lambda: self.names.to_published,
             f"{p}_peft_to_tune": lambda: self.names.from_peft,
             f"{p}_tune_to_peft": lambda: self.names.to_peft,
-            f"{p}_tp_plan": lambda: (
-                import_module("torchtune_vl.modules.parallelism").decoder_tp_plan
-            ),
+            f"{p}_tp_plan": lambda: import_module(plans).decoder_tp_plan,
             **{f"{p}_{size}": plain(**own) for size, own in sizes},
             **{f"lora_{p}_{size}": lora(**own) for size, own in sizes},
             **{f"qlora_{p}_{size}": qlora(**own) for size, own in sizes},
@@ -119,10 +117,8 @@ def family_of(directory: str | Path) -> Family:
     model_type = config.content.get("model_type")
     found = [family for family in families() if family.package == model_type]
     if not found:
-        known = " or ".join(map(repr, _MODEL_TYPES))
-        raise config.over({"model_type": None}).error(
-            "model_type", f"{known}: this is a checkpoint of another model"
-        )
+        expected = " or ".join(map(repr, _MODEL_TYPES)) + ": this is a checkpoint of another model"
+        raise config.over({"model_type": None}).error("model_type", expected)
     return found[0]
 
 

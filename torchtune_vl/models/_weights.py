@@ -21,6 +21,7 @@ from torchtune_vl.modules.vision import VisionLanguageModel
 _OUTPUT_LAYER = "lm_head.weight"
 _TOKEN_EMBEDDING = "model.embed_tokens.weight"
 _LISTED = 60  # tensors in an error
+Tensors = dict[str, torch.Tensor]
 
 
 def model_of(
@@ -42,7 +43,7 @@ def model_of(
     return model
 
 
-def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tensor]:
+def load_weights(directory: Path, files: Sequence[Path]) -> Tensors:
     """Read the weights of a checkpoint and compare them with its config and its checksums.
 
     Returns the tensors by our names, as stored, on the CPU and mapped from the files. Raises
@@ -62,16 +63,13 @@ def load_weights(directory: Path, files: Sequence[Path]) -> dict[str, torch.Tens
         if not torch.equal(*pair.values()):
             raise ValueError(
                 f"{output.path}: {output.name} differs from the token embedding, but config.json "
-                "says tie_word_embeddings: set it to false if the output layer was trained on its "
-                "own"
+                "says tie_word_embeddings: set it to false if the output layer was trained alone"
             )
     _refuse_differences(stored, expected, directory)
     return family.names.from_published(read_tensors(stored))
 
 
-def load_weights_into(
-    model: nn.Module, weights: Mapping[str, torch.Tensor], device: torch.device
-) -> None:
+def load_weights_into(model: nn.Module, weights: Tensors, device: torch.device) -> None:
     """Give a model on the meta device its weights, all of which are on the CPU, and whole.
 
     Each process takes its own part of them to ``device``, the CPU if they are offloaded.
@@ -97,16 +95,14 @@ def _quantized_like(weight: torch.Tensor, parameter: Any) -> torch.Tensor:
     return to_nf4(weight, nf4.block_size, nf4.scaler_block_size) if is_quantized else weight
 
 
-def initial_adapters(
-    model: nn.Module, weights: Mapping[str, torch.Tensor], seed: int
-) -> dict[str, torch.Tensor]:
+def initial_adapters(model: nn.Module, weights: Tensors, seed: int) -> Tensors:
     """Make a model's adapters that change nothing yet, the same for any number of devices.
 
     The model may be on the meta device; ``weights`` are those of its base. Returns the adapters'
     parameters, float32 on the CPU, but for those that ``weights`` has.
     """
     generator = torch.Generator().manual_seed(seed)
-    adapters: dict[str, torch.Tensor] = {}
+    adapters: Tensors = {}
     for name, module in model.named_modules():
         if not isinstance(module, LoRALinear | DoRALinear):
             continue

@@ -8,17 +8,12 @@ from torchtune_vl.modules.layout import (
     mrope_positions,
     vision_index,
 )
-from torchtune_vl.modules.loss import (
-    IGNORE_INDEX,
-    SupervisedCrossEntropyLoss,
-    chunked_cross_entropy,
-)
+from torchtune_vl.modules.loss import IGNORE_INDEX, SupervisedCrossEntropyLoss
 
 __all__ = [
     "IGNORE_INDEX",
     "Segments",
     "SupervisedCrossEntropyLoss",
-    "chunked_cross_entropy",
     "concatenate_patches",
     "encoder_index",
     "join_vision_indices",

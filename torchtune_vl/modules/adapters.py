@@ -65,10 +65,8 @@ def _nf4_blocks(name: str, in_dim: int, out_dim: int) -> dict[str, int]:
     """Block sizes of NF4 that divide a weight."""
     blocks, rest = divmod(in_dim * out_dim, NF4_BLOCK)
     if rest:
-        raise ValueError(
-            f"the weight of {name}, {out_dim} x {in_dim}, does not divide into blocks of "
-            f"{NF4_BLOCK}: it cannot be quantized"
-        )
+        problem = f"the weight of {name}, {out_dim} x {in_dim}, does not divide into blocks"
+        raise ValueError(f"{problem} of {NF4_BLOCK}: it cannot be quantized")
     scales = next(size for size in range(NF4_SCALER_BLOCK, 0, -1) if blocks % size == 0)
     return {"block_size": NF4_BLOCK, "scaler_block_size": scales}
 

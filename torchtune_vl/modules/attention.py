@@ -49,16 +49,14 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 class _PermuteRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(order, inverse)
+    def forward(ctx: Any, x: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order, back)
         return x.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        order, inverse = ctx.saved_tensors
-        return permute_rows(grad, inverse, order), None, None
+        order, back = ctx.saved_tensors
+        return permute_rows(grad, back, order), None, None
 
 
 # Of rows, a permutation of them and its inverse: x[order], but its gradient gathers too, where that

@@ -17,13 +17,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from torchtune_vl._torchtune import TransformerSelfAttentionLayer
+from torchtune_vl.modules import attention
 from torchtune_vl.modules.adapters import MakeLinear
-from torchtune_vl.modules.attention import (
-    attend_within_segments,
-    inverse_frequencies,
-    rotary_table,
-    rotate,
-)
 from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.layout import Segments
 from torchtune_vl.modules.loss import chunked_cross_entropy
@@ -39,10 +34,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.head_dim = 2 * sum(dims.mrope_sections)
         if dims.embed_dim != dims.num_heads * self.head_dim:
-            raise ValueError(
-                f"a width of {dims.embed_dim} does not divide into {dims.num_heads} heads of twice "
-                f"the sum of the M-RoPE sections {list(dims.mrope_sections)}"
-            )
+            dim = f"twice the sum of the M-RoPE sections {list(dims.mrope_sections)}"
+            heads = f"{dims.num_heads} heads of {dim}"
+            raise ValueError(f"a width of {dims.embed_dim} does not divide into {heads}")
         self.rope_base = dims.rope_base
         self.mrope_sections = dims.mrope_sections
         self.max_seq_len = dims.max_seq_len
@@ -79,18 +73,18 @@ class Decoder(nn.Module):
         2, ... by default. ``output_positions``, int64 [P] in the flattened batch, are those whose
         logits are wanted, ``targets``, int64 [P], the right entries there, if it is losses.
 
-        Returns logits, float32 [B, S, V] or [P, V], or a list of their chunks after
-        :meth:`set_num_output_chunks`; with ``targets`` the cross-entropy of each, float32 [P].
-        Raises ``ValueError`` if a sequence is longer than ``max_seq_len``, or there is a cache and
-        no mask or positions.
+        Returns logits, float32 [B, S, V] or [P, V], in chunks after :meth:`set_num_output_chunks`;
+        with ``targets`` the cross-entropy of each, float32 [P]. Raises ``ValueError`` if a sequence
+        is longer than ``max_seq_len``, or there is a cache and no mask or positions.
         """
         if x_BSE.shape[1] > self.max_seq_len:
             too_long = f"a sequence of {x_BSE.shape[1]} tokens is longer than max_seq_len"
             raise ValueError(f"{too_long}, {self.max_seq_len}")
         if self.caches_are_setup() and (mask is None or input_pos is None):
             raise ValueError("with a KV cache the decoder needs a mask and positions")
-        frequencies = inverse_frequencies(self.head_dim, self.rope_base, x_BSE.device)
-        rope = rotary_table(_three_axes(input_pos, x_BSE), frequencies.split(self.mrope_sections))
+        positions = _three_axes(input_pos, x_BSE)
+        frequencies = attention.inverse_frequencies(self.head_dim, self.rope_base, x_BSE.device)
+        rope = attention.rotary_table(positions, frequencies.split(self.mrope_sections))
         for layer in self.layers:
             x_BSE = layer(x_BSE, mask=mask, rope=rope)
         if output_positions is not None:
@@ -177,13 +171,13 @@ class Attention(nn.Module):
             projection(x_BSE).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_BSHD, k_BSKD = rotate(q_BSHD, rope), rotate(k_BSKD, rope)
+        q_BSHD, k_BSKD = attention.rotate(q_BSHD, rope), attention.rotate(k_BSKD, rope)
         dropout = self.dropout if self.training else 0.0
         if isinstance(mask, Segments):
             if dropout:
                 raise ValueError("packed rows have no attn_dropout: set it to 0, or pad instead")
             rows = (x.flatten(0, 1) for x in (q_BSHD, k_BSKD, v_BSKD))
-            out = attend_within_segments(*rows, mask, is_causal=True)
+            out = attention.attend_within_segments(*rows, mask, is_causal=True)
             return self.output_proj(out.view_as(q_BSHD).flatten(2))
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSKD, v_BSKD))
         if self.kv_cache is not None:

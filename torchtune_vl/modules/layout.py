@@ -31,17 +31,14 @@ def mrope_positions(
 
     What follows a medium begins at the largest position so far + 1, as "Qwen2-VL" (arXiv
     2409.12191, section 2.1) defines it. So transformers numbered until release 4.51, and so vLLM
-    and SGLang do. transformers >= 5.3 goes on at half the larger side of the medium's grid, which
-    is less behind a video of many seconds.
+    and SGLang do. transformers >= 5.3 adds half of the grid's larger side: less behind long videos.
     """
     grids = grid_thw.tolist()
     placeholders = sum(tokens.count(token_id) for token_id in placeholder_ids)
     expected = sum(t * h * w for t, h, w in grids) // merge_size**2
     if placeholders != expected:
-        raise ValueError(
-            f"the text has {placeholders} placeholder tokens of images and videos, "
-            f"but its {len(grids)} media have {expected} embeddings"
-        )
+        found = f"the text has {placeholders} placeholder tokens of images and videos"
+        raise ValueError(f"{found}, but its {len(grids)} media have {expected} embeddings")
     positions = np.empty((len(tokens), 3), np.int64)
     end = position = 0
     for (t, h, w), interval in zip(grids, intervals, strict=True):
@@ -69,17 +66,15 @@ def vision_index(grid_thw: torch.Tensor, geometry: Geometry) -> dict[str, torch.
     """Order, positions and segments of media, which a vision encoder works by.
 
     A unit is the square of patches that becomes one embedding. Patches come unit by unit, so that
-    windows are permutations of units. After transformers' ``get_vision_window_index`` and
-    ``get_vision_position_ids``.
+    windows permute units (transformers' ``get_vision_window_index``, ``get_vision_position_ids``).
 
     Of the patches of each medium along time, height and width, int64 [k, 3] on the CPU, returns
     ``unit_order``, int64 [units], where each unit comes from, window after window; its row and
     column, ``unit_positions``, int32 [units, 2]; and the patches of each window and frame,
     ``window_lengths`` and ``frame_lengths``, int64. Without windows the frames are the windows.
     """
-    return join_vision_indices(
-        [_index_of_frame(h, w, geometry) for t, h, w in grid_thw.tolist() for _ in range(t)]
-    )
+    frames = [(h, w) for t, h, w in grid_thw.tolist() for _ in range(t)]
+    return join_vision_indices([_index_of_frame(h, w, geometry) for h, w in frames])
 
 
 @lru_cache(_SHAPES)
@@ -100,10 +95,7 @@ def _index_of_frame(h: int, w: int, geometry: Geometry) -> dict[str, torch.Tenso
 
 
 def join_vision_indices(indices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Join indices of :func:`vision_index`, of what the encoder sees as one batch.
-
-    Other keys, which samples have, are ignored.
-    """
+    """Join indices of :func:`vision_index` for a batch; other keys, of samples, are ignored."""
     keys = ("unit_order", "unit_positions", "window_lengths", "frame_lengths")
     joined = {key: torch.cat([index[key] for index in indices]) for key in keys}
     if len(indices) > 1:  # of a small image's time a tenth
@@ -134,8 +126,7 @@ class Segments:
     Windows and frames of a vision encoder are segments, and the documents of a packed row.
     ``lengths``, the rows of each, are known to the host, so that nothing waits for the device to
     tell them; ``boundaries``, int32 [segments + 1], are where they start, and the end of the last.
-    An object, since torch.compile would look into a dict or a list, and compile anew for each
-    batch.
+    An object: torch.compile would look into a dict or a list, and compile anew for each batch.
     """
 
     def __init__(self, lengths: Sequence[int], boundaries: torch.Tensor) -> None:
@@ -165,8 +156,7 @@ class Segments:
         if len(runs) == len({*self.lengths}):
             return runs, None
         lengths = torch.tensor(self.lengths)
-        order = lengths.repeat_interleave(lengths).argsort(stable=True)
-        order = order.to(self.boundaries.device)
+        order = lengths.repeat_interleave(lengths).argsort(stable=True).to(self.boundaries.device)
         return sorted(Counter(self.lengths).items()), (order, order.argsort())
 
 

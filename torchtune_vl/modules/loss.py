@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Rows of logits that exist at a time: many enough for a fast product, few enough to be small
-# beside the activations of the layers
+# Rows of logits at a time: enough for a fast product, but small beside the layers' activations
 CHUNK = 1024
 # Label of what carries no loss, as everywhere in torch
 IGNORE_INDEX = -100
@@ -28,19 +27,15 @@ def chunked_cross_entropy(
         return F.cross_entropy(output(rows).float(), right, reduction="none")
 
     *chunks, last = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    made_anew = [
-        checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in chunks
-    ]
-    return torch.cat([*made_anew, losses(*last)])
+    anew = [checkpoint(losses, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
+    return torch.cat([*anew, losses(*last)])
 
 
 class SupervisedCrossEntropyLoss(nn.Module):
     """Mean cross-entropy of logits that the model computed for supervised positions only.
 
-    The counterpart of :func:`~torchtune_vl.data.padded_collate_vision_supervised`: most tokens of
-    a batch have ``ignore_index`` as their label, and their logits over 150,000 entries cost more
-    than the rest of a small model.
+    The counterpart of :func:`~torchtune_vl.data.padded_collate_vision_supervised`: most labels are
+    ``ignore_index``, and their logits of 150,000 entries cost more than a small model's rest.
     """
 
     def __init__(self, ignore_index: int = IGNORE_INDEX) -> None:

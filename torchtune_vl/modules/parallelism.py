@@ -16,9 +16,8 @@ def decoder_tp_plan(model: VisionLanguageModel) -> dict[str, ParallelStyle]:
     """Plan tensor parallelism (Megatron-LM, arXiv 1909.08053) of the decoder.
 
     Heads and feed-forward are divided, and the output layer where it is not the token embedding.
-    Each device has and computes the whole vision encoder, which is small beside the decoder.
-    Returns styles by module, for torch's ``parallelize_module``. Raises ``ValueError`` if the model
-    has adapters or quantized weights.
+    Each device computes the whole vision encoder, which is small. Returns styles by module, for
+    torch's ``parallelize_module``. Raises ``ValueError`` for adapters or quantized weights.
     """
     plan: dict[str, ParallelStyle] = {
         f"decoder.layers.{i}.{name}": style()
@@ -27,10 +26,8 @@ def decoder_tp_plan(model: VisionLanguageModel) -> dict[str, ParallelStyle]:
         for name in names
     }
     if any(type(model.get_submodule(name)) is not nn.Linear for name in plan):
-        raise ValueError(
-            "layers with adapters or quantized weights do not divide over devices: set "
-            "parallel.tensor to 1, where these methods need no more"
-        )
+        problem = "layers with adapters or quantized weights do not divide over devices"
+        raise ValueError(f"{problem}: set parallel.tensor to 1, where these methods need no more")
     if isinstance(model.decoder.output, nn.Linear):
         plan["decoder.output"] = ColwiseParallel(output_layouts=Replicate())
     return plan

@@ -1,8 +1,7 @@
 """The vision encoder, and how what it makes of media comes into the decoder's text."""
 
 # Shape suffixes: B sequences, S tokens of a sequence, N patches, U units of patches that become one
-# embedding, E width of the decoder (of B and S) or of the encoder (of N), H heads, D dimension of a
-# head
+# embedding, E width of the decoder (of B and S) or the encoder (of N), H heads, D their dimension
 
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -15,14 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map
 
 from torchtune_vl.media import CHANNELS, Geometry
+from torchtune_vl.modules import attention
 from torchtune_vl.modules.adapters import MakeLinear
-from torchtune_vl.modules.attention import (
-    attend_within_segments,
-    inverse_frequencies,
-    permute_rows,
-    rotary_table,
-    rotate,
-)
 from torchtune_vl.modules.decoder import Decoder, FeedForward, Mask, TransformerLayer
 from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.layout import Segments, encoder_index, vision_index
@@ -158,19 +151,19 @@ class VisionEncoder(nn.Module):
         order_U = index["unit_order"]
         back_U = order_U.argsort()
         x_UNE = self.patch_embed(patches).unflatten(0, (len(order_U), -1))
-        x_NE = permute_rows(x_UNE, order_U, back_U).flatten(0, 1)
+        x_NE = attention.permute_rows(x_UNE, order_U, back_U).flatten(0, 1)
         for number, layer in enumerate(self.layers):
             kind = "frames" if number in self.full_attention_layers else "windows"
             x_NE = layer(x_NE, segments=segments[kind], rope=rope)
-        return permute_rows(self.merger(x_NE), back_U, order_U)
+        return attention.permute_rows(self.merger(x_NE), back_U, order_U)
 
     def _rope(self, unit_positions: torch.Tensor) -> torch.Tensor:
         """Make the rotary table of all patches [N, 2, D/2] from row and column of units [U, 2]."""
         size, device = self.geometry.merge_size, unit_positions.device
         steps = torch.arange(size, device=device)
         positions = unit_positions[:, None] * size + torch.cartesian_prod(steps, steps)
-        frequencies = inverse_frequencies(self.head_dim // 2, 10000.0, device)
-        return rotary_table(positions.flatten(0, 1), [frequencies] * 2)
+        frequencies = attention.inverse_frequencies(self.head_dim // 2, 10000.0, device)
+        return attention.rotary_table(positions.flatten(0, 1), [frequencies] * 2)
 
 
 def _index(grid_thw: torch.Tensor, geometry: Geometry) -> dict[str, Any]:
@@ -233,13 +226,12 @@ class VisionAttention(nn.Module):
         self.output_proj = linear("output_proj", embed_dim, embed_dim, True)
         self.head_dim = head_dim
 
-    def forward(
-        self, x_NE: torch.Tensor, *, segments: Segments, rope: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x_NE: torch.Tensor, segments: Segments, rope: torch.Tensor) -> torch.Tensor:
         """Attend within segments, with a rotary table, float32 [N, 2, D/2]."""
         q_NHD, k_NHD, v_NHD = self.qkv(x_NE).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
-        q_NHD, k_NHD = rotate(q_NHD, rope), rotate(k_NHD, rope)
-        return self.output_proj(attend_within_segments(q_NHD, k_NHD, v_NHD, segments).flatten(1))
+        q_NHD, k_NHD = attention.rotate(q_NHD, rope), attention.rotate(k_NHD, rope)
+        out_NHD = attention.attend_within_segments(q_NHD, k_NHD, v_NHD, segments)
+        return self.output_proj(out_NHD.flatten(1))
 
 
 class PatchMerger(nn.Module):
@@ -250,9 +242,8 @@ class PatchMerger(nn.Module):
         self.unit_size = dims.geometry.merge_size**2
         width = dims.vision_embed_dim * self.unit_size
         self.norm = dims.vision_norm(dims.vision_embed_dim)
-        self.mlp = FeedForward(
-            width, width, linear, out_dim=dims.embed_dim, bias=True, gated=False, activation=F.gelu
-        )
+        mlp = partial(FeedForward, bias=True, gated=False, activation=F.gelu)
+        self.mlp = mlp(width, width, linear, out_dim=dims.embed_dim)
 
     def forward(self, x_NE: torch.Tensor) -> torch.Tensor:
         """Merge hidden states into embeddings [U, width of the decoder]."""

@@ -14,18 +14,12 @@ from torchtune_vl.chat import boxes_in_original as boxes_by_sizes
 from torchtune_vl.chat._processor_files import read_if_there
 from torchtune_vl.files._json import JsonObject
 from torchtune_vl.media import ImageTransform, VideoTransform
-from torchtune_vl.models._config_json import (
-    VISION_DEFAULTS,
-    WIDEST,
-    common_dimensions,
-    support_only,
-    whole_numbers,
-)
+from torchtune_vl.models import _config_json as config_json
 from torchtune_vl.models._registry import Family, geometry, tensor_names
 
 GEOMETRY = geometry(window_size=4)
 _VISION_DEFAULTS: dict[str, Any] = {
-    **VISION_DEFAULTS,
+    **config_json.VISION_DEFAULTS,
     "hidden_act": "silu",
     "intermediate_size": 3420,
     "window_size": 112,
@@ -36,15 +30,16 @@ _VISION_DEFAULTS: dict[str, Any] = {
 
 def _dimensions(config: JsonObject) -> dict[str, Any]:
     vision = config.part("vision_config").over(_VISION_DEFAULTS)
-    dimensions = common_dimensions(config, vision, width="hidden_size", out="out_hidden_size")
+    keys = {"width": "hidden_size", "out": "out_hidden_size"}
+    dimensions = config_json.common_dimensions(config, vision, **keys)
     size = GEOMETRY.merge_size
     window = (GEOMETRY.window_size or 1) * size * dimensions["patch_size"]
-    support_only(vision, hidden_act="silu", spatial_merge_size=size, window_size=window)
+    supported = {"hidden_act": "silu", "spatial_merge_size": size, "window_size": window}
+    config_json.support_only(vision, **supported)
     last = dimensions["vision_num_layers"] - 1
-    return dimensions | {
-        "vision_intermediate_dim": vision.whole("intermediate_size", most=WIDEST),
-        "full_attention_layers": whole_numbers(vision, "fullatt_block_indexes", 0, last),
-    }
+    layers = config_json.whole_numbers(vision, "fullatt_block_indexes", 0, last)
+    width = vision.whole("intermediate_size", most=config_json.WIDEST)
+    return {**dimensions, "vision_intermediate_dim": width, "full_attention_layers": layers}
 
 
 class Qwen2_5_VLImageTransform(ImageTransform):
@@ -64,16 +59,13 @@ class Qwen2_5_VLVideoTransform(VideoTransform):
 class Qwen2_5_VLTransform(ChatTransform):
     """The transform of conversations for Qwen2.5-VL, whose positions of videos follow the clock.
 
-    "Qwen2.5-VL Technical Report" (arXiv 2502.13923, section 2.1.3). Arguments are those of
-    :class:`~torchtune_vl.chat.ChatTransform`; boxes are written in pixels of the resized image
-    (section 2.2).
+    "Qwen2.5-VL Technical Report" (arXiv 2502.13923, sections 2.1.3 and 2.2). Arguments are those of
+    :class:`~torchtune_vl.chat.ChatTransform`; boxes are written in pixels of the resized image.
     """
 
     geometry = GEOMETRY
     processors = ProcessorClasses(
-        processor="Qwen2_5_VLProcessor",
-        images="Qwen2VLImageProcessor",
-        videos="Qwen2VLVideoProcessor",
+        "Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"
     )
     default_tokens_per_second = 2
 
@@ -95,8 +87,7 @@ def boxes_in_original(
     """Find the boxes and points in a generated text, in pixels of the user's upright image.
 
     ``original_size`` is its height and width, ``grid_thw``, int64 [3], the patches that the model
-    saw, from the sample's ``encoder_input``. Returns each entry that has ``bbox_2d`` or
-    ``point_2d``, with these as float pixels.
+    saw, from ``encoder_input``. Returns entries with ``bbox_2d`` or ``point_2d``, in float pixels.
     """
     rows, columns = (int(side) * GEOMETRY.patch_size for side in grid_thw[1:])
     return boxes_by_sizes(text, original_size, (rows, columns))

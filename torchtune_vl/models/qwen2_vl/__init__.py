@@ -55,9 +55,7 @@ class Qwen2VLTransform(ChatTransform):
 
     geometry = GEOMETRY
     processors = ProcessorClasses(
-        processor="Qwen2VLProcessor",
-        images="Qwen2VLImageProcessor",
-        videos="Qwen2VLVideoProcessor",
+        "Qwen2VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"
     )
 
     def box_extent(self, height: int, width: int) -> tuple[int, int]:
@@ -76,8 +74,7 @@ class Qwen2VLTransform(ChatTransform):
         """
         written = []
         for entry in entries:
-            other = entry.keys() - {"bbox_2d", "point_2d", "label"}
-            if other:
+            if other := entry.keys() - {"bbox_2d", "point_2d", "label"}:
                 raise ValueError(f"Qwen2-VL's boxes have no place for {sorted(other)}: remove them")
             label = entry.get("label")
             coordinates = self.write_coordinates(entry.get("bbox_2d") or entry["point_2d"])
