@@ -23,8 +23,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from torchtune_vl.checkpoint import _checkpointer
-from torchtune_vl.files import _directory
+from torchtune_vl.files import _directory, _safetensors
 from torchtune_vl.files._directory import new_directory
 from torchtune_vl.files._safetensors import weight_files, write_shards
 from torchtune_vl.models import _weights
@@ -108,7 +107,7 @@ def measure(name: str, directory: Path, repeats: int, checked: bool) -> float:
     """One figure of the table."""
     unchecked = mock.patch.object(_directory, "write_manifest", return_value=None)
     shards = mock.patch.object(
-        _checkpointer, "write_shards", lambda w, d, _: write_shards(w, d, MAX_SHARD_SIZE)
+        _safetensors, "write_shards", lambda w, d, _: write_shards(w, d, MAX_SHARD_SIZE)
     )
     loaded = mock.patch.object(_weights, "check_manifest", return_value=None)
     with ExitStack() as patches:

@@ -78,7 +78,7 @@ def test_tied_output_layer_is_accepted_if_equal(source: Path) -> None:
 
 def test_a_tensor_by_both_of_its_names_is_refused(source: Path) -> None:
     alter_weights(source, **{"model.language_model.norm.weight": torch.zeros(256)})
-    with pytest.raises(ValueError, match="as well"):
+    with pytest.raises(ValueError, match=r"is in .* too \("):
         load(source)
 
 

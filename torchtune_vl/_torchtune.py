@@ -17,8 +17,7 @@ from torchtune.modules.low_precision import FrozenNF4Linear
 # Linear layers with adapters, whose `adapter_params` tell its recipes what to train
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
-# Names under which its checkpointers and recipes exchange weights and state; activations that wait
-# in the host's memory
+# Names in states of its checkpointers and recipes; activations that wait in the host's memory
 from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY, OffloadActivations
 
 # A logger that prints, in its recipes and in ours

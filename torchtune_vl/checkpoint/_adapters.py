@@ -1,10 +1,9 @@
 """Adapters in peft's files, and merged into the weights that they adapt."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,8 +16,7 @@ from torchtune_vl.files._tensor_names import TensorNames, peft_module
 from torchtune_vl.models._registry import families
 from torchtune_vl.modules.adapters import ADAPTER_SUFFIXES, DoRA, is_adapter
 
-T = TypeVar("T")
-Tensors = Mapping[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -29,8 +27,7 @@ _HARMLESS = {
     *("r", "lora_alpha", "use_dora", "modules_to_save", "ensure_weight_tying"),
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config", "lora_dropout", "target_modules", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern", "megatron_core", "eva_config"),
-    "qalora_group_size",
+    *("layers_to_transform", "layers_pattern", "megatron_core", "eva_config", "qalora_group_size"),
 }
 # ... and those that do with other values than these; any further key, unless it is switched off
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -41,9 +38,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 _OFF: tuple[Any, ...] = (None, False, {}, [])
 _WITHOUT_WEIGHTS = ("alora_invocation_tokens", "arrow_config")
-_MERGE_BY_PEFT = (
-    "merge it by peft's merge_and_unload, save the model, and start from that as checkpoint_dir"
-)
+_MERGE_BY_PEFT = "merge it by peft's merge_and_unload, save that, and name it as checkpoint_dir"
 _EMBEDDING = "decoder.tok_embeddings.weight"
 _OUTPUT = "decoder.output.weight"
 # How the tensors of adapters begin that were trained with these releases of transformers
@@ -53,7 +48,7 @@ _NAMES_BEFORE_4_52 = ("base_model.model.visual.", "base_model.model.model.layers
 class Adapter(NamedTuple):
     """Adapters of a model, and parameters trained in full beside them."""
 
-    tensors: dict[str, torch.Tensor]  # by our names
+    tensors: Tensors  # by our names
     rank: int
     alpha: float  # products of the matrices are scaled by alpha / rank
     base: str  # name or directory of the model that they adapt
@@ -66,7 +61,7 @@ def load_adapter(directory: Path, weights: Tensors | None = None) -> Adapter:
     ``weights`` are those of the model that it is to adapt, by our names; an output layer that is
     the token embedding is in neither. Raises ``ValueError`` if a file is missing or damaged, it is
     another kind of adapter or of another model, or its tensors are not those of its config, or not
-    finite.
+    finite. Where its config has ``layers_to_transform``, layers that the file lacks are not found.
     """
     if not (directory / CONFIG).is_file():
         raise ValueError(f"{directory} has no {CONFIG}: it is no directory of an adapter")
@@ -79,7 +74,7 @@ def load_adapter(directory: Path, weights: Tensors | None = None) -> Adapter:
         if not tensor.isfinite().all():
             raise ValueError(f"{directory / WEIGHTS}: {stored[name].name} is not finite")
     # peft writes some weights of the base beside them though they are not trained
-    in_full = _list(config, "modules_to_save", JsonObject.text)
+    in_full = _texts(config, "modules_to_save")
     copies = {
         name: tensors.pop(name)
         for name, place in stored.items()
@@ -93,23 +88,21 @@ def load_adapter(directory: Path, weights: Tensors | None = None) -> Adapter:
             _untie(tensors, copies, directory)
         for name, copy in copies.items():
             if not _are_equal(copy, base.get(name)):
-                raise ValueError(
-                    f"{directory}: it has weights of its base, and {name} is not as in "
-                    "checkpoint_dir: name the base that it was trained on"
-                )
+                found = f"it has weights of its base, and {name} is not as in checkpoint_dir"
+                raise ValueError(f"{directory}: {found}: name the base that it was trained on")
         # A pattern is of the names that modules had when the adapter was trained
         before_4_52 = any(place.name.startswith(_NAMES_BEFORE_4_52) for place in stored.values())
         rename = names.to_published if before_4_52 else names.to_peft
         linear = {n: n for n, weight in weights.items() if weight.ndim == 2 and n != _EMBEDDING}
         modules = {peft_module(theirs): ours for theirs, ours in rename(linear).items()}
         adapted = {weight for weight, parts in _by_weight(tensors).items() if "" not in parts}
-        # peft takes a layer without its adapter as it is in the base, with no more than a warning
+        # peft takes a layer without its adapter as it is in the base, with no more than a warning;
+        # layers_to_transform leaves some of them out, by rules of peft's own
         missing = [m for m in targeted_modules(config, modules) if modules[m] not in adapted]
-        if missing:
-            raise ValueError(
-                f"{config.file}: it adapts {_listed(missing)}, but {WEIGHTS} has nothing of these: "
-                "save it again, or state in target_modules what it adapts"
-            )
+        if missing and "layers_to_transform" not in config:
+            found = f"it adapts {_listed(missing)}, but {WEIGHTS} has nothing of these"
+            remedy = "save it again, or state in target_modules what it adapts"
+            raise ValueError(f"{config.file}: {found}: {remedy}")
     key = "base_model_name_or_path"
     trained_on = config.text(key) if key in config else ""
     alpha = config.number("lora_alpha", 1e-6, 1e6)
@@ -136,9 +129,7 @@ def _by_our_names(directory: Path) -> tuple[TensorNames, dict[str, Stored]]:
     raise ValueError(f"{directory}: {errors[0]}; {_MERGE_BY_PEFT}")
 
 
-def _untie(
-    tensors: dict[str, torch.Tensor], copies: dict[str, torch.Tensor], directory: Path
-) -> None:
+def _untie(tensors: Tensors, copies: Tensors, directory: Path) -> None:
     """Drop the output layer, which is the token embedding of the base."""
     if _EMBEDDING in tensors and _OUTPUT in copies:  # peft does not list it, but writes it
         tensors[_OUTPUT] = copies.pop(_OUTPUT)
@@ -176,62 +167,39 @@ def _check_shapes(tensors: Tensors, config: JsonObject, base: Tensors) -> None:
             there = f", in the base {[*shape] or 'not there'}," if base else ""
             raise ValueError(
                 f"{config.file}: r is {rank} and use_dora is {use_dora}, but {WEIGHTS} has for "
-                f"{name}{there} {found}: state what it was trained with, or name the base that it "
-                "is of; DeepSpeed ZeRO-3 saves empty what it has not gathered; of a convolution, "
-                f"{_MERGE_BY_PEFT}"
+                f"{name}{there} {found}: state what it was trained with, or its base; DeepSpeed "
+                f"ZeRO-3 saves empty what it has not gathered; of a convolution, {_MERGE_BY_PEFT}"
             )
 
 
 def targeted_modules(config: JsonObject, modules: Iterable[str]) -> list[str]:
-    """Tell which linear layers of transformers' model peft adapts by an adapter's config.
-
-    Raises ``ValueError`` if one of the keys about these has a value that says nothing.
-    """
+    """Tell which linear layers of transformers peft adapts; ``ValueError`` if keys say nothing."""
     targets, excluded = _pattern(config, "target_modules"), _pattern(config, "exclude_modules")
-    in_full = _list(config, "modules_to_save", JsonObject.text)
-    found = [
-        module
-        for module in modules
-        if targets.fullmatch(module)
-        and not excluded.fullmatch(module)
-        and not _is_within(module, in_full)
+    in_full = _texts(config, "modules_to_save")
+    return [
+        m
+        for m in modules
+        if targets.fullmatch(m) and not excluded.fullmatch(m) and not _is_within(m, in_full)
     ]
-    numbers = _list(config, "layers_to_transform", partial(JsonObject.whole, least=0), int)
-    if not numbers or isinstance(config.content.get("target_modules"), str):
-        return found
-    key = "layers_pattern"
-    names = "|".join(_list(config, key, JsonObject.text, str)) or "[^.]*"
-    layers = "|".join(map(str, numbers))
-    in_layers = _compiled(config, key, rf"(?:.*\.)?(?:{names})\.(?:{layers})\..*")
-    return [m for m in found if in_layers.fullmatch(m) or m in config.items("target_modules")]
 
 
 def _pattern(config: JsonObject, key: str) -> re.Pattern[str]:
     """What names of modules match as a whole: a regular expression, or how names end."""
-    value = config.content.get(key)
-    if not isinstance(value, str):
-        ends = map(re.escape, _list(config, key, JsonObject.text))
-        value = rf"(?:.*\.)?(?:{'|'.join(ends)})"
-    return _compiled(config, key, value)
-
-
-def _compiled(config: JsonObject, key: str, pattern: str) -> re.Pattern[str]:
+    pattern = config.content.get(key)
+    if not isinstance(pattern, str):
+        pattern = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, _texts(config, key)))})"
     try:
         return re.compile(pattern)
     except re.error as error:
         raise config.error(key, f"a regular expression ({error})") from None
 
 
-def _list(
-    config: JsonObject, key: str, read: Callable[[JsonObject, str], T], alone: type | None = None
-) -> list[T]:
-    """Return a list, empty where there is none, and that of a value which may stand ``alone``."""
+def _texts(config: JsonObject, key: str) -> list[str]:
+    """Return a list of texts, empty where there is none."""
     if key not in config:
         return []
-    if alone and isinstance(config.content[key], alone):
-        return [read(config, key)]
     items = config.each(key)
-    return [read(items, place) for place in items.content]
+    return [items.text(place) for place in items.content]
 
 
 def _is_within(module: str, names: Iterable[str]) -> bool:
@@ -250,25 +218,23 @@ def check_continues(
     one_sided = {"the adapter alone has": theirs - ours, "the model alone trains": ours - theirs}
     problems = [f"{what} {_listed(sorted(found))}" for what, found in one_sided.items() if found]
     layer = next((m for m in model.modules() if isinstance(m, LoRALinear | DoRA)), None)
-    if layer is not None and (layer.rank, layer.alpha) != (config["r"], config["lora_alpha"]):
-        problems.append(
-            f"the model has lora_rank {layer.rank} and lora_alpha {layer.alpha}, it has "
-            f"{config['r']} and {config['lora_alpha']}"
-        )
+    rank, alpha = config["r"], config["lora_alpha"]
+    if layer is not None and (layer.rank, layer.alpha) != (rank, alpha):
+        own = f"the model has lora_rank {layer.rank} and lora_alpha {layer.alpha}"
+        problems.append(f"{own}, it has {rank} and {alpha}")
     if problems:
-        raise ValueError(
-            f"the adapter of adapter_dir does not go on in this model: {'; '.join(problems)}: give "
-            "the model what the adapter has, or merge the adapter first (tune-vl merge)"
-        )
+        remedy = "give the model what the adapter has, or merge the adapter first (tune-vl merge)"
+        found = f"the adapter of adapter_dir does not go on in this model: {'; '.join(problems)}"
+        raise ValueError(f"{found}: {remedy}")
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _by_weight(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
+def _by_weight(tensors: Tensors) -> dict[str, Tensors]:
     """Group tensors by what they adapt, or replace, and in that by the ends of their names."""
-    groups: dict[str, dict[str, torch.Tensor]] = {}
+    groups: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
         suffix = next((suffix for suffix in ADAPTER_SUFFIXES if name.endswith(suffix)), "")
         weight = f"{name.removesuffix(suffix)}.weight" if suffix else name
@@ -277,10 +243,7 @@ def _by_weight(tensors: Tensors) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def save_adapter(adapter: Adapter, directory: Path) -> None:
-    """Write an adapter as peft does, and checksums of its files.
-
-    Raises ``ValueError`` if a tensor is of no layer of our model.
-    """
+    """Write an adapter as peft does, with checksums; ``ValueError`` if a tensor is of no layer."""
     tensors = dict(adapter.tensors)
     is_tied = _EMBEDDING in tensors and _OUTPUT not in tensors
     if is_tied:  # peft would train one of both alone
@@ -309,9 +272,7 @@ def save_adapter(adapter: Adapter, directory: Path) -> None:
 
 
 @torch.no_grad()
-def merge_adapter(
-    weights: Tensors, adapter: Adapter, dtype: torch.dtype | None = None
-) -> dict[str, torch.Tensor]:
+def merge_adapter(weights: Tensors, adapter: Adapter, dtype: torch.dtype | None = None) -> Tensors:
     """Add adapters to the weights of their layers, which they fit, see :func:`load_adapter`.
 
     Products are made in float32 and rounded once. The result has a dtype, or that of each weight.

@@ -3,7 +3,6 @@
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,31 +10,10 @@ from typing import Any
 import torch
 
 from torchtune_vl._torchtune import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY
-from torchtune_vl.checkpoint._adapters import (
-    CONFIG,
-    Adapter,
-    load_adapter,
-    merge_adapter,
-    save_adapter,
-)
-from torchtune_vl.files._directory import (
-    MANIFEST,
-    check_manifest,
-    new_directory,
-    new_file,
-    numbered,
-    remove_file,
-    survivor,
-    write_json,
-)
+from torchtune_vl.checkpoint import _adapters as adapters
+from torchtune_vl.files import _directory as directories
+from torchtune_vl.files import _safetensors as tensor_io
 from torchtune_vl.files._json import read_json_object
-from torchtune_vl.files._safetensors import (
-    INDEX,
-    read_tensors,
-    stored_tensors,
-    weight_files,
-    write_shards,
-)
 from torchtune_vl.files._tensor_names import published_name
 from torchtune_vl.models._builders import part_of
 from torchtune_vl.models._registry import family_of
@@ -45,10 +23,13 @@ from torchtune_vl.modules.adapters import is_adapter
 # Files that a complete directory has beside the weights: configs, vocabularies, templates
 _COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".tiktoken")
 # ... but for those that speak of files of weights
-_OWN = (INDEX, MANIFEST, CONFIG)
+_OWN = (tensor_io.INDEX, directories.MANIFEST, adapters.CONFIG)
 _ADAPTER = "adapter"
 _RECIPE_STATE = "recipe_state.pt"
 _FILES_OF_THEIR_OWN = (MODEL_KEY, ADAPTER_KEY, ADAPTER_CONFIG)
+
+Weights = Mapping[str, torch.Tensor]
+Dtype = torch.dtype | None  # None for that of each tensor
 
 log = logging.getLogger(__name__)
 
@@ -87,33 +68,32 @@ class HubCheckpointer:
         self._checkpoint_dir = Path(checkpoint_dir)
         self._output_dir = Path(output_dir)
         if self._output_dir.resolve().is_relative_to(self._checkpoint_dir.resolve()):
-            raise ValueError(
-                f"output_dir {output_dir} is in checkpoint_dir {checkpoint_dir}: name another, so "
-                "that what is there stays as it is"
-            )
+            places = f"output_dir {output_dir} is in checkpoint_dir {checkpoint_dir}"
+            raise ValueError(f"{places}: name another, so that what is there stays as it is")
         self._adapter_dir = None if adapter_dir is None else Path(adapter_dir)
-        self._weights_dir = survivor(self._checkpoint_dir)
+        self._weights_dir = directories.survivor(self._checkpoint_dir)
         self._state = self._find_state(recipe_checkpoint) if should_load_recipe_state else None
         if self._state:
             epoch = self._state.parent
             if (epoch / _ADAPTER).is_dir():
-                check_manifest(epoch)  # elsewhere loading the weights checks what lies beside them
+                # Elsewhere loading the weights checks what lies beside them
+                directories.check_manifest(epoch)
                 self._adapter_dir = epoch / _ADAPTER
             else:
                 self._weights_dir, checkpoint_files = epoch, None
         named = [self._weights_dir / name for name in checkpoint_files or ()]
-        self._files = named or weight_files(self._weights_dir)
+        self._files = named or tensor_io.weight_files(self._weights_dir)
 
     def _find_state(self, given: str | Path | None) -> Path:
         """Find the state of the recipe to resume from, which is in its epoch."""
-        states = [epoch / _RECIPE_STATE for epoch in numbered(self._output_dir, "epoch")]
+        epochs = directories.numbered(self._output_dir, "epoch")
+        states = [epoch / _RECIPE_STATE for epoch in epochs]
         found = [s for s in states if s.is_file() and Path(given or s).resolve() == s.resolve()]
         if not found:
-            raise ValueError(
-                f"cannot resume: no epoch_N of {self._output_dir} has {given or _RECIPE_STATE}: "
-                "restore it, or start from the weights alone, with checkpoint_dir; a recipe_state "
-                "beside the epochs, as earlier releases wrote it, is not read"
-            )
+            reason = f"no epoch_N of {self._output_dir} has {given or _RECIPE_STATE}"
+            remedy = "restore it, or start from the weights alone, with checkpoint_dir"
+            older = "a recipe_state beside the epochs, as earlier releases wrote it, is not read"
+            raise ValueError(f"cannot resume: {reason}: {remedy}; {older}")
         # Two are there only if a crash came before the older one was removed
         return max(found, key=lambda state: state.stat().st_mtime_ns)
 
@@ -129,9 +109,8 @@ class HubCheckpointer:
         weights = load_weights(self._weights_dir, self._files)
         state: dict[str, Any] = {MODEL_KEY: weights}
         if self._adapter_dir:
-            adapter = load_adapter(self._adapter_dir, weights)
-            told = "The adapter of %s goes on: it has rank %s and alpha %s, which must be "
-            told += "lora_rank and lora_alpha of the model"
+            adapter = adapters.load_adapter(self._adapter_dir, weights)
+            told = "The adapter of %s goes on: the model needs its lora_rank %s and lora_alpha %s"
             log.warning(told, self._adapter_dir, adapter.rank, adapter.alpha)
             # Recipes read adapters apart only when they resume, and those among the weights always
             weights.update(adapter.tensors)
@@ -160,52 +139,52 @@ class HubCheckpointer:
             processor_files: texts of files, by name, that go in place of ``checkpoint_dir``'s.
 
         Raises ``ValueError`` if a tensor is not of the model, ``UnpicklingError`` if the state has
-        other than tensors and plain values, and ``OSError`` if a file cannot be written; what was
-        there before is as it was then.
+        other than tensors and plain values, ``OSError`` if it cannot be written; all is as before.
         """
         if adapter_only and ADAPTER_KEY not in state_dict:
             raise ValueError("adapter_only: there are no adapters to save")
         target = self._output_dir / f"epoch_{epoch}"
-        with new_directory(target) as partial:
+        source = directories.survivor(self._checkpoint_dir)
+        with directories.new_directory(target) as partial:
             if not adapter_only:
-                write_weights(state_dict[MODEL_KEY], partial, survivor(self._checkpoint_dir))
+                write_weights(state_dict[MODEL_KEY], partial, source)
                 for name, text in (processor_files or {}).items():
-                    with new_file(partial / name) as file:
+                    with directories.new_file(partial / name) as file:
                         file.write_text(text, encoding="utf-8")
             if ADAPTER_KEY in state_dict:
                 (partial / _ADAPTER).mkdir()
-                save_adapter(self._adapter(state_dict), partial / _ADAPTER)
+                adapters.save_adapter(self._adapter(state_dict), partial / _ADAPTER)
             if intermediate_checkpoint:
                 rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
-                with new_file(partial / _RECIPE_STATE) as file:
+                with directories.new_file(partial / _RECIPE_STATE) as file:
                     _save_state(rest, file)
         if intermediate_checkpoint:  # states take more than weights: one is kept
-            for older in numbered(self._output_dir, "epoch"):
+            for older in directories.numbered(self._output_dir, "epoch"):
                 if older != target and (older / _RECIPE_STATE).is_file():
-                    remove_file(older / _RECIPE_STATE)
+                    directories.remove_file(older / _RECIPE_STATE)
         log.info("Checkpoint written to %s", target)
 
-    def _adapter(self, state_dict: Mapping[str, Any]) -> Adapter:
+    def _adapter(self, state_dict: Mapping[str, Any]) -> adapters.Adapter:
         """The adapters of a recipe's state, and the parts that it trained in full beside them."""
         config, weights = state_dict[ADAPTER_CONFIG], state_dict.get(MODEL_KEY, {})
         in_full = config.get("modules_to_save")
         if in_full is None:
             in_full = self._trained_in_full(weights)
         tensors = {**state_dict[ADAPTER_KEY], **{name: weights[name] for name in in_full}}
-        base, names = self._checkpoint_dir, family_of(self._checkpoint_dir).names
-        return Adapter(tensors, config["r"], config["lora_alpha"], str(base.resolve()), names)
+        base, names = str(self._checkpoint_dir.resolve()), family_of(self._checkpoint_dir).names
+        return adapters.Adapter(tensors, config["r"], config["lora_alpha"], base, names)
 
-    def _trained_in_full(self, weights: Mapping[str, torch.Tensor]) -> list[str]:
+    def _trained_in_full(self, weights: Weights) -> list[str]:
         """Names of the weights of parts whose biases or normalisations have changed.
 
         torchtune's recipes do not tell, but adapters, merged or not, and NF4 change matrices only.
         """
         names = family_of(self._weights_dir).names
-        stored = names.from_published(stored_tensors(self._files, published_name))
+        stored = names.from_published(tensor_io.stored_tensors(self._files, published_name))
         vectors = {n: at for n, at in stored.items() if n in weights and len(at.shape) == 1}
         changed = {
             part_of(name)
-            for name, before in read_tensors(vectors).items()
+            for name, before in tensor_io.read_tensors(vectors).items()
             if not torch.equal(before.to(weights[name].dtype), weights[name].cpu())
         }
         return [name for name in weights if part_of(name) in changed]
@@ -223,32 +202,26 @@ def _save_state(state: Mapping[str, Any], path: Path) -> None:
 def _load_state(path: Path) -> dict[str, Any]:
     """Map the state of a recipe: tensors, also of low-bit optimizers, and plain values alone."""
     import_module("torchao.optim")  # tells torch that these are harmless
-    state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    return state
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
-def adapter_state(adapter: Adapter) -> dict[str, Any]:
+def adapter_state(adapter: adapters.Adapter) -> dict[str, Any]:
     """Put an adapter under the names under which recipes and checkpointers exchange it."""
-    adapters = {name: tensor for name, tensor in adapter.tensors.items() if is_adapter(name)}
-    in_full = sorted(adapter.tensors.keys() - adapters.keys())
+    matrices = {name: tensor for name, tensor in adapter.tensors.items() if is_adapter(name)}
+    in_full = sorted(adapter.tensors.keys() - matrices.keys())
     settings = {"r": adapter.rank, "lora_alpha": adapter.alpha, "modules_to_save": in_full}
-    return {ADAPTER_KEY: adapters, ADAPTER_CONFIG: settings}
+    return {ADAPTER_KEY: matrices, ADAPTER_CONFIG: settings}
 
 
-def write_weights(
-    weights: Mapping[str, torch.Tensor], directory: Path, source: Path, max_shard_size: str = "5GB"
-) -> None:
-    """Write weights in the published layout, with the other files of a checkpoint, ``source``.
-
-    Raises ``ValueError`` if a tensor is not of its model.
-    """
+def write_weights(weights: Weights, directory: Path, source: Path, max_size: str = "5GB") -> None:
+    """Write weights as published and ``source``'s other files; ``ValueError`` for unknown names."""
     published = family_of(source).names.to_published(weights)
     for path in source.iterdir():
         if path.suffix in _COMPANION_SUFFIXES and path.name not in _OWN and path.is_file():
-            with new_file(directory / path.name) as partial:
+            with directories.new_file(directory / path.name) as partial:
                 shutil.copyfile(path, partial)
     _state_dtype(directory / "config.json", {tensor.dtype for tensor in weights.values()})
-    write_shards(published, directory, max_shard_size)
+    tensor_io.write_shards(published, directory, max_size)
 
 
 def _state_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
@@ -259,50 +232,38 @@ def _state_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
     stating = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
     for part, key in stating or [(config, "torch_dtype")]:
         part[key] = name
-    write_json(path, config)
+    directories.write_json(path, config)
 
 
 def merge(
-    base: Path,
-    adapter_dir: Path,
-    output: Path,
-    dtype: torch.dtype | None = None,
-    max_shard_size: str = "5GB",
+    base: Path, adapter_dir: Path, output: Path, dtype: Dtype = None, max_shard_size: str = "5GB"
 ) -> None:
     """Write the checkpoint that a base model and its adapter, of ours or of peft, make.
 
     Weights have ``dtype``, by default that of each in the base model. Weights do not tell whether
     an adapter was trained on them: a base of another name is logged. Raises ``ValueError`` if a
-    directory is damaged or they do not fit each other, and ``OSError`` if a file cannot be written,
-    or the output exists.
+    directory is damaged or they do not fit, ``OSError`` if the output cannot be written or exists.
     """
-    weights = load_weights(base, weight_files(base))
-    adapter = load_adapter(adapter_dir, weights)
+    weights = load_weights(base, tensor_io.weight_files(base))
+    adapter = adapters.load_adapter(adapter_dir, weights)
     if adapter.base and Path(adapter.base).name != base.resolve().name:
         told = "The adapter of %s was trained on %s: see that %s has the same weights"
         log.warning(told, adapter_dir, adapter.base, base)
-    with _new_output(output) as partial:
-        write_weights(merge_adapter(weights, adapter, dtype), partial, base, max_shard_size)
+    with directories.new_directory(output, may_exist=False) as partial:
+        merged = adapters.merge_adapter(weights, adapter, dtype)
+        write_weights(merged, partial, base, max_shard_size)
 
 
-def export(
-    source: Path, output: Path, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"
-) -> None:
+def export(source: Path, output: Path, dtype: Dtype = None, max_shard_size: str = "5GB") -> None:
     """Write a checkpoint in the published layout, or an adapter in peft's, as :func:`merge` does.
 
     ``source`` is the directory of either.
     """
-    adapter = load_adapter(source) if (source / CONFIG).is_file() else None
-    weights = adapter.tensors if adapter else load_weights(source, weight_files(source))
+    adapter = adapters.load_adapter(source) if (source / adapters.CONFIG).is_file() else None
+    weights = adapter.tensors if adapter else load_weights(source, tensor_io.weight_files(source))
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    with _new_output(output) as partial:
+    with directories.new_directory(output, may_exist=False) as partial:
         if adapter:
-            save_adapter(adapter._replace(tensors=weights), partial)
+            adapters.save_adapter(adapter._replace(tensors=weights), partial)
         else:
             write_weights(weights, partial, source, max_shard_size)
-
-
-def _new_output(output: Path) -> AbstractContextManager[Path]:
-    if output.exists():
-        raise FileExistsError(f"{output} exists: name a new directory")
-    return new_directory(output)

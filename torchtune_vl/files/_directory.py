@@ -31,7 +31,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
     What is there stays until then, and for whoever has it mapped. A failure leaves nothing.
     """
-    partial = _beside(path, ".partial")
+    partial = path.with_name(f"{path.name}.partial")
     try:
         partial.touch()
         usual_mode = partial.stat().st_mode
@@ -53,14 +53,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path, may_exist: bool = True) -> Iterator[Path]:
     """Yield a directory, ``epoch_N.partial``, and :func:`complete` it as ``epoch_N``.
 
     What crashes left, of an epoch of all beside it too, is put right before and after, under a
-    lock. Raises ``OSError`` if something cannot be written, or another process writes there; all is
-    as before then.
+    lock. ``OSError`` if it cannot be written or locked, or exists and may not: all is as before.
     """
-    partial = _beside(target, ".partial")
+    if target.exists() and not may_exist:
+        raise FileExistsError(f"{target} exists: name a new directory")
+    partial = target.with_name(f"{target.name}.partial")
     is_epoch = re.fullmatch(_EPOCH, target.name)
     names, kind = (_EPOCH, "epochs") if is_epoch else (re.escape(target.name), target.name)
     locked = target.with_name(f".{kind}.lock")
@@ -76,10 +77,8 @@ def new_directory(target: Path) -> Iterator[Path]:
                 tidy(target.parent, names)
                 locked.unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(
-            f"{target} cannot be written ({error}): make room, or name another output_dir; "
-            "earlier checkpoints are as they were"
-        ) from error
+        remedy = "make room, or name another output_dir; earlier checkpoints are as they were"
+        raise OSError(f"{target} cannot be written ({error}): {remedy}") from error
 
 
 def complete(partial: Path, target: Path) -> None:
@@ -90,20 +89,18 @@ def complete(partial: Path, target: Path) -> None:
     write_manifest(partial)
     flush(partial)
     if target.exists():
-        target.rename(_beside(target, ".replaced"))
+        target.rename(f"{target}.replaced")
     partial.rename(target)
     flush(target.parent)
 
 
-def tidy(parent: Path, names: str) -> None:
-    """Bring back what was being replaced when a crash came, and remove all else that it left.
-
-    ``names`` is a regular expression of the directories that this is about.
-    """
+def tidy(parent: Path, pattern: str) -> None:
+    """Where names match, bring back what a crash found being replaced, and remove all it left."""
     for left in (*parent.glob("*.partial"), *parent.glob("*.replaced")):
-        if re.fullmatch(names, left.stem):
-            if left.suffix == ".replaced" and left.is_dir() and not left.with_suffix("").exists():
-                left.rename(left.with_suffix(""))
+        target = left.with_suffix("")
+        if re.fullmatch(pattern, target.name):
+            if survivor(target) == left:
+                left.rename(target)
             else:
                 remove(left)
 
@@ -122,10 +119,7 @@ def remove(directory: Path) -> None:
 
 
 def open_locked(path: Path) -> TextIO:
-    """Open a file that no other process can lock until it is closed or this process ends.
-
-    Raises ``BlockingIOError`` if another process has it.
-    """
+    """Open and lock a file until it is closed; ``BlockingIOError`` if another process has it."""
     file = path.open("a", encoding="utf-8")
     try:
         # Unlike flock's, it is not shared with data workers, which may outlive the process
@@ -135,10 +129,9 @@ def open_locked(path: Path) -> TextIO:
             raise BlockingIOError
     except (BlockingIOError, PermissionError, FileNotFoundError):
         file.close()
-        raise BlockingIOError(
-            f"another process is writing there, and holds {path}: wait until it has ended, or name "
-            "another output_dir"
-        ) from None
+        reason = f"another process is writing there, and holds {path}"
+        remedy = "wait until it has ended, or name another output_dir"
+        raise BlockingIOError(f"{reason}: {remedy}") from None
     except OSError as error:  # of some file systems of clusters
         log.warning("%s cannot be locked (%s): see that nobody else writes there", path, error)
     return file
@@ -146,16 +139,14 @@ def open_locked(path: Path) -> TextIO:
 
 def survivor(target: Path) -> Path:
     """Return where a directory is: ``{target}.replaced`` if a crash came while it was replaced."""
-    replaced = _beside(target, ".replaced")
+    replaced = target.with_name(f"{target.name}.replaced")
     return replaced if replaced.is_dir() and not target.exists() else target
 
 
 def numbered(parent: Path, kind: str) -> list[Path]:
     """List all complete ``{kind}_N``, from the highest number down."""
-    names = (
-        re.fullmatch(rf"{kind}_(0|[1-9]\d*)(\.replaced)?", path.name) for path in parent.glob("*_*")
-    )
-    numbers = {int(name[1]) for name in names if name}
+    name = re.compile(rf"{kind}_(0|[1-9]\d*)(\.replaced)?")
+    numbers = {int(m[1]) for path in parent.glob("*_*") if (m := name.fullmatch(path.name))}
     places = (survivor(parent / f"{kind}_{number}") for number in sorted(numbers, reverse=True))
     return [place for place in places if place.is_dir()]
 
@@ -199,10 +190,8 @@ def check_manifest(directory: Path, required: Iterable[str] = ()) -> None:
     with ThreadPoolExecutor() as pool:
         problems += filter(None, pool.map(damage, files.content))
     if problems:
-        raise ValueError(
-            f"{'; '.join(problems)}: copy these files again, or take another checkpoint; if you "
-            f"changed them yourself, remove them from {manifest}"
-        )
+        remedy = "copy these files again, or take another checkpoint; if you changed them yourself,"
+        raise ValueError(f"{'; '.join(problems)}: {remedy} remove them from {manifest}")
 
 
 def is_inside(name: str) -> bool:
@@ -228,9 +217,8 @@ def _entry(path: Path) -> dict[str, Any]:
 
 def checksum(path: Path) -> str:
     """Compute XXH3 of 128 bits of a file's content, in hexadecimal digits."""
-    # XXH3, which comes with torchtune's datasets, reads 10 GB/s here: five times as fast as CRC-32
-    # and ten times as SHA-256, which would take longer than loading itself. It finds damage, and
-    # is no protection against forgery, which a list in the same directory could not be anyway.
+    # XXH3 reads 10 GB/s here: five times as fast as CRC-32 and ten times as SHA-256, which would
+    # take longer than loading. It finds damage, not forgery: no list in the same directory could
     with path.open("rb") as file:
         if not path.stat().st_size:  # cannot be mapped
             return xxhash.xxh3_128_hexdigest(b"")
@@ -245,7 +233,3 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)

@@ -1,7 +1,6 @@
 """Safetensors files: weights in one or several with an index."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from torchtune_vl.files._directory import is_inside, new_file, write_json
 from torchtune_vl.files._json import read_json_object
 
 INDEX = "model.safetensors.index.json"
+Tensors = Mapping[str, torch.Tensor]
 
 
 class Stored(NamedTuple):
@@ -33,15 +33,12 @@ def weight_files(directory: Path) -> list[Path]:
     if not index.is_file():
         if single.is_file():
             return [single]
-        raise ValueError(
-            f"{directory} has neither {INDEX} nor {single.name}: name the files of weights in "
-            "checkpoint_files, or download the checkpoint again"
-        )
+        remedy = "name the files of weights in checkpoint_files, or download the checkpoint again"
+        raise ValueError(f"{directory} has neither {INDEX} nor {single.name}: {remedy}")
     weight_map = read_json_object(index).part("weight_map")
     for tensor in weight_map.content:
         if not is_inside(weight_map.text(tensor)):
-            expected = "a file inside of the directory: download the index again"
-            raise weight_map.error(tensor, expected)
+            raise weight_map.error(tensor, "a file inside the directory: download the index again")
     if not weight_map.content:
         raise ValueError(f"{index}: weight_map is empty: download the index again")
     return [directory / name for name in sorted({*weight_map.content.values()})]
@@ -62,9 +59,7 @@ def stored_tensors(files: Sequence[Path], rename: Callable[[str], str] = str) ->
                     place = Stored(path, name, tuple(file.get_slice(name).get_shape()))
                     other = stored.setdefault(rename(name), place)
                     if other is not place:
-                        raise ValueError(
-                            f"{name} of {path} is in {other.path} as well ({other.name})"
-                        )
+                        raise ValueError(f"{name} of {path} is in {other.path} too ({other.name})")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read ({error}): download the file again") from None
     return stored
@@ -72,17 +67,12 @@ def stored_tensors(files: Sequence[Path], rename: Callable[[str], str] = str) ->
 
 def read_tensors(stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
     """Map tensors on the CPU: they take no memory until they are written to, files stay as is."""
-    with ExitStack() as stack:
-        files = {
-            path: stack.enter_context(safe_open(path, framework="pt"))
-            for path in {place.path for place in stored.values()}
-        }
-        return {name: files[place.path].get_tensor(place.name) for name, place in stored.items()}
+    paths = {place.path for place in stored.values()}
+    files = {path: safe_open(path, framework="pt") for path in paths}
+    return {name: files[place.path].get_tensor(place.name) for name, place in stored.items()}
 
 
-def write_shards(
-    weights: Mapping[str, torch.Tensor], directory: Path, max_shard_size: str = "5GB"
-) -> None:
+def write_shards(weights: Tensors, directory: Path, max_shard_size: str = "5GB") -> None:
     """Write tensors to ``model.safetensors``, or to several files and then their index.
 
     Takes memory for one file at most, if tensors are on another device or not contiguous.
@@ -95,7 +85,7 @@ def write_shards(
         write_json(directory / INDEX, index)
 
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: Tensors, path: Path) -> None:
     """Write a file of tensors as :func:`new_file` does, with the metadata transformers wants."""
     with new_file(path) as partial:
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

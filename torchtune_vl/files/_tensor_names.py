@@ -1,10 +1,11 @@
 """Names of tensors: the published ones, ours and peft's. Shapes and values are the same in all."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
+Names = Mapping[str, str]
 
 _PREFIX_OF_PEFT = "base_model.model."
 # What follows the name of an adapted layer: ours, and peft's
@@ -43,9 +44,7 @@ class TensorNames:
         without_bias: those of them that have a weight only.
     """
 
-    def __init__(
-        self, family: str, encoder: Mapping[str, str], without_bias: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, family: str, encoder: Names, without_bias: Collection[str] = ()) -> None:
         self.family = family
         modules = [(theirs, ours, theirs.endswith(_WITH_BIAS)) for theirs, ours in _DECODER.items()]
         modules += [
@@ -60,10 +59,12 @@ class TensorNames:
             for kind, kind_in_peft in _ADAPTERS.items():
                 self._in_peft[f"{ours}.{kind}"] = f"{theirs}.{kind_in_peft}"
         self._in_peft |= self._published
+        self._from_published = {theirs: ours for ours, theirs in self._published.items()}
+        self._from_peft = {theirs: ours for ours, theirs in self._in_peft.items()}
 
     def from_published(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename tensors from published names, or those transformers >= 4.52 has in memory."""
-        return self._rename(state_dict, _inverted(self._published), published_name)
+        return self._rename(state_dict, self._from_published, published_name)
 
     def to_published(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename our tensors as a checkpoint has them that transformers and servers load."""
@@ -71,7 +72,7 @@ class TensorNames:
 
     def from_peft(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename the tensors of peft's ``adapter_model.safetensors``, of any transformers."""
-        return self._rename(state_dict, _inverted(self._in_peft), _name_in_base)
+        return self._rename(state_dict, self._from_peft, _name_in_base)
 
     def to_peft(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename adapters, and parameters trained in full beside them, as peft saves them."""
@@ -79,10 +80,7 @@ class TensorNames:
         return {_PREFIX_OF_PEFT + _in_memory(name): value for name, value in renamed.items()}
 
     def _rename(
-        self,
-        state_dict: Mapping[str, T],
-        templates: Mapping[str, str],
-        simplify: Callable[[str], str] = str,
+        self, state_dict: Mapping[str, T], templates: Names, simplify: Callable[[str], str] = str
     ) -> dict[str, T]:
         names: dict[str, str] = {}  # from new ones to old ones
         unknown = []
@@ -95,17 +93,11 @@ class TensorNames:
             indices = re.findall(r"\.(?:layers|blocks)\.(\d+)\.", simple)
             other = names.setdefault(template.format(*indices), name)
             if other != name:
-                raise ValueError(
-                    f"{other} and {name} are two names of one tensor: remove one of both"
-                )
+                raise ValueError(f"{other} and {name} are two names of one tensor: remove one")
         if unknown:
             told = ", ".join(sorted(unknown))
             raise ValueError(f"{len(unknown)} names are not of {self.family}'s tensors: {told}")
         return {new: state_dict[name] for new, name in names.items()}
-
-
-def _inverted(names: Mapping[str, str]) -> dict[str, str]:
-    return {new: old for old, new in names.items()}
 
 
 def published_name(name: str) -> str:

@@ -76,13 +76,8 @@ def refuse_changes(kind: str, before: Mapping[str, Any], now: Mapping[str, Any])
     """Raise ``ValueError`` with what a run was begun with and does not go on with, by name."""
     # Of all but settings these are checksums
     told = "{} was {!r} and is {!r}" if kind == "settings" else "{} has changed"
-    changes = [
-        told.format(name, before.get(name), now.get(name))
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
+    values = ((name, before.get(name), now.get(name)) for name in {**before, **now})
+    changes = [told.format(name, was, value) for name, was, value in values if was != value]
     if changes:
-        raise ValueError(
-            f"a run goes on with the {kind} that it began with, but {', '.join(changes)}: restore "
-            "what it was, or start anew in another output_dir"
-        )
+        begun = f"a run goes on with the {kind} that it began with, but {', '.join(changes)}"
+        raise ValueError(f"{begun}: restore what it was, or start anew in another output_dir")

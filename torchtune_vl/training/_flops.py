@@ -6,15 +6,13 @@ from typing import Any
 
 from torch import nn
 
-# Dense bfloat16 products with float32 accumulation, from NVIDIA's data sheets, which often print
-# the doubled figure for sparse matrices. Names are those of `torch.cuda.get_device_name`; the first
-# pattern that occurs in one counts.
+# Dense bfloat16 products with float32 sums, by NVIDIA's data sheets, which often print twice that,
+# for sparse matrices. Of a name by `torch.cuda.get_device_name` the first pattern in it counts.
 _PEAK_FLOPS = (
     (r"\bB200\b", 2250e12),
-    (r"\bGH200\b", 989.4e12),
     (r"\bH(100|200) NVL\b", 835.5e12),
     (r"\bH100 PCIe\b", 756e12),
-    (r"\b(H100|H200|H800)\b", 989.4e12),
+    (r"\b(H100|H200|H800|GH200)\b", 989.4e12),
     (r"\b(A100|A800)\b", 312e12),
     (r"\bL40S\b", 362e12),
     (r"\bL4\b", 121e12),
@@ -51,16 +49,14 @@ class FlopCounter:
         self._text = _decoder_flops(model.decoder, carries=False)
         self._text_with_media = _decoder_flops(model.decoder, carries=trace.carries)
 
-    def step(
-        self, documents: Sequence[int], media: Mapping[str, Any] | None, num_targets: int
-    ) -> int:
+    def step(self, documents: Sequence[int], media: Mapping[str, Any] | None, targets: int) -> int:
         """Count the operations of one forward and backward.
 
         ``documents`` are the tokens of each, ``media`` is ``encoder_input["vision"]``, of which no
-        tensor is read, and ``num_targets`` are the positions the output layer is computed for.
+        tensor is read, and ``targets`` are the positions the output layer is computed for.
         """
         token, pair, target = self._text if media is None else self._text_with_media
-        flops = token * sum(documents) + target * num_targets
+        flops = token * sum(documents) + target * targets
         flops += pair * sum(n * (n + 1) // 2 for n in documents)
         if media is not None:
             flops += self._patch * sum(map(sum, media["frames"]))

@@ -75,12 +75,10 @@ def _activation_bytes(config: DictConfig, model: Any) -> dict[str, int]:
     """What layers keep for their gradients, and what one layer takes beside that as it runs."""
     encoder, decoder = model.encoders["vision"], model.decoder
     embedding, rows = decoder.tok_embeddings, config.rows
-    if "batch_size" in rows:
-        tokens, most = rows.batch_size * config.tokenizer.max_seq_len, None
-    else:
-        tokens, most = rows.max_tokens, rows.max_patches
+    is_padded = "batch_size" in rows
+    tokens = rows.batch_size * config.tokenizer.max_seq_len if is_padded else rows.max_tokens
     patches = encoder.merger.unit_size * tokens
-    patches = min(patches, most or patches)
+    patches = min(patches, rows.get("max_patches") or patches)
     with FakeTensorMode():
         x_NE = torch.empty(patches, encoder.merger.norm.weight.numel(), requires_grad=True)
         rope = torch.empty(patches, 2, encoder.layers[0].attn.head_dim // 2, dtype=torch.float32)

@@ -25,12 +25,7 @@ class Metrics:
     """
 
     def __init__(
-        self,
-        logger: Any,
-        flops: FlopCounter,
-        room: int | None,
-        device: torch.device,
-        copies: int,
+        self, logger: Any, flops: FlopCounter, room: int | None, device: torch.device, copies: int
     ) -> None:
         self.logger = logger
         self.flops = flops
@@ -80,8 +75,7 @@ class Metrics:
         counts = (self.targets, self.tokens, self.rooms, self.media, self.operations, asked_to_stop)
         totals = torch.tensor(counts, dtype=torch.float64, device=self.device)
         dist.all_reduce(totals)
-        totals /= self.copies
-        targets, tokens, room, media, operations, stops = totals.tolist()
+        targets, tokens, room, media, operations, stops = (totals / self.copies).tolist()
         seconds = time.perf_counter() - self.start
         metrics = {
             "loss": sum(self.losses) / len(self.losses),

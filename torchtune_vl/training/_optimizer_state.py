@@ -7,18 +7,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+Parameters = Mapping[str, nn.Parameter]
+State = dict[str, Any]
 
 
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Any]:
+def optimizer_state(optimizer: Optimizer, parameters: Parameters) -> State:
     """List what an optimizer keeps of its parameters, given by name, but for learning rates.
 
     Returns tensors or plain values, those of the optimizer itself, by ``{parameter}.{key}``.
     Tensors of low-bit optimizers are taken to pieces, ``{parameter}.{key}.{piece}.{place}``, whose
     layout depends on how many processes there are.
     """
-    state: dict[str, Any] = {}
+    state: State = {}
     for parameter, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():
             name = f"{parameter}.{key}"
@@ -34,7 +36,7 @@ def optimizer_state(
 
 
 @torch.no_grad()
-def initialize(optimizer: torch.optim.Optimizer) -> None:
+def initialize(optimizer: Optimizer) -> None:
     """Make the state of an optimizer that took no step, as after one that changes nothing."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -47,9 +49,7 @@ def initialize(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-def fit(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: set[str]
-) -> None:
+def fit(optimizer: Optimizer, parameters: Parameters, saved: set[str]) -> None:
     """Drop the initialized state of parameters that have none, without gradients yet, in a save.
 
     ``saved`` are the names of :func:`optimizer_state` there. Raises ``ValueError`` if it has
@@ -58,19 +58,14 @@ def fit(
     for name, p in parameters.items():
         missing = optimizer_state(optimizer, {name: p}).keys() - saved
         if missing and any(key.startswith(f"{name}.") for key in saved):
-            raise ValueError(
-                f"the optimizer's state was saved by another number of processes ({min(missing)} "
-                "is not in it): a low-bit optimizer goes on with as many as before"
-            )
+            reason = f"was saved by another number of processes ({min(missing)} is not in it)"
+            remedy = "a low-bit optimizer goes on with as many as before"
+            raise ValueError(f"the optimizer's state {reason}: {remedy}")
         if missing:
             del optimizer.state[p]
 
 
-def set_plain_values(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    loaded: Mapping[str, Any],
-) -> None:
+def set_plain_values(optimizer: Optimizer, parameters: Parameters, loaded: State) -> None:
     """Take what of a loaded :func:`optimizer_state` is no tensor, which loading fills in place."""
     for name, p in parameters.items():
         for key, value in optimizer.state.get(p, {}).items():

@@ -28,13 +28,11 @@ def draw_losses(losses: Sequence[float], validation_losses: Sequence[tuple[int, 
     if max(shown) > 10 * min(shown) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(_plain)
+        axes.yaxis.set_major_formatter(
+            lambda value, _: np.format_float_positional(value, 6, fractional=False, trim="-")
+        )
         axes.yaxis.set_minor_formatter(NullFormatter())
     return figure
-
-
-def _plain(value: float, _position: float) -> str:
-    return np.format_float_positional(value, precision=6, fractional=False, trim="-")
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:

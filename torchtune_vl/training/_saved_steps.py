@@ -6,15 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchtune_vl.files._directory import (
-    check_manifest,
-    complete,
-    new_file,
-    numbered,
-    remove,
-    tidy,
-    write_json,
-)
+from torchtune_vl.files import _directory as directories
 
 _PROGRESS = "progress.json"
 
@@ -31,8 +23,7 @@ class SavedStep(NamedTuple):
 class Steps:
     """``step_N`` in a directory, each complete, with checksums, or not there.
 
-    Of these the newest ``keep_last`` are kept, and the best that they know of. Other names in the
-    directory are not looked at.
+    The newest ``keep_last`` are kept, and the best that they know of; other names are left alone.
     """
 
     def __init__(self, directory: Path, keep_last: int) -> None:
@@ -41,28 +32,27 @@ class Steps:
 
     def tidy(self) -> None:
         """Remove directories that were being written or removed when a crash came."""
-        tidy(self.directory, r"step_\d+")
+        directories.tidy(self.directory, r"step_\d+")
 
     def newest(self) -> Path | None:
         """Return the directory of the last step that was saved, or None."""
-        return next(iter(numbered(self.directory, "step")), None)
+        return next(iter(directories.numbered(self.directory, "step")), None)
 
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step}"
 
     def read(self, directory: Path) -> SavedStep:
         """Return a step, or raise ``ValueError`` with all in which it is not as it was written."""
-        check_manifest(directory, required=(_PROGRESS, ".metadata"))
+        directories.check_manifest(directory, required=(_PROGRESS, ".metadata"))
         return SavedStep(directory, _progress(directory))
 
     def newest_whole(self) -> SavedStep | None:
         """Return the newest step that is as it was written, or None if none was saved.
 
-        Damaged ones are renamed to ``step_N.damaged``, since their numbers come again. Raises
-        ``ValueError`` if all are damaged.
+        Damaged ones become ``step_N.damaged``: their numbers come again. ``ValueError`` if all are.
         """
         reasons: dict[Path, str] = {}
-        for directory in numbered(self.directory, "step"):
+        for directory in directories.numbered(self.directory, "step"):
             try:
                 step = self.read(directory)
             except (ValueError, OSError) as error:
@@ -70,16 +60,15 @@ class Steps:
                 continue
             for damaged, reason in reasons.items():
                 aside = damaged.with_suffix(".damaged")
-                remove(aside)
+                directories.remove(aside)
                 damaged.rename(aside)
                 told = "%s is damaged (%s): it is %s now, and the run goes on from %s"
                 log.warning(told, damaged, reason, aside.name, directory.name)
             return step
         if reasons:
-            raise ValueError(
-                f"no step in {self.directory} can be gone on from ({'; '.join(reasons.values())}): "
-                "restore one, or name another output_dir"
-            )
+            found = f"no step in {self.directory} can be gone on from"
+            remedy = "restore one, or name another output_dir"
+            raise ValueError(f"{found} ({'; '.join(reasons.values())}): {remedy}")
         return None
 
     def begin(self, step: int, progress: dict[str, Any]) -> Path:
@@ -88,19 +77,19 @@ class Steps:
         Its ``["best"]["step"]`` is the number of a step to keep as long as this one, or None.
         """
         partial = self.path(step).with_suffix(".partial")
-        remove(partial)
+        directories.remove(partial)
         partial.mkdir(parents=True)
-        write_json(partial / _PROGRESS, progress)
+        directories.write_json(partial / _PROGRESS, progress)
         return partial
 
     def finish(self, partial: Path) -> None:
         """Give a step that is on the disk its checksums and its name, and remove older ones."""
-        complete(partial, partial.with_suffix(""))
-        saved = numbered(self.directory, "step")
+        directories.complete(partial, partial.with_suffix(""))
+        saved = directories.numbered(self.directory, "step")
         kept = {*saved[: self.keep_last]}
         kept |= {self.path(best) for directory in kept if (best := _best(directory)) is not None}
         for old in set(saved) - kept:
-            remove(old)
+            directories.remove(old)
 
 
 def _progress(directory: Path) -> dict[str, Any]:
@@ -117,7 +106,7 @@ def _best(directory: Path) -> int | None:
 def drop_steps_after(step: int, path: Path) -> None:
     """Drop lines of later steps, which come again, and torn ones from JSON Lines with ``step``s."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    with new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+    with directories.new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(line for line in lines if _step_of(line) <= step)
 
 

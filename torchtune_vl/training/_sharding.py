@@ -8,12 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed import fsdp
 from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
@@ -25,10 +20,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 def dtype_on(device: torch.device, name: str) -> torch.dtype:
     """Return a dtype by its name, or raise ``ValueError`` if a GPU cannot compute with it."""
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16, which dtype or compute_dtype "
-            "asks for (bf16): set both to fp32"
-        )
+        gpu = torch.cuda.get_device_name(device)
+        asked = "which dtype or compute_dtype asks for (bf16)"
+        raise ValueError(f"{gpu} has no bfloat16, {asked}: set both to fp32")
     return DTYPES[name]
 
 
@@ -52,35 +46,28 @@ def divide_layers(model: Any, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle
     queries, keys = (x.weight.shape[0] // attn.head_dim for x in (attn.q_proj, attn.k_proj))
     common = math.gcd(queries, keys)
     if common % devices:
-        fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
-        raise ValueError(
-            f"parallel.tensor is {devices}, and does not divide the model's {queries} query heads "
-            f"and {keys} key/value heads: set it to one of {', '.join(fitting)}"
-        )
+        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        heads = f"the model's {queries} query heads and {keys} key/value heads: set it to one of"
+        raise ValueError(f"parallel.tensor is {devices}, and does not divide {heads} {fitting}")
     parallelize_module(model, mesh, dict(plan))
 
 
 def shard(
-    model: nn.Module,
-    layers: Iterable[nn.Module],
-    mesh: DeviceMesh,
-    compute_dtype: torch.dtype,
-    cpu_offload: bool,
+    model: Any, layers: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype, cpu_offload: bool
 ) -> None:
     """Shard a model on the meta device over data-parallel devices by FSDP2, and layers one by one.
 
-    Gathered weights, and so the computation, have ``compute_dtype``; gradients are summed in
-    float32. Weights, gradients and optimizer states may live in the host's memory
-    (``cpu_offload``). Quantized weights, which are frozen and small, stay whole.
+    Gathered weights, and so the computation, have ``dtype``; gradients are summed in float32.
+    Weights, gradients and optimizer states may live in the host's memory (``cpu_offload``).
+    Quantized weights, which are frozen and small, stay whole.
     """
     # Inputs stay as they are: rotary tables are float32 in any computation
-    precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    precision = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    offload = fsdp.CPUOffloadPolicy() if cpu_offload else fsdp.OffloadPolicy()
+    how: dict[str, Any] = {"mp_policy": precision, "offload_policy": offload}
     whole = {*model.parameters()} - {*plain_parameters(model)}
     for module in (*layers, model):
-        fully_shard(
-            module, mesh=mesh, mp_policy=precision, offload_policy=offload, ignored_params=whole
-        )
+        fsdp.fully_shard(module, mesh=mesh, ignored_params=whole, **how)
 
 
 def plain_parameters(module: nn.Module) -> list[nn.Parameter]:
