@@ -11,29 +11,17 @@ from torchtune_vl.cli import checkpoints, configs, run, validate
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, that of the process by default, and exit with its status."""
-    parser = argparse.ArgumentParser(
-        prog="tune-vl", description="Fine-tune Qwen-VL with torchtune, and check that it is it."
-    )
-    subparsers = parser.add_subparsers(
-        title="commands", required=True, metavar="COMMAND", dest="command"
-    )
+    purpose = "Fine-tune Qwen-VL with torchtune, and check that it is it."
+    parser = argparse.ArgumentParser(prog="tune-vl", description=purpose)
+    menu = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
 
     def add(
-        name: str,
-        run: Callable,
-        purpose: str,
-        examples: str = "",
-        description: str = "",
-        **how: Any,
+        name: str, run: Callable, purpose: str, examples: str = "", about: str = "", **how: Any
     ) -> argparse.ArgumentParser:
-        command = subparsers.add_parser(
-            name,
-            help=purpose,
-            description=description or f"{purpose.capitalize()}.",
-            epilog=f"examples:\n{examples}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,  # as they are written
-            **how,
-        )
+        about = about or f"{purpose.capitalize()}."
+        how |= {"help": purpose, "description": about, "epilog": f"examples:\n{examples}"}
+        raw = argparse.RawDescriptionHelpFormatter  # as they are written
+        command = menu.add_parser(name, formatter_class=raw, **how)
         command.set_defaults(run=run)
         return command
 

@@ -9,8 +9,7 @@ from torchtune_vl.files._printable import shown
 _MERGE = """\
 Add an adapter, of torchtune-vl or of peft, to the weights of its base model, and write the
 checkpoint that results: in the published layout, which transformers, vLLM and SGLang load."""
-_MERGE_EXAMPLE = """\
-  tune-vl merge Qwen2.5-VL-3B-Instruct output/epoch_0/adapter merged --dtype bfloat16"""
+_EXAMPLE = "  tune-vl merge Qwen2.5-VL-3B-Instruct output/epoch_0/adapter merged --dtype bfloat16"
 _EXPORT = """\
 Write a checkpoint anew in the published layout, or an adapter in peft's: in another dtype, in files
 of another size, or with the published names where a trainer wrote others."""
@@ -21,8 +20,7 @@ _EXPORT_EXAMPLES = """\
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add both."""
-    purpose = "merge an adapter into its base model"
-    merge = add("merge", _write, purpose, _MERGE_EXAMPLE, _MERGE)
+    merge = add("merge", _write, "merge an adapter into its base model", _EXAMPLE, _MERGE)
     merge.add_argument("base", type=Path, help="checkpoint directory of the base model")
     merge.add_argument("adapter", type=Path, help="directory with adapter_config.json")
     purpose = "write a checkpoint or an adapter in another dtype or file size"
@@ -30,17 +28,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     export.add_argument("source", type=Path, help="directory of a checkpoint or of an adapter")
     for parser in (merge, export):
         parser.add_argument("output", type=Path, help="directory to make")
-        parser.add_argument(
-            "--dtype",
-            choices=("bfloat16", "float16", "float32"),
-            help="dtype of the tensors (default: as they are)",
-        )
-        parser.add_argument(
-            "--max-shard-size",
-            default="5GB",
-            metavar="SIZE",
-            help="most bytes of tensors in a file, such as 500MB (default: %(default)s)",
-        )
+        what = "dtype of the tensors (default: as they are)"
+        parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=what)
+        what = "most bytes of tensors in a file, such as 500MB (default: %(default)s)"
+        parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help=what)
 
 
 def _write(options: argparse.Namespace) -> int:

@@ -12,10 +12,10 @@ from typing import Any
 
 from torchtune_vl.recipes import config_names, config_path, recipe_path
 
-_VALIDATE = """\
+_CHECK = """\
 Check the keys and values of a config, that its components exist, and that they take the arguments
 beside them. A config for a recipe of torchtune has its components checked."""
-_VALIDATE_EXAMPLES = """\
+_CHECK_EXAMPLES = """\
   tune-vl validate-config --config mine.yaml
   tune-vl validate-config qwen2_5_vl/stock_lora"""
 _ESTIMATE = """\
@@ -31,34 +31,31 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     config: Any = {"metavar": "CONFIG", "help": "name, see `tune-vl ls`, or file"}
 
     examples = "  tune-vl ls\n  tune-vl ls --all"
-    command = add("ls", _list, "list recipes and their configs", examples)
-    command.add_argument("--all", action="store_true", help="list those of torchtune, too")
+    argument = add("ls", _list, "list recipes and their configs", examples).add_argument
+    argument("--all", action="store_true", help="list those of torchtune, too")
 
     examples = "  tune-vl cp qwen2_5_vl/lora mine.yaml\n  tune-vl cp finetune ."
-    command = add("cp", _copy, "copy a recipe or a config, to change it", examples)
-    command.add_argument("name", metavar="NAME", help="recipe or config, see `tune-vl ls`")
+    argument = add("cp", _copy, "copy a recipe or a config, to change it", examples).add_argument
+    argument("name", metavar="NAME", help="recipe or config, see `tune-vl ls`")
     what = "file to write, or directory to write it to; nothing is overwritten"
-    command.add_argument("destination", type=Path, metavar="DESTINATION", help=what)
-    command.add_argument("--make-parents", action="store_true", help="make missing directories")
+    argument("destination", type=Path, metavar="DESTINATION", help=what)
+    argument("--make-parents", action="store_true", help="make missing directories")
 
     examples = "  tune-vl cat qwen2_5_vl/lora\n  tune-vl cat mine.yaml --sort"
-    command = add("cat", _print, "print a config", examples)
-    command.add_argument("config", **config)
-    what = "sort the keys; comments are left out then"
-    command.add_argument("--sort", action="store_true", help=what)
+    argument = add("cat", _print, "print a config", examples).add_argument
+    argument("config", **config)
+    argument("--sort", action="store_true", help="sort the keys; comments are left out then")
 
     purpose = "check that a config fits its recipe"
-    command = add("validate-config", _validate, purpose, _VALIDATE_EXAMPLES, _VALIDATE)
-    command.add_argument("file", nargs="?", **config)
-    command.add_argument("--config", metavar="CONFIG", help="the same")
+    argument = add("validate-config", _validate, purpose, _CHECK_EXAMPLES, _CHECK).add_argument
+    argument("file", nargs="?", **config)
+    argument("--config", metavar="CONFIG", help="the same")
 
     purpose = "compute the memory that a config takes"
-    command = add("estimate", _estimate, purpose, _ESTIMATE_EXAMPLES, _ESTIMATE)
-    command.add_argument("--config", required=True, **config)
-    what = "GPUs, over all nodes (default: 1)"
-    command.add_argument("--devices", type=int, default=1, metavar="N", help=what)
-    what = "in place of what the config says"
-    command.add_argument("overrides", nargs="*", metavar="key=value", help=what)
+    argument = add("estimate", _estimate, purpose, _ESTIMATE_EXAMPLES, _ESTIMATE).add_argument
+    argument("--config", required=True, **config)
+    argument("--devices", type=int, default=1, metavar="N", help="GPUs of all nodes (default: 1)")
+    argument("overrides", nargs="*", metavar="key=value", help="in place of what the config says")
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -35,12 +35,13 @@ examples:
   tune-vl run --nproc_per_node 8 finetune --config mine.yaml optimizer.lr=2e-5
   tune-vl run full_finetune_single_device --config qwen2_5_vl/stock_full
 """
+# The meanings of keys have these for readers of docs/training.md
+_LINK = re.compile(r"\[[^]]+]\(([\w.]*)[^)]*\)")
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the command."""
-    # No character makes an option here: options are for torchrun's parser, which takes seconds to
-    # import
+    # No character makes an option here: they are for torchrun's parser, which is slow to import
     purpose = "run a recipe, on one device or on many"
     command = add("run", _run, purpose, add_help=False, prefix_chars="\0")
     command.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -63,9 +64,7 @@ def _run(options: argparse.Namespace) -> int:
     if launcher:
         if is_stock and "_distributed" not in recipe:  # as all others are called
             raise ValueError(f"{recipe} runs in one process: leave {launcher[0]} out")
-        return _run_processes(
-            [*launcher, "--module", "torchtune_vl.cli", "run", recipe, *arguments]
-        )
+        return _torchrun([*launcher, "--module", "torchtune_vl.cli", "run", recipe, *arguments])
     import torchtune_vl._torchao  # noqa: F401 (the recipe may import torchtune first)
 
     sys.path.append(os.getcwd())
@@ -89,10 +88,7 @@ def _print_help(has_keys: bool) -> None:
     for key in keys_of(Config):
         default = "null" if key.default is None else key.default
         ending = "" if default is MISSING else f" (default: {default})"
-        # Links are for readers of docs/training.md
-        meaning = re.sub(
-            r"\[[^]]+]\(([\w.]*)[^)]*\)", lambda x: f"docs/{x[1] or 'training.md'}", key.meaning
-        )
+        meaning = _LINK.sub(lambda link: f"docs/{link[1] or 'training.md'}", key.meaning)
         print(f"  {key.name}: {kind_of(key.kind).words}{ending}".replace("`", ""))
         print(textwrap.indent(textwrap.fill(meaning.replace("`", ""), 90), " " * 6))
     print("\nArguments of a component stand beside its _component_: see `tune-vl cat` and docs/.")
@@ -120,7 +116,7 @@ def _module_of(recipe: str) -> str:
     return ".".join(file.with_suffix("").parts)
 
 
-def _run_processes(arguments: list[str]) -> int:
+def _torchrun(arguments: list[str]) -> int:
     """Let torchrun start processes; the status is that of the first to fail."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException

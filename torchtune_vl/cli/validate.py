@@ -7,12 +7,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchtune_vl.files._printable import shown
-
-if TYPE_CHECKING:
-    from torchtune_vl.validation import Report
 
 _DESCRIPTION = """\
 Compare what torchtune-vl makes of a checkpoint's directory, and of your images, videos and
@@ -37,42 +34,25 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     purpose = "compare a checkpoint and your data with transformers"
     argument = add("validate", _run, purpose, _EXAMPLES, _DESCRIPTION).add_argument
     argument("checkpoint_dir", type=Path, help="directory with the files of a checkpoint")
-    argument(
-        "--reference",
-        type=Path,
-        metavar="DIR",
-        help="directory that transformers reads (default: the same); give the original to see "
-        "what a copy, an export or a fine-tuned checkpoint has changed",
-    )
+    what = "directory that transformers reads (default: the same); give the original to see what a "
+    argument("--reference", type=Path, metavar="DIR", help=f"{what}copy or an export has changed")
     several: dict[str, Any] = {"type": Path, "nargs": "+", "default": []}
     argument("--images", **several, metavar="PATH", help="files, or folders searched for images")
     argument("--videos", **several, metavar="PATH", help="files, or folders searched for videos")
-    argument(
-        "--conversations",
-        **several,
-        metavar="FILE",
-        help="JSON or JSON lines, in the chat format of transformers and OpenAI or in ShareGPT's; "
-        "paths in it are relative to it",
-    )
+    what = "JSON or JSON lines, in the chat format of transformers, OpenAI or ShareGPT; paths are "
+    argument("--conversations", **several, metavar="FILE", help=f"{what}relative to the file")
     argument("--max-pixels", type=int, metavar="N", help="largest area of an image, for both sides")
     argument("--weights", action="store_true", help="compare every tensor of the model")
-    what = "compare weights and logits; holds both models in memory"
-    argument("--logits", action="store_true", help=what)
-    argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of both models (default: %(default)s)",
-    )
+    argument("--logits", action="store_true", help="weights and logits; holds both models in memory")
+    what = "of both models (default: %(default)s)"
+    argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=what)
     argument("--markdown", type=Path, metavar="FILE", help="write the report here, too")
     argument("--html", type=Path, metavar="FILE", help="write a page with pictures of what differs")
 
 
 def _run(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("transformers") is None:
-        raise ValueError(
-            "transformers is what it compares with: pip install 'torchtune-vl[validate]'"
-        )
+        raise ValueError("transformers is not installed: pip install 'torchtune-vl[validate]'")
     for directory in (options.checkpoint_dir, options.reference):
         if directory is not None:
             _check_directory(directory)
@@ -98,30 +78,29 @@ def _check_directory(directory: Path) -> None:
         )
 
 
-def _validate(options: argparse.Namespace) -> "Report":
+def _validate(options: argparse.Namespace) -> Any:
     print("Importing transformers", file=sys.stderr)
     # What the user of this command cannot act on, and the network
     warnings.simplefilter("ignore")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from torchtune_vl import validation
-
-    validation.import_torchvision()
     import torch
     from rich.console import Console
     from rich.progress import track
+
+    from torchtune_vl import validation  # imports torchvision, which is to come before transformers
+
+    # What came last of what it compares with
+    if importlib.util.find_spec("transformers.image_processing_backends") is None:
+        raise ValueError("this transformers is too old: pip install --upgrade transformers")
     from transformers.utils import logging
 
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
-    # What came last of what it compares with
-    if importlib.util.find_spec("transformers.image_processing_backends") is None:
-        raise ValueError("this transformers is too old: pip install --upgrade transformers")
+    read = validation.read_conversations
     inputs = validation.Inputs(
         images=validation.find_images(options.images),
         videos=validation.find_videos(options.videos),
-        conversations=[
-            c for path in options.conversations for c in validation.read_conversations(path)
-        ],
+        conversations=[c for path in options.conversations for c in read(path)],
     )
     console = Console(stderr=True)
 
@@ -131,19 +110,13 @@ def _validate(options: argparse.Namespace) -> "Report":
         print(f"Comparing {description}: {len(sequence)}", file=sys.stderr)  # for a log
         return sequence
 
-    return validation.validate(
-        options.checkpoint_dir,
-        reference_dir=options.reference,
-        inputs=inputs,
-        max_pixels=options.max_pixels,
-        weights=options.weights,
-        logits=options.logits,
-        dtype=getattr(torch, options.dtype),
-        track=show,
-    )
+    how = {"reference_dir": options.reference, "inputs": inputs, "track": show}
+    how |= {"max_pixels": options.max_pixels, "dtype": getattr(torch, options.dtype)}
+    how |= {"weights": options.weights, "logits": options.logits}
+    return validation.validate(options.checkpoint_dir, **how)
 
 
-def _write(report: "Report", options: argparse.Namespace) -> None:
+def _write(report: Any, options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from torchtune_vl.validation import print_report, to_html, to_markdown

@@ -6,10 +6,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent
 # Ready configs for recipes of torchtune, by the names of their files
-_FOR_TORCHTUNE = {
-    "stock_full": "full_finetune_single_device",
-    "stock_lora": "lora_finetune_single_device",
-}
+_STOCK = {"stock_full": "full_finetune_single_device", "stock_lora": "lora_finetune_single_device"}
 
 
 @cache
@@ -35,10 +32,7 @@ def is_of_torchtune(recipe: Path) -> bool:
 
 
 def config_path(name: str) -> Path:
-    """Find the file of a config, such as ``qwen2_5_vl/lora``, or torchtune's; or take it as a path.
-
-    Raises ``ValueError`` if there is none.
-    """
+    """Find the file of a config by its name, ours or torchtune's, or path; or raise ValueError."""
     path = _files("configs", ".yaml").get(name, Path(name))
     if not path.exists():
         raise ValueError(f"no config and no file is called {name!r}: see `tune-vl ls --all`")
@@ -47,8 +41,8 @@ def config_path(name: str) -> Path:
 
 def config_names() -> dict[str, list[str]]:
     """List the names of this package's configs by the recipe they are for, ours or torchtune's."""
-    names: dict[str, list[str]] = {recipe: [] for recipe in ("finetune", *_FOR_TORCHTUNE.values())}
+    names: dict[str, list[str]] = {recipe: [] for recipe in ("finetune", *_STOCK.values())}
     for path in sorted(_ROOT.glob("configs/*/*.yaml")):
-        recipe = _FOR_TORCHTUNE.get(path.stem, "finetune")
+        recipe = _STOCK.get(path.stem, "finetune")
         names[recipe].append(f"{path.parent.name}/{path.stem}")
     return names

@@ -9,9 +9,10 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
-from functools import partial
+from functools import partial, reduce
 from importlib import import_module
 from itertools import cycle
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -42,29 +43,22 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
     content = read_file(config_path(known.config))
     try:
         config = _override(content, overrides)
-        training, validation = config.get("dataset"), config.get("dataset_val")
-        if all(isinstance(x, DictConfig) for x in (training, validation)) and (
-            _COMPONENT not in validation
-        ):
-            config.dataset_val = OmegaConf.merge(training, validation)
+        train, val = config.get("dataset"), config.get("dataset_val")
+        if all(isinstance(x, DictConfig) for x in (train, val)) and _COMPONENT not in val:
+            config.dataset_val = OmegaConf.merge(train, val)
         values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(lead + _first_line(error)) from error
     keys = {key.name: key for key in keys_of(description)}
     # torchtune's recipes that train all have this key; a config of ours may be no more than begun
     if "resume_from_checkpoint" in {*values} - {*keys} and not is_ours(values):
-        raise ValueError(
-            f"{known.config} is a config of torchtune's recipes, and no config of the recipe "
-            "finetune: see `tune-vl ls`"
-        )
+        what = "a config of torchtune's recipes, and no config of the recipe finetune"
+        raise ValueError(f"{known.config} is {what}: see `tune-vl ls`")
     # A key that others refer to needs no other use
     referred = re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(config))
     flat = _flat(values, keys)
-    wrong = [
-        f"{name} is no key of this recipe{_nearest(name, keys)}"
-        for name in flat
-        if name not in keys and name not in referred
-    ]
+    unknown = [name for name in flat if name not in keys and name not in referred]
+    wrong = [f"{name} is no key of this recipe{_nearest(name, keys)}" for name in unknown]
     for name, key in keys.items():
         if name in flat:
             wrong += _wrong_value(name, flat[name], key.kind)
@@ -147,21 +141,17 @@ def _override(config: DictConfig, overrides: Sequence[str]) -> Any:
         key, equals, value = override.partition("=")
         if override.startswith("~"):
             *parents, last = key[1:].split(".")
-            node = content
-            for parent in parents:
-                node = node.get(parent) if isinstance(node, dict) else None
-            if not isinstance(node, dict) or last not in node:
-                raise ValueError(f"{key} takes out a key that the config does not have")
-            del node[last]
+            try:
+                del reduce(getitem, parents, content)[last]
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{key} takes out a key that the config does not have") from error
         elif equals and not key.startswith("-"):
             value = "null" if value == "None" else value
             if value != "null" and kind_of(Component).fits(content.get(key)):
                 key = f"{key}.{_COMPONENT}"
             assignments.append(f"{key}={value}")
         else:
-            raise ValueError(
-                f"{override!r} is no override: write key=value to set a key, ~key to take it out"
-            )
+            raise ValueError(f"{override!r} is no override: write key=value, ~key to take it out")
     return OmegaConf.merge(content, OmegaConf.from_dotlist(assignments))
 
 
@@ -183,11 +173,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 _KINDS = {
     Any: Kind("any value", lambda x: True),
-    int: Kind("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool)),
-    float: Kind(
-        "a number",
-        lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x),
-    ),
+    int: Kind("a whole number", lambda x: type(x) is int),  # True is an int, too
+    float: Kind("a number", lambda x: type(x) in (int, float) and math.isfinite(x)),
     bool: Kind("True or False", lambda x: isinstance(x, bool)),
     str: Kind("a text", lambda x: isinstance(x, str)),
     Path: Kind("a path", lambda x: isinstance(x, str)),

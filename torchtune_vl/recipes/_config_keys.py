@@ -44,12 +44,12 @@ def keys_of(description: type, prefix: str = "") -> Iterator[Key]:
 
 
 # What to call, with its arguments beside it
-Component = Annotated[
-    dict, Kind(" with `_component_`", lambda x: isinstance(x.get("_component_"), str))
-]
+_NAMED = Kind(" with `_component_`", lambda x: isinstance(x.get("_component_"), str))
+Component = Annotated[dict, _NAMED]
 _AT_LEAST_0 = Kind(" of at least 0", lambda x: x >= 0)
 _Natural = Annotated[int, _AT_LEAST_0]
 _Count = Annotated[int, Kind(" of at least 1", lambda x: x >= 1)]
+_Above0 = Annotated[float, Kind(" above 0", lambda x: x > 0)]
 _LearningRate = Annotated[float, _AT_LEAST_0] | None
 _DType = Literal["fp32", "bf16", "fp64"]
 
@@ -105,10 +105,7 @@ class Config:
         Given(("optimizer",), keywords=("num_training_steps",)),
         "how learning rates change with the steps; null: they stay",
     ] = None
-    clip_grad_norm: Annotated[
-        Annotated[float, Kind(" above 0", lambda x: x > 0)] | None,
-        "largest norm of the gradient; null for none",
-    ] = None
+    clip_grad_norm: Annotated[_Above0 | None, "largest norm of the gradient; null for none"] = None
     device: Annotated[Literal["cuda", "cpu"], "where it computes"]
     dtype: Annotated[
         _DType,

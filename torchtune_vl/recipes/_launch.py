@@ -23,10 +23,7 @@ _IN_WORKER = re.compile(
 
 
 def run_recipe(main: Callable[[DictConfig], int], description: type = Config) -> int:
-    """Run a recipe on the config that the command line names, and return its exit status.
-
-    ``description`` is the dataclass of the config's keys.
-    """
+    """Run a recipe on the command line's config, with ``description``'s keys; return its status."""
 
     def start() -> int:
         config = read_config(sys.argv[1:], description)
@@ -40,9 +37,8 @@ def ended(command: str, start: Callable[[], int], if_interrupted: str = "") -> i
     """Run a command, tell what ended it before its end, and return the exit status.
 
     It is 2 after an error that its user can cause, which is told in a sentence; 1 after any other,
-    which is told by its traceback; 130 if it was interrupted. ``TORCHTUNE_VL_TRACEBACK=1`` shows
-    all tracebacks. Of a node's processes the first to fail speaks alone: the others fail because it
-    did.
+    told by its traceback; 130 if it was interrupted. ``TORCHTUNE_VL_TRACEBACK=1`` shows all
+    tracebacks. Of a node's processes the first to fail speaks alone: it made the others fail.
     """
     try:
         return start()

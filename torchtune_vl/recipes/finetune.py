@@ -1,7 +1,6 @@
 """Fine-tune a vision-language model, in full or by adapters; docs/training.md walks through this.
 
-A step takes ``rows_per_step`` rows, of which each device has its share, whatever their number. The
-loss is the mean over all supervised tokens of the step.
+A step takes ``rows_per_step`` rows over all devices; its loss is the mean over supervised tokens.
 """
 
 import json
@@ -16,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar, cast
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -31,16 +30,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from torchtune_vl._torchtune import (
-    ADAPTER_CONFIG,
-    ADAPTER_KEY,
-    MODEL_KEY,
-    LoRALinear,
-    OffloadActivations,
-    TransformerSelfAttentionLayer,
-    get_logger,
-    instantiate,
-)
+from torchtune_vl import _torchtune as tune
+from torchtune_vl._torchtune import instantiate
 from torchtune_vl.checkpoint._adapters import Adapter, check_continues, merge_adapter
 from torchtune_vl.checkpoint._checkpointer import adapter_state
 from torchtune_vl.data import Row, TrainingRows
@@ -60,8 +51,7 @@ from torchtune_vl.training._flops import FlopCounter
 from torchtune_vl.training._metrics import Metrics
 from torchtune_vl.training._saved_steps import SavedStep, Steps, drop_steps_after
 
-log = get_logger("INFO")
-
+log = tune.get_logger("INFO")
 T = TypeVar("T")
 
 # A line of the log comes with each of these
@@ -72,8 +62,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class FinetuneRecipe:
     """The run that a config describes: see the configs for what each key means.
 
-    Raises ``ValueError`` if settings do not fit each other, or ``output_dir`` has an earlier run
-    that is not to be resumed.
+    Raises ``ValueError`` if settings do not fit, or ``output_dir`` has a run not to be resumed.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -86,12 +75,12 @@ class FinetuneRecipe:
             torch.cuda.set_device(self.device)
         self.dtype = sharding.dtype_on(self.device, cfg.dtype)
         self.compute_dtype = sharding.dtype_on(self.device, cfg.compute_dtype or cfg.dtype)
-        shape = (dist.get_world_size() // cfg.parallel.tensor, cfg.parallel.tensor)
-        names = ("data", "tensor")
-        self.mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        self.rank, self.processes = dist.get_rank(), dist.get_world_size()
+        dims = (self.processes // cfg.parallel.tensor, cfg.parallel.tensor)
+        self.mesh = dist.init_device_mesh(self.device.type, dims, mesh_dim_names=("data", "tensor"))
         self.data_ranks = self.mesh["data"].size()
         self.data_rank = self.mesh["data"].get_local_rank()
-        self.is_main = dist.get_rank() == 0
+        self.is_main = self.rank == 0
         self.output_dir = Path(cfg.output_dir)
         self.saved = Steps(self.output_dir / "steps", cfg.keep_last)
         self.stop_signal = 0
@@ -122,7 +111,7 @@ class FinetuneRecipe:
         dist.broadcast_object_list(outcome, group=self.save_group)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
-        return cast("T", outcome[0])
+        return outcome[0]
 
     def _find_begun(self) -> SavedStep | None:
         """The step to go on from, if there is one, and no other run beside this."""
@@ -131,10 +120,8 @@ class FinetuneRecipe:
         self.saved.tidy()
         newest, exported = self.saved.newest(), numbered(self.output_dir, "epoch")
         if (newest and not self.cfg.resume) or (exported and not newest):
-            raise ValueError(
-                f"{newest or exported[0]} is of an earlier run: if that has steps, go on with "
-                "resume=True, or name another output_dir"
-            )
+            remedy = "if that has steps, go on with resume=True, or name another output_dir"
+            raise ValueError(f"{newest or exported[0]} is of an earlier run: {remedy}")
         return self.saved.newest_whole()
 
     def _keep(self, kind: str, values: dict[str, Any]) -> None:
@@ -159,18 +146,12 @@ class FinetuneRecipe:
         self.optimizer = instantiate(cfg.optimizer, self._parameter_groups())
         self._check_rounding()
         # Not by torchtune's function, which refuses models with a decoder and an encoder
-        self.offloading = OffloadActivations() if cfg.activation_offloading else nullcontext()
+        self.offloading = tune.OffloadActivations() if cfg.activation_offloading else nullcontext()
 
         self.position: dict[str, Any] = self.begun.progress["position"] if self.begun else {}
-        self.rows = self._make_rows(
-            "dataset",
-            tokenizer,
-            rows_per_step=cfg.rows_per_step,
-            seed=cfg.seed,
-            shuffle=cfg.shuffle,
-            epochs=None if cfg.max_steps else cfg.epochs,
-            position=self.position or None,
-        )
+        order = {"rows_per_step": cfg.rows_per_step, "seed": cfg.seed, "shuffle": cfg.shuffle}
+        order |= {"epochs": None if cfg.max_steps else cfg.epochs}
+        self.rows = self._make_rows("dataset", tokenizer, position=self.position or None, **order)
         self.validation_rows: TrainingRows | None = cfg.dataset_val and self._make_rows(
             "dataset_val", tokenizer, rows_per_step=self.data_ranks, shuffle=False, epochs=1
         )
@@ -186,10 +167,8 @@ class FinetuneRecipe:
                 "image or a video. Freeze them by model.encoder_trainable and "
                 "model.fusion_trainable, or correct the dataset"
             )
-        steps = {"num_training_steps": self.max_steps}
-        self.scheduler = instantiate(cfg.lr_scheduler, self.optimizer, **steps) or LambdaLR(
-            self.optimizer, lambda step: 1.0
-        )
+        scheduler = instantiate(cfg.lr_scheduler, self.optimizer, num_training_steps=self.max_steps)
+        self.scheduler = scheduler or LambdaLR(self.optimizer, lambda step: 1.0)
         logger = instantiate(cfg.metric_logger) if self.is_main else None
         if logger:
             logger.log_config(cfg)
@@ -213,26 +192,21 @@ class FinetuneRecipe:
             )
         if self.is_main and halves and not rounds_at_random:
             log.warning(
-                "What is trained is in bf16, and the optimizer rounds: updates below half a unit "
-                "in the last place, 1/512 of a weight, are lost. Set dtype=fp32 compute_dtype=bf16 "
-                "or, with adapters, model.trained_in_float32=True, or an optimizer that rounds at "
-                "random: see Precision in docs/training.md"
+                "What is trained is rounded to bf16: updates below half a unit in the last place, "
+                "1/512 of a weight, are lost. Set dtype=fp32 compute_dtype=bf16 or, with adapters, "
+                "model.trained_in_float32=True, or round at random (docs/training.md, Precision)"
             )
 
     def _check_end(self, progress: dict[str, Any]) -> None:
-        step, before = progress["step"], progress["max_steps"]
-        if step > self.max_steps:
-            raise ValueError(
-                f"the run in {self.output_dir} is at step {step} already, and is to end after step "
-                f"{self.max_steps}: raise max_steps or epochs"
-            )
-        if step == self.max_steps:
+        step, before, last = progress["step"], progress["max_steps"], self.max_steps
+        if step > last:
+            told = f"the run in {self.output_dir} is at step {step} already"
+            raise ValueError(f"{told}, and is to end after step {last}: raise max_steps or epochs")
+        if step == last:
             log.info("The run ended with step %d: raise max_steps or epochs to train on", step)
-        elif before != self.max_steps:
-            log.info(
-                f"The run was to end after step {before}, and is to end after step "
-                f"{self.max_steps} now; from here on learning rates are those of such a run"
-            )
+        elif before != last:
+            told = f"The run was to end after step {before}, and is to end after step {last} now"
+            log.info(f"{told}; from here on learning rates are those of such a run")
 
     def _make_model(self) -> nn.Module:
         """Build on the meta device, divide over devices, and only then load each one's part."""
@@ -243,7 +217,7 @@ class FinetuneRecipe:
         if cfg.parallel.tensor > 1:
             plan = instantiate(cfg.parallel.plan, model)
             sharding.divide_layers(model, self.mesh["tensor"], plan)
-        layers = [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
+        layers = [m for m in model.modules() if isinstance(m, tune.TransformerSelfAttentionLayer)]
         # No backward comes through a frozen encoder: what it kept for one would never be let go
         encoder_layers = [layer for e in model.encoders.values() for layer in e.layers]
         is_trained = any(p.requires_grad for layer in encoder_layers for p in layer.parameters())
@@ -258,16 +232,14 @@ class FinetuneRecipe:
         if self.data_ranks > 1 or sharding.dtypes_of(model) != {self.compute_dtype} or offload:
             sharding.shard(model, layers, self.mesh["data"], self.compute_dtype, offload)
         state = self.checkpointer.load_checkpoint()
-        weights = state[MODEL_KEY]
-        if ADAPTER_CONFIG in state:
-            going_on = state[ADAPTER_CONFIG]
-            names = [*state[ADAPTER_KEY], *going_on["modules_to_save"]]
+        weights = state[tune.MODEL_KEY]
+        if tune.ADAPTER_CONFIG in state:
+            going_on = state[tune.ADAPTER_CONFIG]
+            names = [*state[tune.ADAPTER_KEY], *going_on["modules_to_save"]]
             trained = [name for name, p in model.named_parameters() if p.requires_grad]
             check_continues(model, trained, going_on, names)
-        directory = Path(cfg.checkpoint_dir)
-        self._on_main(
-            lambda: self._keep("model", fingerprint.model_fingerprint(weights, directory))
-        )
+        folder = Path(cfg.checkpoint_dir)
+        self._on_main(lambda: self._keep("model", fingerprint.model_fingerprint(weights, folder)))
         weights = {**weights, **initial_adapters(model, weights, cfg.seed)}
         load_weights_into(model, weights, torch.device("cpu") if offload else self.device)
         return model.train()
@@ -291,33 +263,27 @@ class FinetuneRecipe:
         is_stream = not hasattr(dataset, "__getitem__")
         if is_stream and (key == "dataset_val" or not self.cfg.max_steps):
             raise ValueError(f"{key} has no known end: set max_steps; a dataset_val must have one")
-        return TrainingRows(
-            dataset,
-            instantiate(self.cfg.rows),
-            rank=self.data_rank,
-            world_size=self.data_ranks,
-            sizes=None if is_stream else self._measure(dataset, key),
-            **order,
-        )
+        planner = instantiate(self.cfg.rows)
+        order |= {"rank": self.data_rank, "world_size": self.data_ranks}
+        sizes = None if is_stream else self._measure(dataset, key)
+        return TrainingRows(dataset, planner, sizes=sizes, **order)
 
     def _measure(self, dataset: Any, key: str) -> np.ndarray:
         """The size of each sample; each process measures its share."""
-        processes = dist.get_world_size()
-        share = range(dist.get_rank(), len(dataset), processes)
+        share = range(self.rank, len(dataset), self.processes)
         own: np.ndarray | SamplesError
         try:
             own = measure_all(dataset, share, self.cfg.num_workers, show_progress=self.is_main)
         except SamplesError as error:
             own = error
-        shares: list[Any] = [None] * processes
+        shares: list[Any] = [None] * self.processes
         dist.all_gather_object(shares, own, group=self.save_group)
-        errors = [share for share in shares if isinstance(share, SamplesError)]
-        if errors:
+        if errors := [share for share in shares if isinstance(share, SamplesError)]:
             first = [sample for error in errors for sample in error.first]
             raise SamplesError(first, sum(error.bad for error in errors), len(dataset))
         sizes = np.empty((len(dataset), shares[0].shape[1]), shares[0].dtype)
         for rank, sizes_of_rank in enumerate(shares):
-            sizes[rank::processes] = sizes_of_rank
+            sizes[rank :: self.processes] = sizes_of_rank
         self._on_main(lambda: self._keep(key, fingerprint.data_fingerprint(self.cfg[key], sizes)))
         return sizes
 
@@ -329,7 +295,7 @@ class FinetuneRecipe:
             for path in directory.glob("process_*.jsonl"):  # steps after the saved come again
                 drop_steps_after(self.step, path)
         dist.barrier(group=self.save_group)
-        own = directory / f"process_{dist.get_rank()}.jsonl"
+        own = directory / f"process_{self.rank}.jsonl"
         return own.open("a", buffering=1, encoding="utf-8")  # whole lines, if we are killed
 
     def _load(self, rows: TrainingRows) -> AbstractContextManager[Iterator[Row]]:
@@ -361,9 +327,8 @@ class FinetuneRecipe:
             print(f"Weights:    {self.output_dir / f'epoch_{self._epoch()}'}")
 
     def _take_steps(self) -> None:
-        self.bar = tqdm(
-            total=self.max_steps, initial=self.step, unit="step", disable=not self.is_main
-        )
+        last, is_hidden = self.max_steps, not self.is_main
+        self.bar = tqdm(total=last, initial=self.step, unit="step", disable=is_hidden)
         self.metrics.begin()
         with self._load(self.rows) as loader, self.bar:
             while self.step < self.max_steps:
@@ -430,9 +395,8 @@ class FinetuneRecipe:
     def _log(self) -> bool:
         """Write a line of the log, and tell whether any process was asked to stop."""
         self.last_asked = self.step
-        metrics, asked_to_stop = self.metrics.write(
-            self.step, self.grad_norm, self.optimizer.param_groups, bool(self.stop_signal)
-        )
+        groups, is_asked = self.optimizer.param_groups, bool(self.stop_signal)
+        metrics, asked_to_stop = self.metrics.write(self.step, self.grad_norm, groups, is_asked)
         self.bar.set_postfix(loss=f"{metrics['loss']:.4g}", fill=f"{metrics['row_fill']:.0%}")
         return asked_to_stop
 
@@ -444,13 +408,11 @@ class FinetuneRecipe:
                 samples = self._samples_of_all([row.samples for row in rows])
                 self._end(
                     f"the {what} of step {self.step} is {value}; its samples have the indices "
-                    f"{samples}. The step was not taken: lower the learning rate, or look at these "
-                    "samples"
+                    f"{samples}. The step was not taken: lower the learning rate, or look at them"
                 )
 
     def _refuse_non_finite_weights(self, step: int) -> None:
-        names = sharding.non_finite(self.trained, self.device)
-        if names:
+        if names := sharding.non_finite(self.trained, self.device):
             self._end(
                 f"{f'after step {step}' if step else 'before the first step'}, {names[0]} is not "
                 f"finite, as {len(names)} of {len(self.trained)} trained weights: lower the "
@@ -458,7 +420,7 @@ class FinetuneRecipe:
             )
 
     def _samples_of_all(self, rows: list[list[int]]) -> list[int]:
-        everyone: list[Any] = [None] * dist.get_world_size()
+        everyone: list[Any] = [None] * self.processes
         dist.all_gather_object(everyone, [sample for row in rows for sample in row])
         return sorted({sample for part in everyone for sample in part})
 
@@ -497,15 +459,12 @@ class FinetuneRecipe:
 
     def _state(self) -> dict[str, Any]:
         """What is saved and loaded by all processes together, random states of each by its rank."""
-        rank = dist.get_rank()
-        random_states = {f"cpu_{rank}": torch.get_rng_state()}
+        random_states = {f"cpu_{self.rank}": torch.get_rng_state()}
         if self.device.type == "cuda":
-            random_states[f"cuda_{rank}"] = torch.cuda.get_rng_state(self.device)
-        return {
-            "model": {name: parameter.detach() for name, parameter in self.trained.items()},
-            "optimizer": states.optimizer_state(self.optimizer, self.trained),
-            "random": random_states,
-        }
+            random_states[f"cuda_{self.rank}"] = torch.cuda.get_rng_state(self.device)
+        weights = {name: parameter.detach() for name, parameter in self.trained.items()}
+        optimizer = states.optimizer_state(self.optimizer, self.trained)
+        return {"model": weights, "optimizer": optimizer, "random": random_states}
 
     def _save(self) -> None:
         """Begin to save all that it takes to go on; the next steps run meanwhile."""
@@ -514,14 +473,9 @@ class FinetuneRecipe:
         state = self._state()
         if self.device.type == "cpu":  # would change under the hands of the thread that writes
             state = tree_map_only(torch.Tensor, torch.clone, state)
-        progress = {
-            "step": self.step,
-            "position": self.position,
-            "max_steps": self.max_steps,
-            **self.metrics.history,
-            "processes": dist.get_world_size(),
-            "fingerprint": self.fingerprint,
-        }
+        progress = {"step": self.step, "max_steps": self.max_steps, "position": self.position}
+        progress |= {"processes": self.processes, "fingerprint": self.fingerprint}
+        progress |= self.metrics.history
         partial = self._on_main(lambda: self.saved.begin(self.step, progress))
         written = dcp.async_save(state, checkpoint_id=partial, process_group=self.save_group)
         self.pending_save = self.saving.submit(self._finish_save, partial, written)
@@ -536,10 +490,9 @@ class FinetuneRecipe:
             reason = next(iter(failures.values()))[0]
             if self.is_main:
                 remove(partial)
-            raise OSError(
-                f"{partial.with_suffix('')} cannot be written ({reason}): make room and go on with "
-                "resume=True; earlier steps are as they were"
-            ) from error
+            step = partial.with_suffix("")
+            remedy = "make room and go on with resume=True; earlier steps are as they were"
+            raise OSError(f"{step} cannot be written ({reason}): {remedy}") from error
 
     def _wait_for_save(self) -> None:
         if self.pending_save is not None:
@@ -553,7 +506,7 @@ class FinetuneRecipe:
         names = {name.partition(".")[2] for name in saved if name.startswith("optimizer.")}
         states.fit(self.optimizer, self.trained, names)
         state = self._state()
-        same_processes = progress["processes"] == dist.get_world_size()
+        same_processes = progress["processes"] == self.processes
         if not same_processes:
             del state["random"]
         dcp.load(state, checkpoint_id=directory)
@@ -563,10 +516,9 @@ class FinetuneRecipe:
         for _ in range(self.step):  # towards the end that the run has now
             self.scheduler.step()
         if same_processes:
-            rank = dist.get_rank()
-            torch.set_rng_state(state["random"][f"cpu_{rank}"])
+            torch.set_rng_state(state["random"][f"cpu_{self.rank}"])
             if self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["random"][f"cuda_{rank}"], self.device)
+                torch.cuda.set_rng_state(state["random"][f"cuda_{self.rank}"], self.device)
         log.info("Going on after step %d of %s", self.step, directory)
 
     def _export(self) -> None:
@@ -580,14 +532,14 @@ class FinetuneRecipe:
         trained = sharding.gather(self.trained)
         if not self.is_main:
             return
-        weights = self.checkpointer.load_checkpoint()[MODEL_KEY] | trained
+        weights = self.checkpointer.load_checkpoint()[tune.MODEL_KEY] | trained
         weights = {name: tensor for name, tensor in weights.items() if not is_adapter(name)}
-        state = {MODEL_KEY: weights}
+        state = {tune.MODEL_KEY: weights}
         if any(map(is_adapter, trained)):
-            layer = next(m for m in self.model.modules() if isinstance(m, LoRALinear | DoRA))
+            layer = next(m for m in self.model.modules() if isinstance(m, tune.LoRALinear | DoRA))
             base = self.cfg.checkpoint_dir
             adapter = Adapter(trained, layer.rank, layer.alpha, str(base), family_of(base).names)
-            state = {MODEL_KEY: merge_adapter(weights, adapter), **adapter_state(adapter)}
+            state = {tune.MODEL_KEY: merge_adapter(weights, adapter), **adapter_state(adapter)}
         files = self.processor_files
         self.checkpointer.save_checkpoint(state, epoch=self._epoch(), processor_files=files)
 
@@ -617,10 +569,8 @@ class FinetuneRecipe:
 
 
 def _tell_unless_dropped_signal(unraisable: Any) -> None:
-    """Say what cannot be raised, but for a signal that came together with the first one.
-
-    Python finds its handler taken away by then, drops it, and shows a traceback of that.
-    """
+    """Say what cannot be raised, but for a signal that came together with the first one."""
+    # Python finds its handler taken away by then, drops it, and would show a traceback of that
     if "ignored due to race condition" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 
@@ -630,8 +580,9 @@ def _check_settings(cfg: DictConfig) -> None:
     processes, here = (int(os.environ.get(x, 1)) for x in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     gpus = torch.cuda.device_count() if cfg.device == "cuda" else here
     tensor, rows = cfg.parallel.tensor, cfg.rows_per_step
-    sharing = max(1, processes // tensor)
+    sharing, left_over = max(1, processes // tensor), processes % tensor
     offloads = cfg.activation_offloading
+    offloads_on_cpu = offloads and cfg.device == "cpu"
     keeps = cfg.activation_checkpointing != "full"
     has_no_best = cfg.export == "best" and cfg.dataset_val is None
     has_no_plan = tensor > 1 and cfg.parallel.plan is None
@@ -639,15 +590,11 @@ def _check_settings(cfg: DictConfig) -> None:
         "export: best is that of the lowest validation loss: set dataset_val": has_no_best,
         # Views of gathered weights would be offloaded too, which FSDP frees after the forward
         "activation_offloading needs activation_checkpointing: full": offloads and keeps,
-        "activation_offloading is for a GPU's memory: leave it at False on a cpu": (
-            offloads and cfg.device == "cpu"
-        ),
+        "activation_offloading is for a GPU's memory: leave it at False on a cpu": offloads_on_cpu,
         "device is cuda, and torch sees no GPU: see what torch.cuda.is_available() says, or set "
         "device=cpu": gpus == 0,
         f"{here} processes cannot share {gpus} GPUs: lower nproc_per_node": here > gpus,
-        f"parallel.tensor is {tensor}, and does not divide the {processes} processes": (
-            processes % tensor
-        ),
+        f"parallel.tensor is {tensor}, and does not divide the {processes} processes": left_over,
         f"parallel.tensor is {tensor}, which needs a parallel.plan": has_no_plan,
         f"{sharing} devices cannot share the {rows} rows of a step equally: set rows_per_step to a "
         f"multiple of {sharing}": rows % sharing,

@@ -67,8 +67,7 @@ def compare(
         who = "Both refuse" if case.refused == "both" else f"Only {case.refused} refuses"
         case.detail = f"{who} it. {'; '.join(says)}"
     elif isinstance(reference, torch.Tensor) and ours.shape != reference.shape:
-        shapes = list(ours.shape), list(reference.shape)
-        case.detail = "ours has the shape {}, transformers {}".format(*shapes)
+        case.detail = f"ours has the shape {[*ours.shape]}, transformers {[*reference.shape]}"
         case.compared = case.differing = reference.numel()
         case.failed, case.largest = True, math.inf
     elif isinstance(reference, torch.Tensor):

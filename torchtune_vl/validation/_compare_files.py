@@ -5,6 +5,7 @@ import json
 import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -28,7 +29,8 @@ def compare_vocabularies(run: Comparison) -> None:
     row, (file, *_) = run.rows["vocabulary"], run.ours.vocabulary_files
     reference = run.reference.tokenizer
     ours, theirs = attempt(_tokens, run.ours.tokenizer), attempt(_reference_tokens, reference)
-    row.add(compare(_BOTH, ours, theirs, text_of=_text, must_read=True))
+    text_of = partial(bytes.decode, errors="replace")
+    row.add(compare(_BOTH, ours, theirs, text_of=text_of, must_read=True))
     contents = [
         (f"tokens of {file.name}", "vocabulary", attempt(_lines, ours)),
         ("merges that transformers reads", "merges", attempt(_reference_merges, reference)),
@@ -52,10 +54,6 @@ def compare_vocabularies(run: Comparison) -> None:
             if case.failed:
                 case.detail += ": at least one of them is another. Take the published file"
             row.add(case)
-
-
-def _text(token: bytes) -> str:
-    return token.decode(errors="replace")
 
 
 def _tokens(tokenizer: QwenTokenizer) -> list[bytes]:
@@ -122,12 +120,9 @@ def compare_image_settings(run: Comparison) -> None:
     ours, theirs = attempt(of_ours, run.ours.settings), attempt(of_reference, processor)
     _compare_settings(row, ours, theirs, _IMAGE_SETTINGS)
     used = {} if failed(ours) else ours
-    changed = [
-        f"{name} is {used[name]:,}, published {value:,}"
-        for name, value in _PIXEL_LIMITS.items()
-        if used.get(name, value) != value
-    ]
-    row.note = f"Used here: {'; '.join(changed)}" if changed else ""
+    changed = [name for name, value in _PIXEL_LIMITS.items() if used.get(name, value) != value]
+    words = [f"{name} is {used[name]:,}, published {_PIXEL_LIMITS[name]:,}" for name in changed]
+    row.note = f"Used here: {'; '.join(words)}" if words else ""
 
 
 def compare_chat_templates(run: Comparison) -> None:

@@ -29,7 +29,7 @@ def compare_images(run: Comparison, images: Mapping[str, str]) -> None:
             run.skip(reason, "image grids")
         if not run.skip(reason, row):
             sides = [partial(side.image, backend=backend) for side in (run.ours, run.reference)]
-            _compare(run, row, sides, images, f", {backend}")
+            _compare(run, row, sides, images)
 
 
 def compare_videos(run: Comparison, videos: Mapping[str, str]) -> None:
@@ -40,10 +40,9 @@ def compare_videos(run: Comparison, videos: Mapping[str, str]) -> None:
         _compare(run, "video pixels", sides, videos)
 
 
-def _compare(
-    run: Comparison, row: str, sides: _Sides, media: Mapping[str, str], suffix: str = ""
-) -> None:
+def _compare(run: Comparison, row: str, sides: _Sides, media: Mapping[str, str]) -> None:
     kind = "video" if row == "video pixels" else "image"
+    suffix = row.removeprefix("pixels") if kind == "image" else ""  # which backend
     grids, pixels, keys = run.rows[f"{kind} grids"], run.rows[row], MEDIA_KEYS[kind]
     for name, path in run.track([*media.items()], f"{kind}s{suffix}"):
         a, b = (attempt(itemgetter(*keys), attempt(side, path)) for side in sides)

@@ -19,8 +19,8 @@ from torchtune_vl.validation._report import Case, number
 
 # Longer conversations are not run through the models: logits, and eager attention, take gigabytes
 MAX_TOKENS = 1024
-# How much further from transformers we may be than transformers is from itself, when it computes
-# attention another way. Rounding that is no better than that is no error.
+# How much further from transformers we may be than it is from itself, when it computes attention
+# another way. Rounding that is no better than that is no error.
 MARGIN = 10
 
 
@@ -32,9 +32,7 @@ class Sample(NamedTuple):
     reference: dict[str, torch.Tensor]
 
 
-def compare_conversations(
-    run: Comparison, conversations: Sequence[Conversation], keep: int
-) -> list[Sample]:
+def compare_conversations(run: Comparison, chats: list[Conversation], keep: int) -> list[Sample]:
     """Compare ids, pixels and positions, and keep a number of short samples for the models."""
     reference, skipped = run.reference, run.obstacle
     if not skipped and failed(reference.rope):
@@ -47,7 +45,7 @@ def compare_conversations(
     asks = transform.prompts.chat_template is not None
     samples: list[Sample] = []
     problems, moved = [], 0
-    for conversation in run.track(conversations, "conversations"):
+    for conversation in run.track(chats, "conversations"):
         name, problem = conversation.name, conversation.problem
         if conversation.tools is not None and not reference.tokenizer.chat_template:
             problem = "conversations with tools need a chat template in tokenizer_config.json"
@@ -74,15 +72,14 @@ def compare_conversations(
         moved += not torch.equal(usual, behind)
         if len(a["tokens"]) <= MAX_TOKENS and len(samples) < keep:
             samples.append(Sample(name, a, {**b, "position_ids": behind.T[:, None]}))
-    texts = ["\n".join(conversation.values("text")) for conversation in conversations]
+    texts = ["\n".join(conversation.values("text")) for conversation in chats]
     forged = sum(any(token in text for token in STRUCTURAL_TOKENS) for text in texts)
     some = f"Not compared: {len(problems):,}, among them {'; '.join(problems[:3])}"
     notes = [some] if problems else []
     if forged:
         notes.append(
-            f"With tokens such as <|im_end|> in a text: {forged:,}. These tokens are compared as "
-            'transformers reads them (parse_special="all"); by default our transform takes them '
-            "for text"
+            f"With tokens such as <|im_end|> in a text: {forged:,}. They are compared as tokens, "
+            'parse_special="all", as in transformers; by default our transform takes them for text'
         )
     ids.note = ". ".join(notes)
     if moved:

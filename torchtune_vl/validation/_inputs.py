@@ -31,18 +31,14 @@ TEXTS: list[str] = [*_BUILTIN["texts"], "a" * 3000 + " " * 300 + "\n" * 50 + "1"
 
 @dataclass
 class Conversation:
-    """A conversation that both sides are given.
-
-    The sample is as training gives it to our transform, the messages are the same in transformers'
-    chat format, media as paths or data URLs. Tools are JSON schemas of functions, None if it has
-    nothing to do with tools; the problem is why transformers has no answer for it.
-    """
+    """A conversation that both sides are given."""
 
     name: str
+    # As training gives it to our transform, and in transformers' format; media: paths or data URLs
     sample: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] = field(default_factory=list)
-    tools: list[Any] | None = None
-    problem: str = ""
+    tools: list[Any] | None = None  # JSON schemas; None if it has nothing to do with functions
+    problem: str = ""  # why transformers has no answer for it
 
     @property
     def items(self) -> list[dict[str, Any]]:
@@ -130,10 +126,8 @@ def _item(part: str | Medium | Objects) -> dict[str, Any]:
         raise ValueError("transformers has no items of boxes")
     kind, source, settings = part
     if settings:
-        raise ValueError(
-            f"transformers does not read {', '.join(sorted(settings))} of {kind} items, which are "
-            "settings of qwen-vl-utils"
-        )
+        names = ", ".join(sorted(settings))
+        raise ValueError(f"transformers reads no {names} of {kind} items, as qwen-vl-utils does")
     if not isinstance(source, str):
         raise ValueError(f"{shortened(repr(source))} is no path")
     if source.startswith(("http://", "https://")):

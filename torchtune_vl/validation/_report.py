@@ -17,10 +17,8 @@ from rich.markdown import Markdown
 from torchtune_vl.files._printable import shown
 
 COLUMNS = ("Compared", "Inputs", "Values", "Difference", "Result")
-NUMBERS = ("Inputs", "Values")
 # Cases of a row whose pictures and tokens are kept: with thousands of images all would not fit
 KEPT_EVIDENCE = 8
-_WORST_FIRST = ("fail", "not compared", "pass")
 
 
 class Picture(NamedTuple):
@@ -40,18 +38,14 @@ class TokenPair(NamedTuple):
 
 @dataclass
 class Case:
-    """One input, given to both sides, and what differs.
-
-    It has failed if the difference is beyond what its row allows. The largest difference is
-    infinite where values cannot be subtracted.
-    """
+    """One input, given to both sides, and what differs."""
 
     name: str
     compared: int = 0
     differing: int = 0
-    largest: float = 0.0
+    largest: float = 0.0  # difference; infinite where values cannot be subtracted
     total: float = 0.0
-    failed: bool = False
+    failed: bool = False  # if a difference is beyond what its row allows
     refused: Literal["", "both", "ours", "transformers"] = ""
     detail: str = ""
     pictures: list[Picture] = field(default_factory=list)
@@ -75,15 +69,12 @@ class Case:
 
 @dataclass
 class Row:
-    """One kind of comparison over all inputs, the worst first, or why it is skipped.
-
-    Differences are those of numbers, or are counted in a unit such as "ids".
-    """
+    """One kind of comparison over all inputs, the worst first, or why it is skipped."""
 
     name: str
     about: str
-    unit: str
-    numeric: bool = False
+    unit: str  # in which differences are counted, such as "ids"
+    numeric: bool = False  # if they are those of numbers instead
     skipped: str = ""
     note: str = ""
     cases: list[Case] = field(default_factory=list)
@@ -110,21 +101,18 @@ class Row:
             return self.skipped
         cases = [case for case in self.cases if not case.refused]
         both = sum(case.refused == "both" for case in self.cases)
-        one_side = len(self.cases) - len(cases) - both
         parts = [f"{sum(case.differing for case in cases):,} {self.unit} differ"] if cases else []
         if self.numeric and cases:
             mean = sum(case.total for case in cases) / max(self.compared, 1)
             parts = [f"max {number(max(c.largest for c in cases))}", f"mean {number(mean)}"]
-        counts = {"one side": one_side, "both": both}
+        counts = {"one side": len(self.cases) - len(cases) - both, "both": both}
         parts += [f"{count:,} refused by {side}" for side, count in counts.items() if count]
         return ", ".join(parts)
 
     @property
     def cells(self) -> tuple[str, ...]:
         """The row of the reports' table, in the order of :data:`COLUMNS`."""
-        if not self.cases:
-            return self.name, "", "", self.figure, self.status
-        counts = f"{len(self.cases):,}", f"{self.compared:,}"
+        counts = (f"{len(self.cases):,}", f"{self.compared:,}") if self.cases else ("", "")
         return self.name, *counts, self.figure, self.status
 
 
@@ -193,17 +181,12 @@ def _escaped(text: str) -> str:
 
 
 def _rendered(name: str, report: Report, listed: int, show: Callable[[str], str]) -> str:
-    environment = Environment(
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Names and data; what macros made of them is Markup
-        finalize=lambda value: value if isinstance(value, Markup) else show(str(value)),
-    )
+    environment = Environment(undefined=StrictUndefined, autoescape=True)
+    environment.trim_blocks = environment.lstrip_blocks = True
+    # Names and data; what macros made of them is Markup
+    environment.finalize = lambda value: value if isinstance(value, Markup) else show(str(value))
     environment.filters["data_url"] = lambda png: f"data:image/png;base64,{b64encode(png).decode()}"
     environment.filters["visible"] = lambda s: shown(s).replace(" ", "␣").replace("\n", "\\n")
-    worst_first = sorted(report.rows, key=lambda row: _WORST_FIRST.index(row.status))
-    return environment.from_string(package_file(name)).render(
-        report=report, rows=worst_first, columns=COLUMNS, numbers=NUMBERS, max_cases=listed
-    )
+    worst_first = sorted(report.rows, key=lambda row: row.status)  # fail, not compared, pass
+    template = environment.from_string(package_file(name))
+    return template.render(report=report, rows=worst_first, columns=COLUMNS, max_cases=listed)

@@ -16,8 +16,6 @@ from torchtune_vl.validation._inputs import TEXTS, Inputs, builtin_inputs, conve
 from torchtune_vl.validation._ours_and_reference import Ours, Reference, Track
 from torchtune_vl.validation._report import Report
 
-_PACKAGES = ("torchtune-vl", "transformers", "tokenizers", "torch", "torchvision", "Pillow")
-
 
 def validate(
     checkpoint_dir: str | Path,
@@ -70,7 +68,7 @@ def validate(
         compare_videos(run, user.videos | builtin.videos)
         compare_models(run, samples, dtype, weights, logits)
     facts = {"Python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in ("torchtune-vl", "transformers", "tokenizers", "torch", "torchvision", "Pillow"):
         with suppress(PackageNotFoundError):
             facts[package] = version(package)
     if reference.no_torchvision:
