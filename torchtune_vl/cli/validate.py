@@ -43,7 +43,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     argument("--conversations", **several, metavar="FILE", help=f"{what}relative to the file")
     argument("--max-pixels", type=int, metavar="N", help="largest area of an image, for both sides")
     argument("--weights", action="store_true", help="compare every tensor of the model")
-    argument("--logits", action="store_true", help="weights and logits; holds both models in memory")
+    argument("--logits", action="store_true", help="weights and logits; holds two models in memory")
     what = "of both models (default: %(default)s)"
     argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=what)
     argument("--markdown", type=Path, metavar="FILE", help="write the report here, too")
