@@ -503,6 +503,15 @@ def test_threads_are_those_of_torch(clip):
 # Damage
 
 
+@pytest.fixture(params=[1, 4])
+def threads(request):
+    """Of torch, and so of the decoder."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 def place_of_frame(path, number):
     """Where the bytes of a frame are."""
     with av.open(str(path)) as container:
@@ -512,7 +521,7 @@ def place_of_frame(path, number):
 
 
 @pytest.mark.parametrize("name", ["H.264, B-frames", "H.264, no B-frames"])
-def test_damaged_frame(folder, name):
+def test_damaged_frame(folder, name, threads):
     clip = CLIPS[name]
     path = write_clip(folder / f"damaged.{clip.suffix}", clip._replace(frames=60))
     position, size = place_of_frame(path, 14)
@@ -526,9 +535,12 @@ def test_damaged_frame(folder, name):
             list(video.frames([0, 14, 50]))
 
 
-def test_errors_that_the_decoder_of_h265_would_hide(folder):
+def test_errors_that_the_decoder_of_h265_would_hide(folder, threads):
     """Of arbitrary bytes it finds some impossible, and guesses what they should be."""
-    options = {"preset": "veryfast", "x265-params": "log-level=none:aq-mode=1:crf=12"}
+    options = {
+        "preset": "veryfast",
+        "x265-params": "log-level=none:aq-mode=1:crf=12:pools=none:frame-threads=1",
+    }
     clip = Clip("mp4", "libx265", frames=2, size=(240, 320), options=options)
     path = write_clip(folder / "noisy.mp4", clip)
     position, size = place_of_frame(path, 0)
@@ -592,7 +604,7 @@ def test_cut_between_frames(folder):
     assert outcomes.count(0) > 20
 
 
-def test_stream_that_is_cut_off(folder):
+def test_stream_that_is_cut_off(folder, threads):
     """Nothing tells how long it was."""
     path = write_clip(folder / "cut.ts", Clip("ts", frames=60, options=x264("keyint=12")))
     data, whole = path.read_bytes(), {frame.tobytes() for frame in decoded(path)}

@@ -75,7 +75,7 @@ class Objects(NamedTuple):
     fields: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Turn(Generic[Item]):
     """One message; ``given`` has what it has but for its content, for templates that read more.
 
@@ -147,7 +147,7 @@ class _Reader:
         given = _without_nulls(_typed(message, "dict", "it"))
         role = self._role(given.get("role"))
         content = given.pop("content", None)
-        _refuse_unread(given, _LOSS_KEYS)
+        _refuse_unread(given, ("role", *_LOSS_KEYS))
         if "tool_calls" in given:
             given["tool_calls"] = _tool_calls(given["tool_calls"])
             if given["tool_calls"] and content is None:
@@ -206,7 +206,7 @@ class _Reader:
 
     def _text(self, item: dict[str, Any]) -> str | Objects:
         text: str = _typed(item.get("text", item.get("content")), "str", "its text")
-        _refuse_unread(item, ("image",) if "fields" in item else ())
+        _refuse_unread(item, ("type", "text", "image" if "fields" in item else ""))
         fields = _without_nulls(_typed(item.get("fields", {}), "dict", "fields"))
         for name in fields:
             if f"{{{name}}}" not in text:
@@ -274,13 +274,15 @@ def _is_masked(message: Mapping[str, Any]) -> bool:
     return answers == {True}
 
 
-def _refuse_unread(values: Mapping[str, Any], known: Collection[str] = ()) -> None:
+def _refuse_unread(values: Mapping[str, Any], known: Collection[str]) -> None:
     """Raise ``ValueError`` for a key that means media, coordinates or loss to whoever wrote it."""
     for key, value in values.items():
+        if key in known:
+            continue
         is_empty = isinstance(value, str | list) and not value
         is_medium = _ABOUT_MEDIA.fullmatch(str(key)) and not is_empty
         is_place = is_geometry(key, value) and not isinstance(value, int | float)
-        if (is_medium or is_place or _ABOUT_LOSS.search(str(key))) and key not in known:
+        if is_medium or is_place or _ABOUT_LOSS.search(str(key)):
             raise ValueError(
                 f"its key {key!r} is not understood: media and boxes are items of the content, as "
                 "{'type': 'image', 'image': ...}; weight, loss or loss_mask is 1 or 0 for the loss"

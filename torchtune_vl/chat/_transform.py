@@ -354,8 +354,10 @@ class ChatTransform(QwenTokenizer):
         encoded = _each_item(turns, partial(self._encode_item, measuring=measuring))
         parts = [part for turn in encoded for part in turn.content]
         images = [p for p in parts if isinstance(p, chat.EncodedMedium) and p.kind == "image"]
-        # Boxes may be of an image that comes later
-        written = _each_item(encoded, partial(self._write_item, images=images))
+        written: Any = encoded
+        if any(isinstance(part, chat.Objects) for part in parts):
+            # They may be of an image that comes later
+            written = _each_item(encoded, partial(self._write_item, images=images))
         if self.train_on == "last":
             last = max((i for i, t in enumerate(written) if t.role == "assistant"), default=None)
             return [t if i == last else replace(t, masked=True) for i, t in enumerate(written)]

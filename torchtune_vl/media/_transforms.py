@@ -112,13 +112,14 @@ class MediumTransform:
             _check_numbers(given, self.geometry.unit)
             frames_CHW, steps, per_step, facts = self._frames(medium, given, decode, files)
             first = next(frames_CHW)
-            grid = self._grid((first.shape[1], first.shape[2]), steps, given)
+            _, height, width = first.shape
+            grid = self._grid((height, width), steps, given)
             patches = self._encode(chain([first], frames_CHW), grid, per_step, decode)
         return {
             **sample,
             self._pixels: patches,
             f"{self._kind}_grid_thw": torch.from_numpy(np.array([grid])),
-            f"num_{self._kind}_tokens": len(patches) // self.geometry.merge_size**2,
+            f"num_{self._kind}_tokens": math.prod(grid) // self.geometry.merge_size**2,
             **facts,
         }
 
@@ -155,7 +156,7 @@ class MediumTransform:
         return steps, height // self.geometry.patch_size, width // self.geometry.patch_size
 
     def _encode(
-        self, frames_CHW: Iterable[torch.Tensor], grid: Grid, per_patch: int, decode: bool
+        self, frames_CHW: Iterator[torch.Tensor], grid: Grid, per_patch: int, decode: bool
     ) -> torch.Tensor:
         """Resizes frames and cuts them, a few at a time: no others are held."""
         steps, rows, columns = grid
@@ -170,9 +171,9 @@ class MediumTransform:
             return torch.empty(steps * rows * columns, values, dtype=dtype, device="meta")
         patches = np.empty((steps, rows * columns, values), self.patch_dtype)
         height, width = rows * size, columns * size
-        resized = (_patches.resize(frame, height, width, self.backend) for frame in frames_CHW)
+        resize = _patches.resize
         for step in patches:
-            frames = list(islice(resized, per_patch))
+            frames = [resize(f, height, width, self.backend) for f in islice(frames_CHW, per_patch)]
             frames += frames[-1:] * (per_patch - len(frames))  # the last of an odd number
             frames_THWC = np.stack(frames) if per_patch > 1 else frames[0][None]
             _patches.patchify(frames_THWC, self.geometry, normalization, step)
@@ -222,7 +223,8 @@ class ImageTransform(MediumTransform):
 
     def _frames(self, medium: Any, settings: Settings, decode: bool, files: ExitStack) -> Frames:
         rgb_CHW = self._read(medium, decode)
-        return iter([rgb_CHW]), 1, 1, {"original_size": tuple(rgb_CHW.shape[1:])}
+        _, *size = rgb_CHW.shape
+        return iter([rgb_CHW]), 1, 1, {"original_size": tuple(size)}
 
 
 @dataclass(eq=False, kw_only=True)

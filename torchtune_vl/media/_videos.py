@@ -68,7 +68,7 @@ class Video:
     A frame is decoded from the last key frame before it. Frames in between from which no other is
     predicted are left out where the decoder is sure of that (H.264, MPEG-2, MPEG-4, and H.265 of
     one temporal layer). A file whose timestamps do not put its frames in order is decoded from its
-    start. Decoding takes ``torch.get_num_threads()`` threads.
+    start. Decoding takes ``torch.get_num_threads()`` threads, of H.264 for slices of a frame alone.
     """
 
     num_frames: int  # how many a player shows, at least 1
@@ -130,11 +130,14 @@ class Video:
             size = f"{stream.width} x {stream.height} pixels"
             raise ValueError(f"has frames of {size}, more than {MAX_PIXELS:,}: make it smaller")
         context.thread_count = torch.get_num_threads()
-        context.thread_type = "AUTO"
         context.options = {"max_pixels": str(MAX_PIXELS)}
-        if context.name != "h264":
-            # An error, not a guess at what a damaged part of a frame showed. H.264's decoder marks
-            # such frames, and would object to frames that need others from before a seek
+        # An error, not a guess at what a damaged part of a frame showed. H.264's decoder marks such
+        # frames, unless threads decode several at a time, and would object to frames that need
+        # others from before a seek
+        if context.name == "h264":
+            context.thread_type = "SLICE"
+        else:
+            context.thread_type = "AUTO"
             context.options["err_detect"] = "explode"
         # H.265 marks frames from which no other of the same temporal layer is predicted. The number
         # of layers is in the decoder configuration record of ISO/IEC 14496-15, section 8.3.3.1

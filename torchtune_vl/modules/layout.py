@@ -97,10 +97,11 @@ def _index_of_frame(h: int, w: int, geometry: Geometry) -> dict[str, torch.Tenso
 def join_vision_indices(indices: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Join indices of :func:`vision_index` for a batch; other keys, of samples, are ignored."""
     keys = ("unit_order", "unit_positions", "window_lengths", "frame_lengths")
+    if len(indices) == 1:  # as below, in a third of the time
+        return {key: indices[0][key].clone() for key in keys}
     joined = {key: torch.cat([index[key] for index in indices]) for key in keys}
-    if len(indices) > 1:  # of a small image's time a tenth
-        sizes = torch.tensor([len(index["unit_order"]) for index in indices])
-        joined["unit_order"] += (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    sizes = torch.tensor([len(index["unit_order"]) for index in indices])
+    joined["unit_order"] += (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     return joined
 
 
