@@ -22,8 +22,10 @@ from torchtune_vl.validation._torchvision import import_torchvision
 # What the names of transformers' image processors end in
 BACKENDS: dict[Backend, str] = {"torchvision": "", "pil": "Pil"}
 # Under which names both sides give patches and grids
-MEDIA_KEYS = {"image": ("pixel_values", "image_grid_thw")}
-MEDIA_KEYS["video"] = ("pixel_values_videos", "video_grid_thw")
+MEDIA_KEYS = {
+    "image": ("pixel_values", "image_grid_thw"),
+    "video": ("pixel_values_videos", "video_grid_thw"),
+}
 # Shows progress: takes a sequence and what is in it, and returns the items one after another
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
