@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -12,6 +13,11 @@ from torchtune_vl.validation import import_torchvision
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are as many as the cores
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Of one run of the tests alone, and of all of its processes
+    _cache = TemporaryDirectory(prefix="torchtune-vl-cache-")
+    os.environ["TORCHTUNE_VL_CACHE"] = _cache.name
 
 import_torchvision()  # before transformers, which looks for it at import
 

@@ -19,6 +19,7 @@ from torchtune.datasets.multimodal import multimodal_chat_dataset
 
 from quickstart.digits import write_digits
 from tests import hostile
+from torchtune_vl.chat._transform import Examined
 from torchtune_vl.data import PackedRows, TrainingRows, padded_collate_vision_supervised
 from torchtune_vl.datasets import (
     SamplesError,
@@ -943,7 +944,8 @@ def test_samples_that_are_cut_are_told(
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(
         "3 of 5 samples are longer than max_seq_len and are cut, 2 of them by images or videos: "
-        f"sample 1, for one, loses {lost[1]['tokens']} tokens, 1 images, 0 videos; raise max_seq"
+        f"sample 1, for one, loses {lost[1]['tokens']} tokens, 1 images, 0 videos, all together "
+        f"lose {sum(cut['tokens'] for cut in lost[1:] if cut)} tokens, 2 images, 0 videos; raise max_seq"
     )
     caplog.clear()
     measure_all(dataset, [2, 5], num_workers, show_progress=False)
@@ -969,9 +971,9 @@ def test_errors_of_every_kind_are_told(build, num_workers: int) -> None:
     class Raising:
         """A transform that measures every other sample."""
 
-        def examine(self, sample: dict[str, Any]) -> tuple[tuple[int, int, int], None]:
+        def examine(self, sample: dict[str, Any]) -> Examined:
             if sample["id"] % 2:
-                return (1, 2, 3), None
+                return Examined((1, 2, 3), None, 0)
             kind = KINDS[sample["id"] // 2]
             raise kind((f"sample {sample['id']}: " if kind is ValueError else "") + "x" * 5_000_000)
 

@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
+import xxhash
 
 from torchtune_vl.chat import _messages as chat
 from torchtune_vl.chat import _processor_files as files
@@ -36,6 +38,21 @@ _EncodedPart = str | chat.EncodedMedium | chat.Objects
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 _log = logging.getLogger(__name__)
+
+
+class Examined(NamedTuple):
+    """What is left of a sample within ``max_seq_len``.
+
+    Args:
+        size: how many tokens, patches, and tokens that carry loss it has, the first token aside,
+            which nothing predicts.
+        truncated: how many ``tokens``, ``images`` and ``videos`` were cut, None if nothing was.
+        media: how many images and videos it has.
+    """
+
+    size: tuple[int, int, int]
+    truncated: dict[str, int] | None
+    media: int
 
 
 class ChatTransform(QwenTokenizer):
@@ -175,6 +192,22 @@ class ChatTransform(QwenTokenizer):
         template = self.prompts.chat_template or CHAT_TEMPLATE
         return files.NUMBERS_MEDIA * self.prompts.add_vision_id + template
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells the transform from those that may make samples of another size, or none."""
+        kind, prompts = type(self), self.prompts
+        settings = {
+            "kind": (kind.__module__, kind.__qualname__, version("torchtune-vl")),
+            "media": (self.image_transform, self.video_transform),  # dataclasses of plain values
+            "prompts": (prompts.parse_special, prompts.add_vision_id, prompts.chat_template),
+            "length": (self.max_seq_len, self.truncation, self.train_on),
+            "special tokens": sorted(self.special_tokens.items()),
+        }
+        digest = xxhash.xxh3_128(repr(settings).encode("utf-8", "surrogatepass"))
+        for token in self.token_bytes(range(self.base_vocab_size)):
+            digest.update(len(token).to_bytes(2, "little") + token)
+        return digest.hexdigest()
+
     def processor_files(self) -> dict[str, str]:
         """Write the settings down as transformers and servers read them, text by name of file.
 
@@ -259,19 +292,12 @@ class ChatTransform(QwenTokenizer):
                 self._tell_cut(transformed["truncated"])
             return transformed
 
-    def examine(
-        self, sample: Mapping[str, Any], inference: bool = False
-    ) -> tuple[tuple[int, int, int], dict[str, int] | None]:
+    def examine(self, sample: Mapping[str, Any], inference: bool = False) -> Examined:
         """Find how large :meth:`__call__` makes a sample, without decoding its media.
 
         Of image files the header is read, of video files the list of packets. ``ValueError`` as
         there, but for what only decoding shows, and unless ``inference`` as
         :meth:`check_supervised` raises it.
-
-        Returns:
-            Of what is left within ``max_seq_len`` the number of tokens, of patches, and of tokens
-            that carry loss, the first token aside, which nothing predicts; and ``truncated`` of
-            :meth:`__call__`, or None.
         """
         with _naming(sample):
             whole, prompt = self._prompts_of(sample, inference, measuring=True)
@@ -279,7 +305,8 @@ class ChatTransform(QwenTokenizer):
                 self.check_supervised(prompt.tokens, prompt.mask)
         patches = sum(len(medium.patches) for medium in prompt.media.values())
         size = len(prompt.tokens), patches, prompt.mask[1:].count(False)
-        return size, None if prompt is whole else prompting.difference(whole, prompt)
+        truncated = None if prompt is whole else prompting.difference(whole, prompt)
+        return Examined(size, truncated, len(prompt.media))
 
     def check_supervised(
         self, tokens: Sequence[int], mask: Sequence[bool], problem: str = _NO_LOSS

@@ -5,12 +5,19 @@ from torchtune_vl.datasets._conversations import (
     VisionChatDataset,
     vision_chat_dataset,
 )
-from torchtune_vl.datasets._sample_sizes import SamplesError, measure_all
+from torchtune_vl.datasets._sample_sizes import (
+    Measurements,
+    SamplesError,
+    measure,
+    measure_all,
+)
 
 __all__ = [
+    "Measurements",
     "SamplesError",
     "StreamedVisionChat",
     "VisionChatDataset",
+    "measure",
     "measure_all",
     "vision_chat_dataset",
 ]

@@ -1,18 +1,23 @@
 """Datasets of conversations with images and videos."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from typing import Any
 
 import numpy as np
+import xxhash
 from torch.utils.data import Dataset
 
 from torchtune_vl.chat import ChatTransform
-from torchtune_vl.datasets._record_formats import COLUMNS, MediaDirectory, RecordReader
-from torchtune_vl.datasets._tables import Records, Table, load_records
+from torchtune_vl.chat._transform import Examined
+from torchtune_vl.datasets._record_formats import COLUMNS, MediaDirectory, RecordReader, files_of
+from torchtune_vl.datasets._sample_sizes import counts_of
+from torchtune_vl.datasets._size_cache import Measured, state_of
+from torchtune_vl.datasets._tables import Records, Table, digests_of, load_records
 from torchtune_vl.media._errors import naming_sample
 from torchtune_vl.modules import IGNORE_INDEX
 
@@ -111,11 +116,32 @@ class VisionChatDataset(_Conversations, Dataset):
 
     def measure(self, index: int) -> tuple[int, int, int]:
         """Count tokens, patches and supervised tokens of a sample without decoding its media."""
-        return self.examine(index)[0]
+        return self.examine(index).size
 
-    def examine(self, index: int) -> tuple[tuple[int, int, int], dict[str, int] | None]:
-        """Measure a sample, and tell how many ``tokens``, ``images`` and ``videos`` are cut."""
+    def examine(self, index: int) -> Examined:
+        """Measure a sample, and tell what of it is cut."""
         return self._apply(self._transform.examine, index)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Tells it from datasets whose samples of the same records may have other sizes."""
+        own = getattr(self._transform, "fingerprint", None)
+        if own is None:
+            return None
+        return xxhash.xxh3_128_hexdigest(f"{own} {self._read.fingerprint}".encode())
+
+    def digests(self, indices: Sequence[int]) -> list[bytes]:
+        """Tell samples' records from others, without parsing them."""
+        return digests_of(self._records, indices)
+
+    def measure_to_keep(self, index: int) -> Measured:
+        """Measure a sample for a cache, with what its size depends on."""
+        return self._apply(self._measure_to_keep, index)
+
+    def _measure_to_keep(self, sample: dict[str, Any]) -> Measured:
+        files = files_of(sample)
+        state = None if files is None else state_of(files)  # before they are read
+        return Measured(counts_of(self._transform.examine(sample)), files or [], state)
 
     def _apply(self, function: Callable[[dict[str, Any]], Any], index: int) -> Any:
         with naming_sample(index):
@@ -152,4 +178,4 @@ class StreamedVisionChat(_Conversations):
 
     def measure(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
         """Measure a sample of the stream as :meth:`VisionChatDataset.measure` does."""
-        return self._transform.examine(sample)[0]
+        return self._transform.examine(sample).size

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torchtune_vl.files._json import from_json_text
@@ -48,12 +48,16 @@ class MediaDirectory:
             if scheme == "file":
                 self._check(source, path_of_file_url(source))
             return source
-        encoded = source.encode("utf-8", "surrogatepass")
-        if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
+        if not _is_path(source):
             return source
         path = os.path.join(self._directory, source)
         self._check(source, path)
         return path
+
+    @property
+    def fingerprint(self) -> tuple[str, bool]:
+        """Tells it from others in which a record's media are others."""
+        return os.path.abspath(self._directory), self._root is not None
 
     def _check(self, source: str, path: str) -> None:
         if self._root is None:
@@ -104,6 +108,11 @@ class RecordReader:
                 "tools": values["tools"] or None,
             }
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells it from those that make other samples of the same records."""
+        return repr((sorted(self._names.items()), self._media.fingerprint))
+
     def _messages(self, record: Mapping[str, Any], values: Mapping[str, Any]) -> list[Any]:
         """A new list of the messages of a record."""
         is_chat = values["messages"] is not None
@@ -132,9 +141,48 @@ class RecordReader:
         """An item with the paths of its medium resolved."""
         if not isinstance(item, Mapping):
             return item
-        is_medium = item.get("type") in ("image", "image_url", "video", "video_url")
-        keys = (*_SOURCE_KEYS, "content") if is_medium else _SOURCE_KEYS
+        keys = _keys_of_source(item)
         return {k: self._media.source(v) if k in keys else v for k, v in item.items()}
+
+
+def _keys_of_source(item: Mapping[str, Any]) -> Collection[str]:
+    is_medium = item.get("type") in ("image", "image_url", "video", "video_url")
+    return (*_SOURCE_KEYS, "content") if is_medium else _SOURCE_KEYS
+
+
+def files_of(sample: Mapping[str, Any]) -> list[str] | None:
+    """The local files of a sample's media; None if any are fetched, and may change unnoticed."""
+    items = (item for message in sample["messages"] for item in _items_of(message))
+    sources = [item[key] for item in items for key in _keys_of_source(item) if key in item]
+    files = []
+    for source in _flat([*sample["images"], *sample["videos"], *sources]):
+        scheme = scheme_of(source) if isinstance(source, str) else "data"  # such as bytes
+        if isinstance(source, Mapping) or scheme not in ("", "file", "data"):
+            return None
+        if scheme == "file":
+            files.append(path_of_file_url(source))
+        elif not scheme and _is_path(source):
+            files.append(source)
+    return files
+
+
+def _items_of(message: Any) -> list[Mapping[str, Any]]:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return [x for x in content if isinstance(x, Mapping)] if isinstance(content, list) else []
+
+
+def _flat(sources: Any) -> Iterator[Any]:
+    for source in sources:
+        if isinstance(source, list):
+            yield from _flat(source)
+        else:
+            yield source
+
+
+def _is_path(source: str) -> bool:
+    encoded = source.encode("utf-8", "surrogatepass")
+    parts = encoded.split(b"/")
+    return len(encoded) <= _MAX_PATH_BYTES and max(map(len, parts)) <= _MAX_NAME_BYTES
 
 
 class _Places:

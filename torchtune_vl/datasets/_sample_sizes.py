@@ -1,7 +1,9 @@
 """The sizes of all samples, before training begins."""
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -9,17 +11,20 @@ import numpy as np
 from tqdm import tqdm
 
 from torchtune_vl.data._data_workers import loading
+from torchtune_vl.datasets._size_cache import Measured, SizeCache
 from torchtune_vl.media._errors import naming_sample
 
 # Sending a batch from a worker costs as much as measuring some samples
-_BATCH_SIZE = 128
+_BATCH_SIZE = 512
+# So many are kept at a time, and at most so many measured in vain if the process is killed
+_NUM_KEPT_AT_ONCE = 10_000
 _NUM_SHOWN = 20
 
 _log = logging.getLogger(__name__)
 
 
 class SamplesError(ValueError):
-    """Samples that cannot be measured.
+    """Samples that cannot be trained on.
 
     Args:
         first: index and reason of some of them, of which the first 20 are told.
@@ -35,10 +40,73 @@ class SamplesError(ValueError):
 
     def __str__(self) -> str:
         """Tell how many they are, and each reason in a line."""
-        told = f"{self.bad} of {self.of} samples cannot be read: correct them or remove them from "
-        lines = [told + "the data", *(reason for _, reason in self.first)]
+        told = f"{self.bad} of {self.of} samples cannot be trained on: correct them or remove them "
+        lines = [told + "from the data", *(reason for _, reason in self.first)]
         more = self.bad - len(self.first)
         return "\n".join([*lines, f"and {more} more"] if more else lines)
+
+
+@dataclass
+class Measurements:
+    """What was found of samples.
+
+    Args:
+        sizes: int32 [samples, 3], tokens, patches and supervised tokens of each, of a bad one 0.
+        bad: index and reason of those that cannot be measured.
+        counts: of all, ``media``; ``truncated``, how many are cut, and ``without media``, how many
+            of them by images or videos; and what they lose, ``tokens``, ``images`` and ``videos``.
+        example: index and losses of one that is cut, if there is one by media.
+    """
+
+    sizes: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int32))
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    example: tuple[int, dict[str, int]] | None = None
+
+    @classmethod
+    def joined(cls, parts: Iterable["Measurements"]) -> "Measurements":
+        """Those of samples one part behind the other."""
+        joined, sizes = cls(), [cls().sizes]
+        for part in parts:
+            sizes.append(part.sizes)
+            joined.bad += part.bad
+            joined.counts += part.counts
+            joined._take_example(part.example)
+        joined.sizes = np.concatenate(sizes)
+        return joined
+
+    def add(self, place: int, index: int, counts: Sequence[int]) -> None:
+        """Add what :class:`Measured` counts of a sample."""
+        *size, media, tokens, images, videos = counts
+        self.sizes[place] = size
+        self.counts["media"] += media
+        if tokens:
+            self.counts["truncated"] += 1
+            self.counts["without media"] += bool(images or videos)
+            lost = {"tokens": tokens, "images": images, "videos": videos}
+            self.counts.update(lost)
+            self._take_example((index, lost))
+
+    def _take_example(self, example: tuple[int, dict[str, int]] | None) -> None:
+        def loses_media(cut: tuple[int, dict[str, int]]) -> bool:
+            return bool(cut[1]["images"] or cut[1]["videos"])
+
+        if example and (not self.example or loses_media(example) > loses_media(self.example)):
+            self.example = example
+
+    def tell_truncated(self) -> None:
+        """Log how many samples are cut because they are too long, if any are."""
+        if not self.example:
+            return
+        index, lost = self.example
+        parts = ", ".join(f"{count} {what}" for what, count in lost.items())
+        in_all = ", ".join(f"{self.counts[what]} {what}" for what in lost)
+        _log.warning(
+            f"{self.counts['truncated']} of {len(self.sizes)} samples are longer than max_seq_len "
+            f"and are cut, {self.counts['without media']} of them by images or videos: sample "
+            f"{index}, for one, loses {parts}, all together lose {in_all}; raise max_seq_len, or "
+            "make media smaller"
+        )
 
 
 def measure_all(
@@ -46,12 +114,7 @@ def measure_all(
 ) -> np.ndarray:
     """Measure samples before training, and log how many are cut because they are too long.
 
-    Args:
-        dataset: has ``measure``, of an index, and perhaps ``examine``, which also tells what a
-            sample loses, as those of :func:`~torchtune_vl.datasets.vision_chat_dataset` have.
-        indices: of the samples, ``range(len(dataset))`` for all.
-        num_workers: processes to measure in, besides this one; 0: in this one.
-        show_progress: whether to show a progress bar. With several ranks, let one do so.
+    The arguments are those of :func:`measure`.
 
     Returns:
         int32 [len(indices), 3], tokens, patches and supervised tokens of each sample.
@@ -59,47 +122,111 @@ def measure_all(
     Raises:
         SamplesError: if samples cannot be measured; a ValueError if the dataset does not do so.
     """
+    found = measure(dataset, indices, num_workers, show_progress)
+    if found.bad:
+        raise SamplesError(found.bad, len(found.bad), len(indices))
+    found.tell_truncated()
+    return found.sizes
+
+
+def measure(
+    dataset: Any, indices: Sequence[int], num_workers: int = 0, show_progress: bool = True
+) -> Measurements:
+    """Measure samples, bad ones among them, from what earlier runs found as far as it holds.
+
+    Args:
+        dataset: has ``measure``, of an index, and perhaps ``examine``, which also tells what a
+            sample loses, as those of :func:`~torchtune_vl.datasets.vision_chat_dataset` have.
+        indices: of the samples, ``range(len(dataset))`` for all.
+        num_workers: processes to measure in, besides this one; 0: in this one.
+        show_progress: whether to show a progress bar. With several ranks, let one do so.
+    """
     if not hasattr(dataset, "measure"):
         problem = f"a {type(dataset).__name__} does not know the sizes of its samples"
         raise ValueError(f"{problem}: use torchtune_vl.datasets.vision_chat_dataset")
-    # With more processes than samples some measure none
-    sizes = [np.empty((0, 3), np.int32)]
-    bad, cut = [], []
-    examine = partial(_examine, dataset)
-    loader = loading(indices, num_workers, batch_size=_BATCH_SIZE, collate_fn=examine)
+    parts: list[Measurements] = []
+    new: list[tuple[bytes, Measured]] = []
+    problems = dict[str, None]()
+    collate = partial(_measure_batch, dataset)
+    loader = loading(indices, num_workers, batch_size=_BATCH_SIZE, collate_fn=collate)
     bar = tqdm(total=len(indices), desc="measuring", unit=" samples", disable=not show_progress)
-    with loader as batches, bar:
-        for sizes_of_batch, bad_ones, cut_ones in batches:
-            sizes.append(sizes_of_batch)
-            bad += bad_ones
-            cut += cut_ones
-            bar.update(len(sizes_of_batch))
-    if bad:
-        raise SamplesError(bad, len(bad), len(indices))
-    if cut:
-        without_media = [(index, lost) for index, lost in cut if lost["images"] or lost["videos"]]
-        index, lost = (without_media or cut)[0]
-        parts = ", ".join(f"{count} {what}" for what, count in lost.items())
-        _log.warning(
-            f"{len(cut)} of {len(indices)} samples are longer than max_seq_len and are cut, "
-            f"{len(without_media)} of them by images or videos: sample {index}, for one, loses "
-            f"{parts}; raise max_seq_len, or make media smaller"
-        )
-    return np.concatenate(sizes)
+    try:
+        with loader as batches, bar:
+            for part, new_of_batch, problem in batches:
+                parts.append(part)
+                new += new_of_batch
+                problems |= dict.fromkeys(problem)
+                if len(new) >= _NUM_KEPT_AT_ONCE:
+                    problems |= dict.fromkeys(_keep(dataset, new))
+                    new = []
+                bar.update(len(part.sizes))
+    finally:
+        problems |= dict.fromkeys(_keep(dataset, new))
+        for problem in problems:
+            _log.warning("All samples are measured anew: %s", problem)
+    return Measurements.joined(parts)
 
 
-def _examine(dataset: Any, indices: Sequence[int]) -> tuple[np.ndarray, list[Any], list[Any]]:
-    """Sizes, and indices of samples that cannot be measured or are cut, with why and what."""
-    sizes = np.zeros((len(indices), 3), np.int32)
-    bad, cut = [], []
-    examine = getattr(dataset, "examine", None)
+def _keep(dataset: Any, new: Sequence[tuple[bytes, Measured]]) -> list[str]:
+    """Add to the dataset's cache; gives the reason if that cannot be done."""
+    if not new:
+        return []
+    try:
+        with SizeCache(dataset.fingerprint) as cache:
+            cache.add(new)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def _measure_batch(
+    dataset: Any, indices: Sequence[int]
+) -> tuple[Measurements, list[tuple[bytes, Measured]], list[str]]:
+    """Measure samples; gives those, too, that are to be kept, and why the cache was not used."""
+    found = Measurements(np.zeros((len(indices), 3), np.int32))
+    digests, known, problem = _known(dataset, indices)
+    new = []
     for place, index in enumerate(indices):
         try:
             with naming_sample(index):
-                size, lost = examine(index) if examine else (dataset.measure(index), None)
-                sizes[place] = size
-            if lost:
-                cut.append((index, lost))
+                if digests and digests[place] in known:
+                    counts = known[digests[place]]
+                elif digests:
+                    measured = dataset.measure_to_keep(index)
+                    new.append((digests[place], measured))
+                    counts = measured.counts
+                else:
+                    counts = _counts(dataset, index)
+                found.add(place, index, counts)
         except ValueError as error:  # one bad sample must not hide the others
-            bad.append((index, str(error)))
-    return sizes, bad, cut
+            found.bad.append((index, str(error)))
+    return found, new, problem
+
+
+def _known(
+    dataset: Any, indices: Sequence[int]
+) -> tuple[list[bytes], dict[bytes, tuple[int, ...]], list[str]]:
+    """Digests of records, none if they are not kept, and what is known of them."""
+    if getattr(dataset, "fingerprint", None) is None:
+        return [], {}, []
+    try:
+        digests = dataset.digests(indices)
+    except (ValueError, OSError):  # is told by each of the samples
+        return [], {}, []
+    try:
+        with SizeCache(dataset.fingerprint) as cache:
+            return digests, cache.find(digests), []
+    except ValueError as error:
+        return [], {}, [str(error)]
+
+
+def _counts(dataset: Any, index: int) -> tuple[int, ...]:
+    if not hasattr(dataset, "examine"):
+        return (*dataset.measure(index), 0, 0, 0, 0)
+    return counts_of(dataset.examine(index))
+
+
+def counts_of(examined: Any) -> tuple[int, ...]:
+    """What :class:`Measured` counts, of what ``examine`` of a transform finds."""
+    lost = examined.truncated or {"tokens": 0, "images": 0, "videos": 0}
+    return (*examined.size, examined.media, *lost.values())

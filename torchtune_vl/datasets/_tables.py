@@ -2,7 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any, Union
 
 import datasets
@@ -47,9 +50,27 @@ class Table:
             row = {key: value for key, (value,) in batch.items()}
             yield _without_nulls(row, self._rows.features), ""
 
+    def digests(self, indices: Sequence[int]) -> list[bytes]:
+        """Tell rows from those of other tables by the table's fingerprint and their number."""
+        return [f"{self._rows._fingerprint} {index}".encode() for index in indices]
+
     def skip(self, count: int) -> "Table":
         """Leave out rows at the beginning."""
         return Table(self._rows.skip(count))
+
+
+def digests_of(records: Any, indices: Sequence[int]) -> list[bytes]:
+    """The ``digests`` of some records, whatever they are put together from."""
+    if isinstance(records, Subset):
+        return digests_of(records.dataset, [records.indices[index] for index in indices])
+    if not isinstance(records, ConcatDataset):
+        return records.digests(indices)
+    ends = [0, *records.cumulative_sizes]
+    digests = []
+    for part, of_part in groupby(indices, key=partial(bisect_right, records.cumulative_sizes)):
+        within = [index - ends[part] for index in of_part]
+        digests += digests_of(records.datasets[part], within)
+    return digests
 
 
 def _encoded(feature: dict[str, Any]) -> dict[str, Any]:
