@@ -8,11 +8,13 @@ exceed 1 for the scarcer of tokens and patches. Seconds are of processor time, o
 import argparse
 import statistics
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
 
-from torchtune_vl.data import PackedRows, Size, TrainingRows
+from torchtune_vl.data import PackedRows, Plan, Size
 
 MAX_TOKENS = 16_384
 LOOKAHEADS = (16, 64, 256, 1024)
@@ -21,19 +23,7 @@ PATCHES_PER_TOKEN = (4.0, 3.3, 3.0)
 PIXELS_PER_TOKEN = 28 * 28
 
 
-class Measured:
-    """A dataset that is planned only."""
-
-    def __init__(self, given: list[Size]) -> None:
-        self.given = given
-
-    def __len__(self) -> int:
-        return len(self.given)
-
-    def __getitem__(self, index: int) -> None: ...
-
-
-class Plan(NamedTuple):
+class Measured(NamedTuple):
     """Fill with tokens and patches, and samples per second."""
 
     tokens: float
@@ -93,16 +83,18 @@ def _image_tokens(random: np.random.Generator) -> int:
     return min(int(width * height) // PIXELS_PER_TOKEN, 2700)
 
 
-def plan(planner: PackedRows, given: list[Size]) -> Plan:
+def plan(planner: PackedRows, given: list[Size]) -> Measured:
     """Plan an epoch as training does, one row a step."""
-    rows = TrainingRows(
-        Measured(given), planner, rows_per_step=1, epochs=1, sizes=np.array(given, np.int32)
-    )
-    start = time.process_time()
-    count = rows.last_step()
-    seconds = time.process_time() - start
+    sizes_of_samples = np.array(given, np.int32)
+    with TemporaryDirectory() as directory:
+        start = time.process_time()
+        made = Plan.make(Path(directory), planner, sizes_of_samples, rows_per_step=1, epochs=1)
+        seconds = time.process_time() - start
+        count = made.last_step
     tokens, patches, _ = (sum(values) / count for values in zip(*given, strict=True))
-    return Plan(tokens / planner.max_tokens, patches / planner.max_patches, len(given) / seconds)
+    return Measured(
+        tokens / planner.max_tokens, patches / planner.max_patches, len(given) / seconds
+    )
 
 
 if __name__ == "__main__":

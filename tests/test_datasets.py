@@ -945,7 +945,7 @@ def test_samples_that_are_cut_are_told(
     assert message.startswith(
         "3 of 5 samples are longer than max_seq_len and are cut, 2 of them by images or videos: "
         f"sample 1, for one, loses {lost[1]['tokens']} tokens, 1 images, 0 videos, all together "
-        f"lose {sum(cut['tokens'] for cut in lost[1:] if cut)} tokens, 2 images, 0 videos; raise max_seq"
+        f"lose {sum(cut['tokens'] for cut in lost[1:] if cut)} tokens, 2 images, 0 videos; raise"
     )
     caplog.clear()
     measure_all(dataset, [2, 5], num_workers, show_progress=False)

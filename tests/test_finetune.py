@@ -213,7 +213,7 @@ def test_samples_that_teach_nothing_are_listed_before_the_first_step(
     messages, _ = process.communicate()
     assert process.returncode == 2, messages[-3000:]
     told = messages[messages.index("tune-vl run: ") :]
-    assert "tune-vl run: 3 of 7 samples cannot be read: correct them or remove them" in told
+    assert "tune-vl run: 3 of 7 samples cannot be trained on: correct them or remove them" in told
     assert re.findall(r"^sample (\d): no token of an answer", told, re.M) == ["1", "3", "4"]
     assert not list((tmp_path / "run").glob("steps/step_*"))
 

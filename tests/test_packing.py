@@ -17,7 +17,10 @@ from torchtune_vl.data._packing import planner_of, settings_of
 
 def rows_of(planner: Planner, given: list[Size]) -> list[list[int]]:
     """All rows, as lists of places in the given sizes."""
-    return [row.tolist() for row in planner.plan(np.array(given))]
+    sizes = np.array(given, np.int32)
+    order, ends = planner.plan(sizes, np.arange(len(sizes), dtype=np.int32))
+    assert sorted(order) == [*range(len(sizes))]
+    return [row.tolist() for row in np.split(order, ends[:-1])]
 
 
 SIZES = st.lists(

@@ -8,15 +8,21 @@ from torchtune_vl.data._collate import (
     padded_collate_vision_targets,
 )
 from torchtune_vl.data._packing import PackedRows, PaddedRows, Planner, Size
+from torchtune_vl.data._plan import Draws, Plan
+from torchtune_vl.data._streamed_rows import Stream, StreamedRows
 from torchtune_vl.data._training_rows import Row, TrainingRows
 
 __all__ = [
     "Batch",
+    "Draws",
     "PackedRows",
     "PaddedRows",
+    "Plan",
     "Planner",
     "Row",
     "Size",
+    "Stream",
+    "StreamedRows",
     "TrainingRows",
     "packed_collate_vision",
     "padded_collate_vision",

@@ -42,16 +42,22 @@ class Planner(Protocol):
     collate: Callable[[_collate.Samples], _collate.Batch]
 
     @property
-    def lookahead(self) -> int:
-        """How many samples it wants to choose from."""
+    def lookahead(self) -> int | None:
+        """How many samples it chooses from, None if it takes them as they come."""
 
     def check(self, size: Size) -> None:
         """Raise a ValueError if a sample of this size fits no row; by default every one does."""
 
-    def plan(self, sizes: np.ndarray) -> list[np.ndarray]:
-        """Divide samples into rows, from their sizes, int [n, 3], in order of arrival.
+    def plan(self, sizes: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Divide samples into rows.
 
-        Returns the numbers of the samples of each row, from 0 to n - 1.
+        Args:
+            sizes: int32 [samples, 3], the :class:`Size` of each sample of the dataset.
+            draws: int32 [n], which of them arrive, in this order; some perhaps more than once.
+
+        Returns:
+            int32 [n], places in ``draws`` from 0 to n - 1, the rows one behind the other, and
+            int32 [rows], where in these each row ends.
         """
 
     def work(self, row: Sequence[Size]) -> float:
@@ -100,11 +106,9 @@ class PackedRows(_Counts, Planner):
                     f"max_{kind}, or set {setting} of the transform"
                 )
 
-    def plan(self, sizes: np.ndarray) -> list[np.ndarray]:
+    def plan(self, sizes: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         limit = np.iinfo(np.int64).max if self.max_patches is None else self.max_patches
-        tokens, patches = (np.ascontiguousarray(sizes[:, i], np.int64) for i in range(2))
-        order, ends = _best_fit(tokens, patches, self.max_tokens, limit, self.lookahead)
-        return np.split(order, ends[:-1])
+        return _best_fit(np.asarray(sizes), draws, self.max_tokens, limit, self.lookahead)
 
     def work(self, row: Sequence[Size]) -> float:
         return sum(size.tokens + PATCH_WORK * size.patches for size in row)
@@ -119,11 +123,12 @@ class PaddedRows(_Counts, Planner):
     collate = staticmethod(_collate.padded_collate_vision_targets)
 
     @property
-    def lookahead(self) -> int:
-        return self.batch_size  # there is nothing to choose
+    def lookahead(self) -> None:
+        return None
 
-    def plan(self, sizes: np.ndarray) -> list[np.ndarray]:
-        return np.split(np.arange(len(sizes)), range(self.batch_size, len(sizes), self.batch_size))
+    def plan(self, sizes: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        order = np.arange(len(draws), dtype=np.int32)
+        return order, np.append(order[self.batch_size :: self.batch_size], np.int32(len(draws)))
 
     def work(self, row: Sequence[Size]) -> float:
         longest = max((size.tokens for size in row), default=0)
@@ -145,44 +150,52 @@ def planner_of(planner: str, **arguments: Any) -> Planner:
 
 
 @numba.njit(nogil=True, cache=True)
-def _best_fit(tokens, patches, max_tokens, max_patches, lookahead):  # type: ignore[no-untyped-def]
+def _best_fit(sizes, draws, max_tokens, max_patches, lookahead):  # type: ignore[no-untyped-def]
     """Rows one behind the other, and where each ends."""
-    count = len(tokens)
+    count = len(draws)
     order, ends = np.empty(count, np.int32), np.empty(count, np.int32)
     is_left = np.ones(count, np.bool_)
-    # From small to large; of equals the oldest comes last, and so is taken first
-    waiting = np.empty(lookahead, np.int32)
+    # From small to large; of equals the oldest comes last, and so is taken first. What is taken
+    # becomes -1 until the row is full.
+    waiting, tokens = np.empty(lookahead, np.int32), np.empty(lookahead, np.int32)
     arrived = oldest = done = rows = held = 0
     while done < count:
         while held < lookahead and arrived < count:
-            place = held
-            while place > 0 and tokens[waiting[place - 1]] >= tokens[arrived]:
-                waiting[place] = waiting[place - 1]
-                place -= 1
-            waiting[place] = arrived
+            size = sizes[draws[arrived], 0]
+            place = np.searchsorted(tokens[:held], size)
+            for above in range(held, place, -1):
+                waiting[above], tokens[above] = waiting[above - 1], tokens[above - 1]
+            waiting[place], tokens[place] = arrived, size
             arrived += 1
             held += 1
         while not is_left[oldest]:
             oldest += 1
-        order[done] = oldest
-        is_left[oldest] = False
-        done += 1
-        room, patch_room = max_tokens - tokens[oldest], max_patches - patches[oldest]
+        size = sizes[draws[oldest], 0]
+        place = np.searchsorted(tokens[:held], size, side="right") - 1
+        room, patch_room = np.int64(max_tokens), np.int64(max_patches)
+        lowest = place
         # One pass suffices: what does not fit now does not fit later
-        for place in range(held - 1, -1, -1):
+        while place >= 0:
             sample = waiting[place]
-            if is_left[sample] and tokens[sample] <= room and patches[sample] <= patch_room:
-                order[done] = sample
-                is_left[sample] = False
-                done += 1
-                room -= tokens[sample]
-                patch_room -= patches[sample]
-        kept = 0
-        for place in range(held):
-            if is_left[waiting[place]]:
-                waiting[kept] = waiting[place]
+            if sample >= 0:
+                patches = sizes[draws[sample], 1]
+                if patches <= patch_room or sample == oldest:
+                    order[done] = sample
+                    is_left[sample] = False
+                    waiting[place] = -1
+                    lowest = min(lowest, place)
+                    done += 1
+                    room -= tokens[place]
+                    patch_room -= patches
+                    if sample == oldest:  # the others from the largest that fits
+                        place = held
+            place = min(place, np.searchsorted(tokens[:held], room, side="right")) - 1
+        kept = lowest
+        for place in range(lowest, held):
+            if waiting[place] >= 0:
+                waiting[kept], tokens[kept] = waiting[place], tokens[place]
                 kept += 1
         held = kept
         ends[rows] = done
         rows += 1
-    return order, ends[:rows]
+    return order, ends[:rows].copy()

@@ -5,6 +5,7 @@ from torchtune_vl.datasets._conversations import (
     VisionChatDataset,
     vision_chat_dataset,
 )
+from torchtune_vl.datasets._mixture import Mixture
 from torchtune_vl.datasets._sample_sizes import (
     Measurements,
     SamplesError,
@@ -14,6 +15,7 @@ from torchtune_vl.datasets._sample_sizes import (
 
 __all__ = [
     "Measurements",
+    "Mixture",
     "SamplesError",
     "StreamedVisionChat",
     "VisionChatDataset",

@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import count
+from functools import cached_property, partial
+from itertools import count, takewhile
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,10 @@ def _check_columns(column_map: Mapping[str, str], records: Records) -> None:
         raise ValueError(f"column_map names {sorted(missing)}; the columns are {sorted(columns)}")
 
 
+# A record's number, and what gives it with its place
+RawRecord = tuple[int, Callable[[], tuple[Any, str]]]
+
+
 @dataclass(eq=False)
 class _Conversations:
     """Conversations as samples for a transform, which ``read`` makes of a record and its number."""
@@ -102,6 +106,10 @@ class _Conversations:
         with naming_sample(sample["id"]):
             self._transform.check_supervised(tokens, mask)
         return {**transformed, "labels": np.where(mask, IGNORE_INDEX, tokens).tolist()}
+
+
+def _as_it_is(row: tuple[Any, str]) -> tuple[Any, str]:
+    return row
 
 
 class VisionChatDataset(_Conversations, Dataset):
@@ -152,30 +160,60 @@ class VisionChatDataset(_Conversations, Dataset):
 
 @dataclass(eq=False)
 class StreamedVisionChat(_Conversations):
-    """A stream of samples as the transform takes them; see :func:`vision_chat_dataset`."""
+    """A stream of samples as the transform takes them; see :func:`vision_chat_dataset`.
+
+    One of several parts has the records whose number leaves the part's when divided by how many
+    parts there are, or, of a table with a multiple of so many files, whole files.
+    """
 
     _start: int = 0
+    _part: int = 0
+    _parts: int = 1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        records = self._records
-        if isinstance(records, Table):
-            left = iter(records.skip(self._start))
-        else:
-            left = (records[index] for index in range(self._start, len(records)))
-        for number in count(self._start):
-            with naming_sample(number):
-                found = next(left, None)
-            if found is None:
-                return
-            record, place = found
-            with naming_sample(number, place):
-                sample = self._read(record, number)
-            yield sample
+        for raw in self.raw():
+            yield self._apply(lambda sample: sample, raw)
 
     def skip(self, count: int) -> "StreamedVisionChat":
         """Leave out so many samples at the beginning; the numbers of the others stay."""
         return replace(self, _start=self._start + count)
 
+    def part(self, number: int, of: int) -> "StreamedVisionChat":
+        """One of so many parts of a whole stream."""
+        return replace(self, _part=number, _parts=of)
+
     def measure(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
         """Measure a sample of the stream as :meth:`VisionChatDataset.measure` does."""
         return self._transform.examine(sample).size
+
+    def raw(self) -> Iterator[RawRecord]:
+        """The records as they are read, with their number."""
+        numbers = count(self._part + self._start * self._parts, self._parts)
+        if not isinstance(self._records, Table):
+            end = len(self._records)
+            yield from (
+                (n, partial(self._records.__getitem__, n)) for n in takewhile(end.__gt__, numbers)
+            )
+            return
+        rows = iter(self._records.part(self._part, self._parts).skip(self._start))
+        for number in numbers:
+            with naming_sample(number):
+                row = next(rows, None)
+            if row is None:
+                return
+            yield number, partial(_as_it_is, row)
+
+    def measure_raw(self, raw: RawRecord) -> tuple[int, int, int]:
+        """Measure the sample of a record."""
+        return self._apply(self.measure, raw)
+
+    def make_raw(self, raw: RawRecord) -> dict[str, Any]:
+        """Make the sample of a record."""
+        return self._apply(self.transform, raw)
+
+    def _apply(self, function: Callable[[dict[str, Any]], Any], raw: RawRecord) -> Any:
+        number, read = raw
+        with naming_sample(number):
+            record, place = read()
+        with naming_sample(number, place):
+            return function(self._read(record, number))

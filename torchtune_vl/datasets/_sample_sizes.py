@@ -75,6 +75,14 @@ class Measurements:
         joined.sizes = np.concatenate(sizes)
         return joined
 
+    @classmethod
+    def interleaved(cls, shares: Sequence["Measurements"]) -> "Measurements":
+        """Those of which each share has every so-manieth."""
+        joined = cls.joined(shares)
+        for number, share in enumerate(shares):
+            joined.sizes[number :: len(shares)] = share.sizes
+        return joined
+
     def add(self, place: int, index: int, counts: Sequence[int]) -> None:
         """Add what :class:`Measured` counts of a sample."""
         *size, media, tokens, images, videos = counts

@@ -54,9 +54,22 @@ class Table:
         """Tell rows from those of other tables by the table's fingerprint and their number."""
         return [f"{self._rows._fingerprint} {index}".encode() for index in indices]
 
+    def part(self, number: int, of: int) -> "Table":
+        """One of so many parts: of a stream whole files if these can be shared out equally."""
+        if of == 1:
+            return self
+        if self._rows.num_shards % of == 0:
+            return Table(self._rows.shard(of, number, contiguous=False))
+        is_own = partial(_is_of_part, number, of)
+        return Table(self._rows.filter(is_own, with_indices=True, input_columns=[]))
+
     def skip(self, count: int) -> "Table":
         """Leave out rows at the beginning."""
         return Table(self._rows.skip(count))
+
+
+def _is_of_part(number: int, of: int, index: int) -> bool:
+    return index % of == number
 
 
 def digests_of(records: Any, indices: Sequence[int]) -> list[bytes]:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchtune_vl.recipes import config_path
-from torchtune_vl.recipes._config_keys import Component, Config, Given, Kind, keys_of
+from torchtune_vl.recipes._config_keys import SOURCE_KEYS, Component, Config, Given, Kind, keys_of
 
 _COMPONENT = "_component_"
 # Keys that no recipe of torchtune has
@@ -103,6 +103,9 @@ def check_components(config: DictConfig, description: type | None = Config) -> N
     for name, value in _flat(values, given).items():
         if name in given and isinstance(value, dict) and _COMPONENT in value:
             wrong += _wrong_component(value, given[name], name)
+        elif name in given and isinstance(value, list):
+            for number, entry in enumerate(value):
+                wrong += _wrong_source(entry, given[name], f"{name}.{number}")
     _raise_all("", wrong)
 
 
@@ -175,6 +178,7 @@ _KINDS = {
     Any: Kind("any value", lambda x: True),
     int: Kind("a whole number", lambda x: type(x) is int),  # True is an int, too
     float: Kind("a number", lambda x: type(x) in (int, float) and math.isfinite(x)),
+    list: Kind("a list", lambda x: isinstance(x, list)),
     bool: Kind("True or False", lambda x: isinstance(x, bool)),
     str: Kind("a text", lambda x: isinstance(x, str)),
     Path: Kind("a path", lambda x: isinstance(x, str)),
@@ -213,6 +217,16 @@ def kind_of(hint: Any) -> Kind:
     if is_dataclass(origin) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         return Kind("a mapping", lambda x: isinstance(x, dict))
     return _KINDS.get(origin, _UNKNOWN if origin is hint else _KINDS[Any])
+
+
+def _wrong_source(entry: Any, given: Given | None, name: str) -> Iterator[str]:
+    """What is wrong with one of a list of datasets."""
+    if not kind_of(Component).fits(entry):
+        return  # is a list of something else
+    for key in SOURCE_KEYS.keys() & entry.keys():
+        yield from _wrong_value(f"{name}.{key}", entry[key], SOURCE_KEYS[key])
+    own = {key: value for key, value in entry.items() if key not in SOURCE_KEYS}
+    yield from _wrong_component(own, given, name)
 
 
 def _wrong_component(value: Mapping[str, Any], given: Given | None, name: str) -> Iterator[str]:

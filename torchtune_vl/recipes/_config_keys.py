@@ -46,6 +46,9 @@ def keys_of(description: type, prefix: str = "") -> Iterator[Key]:
 # What to call, with its arguments beside it
 _NAMED = Kind(" with `_component_`", lambda x: isinstance(x.get("_component_"), str))
 Component = Annotated[dict, _NAMED]
+Components = Annotated[
+    list, Kind(" of those", lambda x: x and all(isinstance(y, dict) and _NAMED.fits(y) for y in x))
+]
 _AT_LEAST_0 = Kind(" of at least 0", lambda x: x >= 0)
 _Natural = Annotated[int, _AT_LEAST_0]
 _Count = Annotated[int, Kind(" of at least 1", lambda x: x >= 1)]
@@ -61,6 +64,10 @@ class LearningRates:
     encoder: Annotated[_LearningRate, "of the vision encoder"] = None
     merger: Annotated[_LearningRate, "of the merger"] = None
     decoder: Annotated[_LearningRate, "of the decoder"] = None
+
+
+# Of a dataset in a list of them, beside its own arguments
+SOURCE_KEYS: dict[str, Any] = {"name": str, "weight": _Above0 | None, "epochs": _Above0 | None}
 
 
 @dataclass(kw_only=True)
@@ -84,13 +91,27 @@ class Config:
     tokenizer: Annotated[Component, "the transform; limits of media and length: [data](data.md)"]
     model: Annotated[Component, "what is trained and how, see [adapters](adapters.md)"]
     checkpointer: Annotated[Component, "reads `checkpoint_dir` and writes the export"]
-    dataset: Annotated[Component, Given(("tokenizer",)), "see [data](data.md#datasets)"]
+    dataset: Annotated[
+        Component | Components,
+        Given(("tokenizer",)),
+        "see [data](data.md#datasets); of several see [below](#mixtures)",
+    ]
     dataset_val: Annotated[
-        Component | None,
+        Component | Components | None,
         Given(("tokenizer",)),
         "the validation set, null for none; without a `_component_`, the keys that differ from "
         "`dataset`'s: `dataset_val.data_files=held_out.jsonl`",
     ] = None
+    sampling_temperature: Annotated[
+        _Above0, "of several datasets: 1: all samples of each; above: more equal numbers"
+    ] = 1.0
+    on_bad_sample: Annotated[
+        Literal["raise", "skip"],
+        "samples that cannot be trained on end the run or are left out, see [below](#bad-samples)",
+    ] = "raise"
+    max_bad_share: Annotated[_Above0, "with `skip`: a larger share of bad samples ends the run"] = (
+        0.01
+    )
     rows: Annotated[Component, "what one forward takes: `PackedRows` or `PaddedRows`"]
     rows_per_step: Annotated[_Count, "rows of a step, over all devices"]
     epochs: Annotated[_Count, "how often each sample is trained on"]

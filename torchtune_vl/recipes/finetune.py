@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DeviceMesh, DTensor
@@ -34,21 +34,26 @@ from torchtune_vl import _torchtune as tune
 from torchtune_vl._torchtune import instantiate
 from torchtune_vl.checkpoint._adapters import Adapter, check_continues, merge_adapter
 from torchtune_vl.checkpoint._checkpointer import adapter_state
-from torchtune_vl.data import Row, TrainingRows
+from torchtune_vl.data import Plan, Planner, Row, StreamedRows, TrainingRows
 from torchtune_vl.data._data_workers import loading
-from torchtune_vl.datasets import SamplesError, measure_all
+from torchtune_vl.data._plan import unusable
+from torchtune_vl.datasets import Measurements, Mixture, SamplesError, measure
 from torchtune_vl.files._directory import numbered, open_locked, remove
 from torchtune_vl.models._builders import part_of
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import initial_adapters, load_weights_into
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import DoRA, is_adapter
+from torchtune_vl.recipes._config_keys import SOURCE_KEYS
 from torchtune_vl.recipes._launch import run_recipe
 from torchtune_vl.training import _fingerprint as fingerprint
 from torchtune_vl.training import _optimizer_state as states
 from torchtune_vl.training import _sharding as sharding
+from torchtune_vl.training._bad_samples import BadSample, BadSamples
 from torchtune_vl.training._flops import FlopCounter
+from torchtune_vl.training._memory import estimate_memory
 from torchtune_vl.training._metrics import Metrics
+from torchtune_vl.training._overview import Overview
 from torchtune_vl.training._saved_steps import SavedStep, Steps, drop_steps_after
 
 log = tune.get_logger("INFO")
@@ -85,6 +90,10 @@ class FinetuneRecipe:
         self.saved = Steps(self.output_dir / "steps", cfg.keep_last)
         self.stop_signal = 0
         self.last_asked = 0  # the step after which it was last seen to
+        self.overview = Overview()
+        self.bad_samples = BadSamples(
+            self.output_dir / "bad_samples.jsonl", cfg.max_bad_share, writes=self.is_main
+        )
         self.pending_save: Future[None] | None = None
         self.saving = ThreadPoolExecutor(1)
         self.fingerprint: dict[str, Any] = {}
@@ -148,20 +157,26 @@ class FinetuneRecipe:
         # Not by torchtune's function, which refuses models with a decoder and an encoder
         self.offloading = tune.OffloadActivations() if cfg.activation_offloading else nullcontext()
 
-        self.position: dict[str, Any] = self.begun.progress["position"] if self.begun else {}
-        order = {"rows_per_step": cfg.rows_per_step, "seed": cfg.seed, "shuffle": cfg.shuffle}
-        order |= {"epochs": None if cfg.max_steps else cfg.epochs}
-        self.rows = self._make_rows("dataset", tokenizer, position=self.position or None, **order)
-        self.validation_rows: TrainingRows | None = cfg.dataset_val and self._make_rows(
-            "dataset_val", tokenizer, rows_per_step=self.data_ranks, shuffle=False, epochs=1
-        )
-        self.max_steps = cfg.max_steps or self.rows.last_step()
+        self.step = self.begun.progress["step"] if self.begun else 0
+        self.had_media = bool(self.begun and self.begun.progress["position"]["had_media"])
+        self.lanes: dict[int, dict[str, Any]] = {}  # of streams, their newest states
+        self.newly_bad: list[BadSample] = []  # since they were listed
+        listed = self._on_main(lambda: self.bad_samples.read_until(self.step))
+        self.bad_samples.add(listed)
+        self.rows = self._make_rows(tokenizer)
+        self.validation_rows: TrainingRows | None = None
+        if cfg.dataset_val:
+            mixture = self._mixture("dataset_val", tokenizer)
+            order = {"rows_per_step": self.data_ranks, "shuffle": False, "epochs": 1}
+            self.validation_rows = self._make_table_rows("dataset_val", mixture, **order)
+        plan = self.rows.plan if isinstance(self.rows, TrainingRows) else None
+        self.max_steps = cfg.max_steps or (plan.last_step if plan else 0)
         if self.begun:
             self._check_end(self.begun.progress)
         # What has no gradient in a step without media, and none at all if no step has any
         self.seeing = {n: p for n, p in self.trained.items() if part_of(n) != "decoder"}
         self.seeing_parts = " and ".join(sorted({*map(part_of, self.seeing)}))
-        if self.seeing and not self.rows.is_stream and not self.rows.has_media(self.max_steps):
+        if self.seeing and plan and not plan.has_media(self.max_steps):
             raise ValueError(
                 f"{self.seeing_parts} cannot be trained: none of the {self.max_steps} steps has an "
                 "image or a video. Freeze them by model.encoder_trainable and "
@@ -173,11 +188,15 @@ class FinetuneRecipe:
         if logger:
             logger.log_config(cfg)
         room = getattr(self.rows.planner, "max_tokens", None)
-        self.metrics = Metrics(logger, self.flops, room, self.device, cfg.parallel.tensor)
-        self.step = 0
+        copies = cfg.parallel.tensor
+        self.metrics = Metrics(logger, self.flops, room, self.device, copies, self.sources)
         if self.begun:
             self._resume(self.begun)
         self.sample_log = self._open_sample_log()
+        if self.is_main:
+            # Of the device alone: it takes seconds
+            memory = estimate_memory(cfg, self.processes) if self.device.type == "cuda" else {}
+            self.overview.show(self.max_steps - self.step, sum(memory.values()))
         for number in _STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
         sys.unraisablehook = _tell_unless_dropped_signal
@@ -257,35 +276,77 @@ class FinetuneRecipe:
             for (part, _), params in groups.items()
         ]
 
-    def _make_rows(self, key: str, tokenizer: Any, **order: Any) -> TrainingRows:
-        """A dataset's rows; the sizes of all samples are measured first, to find broken ones."""
-        dataset = instantiate(self.cfg[key], tokenizer)
-        is_stream = not hasattr(dataset, "__getitem__")
-        if is_stream and (key == "dataset_val" or not self.cfg.max_steps):
-            raise ValueError(f"{key} has no known end: set max_steps; a dataset_val must have one")
-        planner = instantiate(self.cfg.rows)
-        order |= {"rank": self.data_rank, "world_size": self.data_ranks}
-        sizes = None if is_stream else self._measure(dataset, key)
-        return TrainingRows(dataset, planner, sizes=sizes, **order)
+    def _mixture(self, key: str, tokenizer: Any) -> Mixture:
+        """The dataset or datasets that a key of the config names."""
+        entries = self.cfg[key] if isinstance(self.cfg[key], ListConfig) else [self.cfg[key]]
+        names = [str(entry.get("name", number)) for number, entry in enumerate(entries)]
+        own = [{k: v for k, v in entry.items() if k not in SOURCE_KEYS} for entry in entries]
+        datasets = [instantiate(OmegaConf.create(entry), tokenizer) for entry in own]
+        weights, epochs = ([entry.get(k) for entry in entries] for k in ("weight", "epochs"))
+        temperature = self.cfg.sampling_temperature if key == "dataset" else 1.0
+        return Mixture(datasets, names, weights, epochs, temperature)
 
-    def _measure(self, dataset: Any, key: str) -> np.ndarray:
-        """The size of each sample; each process measures its share."""
-        share = range(self.rank, len(dataset), self.processes)
-        own: np.ndarray | SamplesError
-        try:
-            own = measure_all(dataset, share, self.cfg.num_workers, show_progress=self.is_main)
-        except SamplesError as error:
-            own = error
-        shares: list[Any] = [None] * self.processes
-        dist.all_gather_object(shares, own, group=self.save_group)
-        if errors := [share for share in shares if isinstance(share, SamplesError)]:
-            first = [sample for error in errors for sample in error.first]
-            raise SamplesError(first, sum(error.bad for error in errors), len(dataset))
-        sizes = np.empty((len(dataset), shares[0].shape[1]), shares[0].dtype)
-        for rank, sizes_of_rank in enumerate(shares):
-            sizes[rank :: self.processes] = sizes_of_rank
-        self._on_main(lambda: self._keep(key, fingerprint.data_fingerprint(self.cfg[key], sizes)))
-        return sizes
+    def _make_rows(self, tokenizer: Any) -> TrainingRows | StreamedRows:
+        cfg, mixture = self.cfg, self._mixture("dataset", tokenizer)
+        self.sources = mixture.names
+        order: dict[str, Any] = {"rows_per_step": cfg.rows_per_step, "seed": cfg.seed}
+        order["position"] = self.begun and self.begun.progress["position"]
+        if not mixture.is_stream:
+            order |= {"epochs": None if cfg.max_steps else cfg.epochs, "max_steps": cfg.max_steps}
+            return self._make_table_rows("dataset", mixture, shuffle=cfg.shuffle, **order)
+        if cfg.shuffle or not cfg.max_steps:
+            raise ValueError(
+                "a stream has an order of its own and no known end: set shuffle=False and max_steps"
+            )
+        order |= {"weights": mixture.weights if len(self.sources) > 1 else [1.0]}
+        order |= {"num_workers": cfg.num_workers, **self._sharing()}
+        return StreamedRows(mixture.datasets, instantiate(cfg.rows), **order)
+
+    def _make_table_rows(self, key: str, mixture: Mixture, **order: Any) -> TrainingRows:
+        """The rows of tables, planned by the first process from sizes that all have measured."""
+        if mixture.is_stream:
+            raise ValueError(f"{key} has no known end: read it as a table, without streaming")
+        planner = instantiate(self.cfg.rows)
+        measured = self._measure(mixture)
+        listed = self._on_main(lambda: self._plan(key, mixture, measured, planner, **order))
+        self.bad_samples.add(listed)
+        return TrainingRows(mixture.table, planner, Plan(self._plan_of(key)), **self._sharing())
+
+    def _sharing(self) -> dict[str, Any]:
+        skips_bad = self.cfg.on_bad_sample == "skip"
+        return {"rank": self.data_rank, "world_size": self.data_ranks, "skips_bad": skips_bad}
+
+    def _measure(self, mixture: Mixture) -> Measurements:
+        """What is found of all samples, in the first process; each measures its share of them."""
+        found = []
+        for dataset in mixture.datasets:
+            share = range(self.rank, len(dataset), self.processes)
+            own = measure(dataset, share, self.cfg.num_workers, show_progress=self.is_main)
+            shares: list[Any] = [Measurements()] * self.processes
+            dist.gather_object(own, shares if self.is_main else None, group=self.save_group)
+            found.append(Measurements.interleaved(shares))
+        return mixture.measured(found)
+
+    def _plan(
+        self, key: str, mixture: Mixture, measured: Measurements, planner: Planner, **order: Any
+    ) -> list[BadSample]:
+        """Plan all rows, and give the samples that are left out."""
+        sizes = measured.sizes
+        bad = sorted([*measured.bad, *unusable(planner, sizes)])
+        if bad and self.cfg.on_bad_sample == "raise":
+            raise SamplesError(bad, len(bad), len(sizes))
+        listed = [BadSample(0, key, index, reason) for index, reason in bad]
+        self.bad_samples.add(listed)
+        self.bad_samples.refuse_many(key, len(sizes))
+        sizes[[index for index, _ in bad]] = 0
+        self._keep(key, fingerprint.data_fingerprint(self.cfg[key], sizes))
+        measured.tell_truncated()
+        plan = Plan.make(self._plan_of(key), planner, sizes, draws=mixture.draws(sizes), **order)
+        self.overview.add_dataset(key, measured, len(bad), plan)
+        return listed
+
+    def _plan_of(self, key: str) -> Path:
+        return self.output_dir / "plan" / key
 
     def _open_sample_log(self) -> TextIO:
         """Which samples each step took, for whoever wants to check, a file for each process."""
@@ -298,7 +359,7 @@ class FinetuneRecipe:
         own = directory / f"process_{self.rank}.jsonl"
         return own.open("a", buffering=1, encoding="utf-8")  # whole lines, if we are killed
 
-    def _load(self, rows: TrainingRows) -> AbstractContextManager[Iterator[Row]]:
+    def _load(self, rows: TrainingRows | StreamedRows) -> AbstractContextManager[Iterator[Row]]:
         pins = self.device.type == "cuda"
         return loading(rows, self.cfg.num_workers, batch_size=None, pin_memory=pins)
 
@@ -319,12 +380,12 @@ class FinetuneRecipe:
             if self.is_main:
                 log.warning("Stopped after step %d; resume=True goes on", self.step)
             return
-        if self.is_main and self.seeing and not self.position["had_media"]:
+        if self.is_main and self.seeing and not self.had_media:
             log.warning("%s did not change: no step had an image or a video", self.seeing_parts)
-        self._export()
+        epoch = self._export()
         if self.is_main:
             self.metrics.show(self.step, self.output_dir)
-            print(f"Weights:    {self.output_dir / f'epoch_{self._epoch()}'}")
+            print(f"Weights:    {self.output_dir / f'epoch_{epoch}'}")
 
     def _take_steps(self) -> None:
         last, is_hidden = self.max_steps, not self.is_main
@@ -365,13 +426,15 @@ class FinetuneRecipe:
         self.step += 1
         with self.offloading:
             for row in rows:
-                loss = self.model(**self._to_device(row.batch)).sum() / targets
+                losses = self.model(**self._to_device(row.batch))
+                loss = losses.sum() / targets
                 (loss * self.data_ranks).backward()  # FSDP averages gradients over ranks
                 mean_loss += loss.detach()
-                self.metrics.add_row(row)
-                line = {"step": self.step, "samples": row.samples}
-                self.sample_log.write(json.dumps(line) + "\n")
-        if not rows[0].step_has_media:  # gradients of zero: momentum and decay would act on them
+                self.metrics.add_row(row, losses)
+                self._log_samples(row)
+        has_media = self._has_media(rows)
+        self.had_media |= has_media
+        if not has_media:  # gradients of zero: momentum and decay would act on them
             for p in self.seeing.values():
                 p.grad = None
         if self.cfg.parallel.tensor > 1:
@@ -386,7 +449,26 @@ class FinetuneRecipe:
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.metrics.add_loss(loss)
-        self.position = rows[-1].position
+
+    def _has_media(self, rows: list[Row]) -> bool:
+        """Whether any row of the step, on any process, has images or videos."""
+        planned = rows[0].step_has_media
+        if planned is False or (planned and self.cfg.on_bad_sample == "raise"):
+            return planned
+        # Streams are not planned by all, and samples may have been skipped
+        found = torch.tensor(any("encoder_input" in row.batch for row in rows))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
+    def _log_samples(self, row: Row) -> None:
+        """Note which samples a row had, and which of them were bad."""
+        line: dict[str, Any] = {"step": self.step, "samples": row.samples}
+        if len(self.sources) > 1:
+            line["sources"] = [self.sources[source] for source in row.sources]
+        self.sample_log.write(json.dumps(line) + "\n")
+        self.newly_bad += [BadSample(self.step, "dataset", *bad) for bad in row.bad]
+        if isinstance(self.rows, StreamedRows):
+            self.lanes[row.position["lane"]] = row.position["state"]
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         types = (torch.Tensor, Segments)
@@ -397,8 +479,22 @@ class FinetuneRecipe:
         self.last_asked = self.step
         groups, is_asked = self.optimizer.param_groups, bool(self.stop_signal)
         metrics, asked_to_stop = self.metrics.write(self.step, self.grad_norm, groups, is_asked)
+        if "bad_samples" in metrics:
+            self._list_bad("dataset")
         self.bar.set_postfix(loss=f"{metrics['loss']:.4g}", fill=f"{metrics['row_fill']:.0%}")
         return asked_to_stop
+
+    def _list_bad(self, key: str) -> None:
+        """List the bad samples that any process found, and end the run if they are too many."""
+        everyone: list[Any] = [None] * self.processes
+        dist.all_gather_object(everyone, self.newly_bad)
+        self.newly_bad = []
+        self.bad_samples.add(bad for part in everyone for bad in part)
+        rows = self.rows if key == "dataset" else self.validation_rows
+        if isinstance(rows, TrainingRows):
+            self.bad_samples.refuse_many(key, len(rows.dataset))
+        else:
+            self.bad_samples.refuse_many(key, max(self.metrics.history["samples"], 1000))
 
     def _refuse_non_finite(self, loss: float, rows: list[Row]) -> None:
         """End the run, on all processes, before a step would spoil the weights."""
@@ -440,6 +536,9 @@ class FinetuneRecipe:
                 losses = self.model(**self._to_device(row.batch))
                 sums.append((losses.double().sum(), row.samples))
                 count += len(losses)
+                self.newly_bad += [BadSample(self.step, "dataset_val", *bad) for bad in row.bad]
+        if self.cfg.on_bad_sample == "skip":
+            self._list_bad("dataset_val")
         total = torch.stack([x for x, _ in sums]).sum()
         total = torch.stack([total, torch.full_like(total, count)])
         if isinstance(self.model, FSDPModule):
@@ -466,6 +565,14 @@ class FinetuneRecipe:
         optimizer = states.optimizer_state(self.optimizer, self.trained)
         return {"model": weights, "optimizer": optimizer, "random": random_states}
 
+    def _position(self) -> dict[str, Any]:
+        """Where the data go on; of streams each process knows a part."""
+        if isinstance(self.rows, TrainingRows):
+            return self.rows.plan.position(self.step)
+        states: list[Any] = [None] * self.processes
+        dist.all_gather_object(states, self.lanes)
+        return self.rows.position_after(self.step, self.had_media, states)
+
     def _save(self) -> None:
         """Begin to save all that it takes to go on; the next steps run meanwhile."""
         self._wait_for_save()
@@ -473,7 +580,7 @@ class FinetuneRecipe:
         state = self._state()
         if self.device.type == "cpu":  # would change under the hands of the thread that writes
             state = tree_map_only(torch.Tensor, torch.clone, state)
-        progress = {"step": self.step, "max_steps": self.max_steps, "position": self.position}
+        progress = {"step": self.step, "max_steps": self.max_steps, "position": self._position()}
         progress |= {"processes": self.processes, "fingerprint": self.fingerprint}
         progress |= self.metrics.history
         partial = self._on_main(lambda: self.saved.begin(self.step, progress))
@@ -511,7 +618,6 @@ class FinetuneRecipe:
             del state["random"]
         dcp.load(state, checkpoint_id=directory)
         states.set_plain_values(self.optimizer, self.trained, state["optimizer"])
-        self.step = progress["step"]
         self.metrics.history = {key: progress[key] for key in self.metrics.history}
         for _ in range(self.step):  # towards the end that the run has now
             self.scheduler.step()
@@ -521,17 +627,23 @@ class FinetuneRecipe:
                 torch.cuda.set_rng_state(state["random"][f"cuda_{self.rank}"], self.device)
         log.info("Going on after step %d of %s", self.step, directory)
 
-    def _export(self) -> None:
-        """Write what was trained in the published layout, adapters apart and merged."""
+    def _export(self) -> int:
+        """Write what was trained in the published layout, adapters apart and merged.
+
+        Returns the epoch of its last step, which names the directory.
+        """
+        position = self._position()
         best = self.metrics.history["best"]["step"]
         if self.cfg.export == "best" and best != self.step:
             saved = self._on_main(lambda: self.saved.read(self.saved.path(best)))
             dcp.load({"model": self._state()["model"]}, checkpoint_id=saved.directory)
-            self.position = saved.progress["position"]
+            position = saved.progress["position"]
             log.info("Exporting step %d, which has the lowest validation loss", best)
+        # The position is that of the next step
+        epoch = position["epoch"] - (not position["has_begun"])
         trained = sharding.gather(self.trained)
         if not self.is_main:
-            return
+            return epoch
         weights = self.checkpointer.load_checkpoint()[tune.MODEL_KEY] | trained
         weights = {name: tensor for name, tensor in weights.items() if not is_adapter(name)}
         state = {tune.MODEL_KEY: weights}
@@ -541,11 +653,8 @@ class FinetuneRecipe:
             adapter = Adapter(trained, layer.rank, layer.alpha, str(base), family_of(base).names)
             state = {tune.MODEL_KEY: merge_adapter(weights, adapter), **adapter_state(adapter)}
         files = self.processor_files
-        self.checkpointer.save_checkpoint(state, epoch=self._epoch(), processor_files=files)
-
-    def _epoch(self) -> int:
-        """The epoch of the last step; the position is that of the next."""
-        return self.position["epoch"] - (not self.position["has_begun"])
+        self.checkpointer.save_checkpoint(state, epoch=epoch, processor_files=files)
+        return epoch
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:
         self.stop_signal = number

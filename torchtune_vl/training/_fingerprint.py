@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.utils._pytree import tree_leaves
 
 from torchtune_vl.files._directory import MANIFEST, checksum
@@ -17,8 +17,8 @@ from torchtune_vl.files._safetensors import INDEX
 
 # What may change is all the rest: how long, how fast, on what devices, what is written
 FIXED = (
-    *("tokenizer", "model", "dataset", "dataset_val", "seed", "shuffle", "optimizer"),
-    *("learning_rates", "lr_scheduler", "clip_grad_norm", "dtype", "compute_dtype"),
+    *("tokenizer", "model", "dataset", "dataset_val", "sampling_temperature", "seed", "shuffle"),
+    *("optimizer", "learning_rates", "lr_scheduler", "clip_grad_norm", "dtype", "compute_dtype"),
 )
 # Compared by what is there, so that directories may move
 _PLACES = ("checkpoint_dir", "data_files", "media_dir")
@@ -35,6 +35,8 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _flat(node: Any, key: str) -> dict[str, Any]:
+    if isinstance(node, list) and any(isinstance(entry, dict) for entry in node):
+        node = {str(number): entry for number, entry in enumerate(node)}  # datasets of a mixture
     if not isinstance(node, dict) or not node:
         return {key: node}
     flat: dict[str, Any] = {}
@@ -59,10 +61,11 @@ def model_fingerprint(weights: Mapping[str, torch.Tensor], checkpoint_dir: Path)
     return {**files, "what the checkpointer loads": digest.hexdigest()}
 
 
-def data_fingerprint(dataset: DictConfig, sizes: np.ndarray) -> dict[str, str]:
+def data_fingerprint(dataset: DictConfig | ListConfig, sizes: np.ndarray) -> dict[str, str]:
     """Tell a dataset from others by checksums of its local ``data_files`` and of samples' sizes."""
     content: Any = OmegaConf.to_container(dataset, resolve=True)
-    patterns = tree_leaves(content.get("data_files") or [])
+    entries = content if isinstance(content, list) else [content]
+    patterns = tree_leaves([entry.get("data_files") or [] for entry in entries])
     files: dict[str, str] = {}
     found = sorted({path for pattern in patterns for path in glob(pattern, recursive=True)})
     for path in map(Path, found):

@@ -3,6 +3,7 @@
 import math
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,32 @@ class Metrics:
 
     A new metric is counted in :meth:`add_row` and computed in :meth:`write`. ``room`` is how many
     tokens have room in a row, None for as many as its batch has; ``copies`` of the processes have
-    the same rows; only the first has a ``logger``.
+    the same rows; only the first has a ``logger``. Of several ``sources``, datasets of a mixture,
+    the line has loss, samples and tokens of each.
     """
 
     def __init__(
-        self, logger: Any, flops: FlopCounter, room: int | None, device: torch.device, copies: int
+        self,
+        logger: Any,
+        flops: FlopCounter,
+        room: int | None,
+        device: torch.device,
+        copies: int,
+        sources: Sequence[str],
     ) -> None:
         self.logger = logger
         self.flops = flops
         self.room = room
         self.device = device
         self.copies = copies
+        self.sources = sources if len(sources) > 1 else []
         is_gpu = device.type == "cuda"
         self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if is_gpu else None
         self.history: dict[str, Any] = {
             "losses": [],  # of each step so far
             "validation_losses": [],  # (step, loss)
             "best": {"loss": math.inf, "step": None},  # the lowest of these
+            "samples": 0,  # that were trained on or were bad
         }
         self.begin()
 
@@ -47,9 +57,13 @@ class Metrics:
         self.waited = 0.0  # seconds without a row
         self.losses: list[float] = []
         self.targets = self.tokens = self.rooms = self.media = self.operations = 0
+        self.samples = self.bad = 0
+        # Of each source: loss, on the device, and supervised tokens, samples and tokens
+        self.source_losses = torch.zeros(len(self.sources), device=self.device)
+        self.source_counts = torch.zeros(len(self.sources), 3, dtype=torch.float64)
 
-    def add_row(self, row: Row) -> None:
-        """Count what a row was."""
+    def add_row(self, row: Row, losses: torch.Tensor) -> None:
+        """Count what a row was; ``losses`` are those of its targets."""
         media = row.batch.get("encoder_input", {}).get("vision")
         tokens = [size.tokens for size in row.sizes]
         targets = len(row.batch["targets"])
@@ -58,6 +72,16 @@ class Metrics:
         self.rooms += self.room or row.batch["tokens"].numel()
         self.media += len(media["grid_thw"]) if media else 0
         self.operations += self.flops.step(tokens, media, targets)
+        self.samples += len(row.samples) + len(row.bad)
+        self.bad += len(row.bad)
+        if self.sources and row.samples:
+            sources = torch.tensor(row.sources)
+            counts = [[size.targets, 1, size.tokens] for size in row.sizes]
+            counts_of_samples = torch.tensor(counts, dtype=torch.float64)
+            self.source_counts.index_add_(0, sources, counts_of_samples)
+            of_losses = sources.repeat_interleave(counts_of_samples[:, 0].long())
+            of_losses = of_losses.to(self.device, non_blocking=True)
+            self.source_losses.index_add_(0, of_losses, losses.detach().float())
 
     def add_loss(self, loss: float) -> None:
         """Add the loss of a step, over all processes."""
@@ -72,10 +96,17 @@ class Metrics:
         Processes exchange once what they counted, and with it whether they were asked to stop.
         Returns the metrics, and whether any process was.
         """
-        counts = (self.targets, self.tokens, self.rooms, self.media, self.operations, asked_to_stop)
-        totals = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        counts = (
+            *(self.targets, self.tokens, self.rooms, self.media, self.operations, asked_to_stop),
+            *(self.samples, self.bad),
+        )
+        own = torch.tensor(counts, dtype=torch.float64).to(self.device)
+        of_sources = self.source_counts.flatten().to(self.device)
+        totals = torch.cat([own, of_sources, self.source_losses.double()])
         dist.all_reduce(totals)
-        targets, tokens, room, media, operations, stops = (totals / self.copies).tolist()
+        totals /= self.copies
+        targets, tokens, room, media, operations, stops, samples, bad = totals[:8].tolist()
+        self.history["samples"] += round(samples)
         seconds = time.perf_counter() - self.start
         metrics = {
             "loss": sum(self.losses) / len(self.losses),
@@ -88,11 +119,23 @@ class Metrics:
             "waiting_for_data": self.waited / seconds,
             "memory_gb": self._peak_memory() / 1e9,
         }
+        metrics |= self._of_sources(*totals[8:].split([3 * len(self.sources), len(self.sources)]))
+        if bad:
+            metrics["bad_samples"] = bad
         if self.peak_flops:
             metrics["mfu"] = operations / seconds / (self.peak_flops * dist.get_world_size())
         if self.logger:
             self.logger.log_dict(metrics, step=step)
         return metrics, stops > 0
+
+    def _of_sources(self, counts: torch.Tensor, losses: torch.Tensor) -> dict[str, float]:
+        found: dict[str, float] = {}
+        each = zip(self.sources, counts.view(-1, 3).tolist(), losses.tolist(), strict=True)
+        for name, (targets, samples, tokens), loss in each:
+            if samples:
+                found |= {f"loss/{name}": loss / targets}
+            found |= {f"samples/{name}": samples, f"tokens/{name}": tokens}
+        return found
 
     def write_validation(self, step: int, loss: float) -> bool:
         """Write the loss of the validation set, and tell whether it is the lowest so far."""
@@ -106,7 +149,9 @@ class Metrics:
 
     def show(self, step: int, directory: Path) -> None:
         """Draw all losses to a file in a directory, and sum them up."""
-        losses, validation_losses, best = self.history.values()
+        losses, validation_losses, best = (
+            self.history[key] for key in ("losses", "validation_losses", "best")
+        )
         draw_losses(losses, validation_losses).savefig(directory / "loss.png")
         table = Table("steps", "first loss", "last loss", "best validation loss")
         text = f"{best['loss']:.4g} (step {best['step']})" if best["step"] else "-"
