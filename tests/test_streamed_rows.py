@@ -30,6 +30,7 @@ class Numbers:
     first: int = 0
     every: int = 1
     skipped: int = 0
+    augments: bool = False
 
     def part(self, number: int, of: int) -> "Numbers":
         return replace(self, first=number, every=of)
@@ -46,7 +47,7 @@ class Numbers:
     def measure_raw(self, raw: tuple[int, Size]) -> tuple[int, ...]:
         return tuple(raw[1])
 
-    def make_raw(self, raw: tuple[int, Size]) -> dict[str, Any]:
+    def make_raw(self, raw: tuple[int, Size], epoch: int) -> dict[str, Any]:
         return sample(*raw)
 
 
@@ -179,10 +180,10 @@ class Failing(Numbers):
             raise KeyError("messages")
         return super().measure_raw(raw)
 
-    def make_raw(self, raw: tuple[int, Size]) -> dict[str, Any]:
+    def make_raw(self, raw: tuple[int, Size], epoch: int) -> dict[str, Any]:
         if raw[0] % 10 == 2:
             raise OSError("truncated")
-        return super().make_raw(raw)
+        return super().make_raw(raw, epoch)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -8,28 +8,37 @@ from itertools import cycle
 from numbers import Real
 from typing import Any
 
+from torchtune_vl.media._augment import Axis
 from torchtune_vl.media._patches import Size
 
 # What the sides of the user's image are in each unit; 0: as many pixels as it has
 _UNITS = {"pixels": 0, "0..1": 1, "0..1000": 1000}
 _COORDINATES = {"bbox_2d": 4, "point_2d": 2}
 # Words of keys whose numbers are places or lengths in an image
-_GEOMETRY = re.compile(
+GEOMETRY = re.compile(
     r"(?<![a-z])(b?box(es)?|(key)?points?|kpts|landmarks?|joints|skeleton|poly(gon|line)?s?|quad|"
     r"obb|rbox|rect(angle)?|contours?|segmentation|corners?|cent(er|re|roid)|coord(inate)?s?|"
     r"trajectory|[xy](min|max|\d)?|xyxy|xywh|c[xy]|[wh]|width|height|left|top|right|bottom|radius|"
     r"angle)(?![a-z])",
     re.IGNORECASE,
 )
+UNMOVED: tuple[Axis, Axis] = (1.0, 0.0), (1.0, 0.0)
 
 
-def rescaled(entry: Any, unit: str, original_size: Size, extent: Size) -> dict[str, Any]:
+def rescaled(
+    entry: Any,
+    unit: str,
+    original_size: Size,
+    extent: Size,
+    axes: tuple[Axis, Axis] = UNMOVED,
+) -> dict[str, Any]:
     """Take a box or point from the user's image to what the model is to read or write.
 
     ``bbox_2d`` [x1, y1, x2, y2] or ``point_2d`` [x, y] are in a unit of the upright image of
     ``original_size``, height and width in pixels, and become whole numbers of ``extent``, those of
-    its lower and its right edge for the model. What else the entry has stays, unless it is of
-    numbers that would have to change as well: ``ValueError``, as for wrong coordinates.
+    its lower and its right edge for the model. ``axes`` tell where parts of the width and of the
+    height are if the image was changed. What else the entry has stays, unless it is of numbers that
+    would have to change as well: ``ValueError``, as for wrong coordinates.
     """
     if unit not in [*_UNITS]:
         raise ValueError(f"unknown unit {unit!r} of coordinates: use one of {', '.join(_UNITS)}")
@@ -37,7 +46,7 @@ def rescaled(entry: Any, unit: str, original_size: Size, extent: Size) -> dict[s
     for key, value in entry.items() if isinstance(entry, Mapping) else ():
         if key in _COORDINATES and value is not None:
             sides = (_UNITS[unit],) * 2 if _UNITS[unit] else original_size
-            value = _rescaled_numbers(key, value, sides, extent)
+            value = _rescaled_numbers(key, value, sides, extent, axes)
         elif is_geometry(key, value) or _has_number(value, bare=False):
             raise ValueError(
                 f"the numbers of {key!r} would stay those of the original image: remove it, or "
@@ -50,7 +59,23 @@ def rescaled(entry: Any, unit: str, original_size: Size, extent: Size) -> dict[s
     return result
 
 
-def _rescaled_numbers(key: str, coordinates: Any, sides: Size, extent: Size) -> list[int]:
+def corners(entry: Any, unit: Any, original_size: Size) -> Iterator[tuple[float, float]]:
+    """List the corners of an entry's box, and its point, x and y in pixels of the user's image.
+
+    Of what :func:`rescaled` raises errors for, only what can be understood.
+    """
+    if not isinstance(entry, Mapping) or unit not in [*_UNITS]:
+        return
+    scales = [side / (_UNITS[unit] or side) for side in original_size[::-1]]
+    for key, numbers in entry.items():
+        if key in _COORDINATES and _is_coordinates(key, numbers):
+            pixels = [float(n) * scale for n, scale in zip(numbers, cycle(scales))]
+            yield from zip(pixels[::2], pixels[1::2], strict=True)
+
+
+def _rescaled_numbers(
+    key: str, coordinates: Any, sides: Size, extent: Size, axes: tuple[Axis, Axis]
+) -> list[int]:
     if not _is_coordinates(key, coordinates):
         raise ValueError(f"{key} is {coordinates!r}, expected {_COORDINATES[key]} numbers")
     height, width = sides
@@ -60,13 +85,19 @@ def _rescaled_numbers(key: str, coordinates: Any, sides: Size, extent: Size) -> 
         raise ValueError(f"{key} {[*coordinates]} is outside of {image}: clip it or correct 'unit'")
     if any(first > last for first, last in zip(coordinates, coordinates[2:], strict=False)):
         raise ValueError(f"{key} {[*coordinates]} is no [x1, y1, x2, y2] with x1 <= x2, y1 <= y2")
+    moved = [
+        (value / side * factor + offset) * new_side
+        for (value, side, new_side), (factor, offset) in zip(scaled, cycle(axes))
+    ]
     # Half up, not to even: neighbours stay in order
-    return [math.floor(value / side * new_side + 0.5) for value, side, new_side in scaled]
+    numbers = [math.floor(value + 0.5) for value in moved]
+    numbers[::2] = sorted(numbers[::2])  # a flip has exchanged them
+    return numbers
 
 
 def is_geometry(key: str, value: Any) -> bool:
     """Whether a key's name says where in an image something is, and its value has numbers."""
-    return _GEOMETRY.search(str(key)) is not None and _has_number(value, bare=True)
+    return GEOMETRY.search(str(key)) is not None and _has_number(value, bare=True)
 
 
 def _has_number(value: Any, bare: bool) -> bool:

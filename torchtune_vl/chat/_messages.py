@@ -10,6 +10,7 @@ import torch
 from torchtune_vl.chat._boxes import is_geometry
 from torchtune_vl.files._json import from_json_text
 from torchtune_vl.media import ImageTransform, VideoTransform
+from torchtune_vl.media._augment import Change
 
 Kind = Literal["image", "video"]
 # Of the published templates
@@ -51,7 +52,10 @@ class Medium(NamedTuple):
 
 
 class EncodedMedium(NamedTuple):
-    """An image or video as the encoder takes it; of an image the size that it had in its file."""
+    """An image or video as the encoder takes it; of an image the size that it had in its file.
+
+    And how it was changed since, if it was.
+    """
 
     kind: Kind
     patches: torch.Tensor
@@ -59,6 +63,7 @@ class EncodedMedium(NamedTuple):
     num_tokens: int
     seconds_per_step: float | None
     original_size: tuple[int, int]
+    change: Change | None
 
 
 class Objects(NamedTuple):

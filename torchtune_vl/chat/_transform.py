@@ -4,11 +4,12 @@ import difflib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -18,10 +19,18 @@ import xxhash
 from torchtune_vl.chat import _messages as chat
 from torchtune_vl.chat import _processor_files as files
 from torchtune_vl.chat import _prompt as prompting
-from torchtune_vl.chat._boxes import rescaled, to_json
+from torchtune_vl.chat._boxes import UNMOVED, rescaled, to_json
+from torchtune_vl.chat._changes import draws
 from torchtune_vl.chat._chat_template import CHAT_TEMPLATE
 from torchtune_vl.chat._tokenizer import QwenTokenizer, check_surrogates
-from torchtune_vl.media import Geometry, ImageTransform, RemoteLimits, VideoTransform
+from torchtune_vl.media import (
+    Augmentation,
+    Geometry,
+    ImageTransform,
+    RemoteLimits,
+    VideoTransform,
+)
+from torchtune_vl.media._augment import Draw, farthest
 from torchtune_vl.media._errors import check_choice, naming_sample
 from torchtune_vl.media._images import Alpha, Backend
 from torchtune_vl.media._transforms import FPS, MAX_FRAMES, MIN_FRAMES, PatchDtype
@@ -35,6 +44,8 @@ _NO_LOSS = (
 _NO_MEDIA = torch.empty(0, 3, dtype=torch.int64)
 AnyMessage = chat.Message | Mapping[str, Any]
 _EncodedPart = str | chat.EncodedMedium | chat.Objects
+# How each image of a conversation is to be changed
+_Changes = Callable[[Sequence[chat.Turn[chat.Part]]], Iterable[Draw]]
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 _log = logging.getLogger(__name__)
@@ -275,8 +286,40 @@ class ChatTransform(QwenTokenizer):
             ValueError: if a message or medium cannot be read, media and their places do not match,
                 or the sample is too long and nothing would be left to learn.
         """
+        return self._transformed(sample, inference)
+
+    def augmented(
+        self, sample: Mapping[str, Any], augmentation: Augmentation, epoch: int, number: int
+    ) -> dict[str, Any]:
+        """Transform a sample of :meth:`__call__` for training, with its images augmented.
+
+        Videos stay as they are. An image is not flipped if a text speaks of direction or of writing
+        in images, and neither cropped, scaled nor flipped if a text has coordinates, which would
+        not move along.
+
+        Args:
+            sample: as of a call.
+            augmentation: how images are changed.
+            epoch: counts from 0.
+            number: of the sample in its dataset. With the seed, these two are all that what is
+                drawn depends on.
+
+        Returns:
+            What a call returns, of the same size; and if there are images ``augmented``, for each
+            in the conversation, also if it is cut, a dict of what was done to it: ``window`` [x1,
+            y1, x2, y2] of the upright original in pixels; ``place`` of it in the resized image;
+            ``flip``; ``brightness``, ``contrast`` and ``saturation``, factors; ``hue`` in turns;
+            ``jpeg_quality`` or None; and ``refused``, what was not done and why, or None.
+        """
+        changes = partial(draws, augmentation, epoch=epoch, number=number)
+        return self._transformed(sample, False, changes)
+
+    def _transformed(
+        self, sample: Mapping[str, Any], inference: bool, changes: _Changes | None = None
+    ) -> dict[str, Any]:
+        """A sample whose images are changed, each as is drawn for it, or as they are."""
         with _naming(sample):
-            whole, prompt = self._prompts_of(sample, inference)
+            whole, prompt = self._prompts_of(sample, inference, changes=changes)
             tokens, mask, media = prompt.tokens, prompt.mask, prompt.media.values()
             grid_thw = torch.cat([medium.grid_thw for medium in media]) if media else _NO_MEDIA
             seconds = [medium.seconds_per_step for medium in media]
@@ -290,23 +333,34 @@ class ChatTransform(QwenTokenizer):
             if prompt is not whole:
                 transformed["truncated"] = prompting.difference(whole, prompt)
                 self._tell_cut(transformed["truncated"])
+            made = [medium.change for medium in whole.media.values() if medium.change]
+            if made:
+                transformed["augmented"] = [change._asdict() for change in made]
             return transformed
 
-    def examine(self, sample: Mapping[str, Any], inference: bool = False) -> Examined:
+    def examine(
+        self, sample: Mapping[str, Any], inference: bool = False, augmented: bool = False
+    ) -> Examined:
         """Find how large :meth:`__call__` makes a sample, without decoding its media.
 
         Of image files the header is read, of video files the list of packets. ``ValueError`` as
         there, but for what only decoding shows, and unless ``inference`` as
-        :meth:`check_supervised` raises it.
+        :meth:`check_supervised` raises it. With ``augmented``, find how large :meth:`augmented` may
+        make it: boxes that move may get more digits, each of which is a token.
         """
         with _naming(sample):
-            whole, prompt = self._prompts_of(sample, inference, measuring=True)
+            changes = _farthest if augmented else None
+            whole, prompt = self._prompts_of(sample, inference, measuring=True, changes=changes)
             if not inference:
                 self.check_supervised(prompt.tokens, prompt.mask)
-        patches = sum(len(medium.patches) for medium in prompt.media.values())
-        size = len(prompt.tokens), patches, prompt.mask[1:].count(False)
+        # With fewer digits more may be left, but nothing that the whole does not have
+        tokens, media = len(prompt.tokens), (whole if augmented else prompt).media.values()
+        if augmented and prompt is not whole:
+            tokens = self.max_seq_len or tokens
+        patches = sum(len(medium.patches) for medium in media)
+        size = tokens, patches, prompt.mask[1:].count(False)
         truncated = None if prompt is whole else prompting.difference(whole, prompt)
-        return Examined(size, truncated, len(prompt.media))
+        return Examined(size, truncated, len(media))
 
     def check_supervised(
         self, tokens: Sequence[int], mask: Sequence[bool], problem: str = _NO_LOSS
@@ -334,7 +388,11 @@ class ChatTransform(QwenTokenizer):
         return mrope_positions(tokens, grid_thw, steps, placeholder_ids=pads, merge_size=size)
 
     def _prompts_of(
-        self, sample: Mapping[str, Any], inference: bool, measuring: bool = False
+        self,
+        sample: Mapping[str, Any],
+        inference: bool,
+        measuring: bool = False,
+        changes: _Changes | None = None,
     ) -> tuple[prompting.Prompt, prompting.Prompt]:
         """The whole prompt of a sample, and what is left of it within ``max_seq_len``."""
         if "messages" not in sample:
@@ -347,7 +405,7 @@ class ChatTransform(QwenTokenizer):
             turns = turns[:-1]
         if not turns:
             raise ValueError("there is no message to answer")
-        encoded = self._encoded(turns, measuring)
+        encoded = self._encoded(turns, measuring, changes(turns) if changes else ())
         whole = self.prompts.build(encoded, tools, inference)
         limit, length = self.max_seq_len, len(whole.tokens)
         if limit is None or length <= limit:
@@ -375,10 +433,14 @@ class ChatTransform(QwenTokenizer):
             )
 
     def _encoded(
-        self, turns: Sequence[chat.Turn[chat.Part]], measuring: bool = False
+        self,
+        turns: Sequence[chat.Turn[chat.Part]],
+        measuring: bool = False,
+        draws: Iterable[Draw] = (),
     ) -> list[chat.EncodedTurn]:
         """Encode media, and write boxes in the pixels of the images that they belong to."""
-        encoded = _each_item(turns, partial(self._encode_item, measuring=measuring))
+        encode = partial(self._encode_item, measuring=measuring, draws=iter(draws))
+        encoded = _each_item(turns, encode)
         parts = [part for turn in encoded for part in turn.content]
         images = [p for p in parts if isinstance(p, chat.EncodedMedium) and p.kind == "image"]
         written: Any = encoded
@@ -390,7 +452,7 @@ class ChatTransform(QwenTokenizer):
             return [t if i == last else replace(t, masked=True) for i, t in enumerate(written)]
         return written
 
-    def _encode_item(self, item: chat.Part, measuring: bool) -> _EncodedPart:
+    def _encode_item(self, item: chat.Part, measuring: bool, draws: Iterator[Draw]) -> _EncodedPart:
         if isinstance(item, str):
             check_surrogates(item)
             if self.parse_special == "all" and ("<|image_pad|>" in item or "<|video_pad|>" in item):
@@ -399,14 +461,17 @@ class ChatTransform(QwenTokenizer):
                 )
         if not isinstance(item, chat.Medium):
             return item
-        kind = item.kind
-        transform = self.image_transform if kind == "image" else self.video_transform
-        encode = transform.measure if measuring else transform
-        made = encode({kind: item.source, **item.settings})
+        kind, given = item.kind, {item.kind: item.source, **item.settings}
+        if kind == "image" and (draw := next(draws, None)):
+            made = self.image_transform.changed(given, draw, decode=not measuring)
+        else:
+            transform = self.image_transform if kind == "image" else self.video_transform
+            made = transform.measure(given) if measuring else transform(given)
         pixels = made["pixel_values" if kind == "image" else "pixel_values_videos"]
         grid_thw, num_tokens = made[f"{kind}_grid_thw"], made[f"num_{kind}_tokens"]
         seconds, size = made.get("seconds_per_step"), made.get("original_size", (0, 0))
-        return chat.EncodedMedium(kind, pixels, grid_thw, num_tokens, seconds, size)
+        change = made.get("change")
+        return chat.EncodedMedium(kind, pixels, grid_thw, num_tokens, seconds, size, change)
 
     def _write_item(
         self, item: _EncodedPart, images: Sequence[chat.EncodedMedium]
@@ -418,8 +483,10 @@ class ChatTransform(QwenTokenizer):
             raise ValueError(f"its boxes are of {found}: put them behind theirs, or set 'image'")
         image = images[item.image]
         ((_, *sides),) = image.grid_thw.tolist()
-        extent = self.box_extent(*(side * self.geometry.patch_size for side in sides))
-        entries = [rescaled(e, item.unit, image.original_size, extent) for e in item.entries]
+        height, width = (side * self.geometry.patch_size for side in sides)
+        original, extent = image.original_size, self.box_extent(height, width)
+        axes = image.change.axes(original, (height, width)) if image.change else UNMOVED
+        entries = [rescaled(e, item.unit, original, extent, axes) for e in item.entries]
         if not item.fields:
             return self.write_boxes(entries)
         written = {
@@ -453,6 +520,10 @@ def _each_item(turns: Sequence[chat.Turn[_A]], convert: Callable[[_A], _B]) -> l
                 raise ValueError(f"message {n} ({turn.role}): item {i}: {error}") from error
         converted.append(chat.Turn(turn.role, content, turn.masked, turn.given))
     return converted
+
+
+def _farthest(turns: Sequence[chat.Turn[chat.Part]]) -> Iterable[Draw]:
+    return repeat(farthest)
 
 
 def _naming(sample: Mapping[str, Any]) -> AbstractContextManager[None]:

@@ -22,7 +22,14 @@ _DRAWS_AT_ONCE = 1024
 
 
 class Stream(Protocol):
-    """Samples of which nobody knows how many there are."""
+    """Samples of which nobody knows how many there are.
+
+    Args:
+        augments: whether samples may be smaller than they were measured.
+    """
+
+    @property
+    def augments(self) -> bool: ...
 
     def part(self, number: int, of: int) -> "Stream":
         """One of so many parts, which together have each sample once."""
@@ -36,8 +43,8 @@ class Stream(Protocol):
     def measure_raw(self, raw: Any) -> Sequence[int]:
         """The :class:`Size` of a sample, or ``ValueError``."""
 
-    def make_raw(self, raw: Any) -> Mapping[str, Any]:
-        """Make what collate functions take, or ``ValueError``."""
+    def make_raw(self, raw: Any, epoch: int) -> Mapping[str, Any]:
+        """Make what collate functions take in a pass through the stream, or ``ValueError``."""
 
 
 # Which sample it is: of which stream, in which pass through the lane's part, and its place there
@@ -150,9 +157,11 @@ class StreamedRows(IterableDataset[Row]):
         return {**position, "epoch": epoch, "has_begun": True, **self._identity}
 
     def _ingredient(self, sample: _Sample, lane: int) -> Ingredient:
-        source, _, place = sample.name
-        make = partial(self.streams[source].make_raw, sample.raw)
-        return Ingredient(self._number(lane, place), sample.size, source, make)
+        source, epoch, place = sample.name
+        stream = self.streams[source]
+        make = partial(stream.make_raw, sample.raw, epoch)
+        number = self._number(lane, place)
+        return Ingredient(number, sample.size, source, make, is_exact=not stream.augments)
 
     def _number(self, lane: int, place: int) -> int:
         return place * len(self._start["lanes"]) + lane

@@ -41,12 +41,13 @@ class Row(NamedTuple):
 
 
 class Ingredient(NamedTuple):
-    """A sample of a row before it is made."""
+    """A sample of a row before it is made, which may have less than its size unless it is exact."""
 
     number: int
     size: Size
     source: int
     make: Callable[[], Mapping[str, Any]]
+    is_exact: bool
 
 
 def make_row(
@@ -58,32 +59,35 @@ def make_row(
     bad: Iterable[tuple[int, str]] = (),
 ) -> Row:
     """Make the samples of a row and its batch; of ``bad`` ones it is known that they cannot be."""
-    made, used, bad = [], [], [*bad]
+    row = Row(Batch(), [], [], position, step_has_media, [*bad], [])
+    made = []
     for ingredient in ingredients:
         try:
-            made.append(_made(ingredient))
+            sample, size = _made(ingredient)
         except ValueError as error:
             if not skips_bad:
                 raise
-            bad.append((ingredient.number, str(error)))
+            row.bad.append((ingredient.number, str(error)))
         else:
-            used.append(ingredient)
-    batch = planner.collate(made)
-    numbers, sizes = [x.number for x in used], [x.size for x in used]
-    return Row(batch, numbers, sizes, position, step_has_media, bad, [x.source for x in used])
+            made.append(sample)
+            row.samples.append(ingredient.number)
+            row.sizes.append(size)
+            row.sources.append(ingredient.source)
+    return row._replace(batch=planner.collate(made))
 
 
-def _made(ingredient: Ingredient) -> Mapping[str, Any]:
-    number, measured, _, make = ingredient
+def _made(ingredient: Ingredient) -> tuple[Mapping[str, Any], Size]:
+    number, measured, _, make, is_exact = ingredient
     with naming_sample(number):
         made = make()
     patches = made["encoder_input"]["vision"]["patches"] if "encoder_input" in made else ()
     targets = len(made["labels"]) - 1 - made["labels"][1:].count(IGNORE_INDEX)
     size = Size(len(made["tokens"]), len(patches), targets)
-    if size != measured:
+    fits = all(count <= most for count, most in zip(size, measured, strict=True))
+    if not fits or (is_exact and size != measured):
         problem = f"sample {number} has {size}, but had {measured} when it was measured"
         raise ValueError(f"{problem}: it has changed since; measure the dataset anew")
-    return made
+    return made, size
 
 
 def rows_of_each_rank(rows_per_step: int, world_size: int) -> int:
@@ -111,6 +115,8 @@ class TrainingRows(IterableDataset[Row]):
         rank: number of this rank among the ``world_size`` that get different rows.
         world_size: how many these are.
         skips_bad: whether samples that cannot be made are left out of their row, and told by it.
+        augments: whether to take samples from ``augmented`` of the dataset, of an index and an
+            epoch, which may be smaller than they were measured.
 
     Raises:
         ValueError: from iterating, if ranks cannot share a step equally, or if a sample cannot be
@@ -124,6 +130,7 @@ class TrainingRows(IterableDataset[Row]):
     rank: int = 0
     world_size: int = 1
     skips_bad: bool = False
+    augments: bool = False
 
     def __iter__(self) -> Iterator[Row]:
         """Iterate over the rows of this rank, in a data worker over those that it makes."""
@@ -138,14 +145,16 @@ class TrainingRows(IterableDataset[Row]):
             if step != planned_step:
                 planned_step, share, has_media = step, *self._share(step)
                 position = plan.position(step)
-            yield make_row(
-                self._ingredients(share[place]), self.planner, self.skips_bad, position, has_media
-            )
+            ingredients = self._ingredients(share[place], plan.epoch(step))
+            yield make_row(ingredients, self.planner, self.skips_bad, position, has_media)
 
-    def _ingredients(self, entries: np.ndarray) -> Iterator[Ingredient]:
+    def _ingredients(self, entries: np.ndarray, epoch: int) -> Iterator[Ingredient]:
         for number, *size in entries.tolist():
             make = partial(self.dataset.__getitem__, number)
-            yield Ingredient(number, Size(*size), self.plan.source(number), make)
+            if self.augments:
+                make = partial(self.dataset.augmented, number, epoch)
+            source = self.plan.source(number)
+            yield Ingredient(number, Size(*size), source, make, not self.augments)
 
     def _share(self, step: int) -> tuple[list[np.ndarray], bool]:
         """The rows of a step that this rank gets, and whether any of the step's has media.

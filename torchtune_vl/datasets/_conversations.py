@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import count, takewhile
 from typing import Any
@@ -18,6 +18,7 @@ from torchtune_vl.datasets._record_formats import COLUMNS, MediaDirectory, Recor
 from torchtune_vl.datasets._sample_sizes import counts_of
 from torchtune_vl.datasets._size_cache import Measured, state_of
 from torchtune_vl.datasets._tables import Records, Table, digests_of, load_records
+from torchtune_vl.media import Augmentation
 from torchtune_vl.media._errors import naming_sample
 from torchtune_vl.modules import IGNORE_INDEX
 
@@ -31,6 +32,7 @@ def vision_chat_dataset(
     media_dir: str | None = None,
     column_map: Mapping[str, str] | None = None,
     streaming: bool = False,
+    augmentation: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> "VisionChatDataset | StreamedVisionChat":
     """Build a dataset of conversations with images and videos.
@@ -49,11 +51,14 @@ def vision_chat_dataset(
             By default that of the data files, and paths may lead anywhere.
         column_map: names of columns that differ, by the names above.
         streaming: whether to give a stream of samples, in the order of records.
+        augmentation: settings of :class:`~torchtune_vl.media.Augmentation`, which ``augmented`` of
+            the dataset applies; nothing else does.
         **settings: further arguments of ``datasets.load_dataset``.
 
     Raises:
         ValueError: if source, files or split are not there or cannot be read; ``column_map`` names
-            an unknown or absent column; or data files of several directories lack ``media_dir``.
+            an unknown or absent column; data files of several directories lack ``media_dir``; or
+            ``augmentation`` has a setting that is unknown or out of its range.
     """
     records, files = load_records(source, data_files, split=split, streaming=streaming, **settings)
     column_map = dict(column_map or {})
@@ -64,7 +69,8 @@ def vision_chat_dataset(
         raise ValueError(f"{problem}: give media_dir, the one that paths of media are relative to")
     directory = "".join(directories) if media_dir is None else media_dir
     read = RecordReader(MediaDirectory(directory, is_confining=media_dir is not None), column_map)
-    return (StreamedVisionChat if streaming else VisionChatDataset)(tokenizer, records, read)
+    kind = StreamedVisionChat if streaming else VisionChatDataset
+    return kind(tokenizer, records, read, _read_augmentation(augmentation))
 
 
 def _check_columns(column_map: Mapping[str, str], records: Records) -> None:
@@ -84,6 +90,15 @@ def _check_columns(column_map: Mapping[str, str], records: Records) -> None:
         raise ValueError(f"column_map names {sorted(missing)}; the columns are {sorted(columns)}")
 
 
+def _read_augmentation(settings: Mapping[str, Any] | None) -> Augmentation | None:
+    if settings is None:
+        return None
+    known = [field.name for field in fields(Augmentation)]
+    if unknown := settings.keys() - {*known}:
+        raise ValueError(f"augmentation has {sorted(unknown)}; known are {', '.join(known)}")
+    return Augmentation(**settings)
+
+
 # A record's number, and what gives it with its place
 RawRecord = tuple[int, Callable[[], tuple[Any, str]]]
 
@@ -95,17 +110,36 @@ class _Conversations:
     _transform: ChatTransform
     _records: Records
     _read: RecordReader
+    _augmentation: Augmentation | None = None
 
-    def transform(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+    def transform(self, sample: Mapping[str, Any], epoch: int | None = None) -> dict[str, Any]:
         """Transform a sample, and add ``labels``, list[int]: -100 where the loss ignores a token.
 
-        A ValueError names a sample whose media cannot be read, or in which nothing carries loss.
+        With an epoch, from 0, as it is augmented in that epoch, if the dataset has augmentation. A
+        ValueError names a sample whose media cannot be read, or in which nothing carries loss.
         """
-        transformed = self._transform(sample)
+        if self._augmentation is None or epoch is None:
+            transformed = self._transform(sample)
+        else:
+            number = sample["number"]
+            transformed = self._transform.augmented(sample, self._augmentation, epoch, number)
         tokens, mask = transformed["tokens"], transformed["mask"]
         with naming_sample(sample["id"]):
             self._transform.check_supervised(tokens, mask)
         return {**transformed, "labels": np.where(mask, IGNORE_INDEX, tokens).tolist()}
+
+    @property
+    def augments(self) -> bool:
+        """Whether images are augmented in training, by which a sample may get smaller."""
+        return self._augmentation is not None
+
+    def _examine(self, sample: Mapping[str, Any]) -> Examined:
+        return self._transform.examine(sample, **self._measuring)
+
+    @property
+    def _measuring(self) -> dict[str, bool]:
+        moves = self._augmentation is not None and bool(self._augmentation.moving)
+        return {"augmented": True} if moves else {}
 
 
 def _as_it_is(row: tuple[Any, str]) -> tuple[Any, str]:
@@ -122,13 +156,20 @@ class VisionChatDataset(_Conversations, Dataset):
         """Read a sample, and :meth:`transform` it; a ValueError names its file and line too."""
         return self._apply(self.transform, index)
 
+    def augmented(self, index: int, epoch: int) -> dict[str, Any]:
+        """Read and :meth:`transform` a sample as it is augmented in an epoch, from 0."""
+        return self._apply(partial(self.transform, epoch=epoch), index)
+
     def measure(self, index: int) -> tuple[int, int, int]:
-        """Count tokens, patches and supervised tokens of a sample without decoding its media."""
+        """Count tokens, patches and supervised tokens of a sample without decoding its media.
+
+        If augmentation moves boxes, as many as the sample may have in any epoch.
+        """
         return self.examine(index).size
 
     def examine(self, index: int) -> Examined:
         """Measure a sample, and tell what of it is cut."""
-        return self._apply(self._transform.examine, index)
+        return self._apply(self._examine, index)
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -136,7 +177,9 @@ class VisionChatDataset(_Conversations, Dataset):
         own = getattr(self._transform, "fingerprint", None)
         if own is None:
             return None
-        return xxhash.xxh3_128_hexdigest(f"{own} {self._read.fingerprint}".encode())
+        return xxhash.xxh3_128_hexdigest(
+            f"{own} {self._read.fingerprint} {self._measuring}".encode()
+        )
 
     def digests(self, indices: Sequence[int]) -> list[bytes]:
         """Tell samples' records from others, without parsing them."""
@@ -149,7 +192,7 @@ class VisionChatDataset(_Conversations, Dataset):
     def _measure_to_keep(self, sample: dict[str, Any]) -> Measured:
         files = files_of(sample)
         state = None if files is None else state_of(files)  # before they are read
-        return Measured(counts_of(self._transform.examine(sample)), files or [], state)
+        return Measured(counts_of(self._examine(sample)), files or [], state)
 
     def _apply(self, function: Callable[[dict[str, Any]], Any], index: int) -> Any:
         with naming_sample(index):
@@ -184,7 +227,7 @@ class StreamedVisionChat(_Conversations):
 
     def measure(self, sample: Mapping[str, Any]) -> tuple[int, int, int]:
         """Measure a sample of the stream as :meth:`VisionChatDataset.measure` does."""
-        return self._transform.examine(sample).size
+        return self._examine(sample).size
 
     def raw(self) -> Iterator[RawRecord]:
         """The records as they are read, with their number."""
@@ -207,9 +250,9 @@ class StreamedVisionChat(_Conversations):
         """Measure the sample of a record."""
         return self._apply(self.measure, raw)
 
-    def make_raw(self, raw: RawRecord) -> dict[str, Any]:
-        """Make the sample of a record."""
-        return self._apply(self.transform, raw)
+    def make_raw(self, raw: RawRecord, epoch: int) -> dict[str, Any]:
+        """Make the sample of a record, as it is augmented in an epoch."""
+        return self._apply(partial(self.transform, epoch=epoch), raw)
 
     def _apply(self, function: Callable[[dict[str, Any]], Any], raw: RawRecord) -> Any:
         number, read = raw

@@ -1,6 +1,7 @@
 """Several datasets that a run draws its samples from."""
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -66,6 +67,11 @@ class Mixture:
         """Whether nobody knows how many samples there are."""
         return not hasattr(self.datasets[0], "__getitem__")
 
+    @property
+    def augments(self) -> bool:
+        """Whether any dataset augments its samples."""
+        return any(getattr(dataset, "augments", False) for dataset in self.datasets)
+
     @cached_property
     def table(self) -> Any:
         """All samples behind each other."""
@@ -110,8 +116,20 @@ class _Joined(ConcatDataset[Any]):
         self._names = names
 
     def __getitem__(self, index: int) -> Any:
-        source = int(np.searchsorted(self.cumulative_sizes, index, side="right"))
+        return self._of_source(index, lambda dataset, own: dataset[own])
+
+    def augmented(self, index: int, epoch: int) -> Any:
+        """A sample as its dataset augments it in an epoch."""
+
+        def make(dataset: Any, own: int) -> Any:
+            return dataset.augmented(own, epoch) if hasattr(dataset, "augmented") else dataset[own]
+
+        return self._of_source(index, make)
+
+    def _of_source(self, index: int, make: Callable[[Any, int], Any]) -> Any:
+        source = bisect_right(self.cumulative_sizes, index)
+        own = index - self.cumulative_sizes[source - 1] if source else index
         try:
-            return super().__getitem__(index)
+            return make(self.datasets[source], own)
         except ValueError as error:
             raise ValueError(f"sample {index}: {self._names[source]}: {error}") from error

@@ -94,14 +94,15 @@ class RecordReader:
             kinds = [kind for kind, media in (("image", images), ("video", videos)) if media]
             places = _Places(kinds, values["objects"])
             messages = self._messages(record, values)
-            for number, message in enumerate(messages):
+            for place, message in enumerate(messages):
                 try:
-                    messages[number] = self._message(message, places)
+                    messages[place] = self._message(message, places)
                 except ValueError as error:
-                    raise ValueError(f"message {number}: {error}") from error
+                    raise ValueError(f"message {place}: {error}") from error
             places.check_objects()
             return {
                 "id": name,
+                "number": number,
                 "messages": messages,
                 "images": self._media.source(images),
                 "videos": self._media.source(videos),

@@ -6,7 +6,7 @@ Shapes: T frames, C channels (3), H height and W width in pixels.
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import chain, islice, repeat
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from torchtune_vl.media import _patches
+from torchtune_vl.media._augment import Draw
 from torchtune_vl.media._errors import check_choice, refusing
 from torchtune_vl.media._images import Alpha, Backend, naming, rgb_size, to_rgb, uint8_tensor
 from torchtune_vl.media._patches import CHANNELS, Geometry, Size
@@ -105,7 +106,9 @@ class MediumTransform:
         """
         return self._transform(sample, decode=False)
 
-    def _transform(self, sample: Mapping[str, Any], decode: bool) -> dict[str, Any]:
+    def _transform(
+        self, sample: Mapping[str, Any], decode: bool, draw: Draw | None = None
+    ) -> dict[str, Any]:
         medium = sample[self._kind]
         with naming(self._kind, medium), ExitStack() as files:
             given = {name: sample[name] for name in self._settings if sample.get(name) is not None}
@@ -114,7 +117,12 @@ class MediumTransform:
             first = next(frames_CHW)
             _, height, width = first.shape
             grid = self._grid((height, width), steps, given)
-            patches = self._encode(chain([first], frames_CHW), grid, per_step, decode)
+            resize = _patches.resize
+            if draw is not None:
+                _, *sides = (count * self.geometry.patch_size for count in grid)
+                facts["change"] = change = draw((height, width), (sides[0], sides[1]))
+                resize = change.resize
+            patches = self._encode(chain([first], frames_CHW), grid, per_step, decode, resize)
         return {
             **sample,
             self._pixels: patches,
@@ -156,7 +164,12 @@ class MediumTransform:
         return steps, height // self.geometry.patch_size, width // self.geometry.patch_size
 
     def _encode(
-        self, frames_CHW: Iterator[torch.Tensor], grid: Grid, per_patch: int, decode: bool
+        self,
+        frames_CHW: Iterator[torch.Tensor],
+        grid: Grid,
+        per_patch: int,
+        decode: bool,
+        resize: Callable[[torch.Tensor, int, int, Backend], np.ndarray],
     ) -> torch.Tensor:
         """Resizes frames and cuts them, a few at a time: no others are held."""
         steps, rows, columns = grid
@@ -171,7 +184,6 @@ class MediumTransform:
             return torch.empty(steps * rows * columns, values, dtype=dtype, device="meta")
         patches = np.empty((steps, rows * columns, values), self.patch_dtype)
         height, width = rows * size, columns * size
-        resize = _patches.resize
         for step in patches:
             frames = [resize(f, height, width, self.backend) for f in islice(frames_CHW, per_patch)]
             frames += frames[-1:] * (per_patch - len(frames))  # the last of an odd number
@@ -220,6 +232,13 @@ class ImageTransform(MediumTransform):
     alpha: Alpha = "reference"
 
     _kind, _pixels, _settings = "image", "pixel_values", SIZING
+
+    def changed(self, sample: Mapping[str, Any], draw: Draw, decode: bool = True) -> dict[str, Any]:
+        """Give what a call gives of the image changed as is drawn for it, and the ``change``.
+
+        Not decoded, patches are as :meth:`measure` gives them.
+        """
+        return self._transform(sample, decode, draw)
 
     def _frames(self, medium: Any, settings: Settings, decode: bool, files: ExitStack) -> Frames:
         rgb_CHW = self._read(medium, decode)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchtune_vl.recipes import config_path
@@ -46,6 +46,8 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
         train, val = config.get("dataset"), config.get("dataset_val")
         if all(isinstance(x, DictConfig) for x in (train, val)) and _COMPONENT not in val:
             config.dataset_val = OmegaConf.merge(train, val)
+            if "augmentation" not in val:  # of training alone
+                config.dataset_val.pop("augmentation", None)
         values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(lead + _first_line(error)) from error
@@ -64,6 +66,9 @@ def read_config(arguments: Sequence[str], description: type = Config) -> DictCon
             wrong += _wrong_value(name, flat[name], key.kind)
         elif key.default is MISSING:
             wrong.append(f"{name} is missing: {key.meaning}")
+    of_val = val if isinstance(val, ListConfig) else [val]
+    if any(isinstance(x, DictConfig) and x.get("augmentation") is not None for x in of_val):
+        wrong.append("dataset_val.augmentation: validation never augments, take it out")
     _raise_all(lead, wrong)
     for name in [name for name in keys if name not in flat]:
         OmegaConf.update(config, name, keys[name].default)

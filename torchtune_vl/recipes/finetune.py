@@ -293,7 +293,9 @@ class FinetuneRecipe:
         order["position"] = self.begun and self.begun.progress["position"]
         if not mixture.is_stream:
             order |= {"epochs": None if cfg.max_steps else cfg.epochs, "max_steps": cfg.max_steps}
-            return self._make_table_rows("dataset", mixture, shuffle=cfg.shuffle, **order)
+            rows = self._make_table_rows("dataset", mixture, shuffle=cfg.shuffle, **order)
+            rows.augments = mixture.augments
+            return rows
         if cfg.shuffle or not cfg.max_steps:
             raise ValueError(
                 "a stream has an order of its own and no known end: set shuffle=False and max_steps"
