@@ -810,7 +810,7 @@ def test_other_columns_and_directory(build, media: Path) -> None:
     dataset = build([row], column_map=names, media_dir=str(media / "sub"))
     assert grids(dataset[0]) == [B]
     for wrong, message in (
-        ({"text": "a"}, "has .'text'.; known are"),
+        ({"words": "a"}, "has .'words'.; known are"),
         ({"id": "no"}, "names .'no'.;"),
     ):
         with pytest.raises(ValueError, match=message):

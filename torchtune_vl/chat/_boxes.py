@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 from torchtune_vl.media._augment import Axis
 from torchtune_vl.media._patches import Size
 
+Unit = Literal["pixels", "0..1", "0..1000"]
 # What the sides of the user's image are in each unit; 0: as many pixels as it has
 _UNITS = {"pixels": 0, "0..1": 1, "0..1000": 1000}
 _COORDINATES = {"bbox_2d": 4, "point_2d": 2}
@@ -119,7 +120,8 @@ def to_json(entries: Sequence[Mapping[str, Any]]) -> str:
         lines = [f"\t{json.dumps(entry, ensure_ascii=False)}" for entry in entries]
     except TypeError as error:
         raise ValueError(f"an entry of its boxes cannot be written as JSON: {error}") from error
-    return "```json\n[\n" + ",\n".join(lines) + "\n]\n```"
+    written = "[\n" + ",\n".join(lines) + "\n]" if lines else "[]"
+    return f"```json\n{written}\n```"
 
 
 def boxes_in_original(text: str, original_size: Size, extent: Size) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Messages to one sample: token ids, loss mask, positions and the encoder's input."""
 
+import copy
 import difflib
 import inspect
 import logging
@@ -202,6 +203,14 @@ class ChatTransform(QwenTokenizer):
         """Jinja source of the chat template for conversations without tools."""
         template = self.prompts.chat_template or CHAT_TEMPLATE
         return files.NUMBERS_MEDIA * self.prompts.add_vision_id + template
+
+    def training_on(self, turns: Turns) -> "ChatTransform":
+        """The same transform with another setting of ``train_on``."""
+        check_choice("train_on", turns, Turns)
+        other = copy.copy(self)
+        other.train_on = turns
+        vars(other).pop("fingerprint", None)
+        return other
 
     @cached_property
     def fingerprint(self) -> str:

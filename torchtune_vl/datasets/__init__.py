@@ -6,6 +6,7 @@ from torchtune_vl.datasets._conversations import (
     vision_chat_dataset,
 )
 from torchtune_vl.datasets._mixture import Mixture
+from torchtune_vl.datasets._preferences import PreferencePairs, preference_pairs
 from torchtune_vl.datasets._sample_sizes import (
     Measurements,
     SamplesError,
@@ -16,10 +17,12 @@ from torchtune_vl.datasets._sample_sizes import (
 __all__ = [
     "Measurements",
     "Mixture",
+    "PreferencePairs",
     "SamplesError",
     "StreamedVisionChat",
     "VisionChatDataset",
     "measure",
     "measure_all",
+    "preference_pairs",
     "vision_chat_dataset",
 ]

@@ -1,5 +1,6 @@
 """Datasets of conversations with images and videos."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -10,17 +11,35 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from torchtune_vl.chat import ChatTransform
-from torchtune_vl.chat._transform import Examined
-from torchtune_vl.datasets._record_formats import COLUMNS, MediaDirectory, RecordReader, files_of
+from torchtune_vl.chat._boxes import Unit
+from torchtune_vl.chat._transform import Examined, Turns
+from torchtune_vl.datasets._coco import CocoRecords
+from torchtune_vl.datasets._formats import (
+    ASKED,
+    COCO,
+    COLUMNS,
+    FORMATS,
+    names_of_columns,
+    recognised,
+)
+from torchtune_vl.datasets._record_formats import (
+    FileRecord,
+    MediaDirectory,
+    RecordReader,
+    files_of,
+)
+from torchtune_vl.datasets._remote import RemoteMedia, is_store
 from torchtune_vl.datasets._sample_sizes import counts_of
 from torchtune_vl.datasets._size_cache import Measured, state_of
 from torchtune_vl.datasets._tables import Records, Table, digests_of, load_records
 from torchtune_vl.media import Augmentation
 from torchtune_vl.media._errors import naming_sample
 from torchtune_vl.modules import IGNORE_INDEX
+
+_log = logging.getLogger(__name__)
 
 
 def vision_chat_dataset(
@@ -31,46 +50,135 @@ def vision_chat_dataset(
     split: str = "train",
     media_dir: str | None = None,
     column_map: Mapping[str, str] | None = None,
+    format: str | None = None,
+    prompt: str | None = None,
+    train_on: Turns | None = None,
+    box_unit: Unit | None = None,
     streaming: bool = False,
     augmentation: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> "VisionChatDataset | StreamedVisionChat":
     """Build a dataset of conversations with images and videos.
 
-    A record, a line or value of JSON or the row of a table, is one sample. It has ``messages``, in
-    the chat format of transformers or OpenAI, or ``conversations``, in that of ShareGPT, and
-    perhaps the other columns that docs/data.md tells of.
+    A record is one sample: a line or value of JSON, the row of a table, files of a folder or tar
+    that have one name. Its columns are those of a format of docs/datasets.md, which is logged.
 
     Args:
         tokenizer: the model's transform, as recipes pass it.
         source: what ``datasets.load_dataset`` takes: "json" (also for JSON Lines), "parquet", a
-            directory of files, or the name of a dataset on the hub; or what ``save_to_disk`` wrote.
-        data_files: files of the source: one or a list, patterns too, perhaps by split.
+            directory of files, or the name of a dataset on the hub; what ``save_to_disk`` wrote;
+            "folder", of files beside their media; or "webdataset", of tars.
+        data_files: files of the source: one or a list, patterns too, perhaps by split. They are
+            local, or what fsspec reads, such as ``s3://bucket/train.jsonl``.
         split: split of the source, also a part such as ``"train[:1%]"``.
-        media_dir: directory of media whose path is relative, and outside of which nothing is read.
-            By default that of the data files, and paths may lead anywhere.
-        column_map: names of columns that differ, by the names above.
+        media_dir: directory of media whose path is relative, and outside of which nothing is read,
+            local or of fsspec. By default that of the data files, and local paths may lead
+            anywhere. Tars have none.
+        column_map: names of columns that differ, by the names of the format.
+        format: of the records, if their columns do not tell; "coco" for files of COCO's detection.
+        prompt: the question about every medium, for the formats "caption" and "coco".
+        train_on: which answers carry loss, instead of the transform's setting.
+        box_unit: unit of boxes and points that do not say theirs: "pixels", "0..1" or "0..1000".
         streaming: whether to give a stream of samples, in the order of records.
         augmentation: settings of :class:`~torchtune_vl.media.Augmentation`, which ``augmented`` of
             the dataset applies; nothing else does.
         **settings: further arguments of ``datasets.load_dataset``.
 
     Raises:
-        ValueError: if source, files or split are not there or cannot be read; ``column_map`` names
-            an unknown or absent column; data files of several directories lack ``media_dir``; or
+        ValueError: if source, files or split are not there or cannot be read; the columns fit no
+            format or several, or ``prompt`` does not fit the format; ``column_map`` names an
+            unknown or absent column; data files of several directories lack ``media_dir``; or
             ``augmentation`` has a setting that is unknown or out of its range.
     """
+    if source == "webdataset" and media_dir is not None:
+        raise ValueError("media of tars are files in them: leave media_dir out")
     records, files = load_records(source, data_files, split=split, streaming=streaming, **settings)
     column_map = dict(column_map or {})
     _check_columns(column_map, records)
+    if format is None:
+        format = _recognised_format(records, column_map, _shown(source, data_files))
+    _check_format(format, prompt, column_map)
+    if format == COCO:
+        records = _coco_records(records, split, column_map)
+    media = _media(media_dir, files, settings.get("storage_options") or {})
+    read = RecordReader(media, column_map, format, prompt, box_unit)
+    transform = tokenizer if train_on is None else tokenizer.training_on(train_on)
+    kind = StreamedVisionChat if streaming else VisionChatDataset
+    return kind(transform, records, read, _read_augmentation(augmentation))
+
+
+def _shown(source: str, data_files: Any) -> str:
+    """Name the data in one line."""
+    groups = data_files.values() if isinstance(data_files, Mapping) else [data_files or source]
+    files = [file for each in groups for file in ([each] if isinstance(each, str) else each)]
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return os.path.basename(os.path.normpath(files[0])) + more
+
+
+def _recognised_format(records: Records, column_map: Mapping[str, str], shown: str) -> str:
+    """The format of a table, or of the first record that can be read; which is logged."""
+    columns = _first_columns(records)
+    try:
+        # What is wrong with each record is told when its sample is measured or made
+        format = recognised(columns, column_map) if columns else "messages"
+    except ValueError as error:
+        raise ValueError(f"{shown}: {error}") from error
+    names = names_of_columns(FORMATS[format].columns, column_map).values()
+    read = ", ".join(name for name in names if name in columns)
+    is_stream = isinstance(records, Table) and records.is_stream
+    count = "a stream of" if is_stream else f"{len(records):,}"
+    _log.info(f"{shown}: {count} records in the format {format!r} ({read})")
+    return format
+
+
+def _first_columns(records: Records) -> list[str]:
+    if isinstance(records, Table):
+        return records.column_names or [*next((record for record, _ in records), {})]
+    for index in range(len(records)):
+        with suppress(ValueError):
+            record, _ = records[index]
+            beside = record.beside if isinstance(record, FileRecord) else {}
+            values = {"messages": record} if isinstance(record, list) else {**record, **beside}
+            return [column for column, value in values.items() if value is not None]
+    return []
+
+
+def _check_format(format: str, prompt: str | None, column_map: Mapping[str, str]) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}: make it one of {', '.join(FORMATS)}, or none")
+    if format in ASKED and not prompt:
+        problem = f"the format {format!r} has no questions"
+        raise ValueError(f"{problem}: set prompt, such as prompt='Describe the image.'")
+    if format not in ASKED and prompt is not None:
+        raise ValueError(f"the format {format!r} has questions of its own: leave prompt out")
+    columns = FORMATS[format].columns
+    if unread := column_map.keys() - {*columns}:
+        problem = f"column_map has {sorted(unread)}, which the format {format!r} does not read"
+        raise ValueError(f"{problem}: it reads {', '.join(columns)}")
+
+
+def _coco_records(records: Records, split: str, column_map: Mapping[str, str]) -> Records:
+    if isinstance(records, Table) or column_map or "[" in split:
+        raise ValueError(
+            "the format 'coco' is of whole JSON files, whose keys are COCO's: set source to json, "
+            "and leave column_map and parts of a split out"
+        )
+    of_images: Any = CocoRecords([records[number] for number in range(len(records))])
+    return ConcatDataset([of_images])
+
+
+def _media(
+    media_dir: str | None, files: Sequence[str], storage_options: Mapping[str, Any]
+) -> MediaDirectory:
+    """Where media of data files are."""
     directories = {os.path.dirname(file) for file in files}
     if media_dir is None and len(directories) > 1:
         problem = f"the data files lie in several directories, {sorted(directories)}"
         raise ValueError(f"{problem}: give media_dir, the one that paths of media are relative to")
     directory = "".join(directories) if media_dir is None else media_dir
-    read = RecordReader(MediaDirectory(directory, is_confining=media_dir is not None), column_map)
-    kind = StreamedVisionChat if streaming else VisionChatDataset
-    return kind(tokenizer, records, read, _read_augmentation(augmentation))
+    if is_store(directory):
+        return RemoteMedia(directory, storage_options)
+    return MediaDirectory(directory, is_confining=media_dir is not None)
 
 
 def _check_columns(column_map: Mapping[str, str], records: Records) -> None:
@@ -175,7 +283,7 @@ class VisionChatDataset(_Conversations, Dataset):
     def fingerprint(self) -> str | None:
         """Tells it from datasets whose samples of the same records may have other sizes."""
         own = getattr(self._transform, "fingerprint", None)
-        if own is None:
+        if own is None or self._read.fingerprint is None:
             return None
         return xxhash.xxh3_128_hexdigest(
             f"{own} {self._read.fingerprint} {self._measuring}".encode()

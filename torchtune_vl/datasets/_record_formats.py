@@ -6,17 +6,13 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from torchtune_vl.chat._boxes import Unit
+from torchtune_vl.datasets._formats import ASKED, FORMATS, KEYS_OF_MEDIA, names_of_columns
 from torchtune_vl.files._json import from_json_text
-from torchtune_vl.media._errors import naming_sample, shortened
+from torchtune_vl.media._errors import check_choice, naming_sample, shortened
 from torchtune_vl.media._sources import path_of_file_url, scheme_of
 
-_KEYS_OF_MEDIA = ("image", "images", "video", "videos")
-COLUMNS = ("id", "messages", "conversations", "system", *_KEYS_OF_MEDIA, "tools", "objects")
 _SOURCE_KEYS = ("image", "image_url", "video", "video_url", "url", "path")
-# Those who speak in LLaVA's, LLaMA-Factory's and Qwen's files
-_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-_ROLES |= {"human": "user", "gpt": "assistant"}
-_ROLES |= {"function_call": "assistant", "observation": "tool"}
 # Of a file's name and of a path, on every common system: what is longer is base64
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 4095
@@ -45,18 +41,24 @@ class MediaDirectory:
         if not isinstance(source, str):
             return source
         if scheme := scheme_of(source):
-            if scheme == "file":
-                self._check(source, path_of_file_url(source))
-            return source
+            return self._of_url(source, scheme)
         if not _is_path(source):
             return source
+        return self._of_path(source)
+
+    def _of_url(self, url: str, scheme: str) -> Any:
+        if scheme == "file":
+            self._check(url, path_of_file_url(url))
+        return url
+
+    def _of_path(self, source: str) -> Any:
         path = os.path.join(self._directory, source)
         self._check(source, path)
         return path
 
     @property
-    def fingerprint(self) -> tuple[str, bool]:
-        """Tells it from others in which a record's media are others."""
+    def fingerprint(self) -> tuple[str, bool] | None:
+        """Tells it from others in which a record's media are others; None: they may change."""
         return os.path.abspath(self._directory), self._root is not None
 
     def _check(self, source: str, path: str) -> None:
@@ -73,12 +75,49 @@ class MediaDirectory:
             )
 
 
-class RecordReader:
-    """Makes samples of records, whose columns have these names where they differ from ours."""
+class FileRecord(dict):
+    """A record of a file of its own, which may have a medium beside it.
 
-    def __init__(self, media: MediaDirectory, column_map: Mapping[str, str]) -> None:
+    Args:
+        record: what the file says.
+        beside: the medium, by the column that it is unless the record names its media.
+        media: where media are that the record names; None: where those of the dataset are.
+    """
+
+    def __init__(
+        self, record: Any, beside: Mapping[str, Any], media: MediaDirectory | None = None
+    ) -> None:
+        super().__init__({"messages": record} if isinstance(record, list) else record)
+        self.beside = beside
+        self.media = media
+
+
+class RecordReader:
+    """Makes samples of records.
+
+    Args:
+        media: where media are that a record names.
+        column_map: names of columns that differ from ours.
+        format: of the records, a key of :data:`~torchtune_vl.datasets._formats.FORMATS`.
+        prompt: the question about every medium, for formats that have none of their own.
+        box_unit: unit of boxes and points that do not say theirs, by default pixels.
+    """
+
+    def __init__(
+        self,
+        media: MediaDirectory,
+        column_map: Mapping[str, str],
+        format: str = "messages",
+        prompt: str | None = None,
+        box_unit: Unit | None = None,
+    ) -> None:
+        if box_unit is not None:
+            check_choice("box_unit", box_unit, Unit)
         self._media = media
-        self._names = {column: column_map.get(column, column) for column in COLUMNS}
+        self._format = format
+        self._names = names_of_columns(FORMATS[format].columns, column_map)
+        self._unit = {} if box_unit is None else {"unit": box_unit}
+        self._prompt = {"prompt": prompt} if format in ASKED else {}
 
     def __call__(self, record: Any, number: int) -> dict[str, Any]:
         """Make a sample; errors name it by its id, or else by the number of its record."""
@@ -87,63 +126,119 @@ class RecordReader:
         if not isinstance(record, Mapping):
             raise ValueError(f"it is {shortened(repr(record))}, expected an object")
         values = {column: record.get(name) for column, name in self._names.items()}
-        name = number if values["id"] is None else values["id"]
+        name = number if values.get("id") is None else values["id"]
         with naming_sample(name):
-            images = [*_as_list(values["image"]), *_as_list(values["images"])]
-            videos = [*_as_list(values["video"]), *_as_list(values["videos"])]
-            kinds = [kind for kind, media in (("image", images), ("video", videos)) if media]
-            places = _Places(kinds, values["objects"])
+            media, beside = self._media, dict[str, Any]()
+            if isinstance(record, FileRecord):
+                media = record.media or media
+                if not any(map(values.get, KEYS_OF_MEDIA)):
+                    beside.update(record.beside)
+            values |= beside
             messages = self._messages(record, values)
+            given = {
+                kind: [*_as_list(values.get(kind)), *_as_list(values.get(f"{kind}s"))]
+                for kind in ("image", "video")
+            }
+            places = _Places([k for k in given if given[k]], values.get("objects"), self._unit)
             for place, message in enumerate(messages):
                 try:
-                    messages[place] = self._message(message, places)
+                    messages[place] = _filled(message, places, media, self._unit)
                 except ValueError as error:
                     raise ValueError(f"message {place}: {error}") from error
             places.check_objects()
+            for kind in beside:
+                items = _media_in(messages, kind)
+                if items and all(map(_has_source, items)):
+                    given[kind] = []
+                elif len(given[kind]) > 1:
+                    problem = f"{len(given[kind])} {kind}s lie beside it"
+                    raise ValueError(f"{problem}: name them in its .json, in their order, {kind}s")
+            if self._format != "messages":
+                _put_first(messages, given)
             return {
                 "id": name,
                 "number": number,
                 "messages": messages,
-                "images": self._media.source(images),
-                "videos": self._media.source(videos),
-                "tools": values["tools"] or None,
+                "images": media.source(given["image"]),
+                "videos": media.source(given["video"]),
+                "tools": values.get("tools") or None,
             }
 
     @property
-    def fingerprint(self) -> str:
-        """Tells it from those that make other samples of the same records."""
-        return repr((sorted(self._names.items()), self._media.fingerprint))
+    def fingerprint(self) -> str | None:
+        """Tells it from those that make other samples of the same records; None: media change."""
+        if self._media.fingerprint is None:
+            return None
+        names = sorted(self._names.items())
+        return repr((self._media.fingerprint, self._format, names, self._prompt, self._unit))
 
     def _messages(self, record: Mapping[str, Any], values: Mapping[str, Any]) -> list[Any]:
         """A new list of the messages of a record."""
-        is_chat = values["messages"] is not None
-        key = self._names["messages" if is_chat else "conversations"]
-        messages = from_json_text(record.get(key), repr(key))
-        if not isinstance(messages, list):
+        chosen = FORMATS[self._format]
+        if lacking := chosen.lacks([k for k, value in values.items() if value is not None]):
             raise ValueError(
-                f"it has no list of messages under {self._names['messages']!r} or "
-                f"{self._names['conversations']!r}, but {sorted(record)}: name it by column_map"
+                f"it has no {', '.join(lacking)}, which the format {self._format!r} needs, but "
+                f"{sorted(record)}: correct it, name columns by column_map or set another format"
             )
-        system = [{"role": "system", "content": values["system"]}] if values["system"] else []
-        return [*system, *(messages if is_chat else map(_read_turn, messages))]
+        system = [{"role": "system", "content": values["system"]}] if values.get("system") else []
+        return [*system, *chosen.messages({**values, **self._prompt})]
 
-    def _message(self, message: Any, places: "_Places") -> Any:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(content, str | list):
-            return message  # the transform says what is wrong with it
-        is_answer = message.get("role") == "assistant"
-        given = [_text(content)] if isinstance(content, str) else content
-        items = [self._located(part) for item in given for part in places.fill(item, is_answer)]
-        if isinstance(content, str) and len(items) == 1 and _is_text(items[0]):
-            return {**message, "content": items[0]["text"]}
-        return {**message, "content": items}
 
-    def _located(self, item: Any) -> Any:
-        """An item with the paths of its medium resolved."""
-        if not isinstance(item, Mapping):
-            return item
-        keys = _keys_of_source(item)
-        return {k: self._media.source(v) if k in keys else v for k, v in item.items()}
+def _filled(message: Any, places: "_Places", media: MediaDirectory, unit: Mapping[str, str]) -> Any:
+    """A message with items in the places of tags, paths of its media resolved, and boxes' unit."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, str | list):
+        return message  # the transform says what is wrong with it
+    is_answer = message.get("role") == "assistant"
+    given = [_text(content)] if isinstance(content, str) else content
+    items = [_located(part, media) for item in given for part in places.fill(item, is_answer)]
+    if unit:
+        items = [{**unit, **item} if _has_boxes(item) else item for item in items]
+    if isinstance(content, str) and len(items) == 1 and _is_text(items[0]):
+        return {**message, "content": items[0]["text"]}
+    return {**message, "content": items}
+
+
+def _located(item: Any, media: MediaDirectory) -> Any:
+    """An item with the paths of its medium resolved."""
+    if not isinstance(item, Mapping):
+        return item
+    keys = _keys_of_source(item)
+    return {k: media.source(v) if k in keys else v for k, v in item.items()}
+
+
+def _has_boxes(item: Any) -> bool:
+    return isinstance(item, Mapping) and ("boxes" in item or item.get("fields") is not None)
+
+
+def _media_in(messages: list[Any], kind: str) -> list[Mapping[str, Any]]:
+    """The items of a kind."""
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
+    items = [item for content in contents if isinstance(content, list) for item in content]
+    return [item for item in items if isinstance(item, Mapping) and _is_medium(item, kind)]
+
+
+def _is_medium(item: Mapping[str, Any], kind: str) -> bool:
+    keys = {kind, f"{kind}_url"}
+    return item["type"] in keys if item.get("type") else not keys.isdisjoint(item)
+
+
+def _has_source(item: Mapping[str, Any]) -> bool:
+    return any(item.get(key) is not None for key in (*_SOURCE_KEYS, "content", "base64"))
+
+
+def _put_first(messages: list[Any], given: Mapping[str, list[Any]]) -> None:
+    """Put places for media of a kind that has none before all else that the user says."""
+    items = [{"type": kind} for kind in given if not _media_in(messages, kind) for _ in given[kind]]
+    if not items:
+        return
+    roles = [message.get("role") if isinstance(message, Mapping) else "" for message in messages]
+    if "user" not in roles:
+        raise ValueError("it has images or videos, but no message of the user to put them in")
+    number = roles.index("user")
+    content = messages[number].get("content")
+    rest = [_text(content)] if isinstance(content, str) else content or []
+    messages[number] = {**messages[number], "content": [*items, *rest]}
 
 
 def _keys_of_source(item: Mapping[str, Any]) -> Collection[str]:
@@ -193,9 +288,9 @@ class _Places:
     record's media; for ``<ref-object>`` and ``<bbox>`` the next of its ``objects``.
     """
 
-    def __init__(self, kinds: Collection[str], objects: Any) -> None:
+    def __init__(self, kinds: Collection[str], objects: Any, unit: Mapping[str, str]) -> None:
         self._kinds = kinds
-        self._objects = _read_objects(objects)
+        self._objects = _read_objects(objects, unit)
         self._left = {tag: iter(items) for tag, items in self._objects.items()}
         self._counts: Counter[str] = Counter()
 
@@ -237,7 +332,7 @@ class _Places:
                 raise ValueError(f"{found} objects {len(given)} for them: give one for each")
 
 
-def _read_objects(objects: Any) -> dict[str, list[dict[str, Any]]]:
+def _read_objects(objects: Any, unit: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
     """Items by tag of ms-swift's ``objects``, perhaps JSON text, where null is no value."""
     objects = {} if objects is None else from_json_text(objects, "objects")
     is_object = isinstance(objects, Mapping)
@@ -257,11 +352,12 @@ def _read_objects(objects: Any) -> dict[str, list[dict[str, Any]]]:
             "real or norm1: correct the column or remove it"
         )
     items: dict[str, list[dict[str, Any]]] = {"<ref-object>": [*map(_text, names)], "<bbox>": []}
-    unit = _UNITS[given.get("bbox_type", "real")]
+    if "bbox_type" in given or not unit:
+        unit = {"unit": _UNITS[given.get("bbox_type", "real")]}
     for box, image in zip(boxes, images or [0] * len(boxes), strict=True):
         key = "point_2d" if isinstance(box, list) and len(box) == 2 else "bbox_2d"
         fields = {"bbox": {key: box}}
-        items["<bbox>"].append({**_text("{bbox}"), "fields": fields, "image": image, "unit": unit})
+        items["<bbox>"].append({**_text("{bbox}"), "fields": fields, "image": image, **unit})
     return items
 
 
@@ -271,22 +367,6 @@ def _text(text: str) -> dict[str, Any]:
 
 def _is_text(item: Mapping[str, Any]) -> bool:
     return item.keys() == {"type", "text"}
-
-
-def _read_turn(turn: Any) -> dict[str, Any]:
-    """A message of ShareGPT's turn."""
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
-        raise ValueError(f"{turn!r} is no turn such as {{'from': 'human', 'value': ...}}")
-    speaker, text = turn.get("from"), turn["value"]
-    if speaker not in _ROLES:
-        raise ValueError(f"a turn is from {speaker!r}; known are {', '.join(_ROLES)}")
-    # Such as what says whether it carries loss
-    message = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    message["role"] = _ROLES[speaker]
-    if speaker == "function_call":
-        calls = from_json_text(text, f"the function call {text!r}")
-        return {**message, "tool_calls": calls if isinstance(calls, list) else [calls]}
-    return {**message, "content": text}
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -10,11 +11,15 @@ from typing import Any, Union
 
 import datasets
 from datasets.config import HF_DATASETS_CACHE
+from datasets.data_files import resolve_pattern
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.json.json import Json
 from torch.utils.data import ConcatDataset, Subset
 
+from torchtune_vl.datasets._file_groups import FolderRecords, TarRecords
 from torchtune_vl.datasets._json_records import JsonRecords
+from torchtune_vl.datasets._remote import is_store, local_copy
+from torchtune_vl.media._errors import refusing
 
 # Each a record and where it is, if that is known
 Records = Union["ConcatDataset[tuple[Any, str]]", "Table"]
@@ -37,6 +42,7 @@ class Table:
             rows.info.features = datasets.Features.from_dict(encoded)
         self._rows = rows
         self.column_names = rows.column_names
+        self.is_stream = isinstance(rows, datasets.IterableDataset)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -110,8 +116,10 @@ def load_records(
     ``datasets`` finds the files, and reads all but JSON.
     """
     of_saved = ("state.json", "dataset_dict.json")
-    if any(os.path.isfile(os.path.join(source, name)) for name in of_saved):
-        saved = datasets.load_from_disk(source)
+    if is_store(source) or any(os.path.isfile(os.path.join(source, name)) for name in of_saved):
+        with refusing(f"{source} cannot be loaded", "name what save_to_disk wrote"):
+            options = settings.get("storage_options")
+            saved = datasets.load_from_disk(source, storage_options=options)
         tables = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         parts = [table.select(range(*bounds)) for table, *bounds in _parts(split, tables)]
         return Table(datasets.concatenate_datasets(parts)), [os.path.join(source, "")]
@@ -121,8 +129,12 @@ def load_records(
     if data_files is not None and not all(groups.values()):
         raise ValueError("data_files names no file: name one, a list or a pattern")
     named = groups if data_files is not None else None
+    if named is None and source in ("folder", "webdataset"):
+        raise ValueError(f"the source {source!r} lacks data_files: name what it is to read")
     of_builder = {name: value for name, value in settings.items() if name not in _OF_TABLES}
     try:
+        if source in ("folder", "webdataset"):
+            return _file_groups(source, groups, split, **settings)
         builder = datasets.load_dataset_builder(source, data_files=named, **of_builder)
         if not isinstance(builder, Json):
             settings |= {"split": split, "streaming": streaming}
@@ -132,7 +144,10 @@ def load_records(
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         raise ValueError(f"the source {source!r} cannot be loaded: {reason}") from error
     if isinstance(builder, Json):
-        return _json_records(builder, split, settings.get("cache_dir") or HF_DATASETS_CACHE)
+        cache_dir = settings.get("cache_dir") or HF_DATASETS_CACHE
+        records, own = _json_records(builder, split, cache_dir)
+        named_files = (file for files in groups.values() for file in files)
+        return records, [*own, *filter(is_store, named_files)]
     return Table(rows), [file for files in groups.values() for file in files]
 
 
@@ -140,19 +155,72 @@ def _json_records(builder: Any, split: str, cache_dir: str) -> tuple[Records, li
     config = builder.config
     if config.features is not None or config.encoding.lower().replace("-", "") != "utf8":
         raise ValueError("JSON is read as it is and in UTF-8: leave features and encoding out")
-    wanted = {part.split("[")[0].strip() for part in split.split("+")}
-    groups = {str(name): list(files) for name, files in config.data_files.items()}
-    if not wanted <= groups.keys():
-        raise ValueError(f"the split {split!r} is not there; there are {', '.join(groups)}")
-    settings = datasets.DownloadConfig(token=builder.token, storage_options=builder.storage_options)
-    download = datasets.DownloadManager(download_config=settings).download
-    tables, own = {}, []
-    for name in wanted:
-        own += [file for file in groups[name] if os.path.exists(file)]
-        files = [file if os.path.exists(file) else download(file) for file in groups[name]]
+    tables: dict[str, Any] = {}
+    own = []
+    for name, found in _files_of_split(config.data_files, split).items():
+        own += [file for file in found if os.path.exists(file)]
+        settings = (cache_dir, builder.token, builder.storage_options or {})
+        files = [_local(file, *settings) for file in found]
         tables[name] = JsonRecords(files, config.field, cache_dir)
-    parts = [Subset(table, range(*bounds)) for table, *bounds in _parts(split, tables)]
-    return ConcatDataset(parts), own
+    return _of_split(split, tables), own
+
+
+def _file_groups(
+    source: str,
+    groups: Mapping[str, list[str]],
+    split: str,
+    *,
+    cache_dir: str | None = None,
+    token: Any = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> tuple[Records, list[str]]:
+    """Records of tars, or of directories, which media paths are relative to."""
+    options = dict(storage_options or {})
+    tables: dict[str, Any] = {}
+    for name, files in _files_of_split(groups, split).items():
+        if source == "folder":
+            tables[name] = FolderRecords(files, options)
+            continue
+        config = datasets.DownloadConfig(token=token, storage_options=options)
+        patterns = [pattern for file in files for pattern in _without_braces(file)]
+        tars = [tar for each in patterns for tar in resolve_pattern(each, "", None, config)]
+        settings = (cache_dir or HF_DATASETS_CACHE, token, options)
+        tables[name] = TarRecords([_local(tar, *settings) for tar in tars])
+    folders = [os.path.join(file, "") for files in groups.values() for file in files]
+    return _of_split(split, tables), folders if source == "folder" else []
+
+
+def _files_of_split(groups: Mapping[Any, Sequence[str]], split: str) -> dict[str, list[str]]:
+    named = {str(name): list(files) for name, files in groups.items()}
+    wanted = dict.fromkeys(part.split("[")[0].strip() for part in split.split("+"))
+    if not wanted.keys() <= named.keys():
+        raise ValueError(f"the split {split!r} is not there; there are {', '.join(named)}")
+    return {name: named[name] for name in wanted}
+
+
+def _local(file: str, cache_dir: str, token: Any, storage_options: Mapping[str, Any]) -> str:
+    """A file itself, or the copy in a cache of one that lies elsewhere."""
+    if os.path.exists(file):
+        return file
+    if is_store(file) and not file.startswith("hf://"):
+        return local_copy(file, cache_dir, storage_options)
+    config = datasets.DownloadConfig(token=token, storage_options={**storage_options})
+    return datasets.DownloadManager(download_config=config).download(file)
+
+
+def _without_braces(pattern: str) -> list[str]:
+    """Patterns for all numbers of ``{000..009}``."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        return [pattern]
+    first, last = found.groups()
+    before, behind = pattern[: found.start()], pattern[found.end() :]
+    numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    return [each for number in numbers for each in _without_braces(before + number + behind)]
+
+
+def _of_split(split: str, tables: Mapping[str, Any]) -> Records:
+    return ConcatDataset([Subset(each, range(*bounds)) for each, *bounds in _parts(split, tables)])
 
 
 def _parts(split: str, tables: Mapping[str, Any]) -> list[tuple[Any, int, int]]:

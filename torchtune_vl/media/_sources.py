@@ -23,6 +23,12 @@ from torchtune_vl.media._errors import reason_of, refusing
 
 Source = bytes | bytearray | memoryview | str | os.PathLike | BinaryIO
 
+# Of the names of files that hold media
+SUFFIXES = {
+    "image": {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"},
+    "video": {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"},
+}
+
 # More than the pixels of the largest RGB image that Pillow opens; ends the reading of /dev/zero
 MAX_BYTES = 2**30
 CHUNK = 2**20

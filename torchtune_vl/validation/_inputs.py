@@ -15,13 +15,9 @@ from torchtune_vl.chat._messages import Medium, Objects, read_conversation, read
 from torchtune_vl.datasets._json_records import JsonRecords
 from torchtune_vl.datasets._record_formats import MediaDirectory, RecordReader
 from torchtune_vl.media._errors import shortened
-from torchtune_vl.media._sources import path_of_file_url
+from torchtune_vl.media._sources import SUFFIXES, path_of_file_url
 from torchtune_vl.validation._report import package_file
 
-_SUFFIXES = {
-    "image": {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"},
-    "video": {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"},
-}
 # Texts in many scripts; images that are enlarged, reduced, kept, narrow, no multiple of 28, or have
 # one side more than 200 times the other, which both sides have to refuse; and conversations about
 # them as training reads them
@@ -66,9 +62,9 @@ def _find(paths: Iterable[Path], kind: str) -> dict[str, str]:
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-        within = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES[kind])
+        within = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES[kind])
         if path.is_dir() and not within:
-            raise ValueError(f"{path} holds no {kind} ({', '.join(sorted(_SUFFIXES[kind]))})")
+            raise ValueError(f"{path} holds no {kind} ({', '.join(sorted(SUFFIXES[kind]))})")
         found += within or [path]
     return {str(path): str(path) for path in found}
 
