@@ -3,6 +3,7 @@
 import base64
 import json
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torchtune.datasets.multimodal import multimodal_chat_dataset
 from quickstart.digits import write_digits
 from tests import hostile
 from torchtune_vl.chat._transform import Examined
-from torchtune_vl.data import PackedRows, TrainingRows, padded_collate_vision_supervised
+from torchtune_vl.data import PackedRows, StreamedRows, padded_collate_vision_supervised
 from torchtune_vl.datasets import (
     SamplesError,
     VisionChatDataset,
@@ -991,17 +992,73 @@ def test_errors_of_every_kind_are_told(build, num_workers: int) -> None:
             assert line.endswith(f"data.jsonl, line {2 * number + 1})")
 
 
-def test_a_stream_in_data_workers(build) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_in_data_workers(build, workers: int) -> None:
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     stream = build([{"messages": turns}] * 7, streaming=True)
-    planned = TrainingRows(stream, PackedRows(64), rows_per_step=1, shuffle=False, epochs=2)
-    alone, shared = (
-        [row.samples for row in DataLoader(planned, batch_size=None, num_workers=workers)]
-        for workers in (0, 2)
+    planned = StreamedRows([stream], PackedRows(64), rows_per_step=2, num_workers=2)
+    rows = islice(DataLoader(planned, batch_size=None, num_workers=workers), 12)
+    samples = [row.samples for row in rows]
+    assert {number for row in samples for number in row} == {*range(7)}
+    assert [{number % 2 for number in row} for row in samples] == [{0}, {1}] * 6
+
+
+@pytest.mark.parametrize("files", [4, 3])
+def test_parts_of_a_streamed_table(
+    transform: Qwen2_5_VLTransform, tmp_path: Path, files: int
+) -> None:
+    """Whole files if they can be shared out, and otherwise every so-manieth record."""
+    for number in range(files):
+        ids = [*range(5 * number, 5 * number + 5)]
+        rows = {"messages": [json.dumps(chat("Hello")["messages"])] * 5, "id": ids}
+        datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / f"{number}.parquet"))
+    stream = vision_chat_dataset(
+        transform, source="parquet", data_files=str(tmp_path / "*.parquet"), streaming=True
     )
-    assert alone == shared
-    assert len(alone) > 4
-    assert sorted(sample for row in alone for sample in row) == sorted([*range(7)] * 2)
+    parts = [[sample["id"] for sample in stream.part(part, 2)] for part in range(2)]
+    if files == 4:
+        assert parts == [[*range(5), *range(10, 15)], [*range(5, 10), *range(15, 20)]]
+    else:
+        assert parts == [[*range(0, 15, 2)], [*range(1, 15, 2)]]
+    for part, ids in enumerate(parts):
+        assert [sample["id"] for sample in stream.part(part, 2).skip(3)] == ids[3:]
+        raw = [*stream.part(part, 2).raw()]
+        assert [number for number, _ in raw] == [part + 2 * place for place in range(len(ids))]
+        assert stream.measure_raw(raw[0]) == stream.measure(next(iter(stream)))
+        assert (
+            stream.make_raw(raw[0], 0)["tokens"] == stream.transform(next(iter(stream)))["tokens"]
+        )
+
+
+def test_a_dataset_has_answers_and_units_of_its_own(
+    transform: Qwen2_5_VLTransform, build, media: Path
+) -> None:
+    box = {"type": "boxes", "boxes": [{"bbox_2d": [0, 0, 0.5, 1], "label": "cat"}]}
+    objects = {"ref": [], "bbox": [[0, 0, 0.5, 1]]}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "image", "image": "a.png"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "One."}]},
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": [box, {"type": "text", "text": " or <bbox>"}]},
+    ]
+    answer = {**turns[3], "content": [{**box, "unit": "0..1"}, *turns[3]["content"][1:]]}
+    expected = build(
+        [{"messages": [*turns[:3], answer], "objects": {**objects, "bbox_type": "norm1"}}]
+    )[0]
+    build([{"messages": turns, "objects": objects}])
+    settings: dict[str, Any] = {"source": "json", "data_files": str(media / "data.jsonl")}
+    found = vision_chat_dataset(transform, box_unit="0..1", **settings)[0]
+    assert same(found, expected)
+    last = vision_chat_dataset(transform, box_unit="0..1", train_on="last", **settings)
+    texts = transform.decode([t for t in last[0]["labels"] if t != -100])
+    assert "One." not in texts
+    assert "bbox_2d" in texts
+    assert transform.train_on == "all"
+    plain = vision_chat_dataset(transform, **settings)
+    assert len({plain.fingerprint, last.fingerprint}) == 2
+    for name, wrong in (("box_unit", "meters"), ("train_on", "none")):
+        with pytest.raises(ValueError, match=f"{name} is '{wrong}': make it one of"):
+            vision_chat_dataset(transform, **settings, **{name: wrong})
 
 
 def test_a_dataset_of_one_s_own_is_measured() -> None:
