@@ -15,6 +15,8 @@ Unit = Literal["pixels", "0..1", "0..1000"]
 # What the sides of the user's image are in each unit; 0: as many pixels as it has
 _UNITS = {"pixels": 0, "0..1": 1, "0..1000": 1000}
 _COORDINATES = {"bbox_2d": 4, "point_2d": 2}
+_NUMBER = r"\s*(-?[0-9]{1,9}(?:\.[0-9]{1,9})?)\s*"
+_LIST = re.compile(rf"\[{_NUMBER},{_NUMBER}(?:,{_NUMBER},{_NUMBER})?\]")
 # Words of keys whose numbers are places or lengths in an image
 GEOMETRY = re.compile(
     r"(?<![a-z])(b?box(es)?|(key)?points?|kpts|landmarks?|joints|skeleton|poly(gon|line)?s?|quad|"
@@ -111,7 +113,10 @@ def _has_number(value: Any, bare: bool) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def to_json(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -133,14 +138,28 @@ def boxes_in_original(text: str, original_size: Size, extent: Size) -> list[dict
     such as pixels of the image that the model saw.
     """
     height, width = (original / edge for original, edge in zip(original_size, extent, strict=True))
+    found = boxes_in(text)
+    for entry in found:
+        for key in entry.keys() & _COORDINATES:
+            scales = cycle((width, height))
+            entry[key] = [float(n) * scale for n, scale in zip(entry[key], scales, strict=False)]
+    return found
+
+
+def boxes_in(text: str) -> list[dict[str, Any]]:
+    """Find the boxes and points in a text, as :func:`to_json` writes them, in its own numbers."""
     found = []
     for entry in _json_objects(text):
-        boxes = {key: entry[key] for key in _COORDINATES if _is_coordinates(key, entry.get(key))}
-        for key, numbers in boxes.items():
-            entry[key] = [float(n) * scale for n, scale in zip(numbers, cycle((width, height)))]
-        if boxes:
-            found.append(entry)
+        absent = {key for key in _COORDINATES if not _is_coordinates(key, entry.get(key))}
+        if absent != _COORDINATES.keys():
+            found.append({key: value for key, value in entry.items() if key not in absent})
     return found
+
+
+def coordinates_in(text: str) -> list[list[float]]:
+    """Find the lists of two or four numbers in a text, wherever they stand."""
+    groups = (found.groups() for found in _LIST.finditer(text))
+    return [[float(number) for number in numbers if number is not None] for numbers in groups]
 
 
 def _is_coordinates(key: str, value: Any) -> bool:

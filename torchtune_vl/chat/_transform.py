@@ -20,7 +20,7 @@ import xxhash
 from torchtune_vl.chat import _messages as chat
 from torchtune_vl.chat import _processor_files as files
 from torchtune_vl.chat import _prompt as prompting
-from torchtune_vl.chat._boxes import UNMOVED, rescaled, to_json
+from torchtune_vl.chat._boxes import UNMOVED, boxes_in, coordinates_in, rescaled, to_json
 from torchtune_vl.chat._changes import draws
 from torchtune_vl.chat._chat_template import CHAT_TEMPLATE
 from torchtune_vl.chat._tokenizer import QwenTokenizer, check_surrogates
@@ -515,6 +515,14 @@ class ChatTransform(QwenTokenizer):
     def write_coordinates(self, coordinates: Sequence[int]) -> str:
         """Write four numbers of a box, or two of a point, in the middle of a text."""
         return str(coordinates)
+
+    def read_boxes(self, text: str) -> list[dict[str, Any]]:
+        """Find the entries that :meth:`write_boxes` wrote in a text, in the numbers that it has."""
+        return boxes_in(text)
+
+    def read_coordinates(self, text: str) -> list[list[float]]:
+        """Find what :meth:`write_coordinates` wrote, and whatever else looks like it."""
+        return coordinates_in(text)
 
 
 def _each_item(turns: Sequence[chat.Turn[_A]], convert: Callable[[_A], _B]) -> list[chat.Turn[_B]]:

@@ -168,12 +168,13 @@ class Plan:
         return json.loads((self.directory / "plan.json").read_text())
 
     @cached_property
-    def _entries(self) -> np.ndarray:
+    def entries(self) -> np.ndarray:
+        """All samples with their sizes, of the type ``ENTRY``, in the order of their rows."""
         return _mapped(self.directory / "entries", ENTRY)
 
     @cached_property
-    def _ends(self) -> np.ndarray:
-        """0, and then where each row ends."""
+    def ends(self) -> np.ndarray:
+        """0, and then where each row ends in ``entries``, int64 [rows + 1]."""
         return _mapped(self.directory / "ends", np.dtype(np.int64))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,13 +193,13 @@ class Plan:
     @property
     def last_step(self) -> int:
         """The number of the last step that is planned."""
-        return self.first_step - 1 + (len(self._ends) - 1) // self.rows_per_step
+        return self.first_step - 1 + (len(self.ends) - 1) // self.rows_per_step
 
     def rows(self, step: int) -> list[np.ndarray]:
         """The rows of a step over all ranks, each of the type ``ENTRY``."""
         first = (step - self.first_step) * self.rows_per_step
-        bounds = self._ends[first : first + self.rows_per_step + 1].tolist()
-        entries = self._entries[bounds[0] : bounds[-1]]
+        bounds = self.ends[first : first + self.rows_per_step + 1].tolist()
+        entries = self.entries[bounds[0] : bounds[-1]]
         return np.split(entries, np.subtract(bounds[1:-1], bounds[0]))
 
     def source(self, sample: int) -> int:
@@ -237,10 +238,10 @@ class Plan:
         return epochs[bisect_left(epochs, step, key=lambda epoch: epoch["last"])]
 
     def _find_media(self) -> int | None:
-        for first in range(0, len(self._entries), _ENTRIES_AT_ONCE):
-            found = np.flatnonzero(self._entries["patches"][first : first + _ENTRIES_AT_ONCE])
+        for first in range(0, len(self.entries), _ENTRIES_AT_ONCE):
+            found = np.flatnonzero(self.entries["patches"][first : first + _ENTRIES_AT_ONCE])
             if len(found):
-                row = int(np.searchsorted(self._ends, first + found[0], side="right")) - 1
+                row = int(np.searchsorted(self.ends, first + found[0], side="right")) - 1
                 return self.first_step + row // self.rows_per_step
         return None
 

@@ -302,6 +302,11 @@ class VisionChatDataset(_Conversations, Dataset):
         state = None if files is None else state_of(files)  # before they are read
         return Measured(counts_of(self._examine(sample)), files or [], state)
 
+    def origin(self, index: int) -> tuple[Any, str]:
+        """Return a sample's id, by default its index, and the file and line that it is from."""
+        record, place = self._records[index]
+        return self._read(record, index)["id"], place
+
     def _apply(self, function: Callable[[dict[str, Any]], Any], index: int) -> Any:
         with naming_sample(index):
             record, place = self._records[index]

@@ -72,6 +72,11 @@ class Mixture:
         """Whether any dataset augments its samples."""
         return any(getattr(dataset, "augments", False) for dataset in self.datasets)
 
+    def name_of(self, index: int) -> str:
+        """The name of the dataset that a sample is of, "" if there is one only."""
+        ends = [*accumulate(len(dataset) for dataset in self.datasets)]
+        return self.names[bisect_right(ends, index)] if len(ends) > 1 else ""
+
     @cached_property
     def table(self) -> Any:
         """All samples behind each other."""
@@ -90,14 +95,23 @@ class Mixture:
             ]
         return joined
 
+    def is_drawable(self, sizes: np.ndarray) -> bool:
+        """Whether each dataset has a sample to train on."""
+        return all(self._usable(sizes))
+
+    def _usable(self, sizes: np.ndarray) -> list[int]:
+        parts = np.split(sizes, np.cumsum([len(dataset) for dataset in self.datasets])[:-1])
+        return [int(np.count_nonzero(part[:, 0])) for part in parts]
+
     def draws(self, sizes: np.ndarray) -> Draws:
-        """Which samples an epoch has; ``sizes`` are of all, those of no tokens are left out."""
-        lengths = [len(dataset) for dataset in self.datasets]
-        parts = np.split(sizes, np.cumsum(lengths)[:-1])
-        usable = [int(np.count_nonzero(part[:, 0])) for part in parts]
-        for name, count in zip(self.names, usable, strict=True):
-            if not count and len(usable) > 1:
-                raise ValueError(f"the dataset {name!r} has no sample to train on: leave it out")
+        """Which samples an epoch has; ``sizes`` are of all, those of no tokens are left out.
+
+        Raises a ValueError if a dataset has no sample to train on.
+        """
+        lengths, usable = [len(dataset) for dataset in self.datasets], self._usable(sizes)
+        if not self.is_drawable(sizes):
+            name = self.names[usable.index(0)]
+            raise ValueError(f"the dataset {name!r} has no sample to train on: leave it out")
         if any(epochs is not None for epochs in self.epochs):
             return Draws(lengths, [1.0 if x is None else x for x in self.epochs])
         weights = [n if w is None else w for n, w in zip(usable, self.weights, strict=True)]
@@ -117,6 +131,16 @@ class _Joined(ConcatDataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self._of_source(index, lambda dataset, own: dataset[own])
+
+    def origin(self, index: int) -> tuple[Any, str]:
+        """The ``id`` of a sample, and its place with the name of its dataset."""
+
+        def find(dataset: Any, own: int) -> tuple[Any, str]:
+            return dataset.origin(own) if hasattr(dataset, "origin") else (own, "")
+
+        name, place = self._of_source(index, find)
+        source = self._names[bisect_right(self.cumulative_sizes, index)]
+        return name, f"{source}: {place}" if place else source
 
     def augmented(self, index: int, epoch: int) -> Any:
         """A sample as its dataset augments it in an epoch."""

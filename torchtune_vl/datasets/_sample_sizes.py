@@ -53,7 +53,7 @@ class Measurements:
     Args:
         sizes: int32 [samples, 3], tokens, patches and supervised tokens of each, of a bad one 0.
         bad: index and reason of those that cannot be measured.
-        counts: of all, ``media``; ``truncated``, how many are cut, and ``without media``, how many
+        counts: of all, ``media``; ``truncated``, how many are cut, and ``lost media``, how many
             of them by images or videos; and what they lose, ``tokens``, ``images`` and ``videos``.
         example: index and losses of one that is cut, if there is one by media.
     """
@@ -90,7 +90,7 @@ class Measurements:
         self.counts["media"] += media
         if tokens:
             self.counts["truncated"] += 1
-            self.counts["without media"] += bool(images or videos)
+            self.counts["lost media"] += bool(images or videos)
             lost = {"tokens": tokens, "images": images, "videos": videos}
             self.counts.update(lost)
             self._take_example((index, lost))

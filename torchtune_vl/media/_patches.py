@@ -147,6 +147,36 @@ def patchify(
     return out
 
 
+def unpatchify(
+    patches: np.ndarray,
+    grid: tuple[int, int, int],
+    geometry: Geometry,
+    normalization: Normalization | None = None,
+) -> np.ndarray:
+    """Put patches together to the frames that :func:`patchify` cut.
+
+    Args:
+        patches: of one medium, [N, C * R * F * P].
+        grid: how many of them there are along time, height and width.
+        geometry: sizes of patches.
+        normalization: what was done to the pixels; None for uint8 patches.
+
+    Returns:
+        uint8 [T, H, W, C], an image as often as its patches hold it.
+    """
+    steps, rows, columns = grid
+    size, merge = geometry.patch_size, geometry.merge_size
+    pixels_NCP = patches.reshape(len(patches), CHANNELS, -1)
+    if normalization:
+        divisor, mean, std = normalization
+        levels = (pixels_NCP * std[:, None] + mean[:, None]) * divisor
+        pixels_NCP = np.rint(levels).astype(np.uint8)
+    units = steps, rows // merge, columns // merge, merge, merge, CHANNELS, -1, size, size
+    # To step, frame, and what makes a line, then a pixel of it
+    frames = pixels_NCP.reshape(units).transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    return frames.reshape(-1, rows * size, columns * size, CHANNELS)
+
+
 @lru_cache
 def _loops(patch_size: int, merge_size: int) -> Callable[..., None]:
     """Compile the loops for one size of patches.

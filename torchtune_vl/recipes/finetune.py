@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DeviceMesh, DTensor
@@ -44,7 +44,7 @@ from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import initial_adapters, load_weights_into
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import DoRA, is_adapter
-from torchtune_vl.recipes._config_keys import SOURCE_KEYS
+from torchtune_vl.recipes._datasets import datasets_of
 from torchtune_vl.recipes._launch import run_recipe
 from torchtune_vl.training import _fingerprint as fingerprint
 from torchtune_vl.training import _optimizer_state as states
@@ -166,7 +166,7 @@ class FinetuneRecipe:
         self.rows = self._make_rows(tokenizer)
         self.validation_rows: TrainingRows | None = None
         if cfg.dataset_val:
-            mixture = self._mixture("dataset_val", tokenizer)
+            mixture = datasets_of(cfg, "dataset_val", tokenizer)
             order = {"rows_per_step": self.data_ranks, "shuffle": False, "epochs": 1}
             self.validation_rows = self._make_table_rows("dataset_val", mixture, **order)
         plan = self.rows.plan if isinstance(self.rows, TrainingRows) else None
@@ -276,18 +276,8 @@ class FinetuneRecipe:
             for (part, _), params in groups.items()
         ]
 
-    def _mixture(self, key: str, tokenizer: Any) -> Mixture:
-        """The dataset or datasets that a key of the config names."""
-        entries = self.cfg[key] if isinstance(self.cfg[key], ListConfig) else [self.cfg[key]]
-        names = [str(entry.get("name", number)) for number, entry in enumerate(entries)]
-        own = [{k: v for k, v in entry.items() if k not in SOURCE_KEYS} for entry in entries]
-        datasets = [instantiate(OmegaConf.create(entry), tokenizer) for entry in own]
-        weights, epochs = ([entry.get(k) for entry in entries] for k in ("weight", "epochs"))
-        temperature = self.cfg.sampling_temperature if key == "dataset" else 1.0
-        return Mixture(datasets, names, weights, epochs, temperature)
-
     def _make_rows(self, tokenizer: Any) -> TrainingRows | StreamedRows:
-        cfg, mixture = self.cfg, self._mixture("dataset", tokenizer)
+        cfg, mixture = self.cfg, datasets_of(self.cfg, "dataset", tokenizer)
         self.sources = mixture.names
         order: dict[str, Any] = {"rows_per_step": cfg.rows_per_step, "seed": cfg.seed}
         order["position"] = self.begun and self.begun.progress["position"]

@@ -37,12 +37,13 @@ def _dimensions(config: JsonObject) -> dict[str, Any]:
 
 # What the width and the height of any image are in boxes (arXiv 2409.12191, section 2.2)
 _EXTENT = 1000
-_PAIR = r"\((\d+),\s*(\d+)\)"
+_PAIR = r"\(([0-9]{1,9}),\s*([0-9]{1,9})\)"
 _WRITTEN = re.compile(
     r"(?:<\|object_ref_start\|>(?P<label>.*?)<\|object_ref_end\|>)?"
     rf"<\|box_start\|>{_PAIR}(?:,\s*{_PAIR})?<\|box_end\|>",
     re.DOTALL,
 )
+_COORDINATES = re.compile(rf"{_PAIR}(?:,\s*{_PAIR})?")
 
 
 class Qwen2VLTransform(ChatTransform):
@@ -82,6 +83,14 @@ class Qwen2VLTransform(ChatTransform):
             written.append(f"{ref}<|box_start|>{coordinates}<|box_end|>")
         return "".join(written)
 
+    def read_boxes(self, text: str) -> list[dict[str, Any]]:
+        """Find the boxes and points of a text, in thousandths, with their labels."""
+        return _boxes_in(text)
+
+    def read_coordinates(self, text: str) -> list[list[float]]:
+        """Find ``(x1,y1),(x2,y2)`` and ``(x,y)``, wherever they stand."""
+        return [_numbers(match.groups()) for match in _COORDINATES.finditer(text)]
+
 
 def boxes_in_original(text: str, original_size: tuple[int, int]) -> list[dict[str, Any]]:
     """Find the boxes and points in a generated text, in pixels of the user's upright image.
@@ -90,13 +99,26 @@ def boxes_in_original(text: str, original_size: tuple[int, int]) -> list[dict[st
     ``point_2d`` [x, y], float, and its ``label`` if it has one.
     """
     height, width = original_size
+    found = _boxes_in(text)
+    for entry in found:
+        for key in entry.keys() & {"bbox_2d", "point_2d"}:
+            entry[key] = [
+                n * (height if i % 2 else width) / _EXTENT for i, n in enumerate(entry[key])
+            ]
+    return found
+
+
+def _boxes_in(text: str) -> list[dict[str, Any]]:
     found = []
     for match in _WRITTEN.finditer(text):
-        numbers = [int(n) for n in match.groups()[1:] if n is not None]
-        values = [n * (height if i % 2 else width) / _EXTENT for i, n in enumerate(numbers)]
+        numbers = _numbers(match.groups()[1:])
         label = {} if match["label"] is None else {"label": match["label"]}
-        found.append({"bbox_2d" if len(values) == 4 else "point_2d": values, **label})
+        found.append({"bbox_2d" if len(numbers) == 4 else "point_2d": numbers, **label})
     return found
+
+
+def _numbers(groups: Sequence[str | None]) -> list[float]:
+    return [int(number) for number in groups if number is not None]
 
 
 FAMILY = Family(
