@@ -150,8 +150,8 @@ def test_what_is_cut_is_told_again(
 ) -> None:
     transform = transform_of(vocabulary, max_seq_len=26, truncation="left")
     dataset = dataset_of(transform, media, [record(i) for i in range(12)])
-    first = measure(dataset, range(12), show_progress=False)
-    again = measure(dataset, range(12), 2, show_progress=False)
+    first = measure(dataset, range(12), shown=None)
+    again = measure(dataset, range(12), 2, shown=None)
     assert again.counts == first.counts
     assert again.example == first.example
     assert first.counts["truncated"] > 0
@@ -167,7 +167,7 @@ def test_bad_samples_are_not_kept(vocabulary: Path, media: Path, measured: Count
     records[2]["images"] = ["absent.png"]
     dataset = dataset_of(transform_of(vocabulary), media, records)
     for _ in range(2):
-        found = measure(dataset, range(6), show_progress=False)
+        found = measure(dataset, range(6), shown=None)
         assert [index for index, _ in found.bad] == [2]
         assert found.sizes[2].tolist() == [0, 0, 0]
         assert found.sizes[3].tolist() == list(dataset.measure(3))

@@ -500,6 +500,12 @@ def test_the_plan_is_as_another_process_reads_it() -> None:
             assert [(n, *SIZES[n]) for n in ours["sample"]] == ours.tolist()
 
 
+def test_a_plan_that_others_do_not_see_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"plan.json.*not there: set output_dir to one that all"):
+        Plan(tmp_path).wait(seconds=0.1)
+    training_rows(Samples(SIZES), PACKED, rows_per_step=2).plan.wait(seconds=0)
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_mixtures_keep_their_shares(shuffle: bool) -> None:
     """Over an epoch to the sample, over a run each sample of a source equally often."""

@@ -1,6 +1,7 @@
 """The rows of a whole run, planned once by one process, in files that all others map."""
 
 import json
+import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,7 @@ class Plan:
         planning = _Planning(planner, rows_per_step, sizes, draws, seed, shuffle)
         step, plans, planned = position["step"], position.get("plans", []), []
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / "plan.json").unlink(missing_ok=True)
         entries_path, ends_path = directory / "entries", directory / "ends"
         with entries_path.open("wb") as entries, ends_path.open("wb") as ends:
             np.zeros(1, np.int64).tofile(ends)
@@ -149,19 +151,30 @@ class Plan:
                 before, step = step, step + len(row_ends) // rows_per_step
                 planned.append({"epoch": epoch, "before": before, "last": step, "plans": plans})
                 plans = []
-        facts: dict[str, Any] = {
+        plan = cls(directory)
+        row = plan._first_row_with_media()
+        facts = {
             "position": position,
             "identity": identity,
             "epochs": planned,
             "rows_per_step": rows_per_step,
             "source_ends": [*accumulate(draws.lengths)],
-            "first_with_media": None,
+            "first_with_media": None
+            if row is None
+            else position["step"] + 1 + row // rows_per_step,
         }
         (directory / "plan.json").write_text(json.dumps(facts))
-        plan = cls(directory)
-        facts["first_with_media"] = plan._find_media()
-        (directory / "plan.json").write_text(json.dumps(facts))
-        return cls(directory)
+        return plan
+
+    def wait(self, seconds: float = 60) -> None:
+        """Wait until this process sees the files: other machines of a cluster may take a while."""
+        path = self.directory / "plan.json"
+        end = time.monotonic() + seconds
+        while not path.exists():
+            if time.monotonic() > end:
+                problem = f"{path}, which the first process wrote, is not there"
+                raise ValueError(f"{problem}: set output_dir to one that all machines share")
+            time.sleep(0.1)
 
     @cached_property
     def _facts(self) -> dict[str, Any]:
@@ -237,12 +250,11 @@ class Plan:
         epochs = self._facts["epochs"]
         return epochs[bisect_left(epochs, step, key=lambda epoch: epoch["last"])]
 
-    def _find_media(self) -> int | None:
+    def _first_row_with_media(self) -> int | None:
         for first in range(0, len(self.entries), _ENTRIES_AT_ONCE):
             found = np.flatnonzero(self.entries["patches"][first : first + _ENTRIES_AT_ONCE])
             if len(found):
-                row = int(np.searchsorted(self.ends, first + found[0], side="right")) - 1
-                return self.first_step + row // self.rows_per_step
+                return int(np.searchsorted(self.ends, first + found[0], side="right")) - 1
         return None
 
 

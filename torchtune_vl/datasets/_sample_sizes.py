@@ -122,7 +122,11 @@ def measure_all(
 ) -> np.ndarray:
     """Measure samples before training, and log how many are cut because they are too long.
 
-    The arguments are those of :func:`measure`.
+    Args:
+        dataset: as of :func:`measure`.
+        indices: of the samples, ``range(len(dataset))`` for all.
+        num_workers: processes to measure in, besides this one; 0: in this one.
+        show_progress: whether to show a progress bar. With several ranks, let one do so.
 
     Returns:
         int32 [len(indices), 3], tokens, patches and supervised tokens of each sample.
@@ -130,7 +134,7 @@ def measure_all(
     Raises:
         SamplesError: if samples cannot be measured; a ValueError if the dataset does not do so.
     """
-    found = measure(dataset, indices, num_workers, show_progress)
+    found = measure(dataset, indices, num_workers, "measuring" if show_progress else None)
     if found.bad:
         raise SamplesError(found.bad, len(found.bad), len(indices))
     found.tell_truncated()
@@ -138,7 +142,7 @@ def measure_all(
 
 
 def measure(
-    dataset: Any, indices: Sequence[int], num_workers: int = 0, show_progress: bool = True
+    dataset: Any, indices: Sequence[int], num_workers: int = 0, shown: str | None = "measuring"
 ) -> Measurements:
     """Measure samples, bad ones among them, from what earlier runs found as far as it holds.
 
@@ -147,7 +151,7 @@ def measure(
             sample loses, as those of :func:`~torchtune_vl.datasets.vision_chat_dataset` have.
         indices: of the samples, ``range(len(dataset))`` for all.
         num_workers: processes to measure in, besides this one; 0: in this one.
-        show_progress: whether to show a progress bar. With several ranks, let one do so.
+        shown: text of a progress bar, None for no bar. With several ranks, let one show it.
     """
     if not hasattr(dataset, "measure"):
         problem = f"a {type(dataset).__name__} does not know the sizes of its samples"
@@ -157,7 +161,7 @@ def measure(
     problems = dict[str, None]()
     collate = partial(_measure_batch, dataset)
     loader = loading(indices, num_workers, batch_size=_BATCH_SIZE, collate_fn=collate)
-    bar = tqdm(total=len(indices), desc="measuring", unit=" samples", disable=not show_progress)
+    bar = tqdm(total=len(indices), desc=shown, unit=" samples", disable=shown is None)
     try:
         with loader as batches, bar:
             for part, new_of_batch, problem in batches:

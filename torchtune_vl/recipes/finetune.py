@@ -161,14 +161,14 @@ class FinetuneRecipe:
         self.had_media = bool(self.begun and self.begun.progress["position"]["had_media"])
         self.lanes: dict[int, dict[str, Any]] = {}  # of streams, their newest states
         self.newly_bad: list[BadSample] = []  # since they were listed
-        listed = self._on_main(lambda: self.bad_samples.read_until(self.step))
-        self.bad_samples.add(listed)
+        found_before = self._on_main(lambda: self.bad_samples.read_until(self.step))
         self.rows = self._make_rows(tokenizer)
         self.validation_rows: TrainingRows | None = None
         if cfg.dataset_val:
             mixture = datasets_of(cfg, "dataset_val", tokenizer)
             order = {"rows_per_step": self.data_ranks, "shuffle": False, "epochs": 1}
             self.validation_rows = self._make_table_rows("dataset_val", mixture, **order)
+        self.bad_samples.add(found_before)
         plan = self.rows.plan if isinstance(self.rows, TrainingRows) else None
         self.max_steps = cfg.max_steps or (plan.last_step if plan else 0)
         if self.begun:
@@ -302,7 +302,9 @@ class FinetuneRecipe:
         measured = self._measure(mixture)
         listed = self._on_main(lambda: self._plan(key, mixture, measured, planner, **order))
         self.bad_samples.add(listed)
-        return TrainingRows(mixture.table, planner, Plan(self._plan_of(key)), **self._sharing())
+        plan = Plan(self._plan_of(key))
+        plan.wait()
+        return TrainingRows(mixture.table, planner, plan, **self._sharing())
 
     def _sharing(self) -> dict[str, Any]:
         skips_bad = self.cfg.on_bad_sample == "skip"
@@ -311,9 +313,10 @@ class FinetuneRecipe:
     def _measure(self, mixture: Mixture) -> Measurements:
         """What is found of all samples, in the first process; each measures its share of them."""
         found = []
-        for dataset in mixture.datasets:
+        for name, dataset in zip(mixture.names, mixture.datasets, strict=True):
             share = range(self.rank, len(dataset), self.processes)
-            own = measure(dataset, share, self.cfg.num_workers, show_progress=self.is_main)
+            shown = f"measuring {name}" if self.is_main else None
+            own = measure(dataset, share, self.cfg.num_workers, shown)
             shares: list[Any] = [Measurements()] * self.processes
             dist.gather_object(own, shares if self.is_main else None, group=self.save_group)
             found.append(Measurements.interleaved(shares))
