@@ -94,10 +94,11 @@ def test_padded_rows_take_samples_in_order() -> None:
 
 
 def test_work() -> None:
-    row = [Size(10, 16, 1), Size(30, 0, 1)]
-    assert PackedRows(100).work(row) == 10 + 30 + 16 / 8
-    assert PaddedRows(2).work(row) == 2 * 30 + 16 / 8
-    assert PackedRows(100).work([]) == PaddedRows(2).work([]) == 0
+    tokens, patches = np.array([10, 30]), np.array([0, 16])
+    assert PackedRows(100).work(tokens, patches) == 10 + 30 + 16 / 8
+    assert PaddedRows(2).work(tokens, patches) == 2 * 30 + 16 / 8
+    assert PackedRows(100).work(tokens[:0], patches[:0]) == 0
+    assert PaddedRows(2).work(tokens[:0], patches[:0]) == 0
 
 
 @pytest.mark.parametrize("planner", [PackedRows(100, 200, 9), PackedRows(100), PaddedRows(3)])

@@ -79,6 +79,11 @@ def random_sizes(count: int, seed: int = 0) -> list[Size]:
     return [Size(n, 4 * (n // 2) * int(random.integers(2)), n // 2) for n in tokens]
 
 
+def work_of(planner: Planner, row: Row) -> float:
+    tokens, patches, _ = np.array(row.sizes).reshape(-1, 3).T
+    return planner.work(tokens, patches)
+
+
 SIZES = random_sizes(200)
 PACKED = PackedRows(64, 120, lookahead=16)
 PLANNERS = pytest.mark.parametrize("planner", [PACKED, PaddedRows(3)], ids=["packed", "padded"])
@@ -123,7 +128,7 @@ def test_each_sample_once_per_epoch_and_ranks_balanced(
         counts.append(Counter(row.position["step"] for row in rows))
         for row in rows:
             epoch = int(row.position["step"] > first.plan.last_step)
-            work[epoch, rank] += planner.work(row.sizes)
+            work[epoch, rank] += work_of(planner, row)
             seen.update((epoch, number) for number in row.samples)
             assert row.sizes == [SIZES[number] for number in row.samples]
     assert seen == Counter((epoch, number) for epoch in range(2) for number in range(200))
@@ -186,7 +191,7 @@ def test_rows_of_a_rank_come_heaviest_first() -> None:
     rows = training_rows(Samples(SIZES), PACKED, rows_per_step=8, world_size=2, epochs=1)
     steps: dict[int, list[float]] = {}
     for row in rows:
-        steps.setdefault(row.position["step"], []).append(PACKED.work(row.sizes))
+        steps.setdefault(row.position["step"], []).append(work_of(PACKED, row))
     assert all(works == sorted(works, reverse=True) for works in steps.values())
 
 

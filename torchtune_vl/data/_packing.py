@@ -1,6 +1,6 @@
 """Which samples make a row, from their sizes alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -60,8 +60,11 @@ class Planner(Protocol):
             int32 [rows], where in these each row ends.
         """
 
-    def work(self, row: Sequence[Size]) -> float:
-        """Return the cost of a row, in tokens; the quadratic part of attention is left out."""
+    def work(self, tokens: np.ndarray, patches: np.ndarray) -> float:
+        """Return the cost of a row, in tokens, from those and the patches of its samples.
+
+        The quadratic part of attention is left out.
+        """
 
 
 class _Counts:
@@ -110,8 +113,8 @@ class PackedRows(_Counts, Planner):
         limit = np.iinfo(np.int64).max if self.max_patches is None else self.max_patches
         return _best_fit(np.asarray(sizes), draws, self.max_tokens, limit, self.lookahead)
 
-    def work(self, row: Sequence[Size]) -> float:
-        return sum(size.tokens + PATCH_WORK * size.patches for size in row)
+    def work(self, tokens: np.ndarray, patches: np.ndarray) -> float:
+        return float(tokens.sum() + PATCH_WORK * patches.sum())
 
 
 @dataclass
@@ -130,9 +133,8 @@ class PaddedRows(_Counts, Planner):
         order = np.arange(len(draws), dtype=np.int32)
         return order, np.append(order[self.batch_size :: self.batch_size], np.int32(len(draws)))
 
-    def work(self, row: Sequence[Size]) -> float:
-        longest = max((size.tokens for size in row), default=0)
-        return len(row) * longest + PATCH_WORK * sum(size.patches for size in row)
+    def work(self, tokens: np.ndarray, patches: np.ndarray) -> float:
+        return float(len(tokens) * tokens.max(initial=0) + PATCH_WORK * patches.sum())
 
 
 def settings_of(planner: Planner) -> dict[str, Any]:

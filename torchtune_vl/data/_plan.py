@@ -361,7 +361,8 @@ class _Planning:
         rows = np.split(places[start:], ends[kept:-1] - start)
 
         def work(row: np.ndarray) -> float:
-            return self.planner.work([Size(*size) for size in self.sizes[drawn[row]].tolist()])
+            tokens, patches, _ = self.sizes[drawn[row]].T
+            return self.planner.work(tokens, patches)
 
         while len(rows) < self.rows_per_step:
             divisible = [row for row in rows if len(row) > 1]

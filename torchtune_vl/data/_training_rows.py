@@ -161,7 +161,9 @@ class TrainingRows(IterableDataset[Row]):
 
         The heaviest that is left always goes to the least loaded.
         """
-        rows = [(row, self._work(row)) for row in self.plan.rows(step)]
+        rows = [
+            (row, self.planner.work(row["tokens"], row["patches"])) for row in self.plan.rows(step)
+        ]
         shares: list[list[np.ndarray]] = [[] for _ in range(self.world_size)]
         loads = [(0.0, number) for number in range(self.world_size)]
         for row, work in sorted(rows, key=lambda pair: pair[1], reverse=True):
@@ -172,6 +174,3 @@ class TrainingRows(IterableDataset[Row]):
         has_media = any(row["patches"].any() for row, _ in rows)
         # Share 0 tends to be the heaviest: each rank gets it in turn
         return shares[(self.rank + step) % self.world_size], has_media
-
-    def _work(self, row: np.ndarray) -> float:
-        return self.planner.work([Size(*size) for _, *size in row.tolist()])

@@ -69,7 +69,7 @@ class SampleView:
         size = Size(len(tokens), len(vision["patches"]), sum(run["targets"] for run in runs))
         return {
             **size._asdict(),
-            "work": self.planner.work([size]),
+            "work": self.planner.work(*np.array([[size.tokens], [size.patches]])),
             "truncated": sample.get("truncated"),
             "augmented": [*map(_told, sample.get("augmented", ()))],
             "warnings": [*self._place_boxes(tokens, runs, media), *self._plain_tags(tokens)],
