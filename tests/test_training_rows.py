@@ -180,11 +180,13 @@ def test_workers_change_nothing(planner: Planner, workers: int) -> None:
 
 
 @PLANNERS
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_ranks_share_the_same_steps(planner: Planner, world_size: int) -> None:
-    settings: dict[str, Any] = {"rows_per_step": 4, "epochs": 2}
+    settings: dict[str, Any] = {"rows_per_step": 24, "epochs": 2}
     alone = steps_of(Samples(SIZES), planner, **settings)
     assert steps_of(Samples(SIZES), planner, world_size=world_size, **settings) == alone
+    counts = Counter(number for _, rows, _ in alone for row in rows for number in row)
+    assert counts == dict.fromkeys(range(200), 2)
 
 
 def test_rows_of_a_rank_come_heaviest_first() -> None:
