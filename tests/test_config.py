@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from torchtune_vl.cli import main
+from torchtune_vl.recipes import config_path
 from torchtune_vl.recipes._check_config import check_components, kind_of, read_config
 from torchtune_vl.recipes._config_keys import Config, keys_of
 
@@ -240,3 +241,27 @@ def test_docs_have_every_key() -> None:
     for key in keys:
         if not any(other.name.startswith(f"{key.name}.") for other in keys):
             assert f"| `{key.name}` | {kind_of(key.kind).words} | {key.meaning} |" in documented
+
+
+def test_overrides_of_a_list_of_datasets(tmp_path: Path) -> None:
+    content = OmegaConf.load(config_path("qwen2_5_vl/lora"))
+    content.dataset = [{**content.dataset, "name": name} for name in ("one", "two", "three")]
+    OmegaConf.save(content, tmp_path / "mine.yaml")
+
+    def read(*overrides: str) -> DictConfig:
+        return read_config(["--config", str(tmp_path / "mine.yaml"), *overrides])
+
+    config = read("dataset.1.weight=2.5", "~dataset.0", "dataset.0.split=train[:3]")
+    assert [entry.name for entry in config.dataset] == ["two", "three"]
+    assert [entry.get("weight") for entry in config.dataset] == [None, 2.5]
+    assert config.dataset[0].split == "train[:3]"
+    check_components(config)
+    with pytest.raises(ValueError, match=r"dataset\.0\.weight is -1, and takes a number above 0"):
+        check_components(read("dataset.0.weight=-1"))
+    with pytest.raises(ValueError, match=r"dataset\.2\.source is 3, and takes a text"):
+        check_components(read("dataset.2.source=3"))
+    for override in ("dataset.3.weight=1", "dataset.x.weight=1"):
+        with pytest.raises(ValueError, match="names no entry of its list"):
+            read(override)
+    with pytest.raises(ValueError, match=r"~dataset\.3 takes out a key"):
+        read("~dataset.3")

@@ -12,7 +12,6 @@ from dataclasses import MISSING, is_dataclass
 from functools import partial, reduce
 from importlib import import_module
 from itertools import cycle
-from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -150,17 +149,30 @@ def _override(config: DictConfig, overrides: Sequence[str]) -> Any:
         if override.startswith("~"):
             *parents, last = key[1:].split(".")
             try:
-                del reduce(getitem, parents, content)[last]
-            except (KeyError, TypeError) as error:
+                parent = reduce(_entry, parents, content)
+                _entry(parent, last)
+                del parent[int(last) if isinstance(parent, list) else last]
+            except (LookupError, TypeError, ValueError) as error:
                 raise ValueError(f"{key} takes out a key that the config does not have") from error
         elif equals and not key.startswith("-"):
             value = "null" if value == "None" else value
             if value != "null" and kind_of(Component).fits(content.get(key)):
                 key = f"{key}.{_COMPONENT}"
-            assignments.append(f"{key}={value}")
+            assignments.append((key, value))
         else:
             raise ValueError(f"{override!r} is no override: write key=value, ~key to take it out")
-    return OmegaConf.merge(content, OmegaConf.from_dotlist(assignments))
+    changed = OmegaConf.create(content)
+    for key, value in assignments:
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+        try:
+            OmegaConf.update(changed, key, parsed["value"])
+        except (LookupError, TypeError) as error:  # OmegaConf's own, of an entry of a list
+            raise ValueError(f"{key} names no entry of its list") from error
+    return changed
+
+
+def _entry(node: Any, name: str) -> Any:
+    return node[int(name)] if isinstance(node, list) else node[name]
 
 
 def _wrong_value(name: str, value: Any, hint: Any) -> Iterator[str]:
