@@ -1,6 +1,7 @@
 """Runs that draw from several datasets."""
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def test_a_run_on_two_datasets_goes_on(
     for at in (3, 8):
         process = start(config, processes, "resume=True")
         while process.poll() is None and last_step(other) < at:
-            pass
+            time.sleep(0.1)
         kill(process)
     rest = run(config, processes, "resume=True")
     assert max(rest) == 12
