@@ -67,13 +67,19 @@ def corners(entry: Any, unit: Any, original_size: Size) -> Iterator[tuple[float,
 
     Of what :func:`rescaled` raises errors for, only what can be understood.
     """
-    if not isinstance(entry, Mapping) or unit not in [*_UNITS]:
+    if unit not in [*_UNITS]:
         return
     scales = [side / (_UNITS[unit] or side) for side in original_size[::-1]]
-    for key, numbers in entry.items():
+    for numbers in coordinates_of(entry):
+        pixels = [n * scale for n, scale in zip(numbers, cycle(scales), strict=False)]
+        yield from zip(pixels[::2], pixels[1::2], strict=True)
+
+
+def coordinates_of(entry: Any) -> Iterator[list[float]]:
+    """List the four numbers of an entry's box, and the two of its point, as far as it has them."""
+    for key, numbers in entry.items() if isinstance(entry, Mapping) else ():
         if key in _COORDINATES and _is_coordinates(key, numbers):
-            pixels = [float(n) * scale for n, scale in zip(numbers, cycle(scales))]
-            yield from zip(pixels[::2], pixels[1::2], strict=True)
+            yield [float(number) for number in numbers]
 
 
 def _rescaled_numbers(

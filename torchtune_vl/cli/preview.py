@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from torchtune_vl.cli._dataset import add_arguments, check_directory_of, read_dataset
 from torchtune_vl.files._printable import shown
 
 _DESCRIPTION = """\
@@ -25,17 +26,15 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     purpose = "show samples as the model gets them"
     command = add("preview", _run, purpose, _EXAMPLES, _DESCRIPTION)
     argument = command.add_argument
-    argument("--config", required=True, metavar="CONFIG", help="name, see `tune-vl ls`, or file")
+    add_arguments(command)
     argument("--output", required=True, type=Path, metavar="FILE", help="page to write")
     which = command.add_mutually_exclusive_group().add_argument
     what = "how many samples to show, drawn by the config's seed (default: %(default)s)"
     which("--samples", type=_count, default=40, metavar="N", help=what)
     what = "numbers of samples to show instead, from 0, such as 3,17"
     which("--indices", type=_indices, metavar="N,...", help=what)
-    argument("--validation", action="store_true", help="show dataset_val")
     what = "speed of training, as its log has it, to estimate the time of an epoch"
     argument("--tokens-per-second", type=_speed, metavar="X", help=what)
-    argument("overrides", nargs="*", metavar="key=value", help="in place of what the config says")
 
 
 def _count(text: str) -> int:
@@ -61,27 +60,15 @@ def _speed(text: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from torchtune_vl.recipes._check_config import check_components, read_config
-
-    output, key = options.output, "dataset_val" if options.validation else "dataset"
-    if not output.parent.is_dir():
-        raise ValueError(f"{output.parent}, where {output.name} is to be written, is no directory")
-    config = read_config(["--config", options.config, *options.overrides])
-    if config[key] is None:
-        raise ValueError(f"{options.config} has no {key}: leave --validation out, or set it")
-    check_components(config)
+    check_directory_of(options.output)
+    config, key, mixture, transform = read_dataset(options)
     from torchtune_vl._torchtune import instantiate
-    from torchtune_vl.chat import ChatTransform
     from torchtune_vl.datasets._preview import preview, to_html
     from torchtune_vl.files._directory import new_file
-    from torchtune_vl.recipes._datasets import datasets_of
 
-    transform = instantiate(config.tokenizer)
-    if not isinstance(transform, ChatTransform):
-        name = config.tokenizer._component_
-        raise ValueError(f"the tokenizer {name} is none of torchtune-vl's transforms: use one")
+    output = options.output
     page = preview(
-        datasets_of(config, key, transform),
+        mixture,
         transform,
         instantiate(config.rows),
         samples=options.indices or options.samples,

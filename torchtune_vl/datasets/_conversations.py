@@ -34,7 +34,7 @@ from torchtune_vl.datasets._record_formats import (
 from torchtune_vl.datasets._remote import RemoteMedia, is_store
 from torchtune_vl.datasets._sample_sizes import counts_of
 from torchtune_vl.datasets._size_cache import Measured, state_of
-from torchtune_vl.datasets._tables import Records, Table, digests_of, load_records
+from torchtune_vl.datasets._tables import Records, Table, digests_of, lines_of, load_records
 from torchtune_vl.media import Augmentation
 from torchtune_vl.media._errors import naming_sample
 from torchtune_vl.modules import IGNORE_INDEX
@@ -292,6 +292,14 @@ class VisionChatDataset(_Conversations, Dataset):
     def digests(self, indices: Sequence[int]) -> list[bytes]:
         """Tell samples' records from others, without parsing them."""
         return digests_of(self._records, indices)
+
+    def lines(self, indices: Sequence[int]) -> list[bytes] | None:
+        """Records as their JSON files have them, each in one line; None if they are of others."""
+        return lines_of(self._records, indices)
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Read a sample as the transform takes it; a ValueError names its file and line too."""
+        return self._apply(lambda sample: sample, index)
 
     def measure_to_keep(self, index: int) -> Measured:
         """Measure a sample for a cache, with what its size depends on."""

@@ -30,7 +30,7 @@ _QUALITIES = (90, 75)  # of WebP
 _LOSSLESS = 0.3
 _COORDINATES = ("bbox_2d", "point_2d")
 # Places of records for media and boxes, of which nothing is left where they were filled
-_TAGS = ("<image>", "<video>", "<bbox>", "<ref-object>")
+TAGS = ("<image>", "<video>", "<bbox>", "<ref-object>")
 
 
 @dataclass
@@ -89,7 +89,7 @@ class SampleView:
             by_step = vision["patches"][start:stop].numpy().reshape(steps, rows * columns, -1)
             start = stop
             some = np.linspace(0, steps - 1, min(steps, _MOST_FRAMES)).round().astype(int).tolist()
-            frames = [self._frame(by_step[step], rows, columns) for step in some]
+            frames = [frame_of(by_step[step], rows, columns, self.transform) for step in some]
             yield {
                 "kind": kind,
                 "name": f"{kind} {counts[kind]}",
@@ -100,13 +100,6 @@ class SampleView:
                 "pictures": [picture(frame, self.bytes_per_pixel) for frame in frames],
                 "boxes": [],
             }
-
-    def _frame(self, patches: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        """The first frame of a step, uint8 [H, W, C]."""
-        of_images, normalization = self.transform.image_transform, None
-        if patches.dtype != np.uint8:
-            normalization = normalization_by(of_images.image_mean, of_images.image_std)
-        return unpatchify(patches, (1, rows, columns), self.transform.geometry, normalization)[0]
 
     def _place_boxes(
         self, tokens: Sequence[int], runs: Sequence[Mapping[str, Any]], media: Sequence[Any]
@@ -154,10 +147,18 @@ class SampleView:
         base = self.transform.base_vocab_size
         (line_break,) = self.transform.encode("\n", add_eos=False)
         plain = self.transform.decode([t if t < base else line_break for t in tokens])
-        names = (*_TAGS, *self.transform.special_tokens)
+        names = (*TAGS, *self.transform.special_tokens)
         found = sorted({*re.findall("|".join(map(re.escape, names)), plain)})
         if found:
             yield f"Its text has {', '.join(found)}: letters to the model, no token and no place."
+
+
+def frame_of(patches: np.ndarray, rows: int, columns: int, transform: ChatTransform) -> np.ndarray:
+    """The first frame of the patches of an image, or of a step of a video, uint8 [H, W, C]."""
+    of_images, normalization = transform.image_transform, None
+    if patches.dtype != np.uint8:
+        normalization = normalization_by(of_images.image_mean, of_images.image_std)
+    return unpatchify(patches, (1, rows, columns), transform.geometry, normalization)[0]
 
 
 def _told(change: Mapping[str, Any]) -> str:

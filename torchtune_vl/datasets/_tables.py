@@ -80,16 +80,28 @@ def _is_of_part(number: int, of: int, index: int) -> bool:
 
 def digests_of(records: Any, indices: Sequence[int]) -> list[bytes]:
     """The ``digests`` of some records, whatever they are put together from."""
+    return [digest for table, own in _by_table(records, indices) for digest in table.digests(own)]
+
+
+def lines_of(records: Any, indices: Sequence[int]) -> list[bytes] | None:
+    """What JSON files say of some records, each in one line; None if others hold any of them."""
+    parts = [*_by_table(records, indices)]
+    if not all(isinstance(table, JsonRecords) for table, _ in parts):
+        return None
+    return [line for table, own in parts for line in table.lines(own)]
+
+
+def _by_table(records: Any, indices: Sequence[int]) -> Iterator[tuple[Any, Sequence[int]]]:
+    """The tables that records are put together from, each with the indices that it has of some."""
     if isinstance(records, Subset):
-        return digests_of(records.dataset, [records.indices[index] for index in indices])
-    if not isinstance(records, ConcatDataset):
-        return records.digests(indices)
-    ends = [0, *records.cumulative_sizes]
-    digests = []
-    for part, of_part in groupby(indices, key=partial(bisect_right, records.cumulative_sizes)):
-        within = [index - ends[part] for index in of_part]
-        digests += digests_of(records.datasets[part], within)
-    return digests
+        yield from _by_table(records.dataset, [records.indices[index] for index in indices])
+    elif isinstance(records, ConcatDataset):
+        ends = [0, *records.cumulative_sizes]
+        for part, of_part in groupby(indices, key=partial(bisect_right, records.cumulative_sizes)):
+            within = [index - ends[part] for index in of_part]
+            yield from _by_table(records.datasets[part], within)
+    else:
+        yield records, indices
 
 
 def _encoded(feature: dict[str, Any]) -> dict[str, Any]:
