@@ -21,7 +21,6 @@ from torchtune_vl.datasets._near_duplicates import near_duplicates
 
 # So many are kept at a time, and at most so many checked in vain if the process is killed
 _BATCH_SIZE = 128
-_NUM_EXAMPLES = 10
 BAD = "bad"
 # Kinds of findings, with what each says of a sample; all but the first are warnings
 KINDS = {
@@ -79,20 +78,18 @@ def check(
     load_libraries()
     each = [_all_found(d, transform, decode, num_workers) for d in mixture.datasets]
     joined = [found for of_dataset in each for found in of_dataset]
+    bad = [*_bad(mixture, planner, joined)]
+    are_bad = {finding["sample"] for finding in bad}
+    usable = {sample: found for sample, found in enumerate(joined) if sample not in are_bad}
     findings = sorted(
-        [
-            *_bad(mixture, planner, joined),
-            *_warnings(mixture, joined),
-            *_box_units(mixture, each),
-        ],
+        [*bad, *_warnings(mixture, usable), *_box_units(mixture, each)],
         key=lambda finding: ([*KINDS].index(finding["kind"]), finding["sample"]),
     )
     counts = Counter(finding["kind"] for finding in findings)
-    usable = [found for found in joined if found.reason is None]
     answers = Counter({"any": 0, "empty": 0, "one word": 0})
-    for found in usable:
+    for found in usable.values():
         answers.update(found.answers)
-    languages = Counter(found.language for found in usable)
+    languages = Counter(found.language for found in usable.values())
     return {
         "samples": len(joined),
         "decoded": decode,
@@ -195,12 +192,11 @@ def _with_place(mixture: Mixture, sample: int, reason: str) -> str:
     return f"{reason} ({place})" if place else reason
 
 
-def _warnings(mixture: Mixture, joined: Sequence[Found]) -> Iterator[dict[str, Any]]:
+def _warnings(mixture: Mixture, usable: Mapping[int, Found]) -> Iterator[dict[str, Any]]:
     def warn(kind: str, sample: int, told: str, other: int | None = None) -> dict[str, Any]:
         reason = _with_place(mixture, sample, f"sample {sample}: {told}")
         return _finding(mixture, kind, sample, reason, other)
 
-    usable = {sample: found for sample, found in enumerate(joined) if found.reason is None}
     for sample, found in usable.items():
         *_, tokens, images, videos = found.counts
         if tokens:

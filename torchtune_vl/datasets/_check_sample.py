@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -224,14 +225,19 @@ def _content(turns: Sequence[Turn[Part]], identities: Sequence[str], tools: Any)
 
 
 def _min_hash(text: str) -> bytes:
-    from datasketch import MinHash
-
     text = " ".join(text.casefold().split())
     ends = range(_PIECE, max(len(text), _PIECE) + 1)
     pieces = {text[end - _PIECE : end].encode("utf-8", "surrogatepass") for end in ends}
-    min_hash = MinHash(TEXT_NUMBERS, hashfunc=xxhash.xxh32_intdigest)
+    min_hash = _empty_min_hash().copy()
     min_hash.update_batch([*pieces])
     return min_hash.hashvalues.astype(np.uint32).tobytes()
+
+
+@cache
+def _empty_min_hash() -> Any:  # whose permutations take longer than the text
+    from datasketch import MinHash
+
+    return MinHash(TEXT_NUMBERS, hashfunc=xxhash.xxh32_intdigest)
 
 
 def _answers(turns: Sequence[Turn[Part]]) -> dict[str, int]:
