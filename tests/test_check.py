@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,10 +21,12 @@ from PIL import Image
 
 from tests.finetune_runs import write_config, write_inputs
 from tests.test_bad_samples import BAD, LINES, bad_records
+from torchtune_vl.chat import ChatTransform
 from torchtune_vl.cli import main
-from torchtune_vl.datasets import SamplesError, measure_all, vision_chat_dataset
+from torchtune_vl.data import PackedRows
+from torchtune_vl.datasets import Mixture, SamplesError, measure_all, vision_chat_dataset
 from torchtune_vl.datasets._box_units import READINGS, UnitEvidence
-from torchtune_vl.datasets._check import KINDS
+from torchtune_vl.datasets._check import KINDS, check
 from torchtune_vl.datasets._check_sample import SampleCheck, is_one_word
 from torchtune_vl.datasets._near_duplicates import near_duplicates
 from torchtune_vl.models import transform_from_pretrained
@@ -79,15 +82,27 @@ def samples_of(report: dict[str, Any], kind: str) -> list[int]:
     return [found["sample"] for found in report["findings"] if found["kind"] == kind]
 
 
-@pytest.fixture
-def report_on(root: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """The report on records that are not bad, beside their media in the directory of the test."""
+@pytest.fixture(scope="module")
+def transform(root: Path) -> ChatTransform:
+    return transform_from_pretrained(root / "base")
 
-    def report(records: Sequence[Any], *arguments: object) -> dict[str, Any]:
+
+@pytest.fixture
+def report_on(transform: ChatTransform, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """The report on records whose media are in the directory of the test."""
+
+    def report(
+        records: Sequence[Any],
+        decode: bool = False,
+        transform: ChatTransform = transform,
+        **of_dataset: Any,
+    ) -> dict[str, Any]:
         data = tmp_path / "data.jsonl"
         data.write_text("".join(json.dumps(record) + "\n" for record in records))
-        of_data = f"dataset.data_files={data}"
-        return report_of(root, tmp_path / "of_data.json", of_data, *arguments)
+        files = {"source": "json", "data_files": str(data)}
+        dataset = vision_chat_dataset(transform, **files, **of_dataset)
+        mixture = Mixture([dataset], [""], [None], [None])
+        return check(mixture, transform, PackedRows(max_tokens=512), decode=decode)
 
     return report
 
@@ -210,7 +225,7 @@ def test_what_has_changed_is_checked_anew(
     assert looked_at == Counter([0, 2])
     # Decoding is another check
     looked_at.clear()
-    report_on(records, "--decode")
+    report_on(records, decode=True)
     assert looked_at == Counter(range(5))
 
 
@@ -240,7 +255,7 @@ def test_duplicates(report_on: Callable[..., dict[str, Any]], tmp_path: Path) ->
     by_name = report_on(records)
     assert pairs(by_name, "duplicate") == [(2, 0)]
     assert pairs(by_name, "near duplicate") == [(6, 5)]
-    decoded = report_on(records, "--decode")
+    decoded = report_on(records, decode=True)
     assert pairs(decoded, "duplicate") == [(2, 0), (3, 0)]
     assert pairs(decoded, "near duplicate") == [(4, 0), (6, 5)]
 
@@ -309,7 +324,7 @@ def test_a_unit_that_looks_like_another_is_told(
     assert samples_of(report, "bad") == []
     (told,) = (f["reason"] for f in report["findings"] if f["kind"] == "box unit")
     assert "and of those of 11 other samples, is 'pixels', but all 12 look like 0..1" in told
-    assert samples_of(report_on(records, "dataset.box_unit=0..1"), "box unit") == []
+    assert samples_of(report_on(records, box_unit="0..1"), "box unit") == []
     # Also if they are all bad for that reason
     for record in records:
         record["messages"][1]["content"][0]["boxes"][0]["bbox_2d"] = [100, 100, 990, 990]
@@ -337,8 +352,14 @@ def test_texts(report_on: Callable[..., dict[str, Any]]) -> None:
     assert samples_of(report, "empty answer") == [6]
     assert report["answers"] == {"any": 8, "empty": 1, "one word": 2}
     assert report["languages"] == {"en": 3, "": 2, "de": 1, "zh": 1}
-    long = report_on([asking("What?"), asking("What?", "word " * 200)], "tokenizer.max_seq_len=90")
-    assert samples_of(long, "truncated") == [1]
+
+
+def test_what_is_cut(report_on: Callable[..., dict[str, Any]], root: Path) -> None:
+    short = transform_from_pretrained(root / "base", max_seq_len=90)
+    report = report_on([asking("What?"), asking("What?", "word " * 200)], transform=short)
+    (found,) = report["findings"]
+    assert (found["kind"], found["sample"]) == ("truncated", 1)
+    assert re.search(r"loses \d+ tokens, 0 images and 0 videos \(", found["reason"])
 
 
 @pytest.mark.parametrize(
@@ -359,12 +380,11 @@ def test_one_word(answer: str, expected: bool) -> None:
     assert is_one_word(answer) is expected
 
 
-def test_the_clean_list_is_the_good_records(root: Path, tmp_path: Path) -> None:
+def test_the_clean_list_is_the_good_records(root: Path, transform: ChatTransform) -> None:
     clean = root / "clean.jsonl"
     assert status(root, "--decode", "--write-clean", clean) == 1
     lines = (root / "train.jsonl").read_bytes().splitlines(keepends=True)
     assert clean.read_bytes() == b"".join(x for n, x in enumerate(lines) if n not in BAD)
-    transform = transform_from_pretrained(root / "base")
     dataset = vision_chat_dataset(transform, source="json", data_files=str(clean))
     assert (measure_all(dataset, range(60), show_progress=False)[:, 0] > 0).all()
     assert all(dataset[index]["tokens"] for index in range(60))
