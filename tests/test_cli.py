@@ -34,6 +34,7 @@ def status(*arguments: object) -> int:
         (["--help"], "validate-config"),
         (["validate", "--help"], "tune-vl validate"),
         (["run", "--help"], "--nproc_per_node"),
+        (["check", "--help"], "--write-clean"),
         (["preview", "--help"], "--tokens-per-second"),
         (["run", "finetune", "--help"], "rows_per_step"),
         (["ls"], "qwen2_5_vl/full"),
