@@ -111,7 +111,7 @@ class Measurements:
         in_all = ", ".join(f"{self.counts[what]} {what}" for what in lost)
         _log.warning(
             f"{self.counts['truncated']} of {len(self.sizes)} samples are longer than max_seq_len "
-            f"and are cut, {self.counts['without media']} of them by images or videos: sample "
+            f"and are cut, {self.counts['lost media']} of them by images or videos: sample "
             f"{index}, for one, loses {parts}, all together lose {in_all}; raise max_seq_len, or "
             "make media smaller"
         )

@@ -21,7 +21,7 @@ FIXED = (
     *("optimizer", "learning_rates", "lr_scheduler", "clip_grad_norm", "dtype", "compute_dtype"),
 )
 # Compared by what is there, so that directories may move
-_PLACES = ("checkpoint_dir", "data_files", "media_dir")
+_PLACES = ("checkpoint_dir", "data_files", "media_dir", "directory")
 # Files beside the weights that neither the model nor the data depend on
 _OTHERS = ("generation_config.json", MANIFEST, INDEX)
 _BYTES_OF_EACH_TENSOR = 4096
