@@ -36,6 +36,7 @@ def status(*arguments: object) -> int:
         (["run", "--help"], "--nproc_per_node"),
         (["check", "--help"], "--write-clean"),
         (["preview", "--help"], "--tokens-per-second"),
+        (["prepare", "--help"], "--shard-size"),
         (["run", "finetune", "--help"], "rows_per_step"),
         (["ls"], "qwen2_5_vl/full"),
         (["cat", "qwen2_5_vl/full"], "rows_per_step"),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torchtune_vl.cli import check, checkpoints, configs, preview, run, validate
+from torchtune_vl.cli import check, checkpoints, configs, prepare, preview, run, validate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return command
 
     # Each command has the function to run, which imports what takes long
-    for module in (configs, run, check, preview, validate, checkpoints):
+    for module in (configs, run, check, preview, prepare, validate, checkpoints):
         module.add_commands(add)
     options = parser.parse_args(arguments)
     from torchtune_vl.recipes._launch import ended

@@ -7,6 +7,7 @@ from torchtune_vl.datasets._conversations import (
 )
 from torchtune_vl.datasets._mixture import Mixture
 from torchtune_vl.datasets._preferences import PreferencePairs, preference_pairs
+from torchtune_vl.datasets._prepared import PreparedDataset, prepared_dataset
 from torchtune_vl.datasets._sample_sizes import (
     Measurements,
     SamplesError,
@@ -18,11 +19,13 @@ __all__ = [
     "Measurements",
     "Mixture",
     "PreferencePairs",
+    "PreparedDataset",
     "SamplesError",
     "StreamedVisionChat",
     "VisionChatDataset",
     "measure",
     "measure_all",
     "preference_pairs",
+    "prepared_dataset",
     "vision_chat_dataset",
 ]

@@ -148,11 +148,14 @@ def measure(
 
     Args:
         dataset: has ``measure``, of an index, and perhaps ``examine``, which also tells what a
-            sample loses, as those of :func:`~torchtune_vl.datasets.vision_chat_dataset` have.
+            sample loses, as those of :func:`~torchtune_vl.datasets.vision_chat_dataset` have; or
+            ``measurements``, of indices, which gives what this function does.
         indices: of the samples, ``range(len(dataset))`` for all.
         num_workers: processes to measure in, besides this one; 0: in this one.
         shown: text of a progress bar, None for no bar. With several ranks, let one show it.
     """
+    if hasattr(dataset, "measurements"):
+        return dataset.measurements(indices)
     if not hasattr(dataset, "measure"):
         problem = f"a {type(dataset).__name__} does not know the sizes of its samples"
         raise ValueError(f"{problem}: use torchtune_vl.datasets.vision_chat_dataset")
