@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -30,7 +31,7 @@ from torchtune_vl.datasets import (
     vision_chat_dataset,
 )
 from torchtune_vl.datasets._prepare import prepare
-from torchtune_vl.datasets._shards import read_sample
+from torchtune_vl.datasets._shards import Shard, read_sample
 from torchtune_vl.models import transform_from_pretrained
 from torchtune_vl.recipes._check_config import read_config
 from torchtune_vl.recipes.finetune import recipe_main
@@ -180,7 +181,7 @@ def test_any_reader_of_arrow_reads_it(dataset: Any, prepared: Path) -> None:
         assert row["tokens"] == sample["tokens"]
         assert row["mask"] == sample["mask"]
         assert row["input_pos"] == sample["input_pos"].flatten().tolist()
-    assert rows[1]["patches"] == [] and rows[1]["grid_thw"] == []
+    assert rows[1]["patches"] == rows[1]["grid_thw"] == []
     vision = dataset[5]["encoder_input"]["vision"]
     assert rows[2]["patches"] == vision["patches"].flatten().tolist()
     assert rows[2]["grid_thw"] == vision["grid_thw"].flatten().tolist()
@@ -249,6 +250,7 @@ def test_changed_records_are_made_anew(
     (root / "changed.jsonl").write_text("\n".join(lines[:8]))
     changed = read(transform, root / "changed.jsonl")
     whole = (copy / "shard_00000.arrow").stat().st_ino
+    assert prepared_dataset(transform, directory=str(copy))[4]["tokens"] != changed[4]["tokens"]
     write(changed, transform, copy)
     assert (copy / "shard_00000.arrow").stat().st_ino == whole
     assert not (copy / "shard_00003.arrow").exists()  # of records 9 and on
@@ -261,9 +263,12 @@ def test_changed_records_are_made_anew(
 @pytest.mark.parametrize(
     ("settings", "how", "message"),
     [
-        ({"max_seq_len": 400}, {}, "max_seq_len was 500 and is 400"),
-        ({"max_pixels": 3136}, {}, "image.max_pixels was 12845056 and is 3136"),
-        ({"tokens_per_second": 3}, {}, "tokens_per_second was 2 and is 3"),
+        (
+            {"max_seq_len": 400, "max_pixels": 3136, "tokens_per_second": 3},
+            {},
+            "image.max_pixels was 12845056 and is 3136, max_seq_len was 500 and is 400, "
+            "tokens_per_second was 2 and is 3",
+        ),
         ({"add_vision_id": True}, {}, "family, vocabulary, template or release was "),
         ({}, {"settings": {"source": "parquet"}}, "source was json and is parquet"),
         ({}, {"shard_size": 4}, "shard_size was 3 and is 4"),
@@ -325,29 +330,28 @@ def test_damage_is_found(transform: ChatTransform, dataset: Any, copy: Path, wha
         manifest.unlink()
         message = "has no manifest.json: name a directory of `tune-vl prepare`"
     with pytest.raises(ValueError, match=message):
-        stored = prepared_dataset(transform, directory=str(copy))
-        assert_same(stored[0], dataset[0])
-        assert_same(stored[6], dataset[6])
-        stored[3]
+        prepared_dataset(transform, directory=str(copy))[3]
+    if what in ("byte", "other"):  # and the others are read
+        assert_same(prepared_dataset(transform, directory=str(copy))[6], dataset[6])
 
 
 def test_every_byte_of_a_shard_counts(transform: ChatTransform, dataset: Any, copy: Path) -> None:
     """A byte that is another makes no difference, or an error that names the file."""
-    path, geometry = copy / "shard_00003.arrow", transform.geometry
-    whole, expected, found = path.read_bytes(), dataset[9], 0
+    whole, expected = (copy / "shard_00003.arrow").read_bytes(), dataset[9]
+    errors = []
     for number, place in enumerate(range(0, len(whole), max(1, len(whole) // 150))):
         changed = bytearray(whole)
         changed[place] ^= 1 << number % 8
         other = copy / f"{number}.arrow"
         other.write_bytes(changed)
         try:
-            sample = read_sample(other, 0, geometry)
+            sample = read_sample(Shard(other, ""), 0, transform.geometry)
         except ValueError as error:
-            assert "is damaged" in str(error)
-            found += 1
+            errors.append(str(error))
         else:
             assert_same(sample, expected)
-    assert found > 75
+    assert len(errors) > 75
+    assert all(".arrow is damaged" in error for error in errors)
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +384,8 @@ def test_bad_samples(
     assert write(dataset, transform, directory, skips_bad=True)["bad"] == 3
     listed = [json.loads(x) for x in (directory / "bad_samples.jsonl").read_text().splitlines()]
     assert [bad["sample"] for bad in listed] == [1, 3, 4]
-    assert "missing.png" in listed[0]["reason"] and "sample 'cut'" in listed[1]["reason"]
+    assert "missing.png" in listed[0]["reason"]
+    assert "sample 'cut'" in listed[1]["reason"]
     stored = prepared_dataset(transform, directory=str(directory))
     assert len(stored) == 3
     for index, record in enumerate([0, 2, 5]):
@@ -467,7 +472,7 @@ def test_losses_are_the_same(
     capsys: pytest.CaptureFixture[str],
     quiet_signals: None,
 ) -> None:
-    settings = {"max_steps": 4, "tokenizer.max_seq_len": 500, "rows.max_tokens": 1024}
+    settings = {"max_steps": 3, "tokenizer.max_seq_len": 500, "rows.max_tokens": 1024}
     path = write_config(root, tmp_path / "run", settings)
     assert status("prepare", "--config", path, "--output", tmp_path / "prepared") == 0
     assert "GB): 10 samples\n" in capsys.readouterr().out
@@ -479,7 +484,7 @@ def test_losses_are_the_same(
     for config in (path, other):
         assert recipe_main(read_config(["--config", str(config)])) == 0
     losses = [read_losses(output) for output in (tmp_path / "run", tmp_path / "other")]
-    assert losses[0].keys() == {1, 2, 3, 4}
+    assert losses[0].keys() == {1, 2, 3}
     assert losses[0] == losses[1]
     assert read_samples(tmp_path / "run") == read_samples(tmp_path / "other")
 
@@ -502,7 +507,8 @@ def test_the_command(
     skipping = ("on_bad_sample=skip", "max_bad_share=0.5")
     assert status(*command, "--validation", "--num-workers", 2, *skipping) == 0
     told = capsys.readouterr().out
-    assert "mixed/good" in told and "3 samples, without 3 that cannot be read" in told
+    assert re.search(r"mixed/good \(0\.00 GB\): 10 samples\n", told)
+    assert re.search(r"mixed/bad .*: 3 samples, without 3 that cannot be read", told)
     transform = transform_of(root)
     stored = [prepared_dataset(transform, directory=str(output / x)) for x in ("good", "bad")]
     assert [len(each) for each in stored] == [10, 3]
@@ -517,4 +523,5 @@ def test_the_command(
     ):
         assert status(*arguments) == 2
         error = capsys.readouterr().err
-        assert error.startswith("tune-vl prepare: ") and message in error
+        assert error.startswith("tune-vl prepare: ")
+        assert message in error

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchtune_vl.chat import ChatTransform
 from torchtune_vl.chat._transform import Examined
 from torchtune_vl.datasets._sample_sizes import Measurements
-from torchtune_vl.datasets._shards import read_origin, read_sample
+from torchtune_vl.datasets._shards import Shard, read_origin, read_sample
 from torchtune_vl.files._directory import checksum, is_inside
 from torchtune_vl.files._json import JsonObject, read_json_object
 from torchtune_vl.media import Geometry
@@ -85,16 +85,13 @@ class PreparedDataset(Dataset):
 
     def __init__(self, directory: Path, manifest: JsonObject, geometry: Geometry) -> None:
         self._geometry = geometry
-        self._shards: list[Path] = []
-        lengths = []
-        for number in range(len(manifest.items("shards"))):
-            shard = JsonObject(manifest.file, manifest.items("shards")[number], f"shards.{number}.")
-            self._shards.append(_file(directory, shard))
-            lengths.append(shard.whole("samples", least=0))
+        shards = manifest.each("shards")
+        listed = [shards.part(number) for number in shards.content]
+        self._shards = [Shard(_file(directory, x), x.text("xxh3_128")) for x in listed]
+        lengths = [x.whole("samples", least=0) for x in listed]
         self._ends = [*accumulate(lengths)]
-        listed = manifest.part("samples")
-        path = _file(directory, listed)
-        if checksum(path) != listed.text("xxh3_128"):
+        path = _file(directory, manifest.part("samples"))
+        if checksum(path) != manifest.part("samples").text("xxh3_128"):
             raise ValueError(f"{path} is damaged: copy it again, or run prepare again")
         self._samples = np.load(path, mmap_mode="r", allow_pickle=False)
         if len(self._samples) != sum(lengths):
@@ -105,9 +102,9 @@ class PreparedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Read a sample, the same as before it was stored; a ValueError names it and its file."""
-        path, number = self._find(index)
+        shard, number = self._find(index)
         with naming_sample(index):
-            return read_sample(path, number, self._geometry)
+            return read_sample(shard, number, self._geometry)
 
     def measure(self, index: int) -> tuple[int, int, int]:
         """Count tokens, patches and supervised tokens of a sample."""
@@ -140,7 +137,7 @@ class PreparedDataset(Dataset):
         with naming_sample(index):
             return read_origin(*self._find(index))
 
-    def _find(self, index: int) -> tuple[Path, int]:
+    def _find(self, index: int) -> tuple[Shard, int]:
         """The shard of a sample, and its number there."""
         index = range(len(self))[index]
         shard = bisect_right(self._ends, index)

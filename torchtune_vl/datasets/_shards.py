@@ -9,7 +9,7 @@ import mmap
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,13 @@ _SCHEMA = pa.schema(
 _LOST = ("tokens", "images", "videos")
 # Each takes a file descriptor
 _LARGEST_NUMBER_OPEN = 128
+
+
+class Shard(NamedTuple):
+    """A file of samples; one that was written anew has another checksum, XXH3 of 128 bits."""
+
+    path: Path
+    checksum: str
 
 
 def write_shard(path: Path, samples: Iterable[tuple[Mapping[str, Any], tuple[Any, str]]]) -> None:
@@ -75,12 +82,12 @@ def _checksum(arrays: Iterable[np.ndarray], origin: str) -> int:
     return digest.intdigest()
 
 
-def read_sample(path: Path, number: int, geometry: Geometry) -> dict[str, Any]:
+def read_sample(shard: Shard, number: int, geometry: Geometry) -> dict[str, Any]:
     """Read one sample of a shard, with ``labels``, as it was when it was written.
 
     Raises ``ValueError`` if the file is damaged there.
     """
-    arrays, patches, _ = _read(path, number)
+    arrays, patches, _ = _read(shard, number)
     tokens, mask, positions = (arrays[name] for name in ("tokens", "mask", "input_pos"))
     sample: dict[str, Any] = {
         "tokens": tokens.tolist(),
@@ -97,9 +104,9 @@ def read_sample(path: Path, number: int, geometry: Geometry) -> dict[str, Any]:
     return {**sample, "labels": np.where(mask, IGNORE_INDEX, tokens).tolist()}
 
 
-def read_origin(path: Path, number: int) -> tuple[Any, str]:
+def read_origin(shard: Shard, number: int) -> tuple[Any, str]:
     """Read what a sample of a shard was made of: its id and place."""
-    *_, origin = _read(path, number)
+    *_, origin = _read(shard, number)
     name, place = json.loads(origin)
     return name, place
 
@@ -108,26 +115,26 @@ def _threes(numbers: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(numbers.astype(np.int64)).view(-1, 3)
 
 
-def _read(path: Path, number: int) -> tuple[dict[str, np.ndarray], torch.Tensor, str]:
+def _read(shard: Shard, number: int) -> tuple[dict[str, np.ndarray], torch.Tensor, str]:
     """The lists of a sample as arrays, its patches once more as a tensor, and its origin."""
     try:
-        batch = _opened(path).get_batch(number)
+        batch = _opened(shard).get_batch(number)
         values = {name: batch.column(name).values for name in _LISTS}
         arrays = {name: v.to_numpy(zero_copy_only=False) for name, v in values.items()}
         origin, checksum = (batch.column(name)[0].as_py() for name in ("origin", "checksum"))
         if _checksum(arrays.values(), origin) != checksum:
             raise ValueError("its checksum is another")
     except (pa.ArrowException, OSError, ValueError, LookupError, AttributeError) as error:
-        problem = f"{path} is damaged ({error})"
+        problem = f"{shard.path} is damaged ({error})"
         raise ValueError(f"{problem}: copy it again, or remove it and run prepare again") from error
     # Not by way of NumPy, which calls it read-only, and so torch would warn
     return arrays, torch.from_dlpack(values["patches"]), origin
 
 
 @lru_cache(_LARGEST_NUMBER_OPEN)
-def _opened(path: Path) -> ipc.RecordBatchFileReader:
+def _opened(shard: Shard) -> ipc.RecordBatchFileReader:
     # What does not get smaller by LZ4 is not copied: whoever changes it must not change the file
-    with path.open("rb") as file:
+    with shard.path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     options = ipc.IpcReadOptions(use_threads=False)  # data workers are as many as the cores
     reader = ipc.open_file(pa.py_buffer(content), options=options)
