@@ -84,7 +84,7 @@ def settings(root: Path, **others: Any) -> dict[str, Any]:
         "dataset.data_files": str(root / "train.jsonl"),
         "on_bad_sample": "skip",
         "max_bad_share": 0.25,
-        "epochs": 2,
+        "epochs": 4,
         **others,
     }
 
@@ -115,7 +115,9 @@ def test_the_first_is_named(root: Path, tmp_path: Path) -> None:
     assert any(name in messages for name in ("cut.jpg", "cut.png", "flipped.png", "cut.bmp"))
 
 
-@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("processes", "workers"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)]
+)
 def test_exactly_the_bad_are_left_out(
     root: Path, tmp_path: Path, processes: int, workers: int
 ) -> None:
@@ -129,13 +131,14 @@ def test_exactly_the_bad_are_left_out(
         assert line["reason"].startswith(f"sample {line['sample']}: ")
     steps = read_samples(tmp_path / "one")
     seen = [sample for samples in steps.values() for sample in samples]
-    assert sorted(seen) == sorted([*({*range(75)} - {*BAD})] * 2)
+    assert sorted(seen) == sorted([*({*range(75)} - {*BAD})] * 4)
     # The same with workers and processes, and after kills
     config = write_config(root, tmp_path / "other", settings(root, num_workers=workers))
-    for at in (3, 9):
+    for at in (2, 5):
         process = start(config, processes, "resume=True", "save_every_n_steps=2")
         while process.poll() is None and last_step(tmp_path / "other") < at:
-            time.sleep(0.1)
+            time.sleep(0.05)
+        assert process.poll() is None
         kill(process)
     others = run(config, processes, "resume=True", "save_every_n_steps=2")
     assert listed(tmp_path / "other") == expected
@@ -157,8 +160,10 @@ def test_too_many_end_the_run(root: Path, tmp_path: Path) -> None:
     process = start(config)
     messages, _ = process.communicate()
     assert process.returncode == 2
-    assert "13 of 75 samples of dataset are bad, more than max_bad_share, 0.16" in messages
-    assert len(listed(tmp_path / "late")) == 13
+    # Found in the step in which they became too many
+    bad = len(listed(tmp_path / "late"))
+    assert 13 <= bad <= 15
+    assert f"{bad} of 75 samples of dataset are bad, more than max_bad_share, 0.16" in messages
 
 
 def test_a_list_has_each_once_and_forgets_what_comes_again(tmp_path: Path) -> None:

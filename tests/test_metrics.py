@@ -53,21 +53,27 @@ def row(tokens: list[int], targets: int, images: int) -> Row:
     if images:
         batch["encoder_input"] = {"vision": {"grid_thw": torch.zeros(images, 3)}}
     sizes = [Size(n, 0, 1) for n in tokens]
-    return Row(batch, [*range(len(tokens))], sizes, {}, images > 0)
+    sources = [number % 2 for number in range(len(tokens))]
+    return Row(batch, [*range(len(tokens))], sizes, {}, images > 0, [], sources)
+
+
+def add(metrics: Metrics, *of_row: Any) -> None:
+    made = row(*of_row)
+    metrics.add_row(made, torch.arange(float(len(made.batch["targets"]))))
 
 
 @pytest.mark.parametrize(("room", "expected"), [(80, 60 / 160), (None, 60 / 200)])
 def test_a_line(clock: list[float], room: int | None, expected: float) -> None:
     logger = Logger()
-    metrics = Metrics(logger, Flops(), room, torch.device("cpu"), copies=1)  # type: ignore[arg-type]
+    metrics = Metrics(logger, Flops(), room, torch.device("cpu"), copies=1, sources=["0"])  # type: ignore[arg-type]
     metrics.peak_flops = 1e6
-    metrics.add_row(row([1000], 999, 9))
+    add(metrics, [1000], 999, 9)
     metrics.add_loss(9.0)
     metrics.begin()
     metrics.waited += 0.5
-    metrics.add_row(row([10, 20], 7, 0))
+    add(metrics, [10, 20], 7, 0)
     metrics.add_loss(3.0)
-    metrics.add_row(row([30], 3, 2))
+    add(metrics, [30], 3, 2)
     metrics.add_loss(2.0)
     clock[0] += 4.0
     groups = [{"part": "decoder", "lr": 0.1}, {"part": "merger", "lr": 0.2}]
@@ -98,8 +104,8 @@ def test_a_line(clock: list[float], room: int | None, expected: float) -> None:
 def test_rows_that_several_processes_have_count_once(clock: list[float]) -> None:
     lines = []
     for copies in (1, 2):
-        metrics = Metrics(None, Flops(), 80, torch.device("cpu"), copies)  # type: ignore[arg-type]
-        metrics.add_row(row([10, 20], 7, 0))
+        metrics = Metrics(None, Flops(), 80, torch.device("cpu"), copies, ["0"])  # type: ignore[arg-type]
+        add(metrics, [10, 20], 7, 0)
         metrics.add_loss(3.0)
         clock[0] += 1.0
         lines.append(metrics.write(1, 1.0, [], False)[0])
@@ -107,9 +113,28 @@ def test_rows_that_several_processes_have_count_once(clock: list[float]) -> None
     assert "mfu" not in lines[0]
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_each_dataset_of_a_mixture_has_its_loss(copies: int) -> None:
+    metrics = Metrics(None, Flops(), 80, torch.device("cpu"), copies, ["a", "b", "none"])  # type: ignore[arg-type]
+    batch: dict[str, Any] = {"tokens": torch.zeros(1, 50), "targets": torch.zeros(6)}
+    sizes = [Size(10, 0, 1), Size(20, 0, 3), Size(12, 0, 2)]
+    made = Row(batch, [4, 7, 5], sizes, {}, False, [(9, "sample 9: it is torn")], [0, 1, 0])
+    for _ in range(copies):
+        metrics.add_row(made, torch.tensor([1.0, 10.0, 20.0, 30.0, 3.0, 5.0]))
+    metrics.add_loss(3.0)
+    line, _ = metrics.write(1, 1.0, [], False)
+    assert line["loss/a"] == pytest.approx((1 + 3 + 5) / 3)
+    assert line["loss/b"] == pytest.approx(20)
+    assert "loss/none" not in line
+    names = ("samples/a", "samples/b", "samples/none", "tokens/a", "tokens/b", "tokens/none")
+    assert [line[name] for name in names] == [2, 1, 0, 22, 20, 0]
+    assert line["bad_samples"] == 1
+    assert metrics.history["samples"] == 4
+
+
 def test_the_best_validation_loss() -> None:
     logger = Logger()
-    metrics = Metrics(logger, Flops(), None, torch.device("cpu"), 1)  # type: ignore[arg-type]
+    metrics = Metrics(logger, Flops(), None, torch.device("cpu"), 1, ["0"])  # type: ignore[arg-type]
     assert metrics.history["best"] == {"loss": math.inf, "step": None}
     losses = {2: 3.0, 4: 2.0, 6: 2.0, 8: 2.5}
     assert [metrics.write_validation(step, x) for step, x in losses.items()] == [
@@ -124,6 +149,6 @@ def test_a_gpu_is_asked_for_its_name_and_memory(monkeypatch: pytest.MonkeyPatch)
     device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", {device: "NVIDIA H100 80GB HBM3"}.get)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", {device: 5}.get)
-    metrics = Metrics(None, Flops(), None, device, 1)  # type: ignore[arg-type]
+    metrics = Metrics(None, Flops(), None, device, 1, ["0"])  # type: ignore[arg-type]
     assert metrics.peak_flops == 989.4e12
     assert metrics._peak_memory() == 5

@@ -149,7 +149,12 @@ def write_mixture(root: Path, output: Path, streaming: bool, **others: Any) -> P
 
 
 @pytest.mark.parametrize(
-    ("streaming", "processes", "workers"), [(False, 1, 2), (True, 2, 1), (True, 1, 0)]
+    ("streaming", "processes", "workers"),
+    [
+        pytest.param(False, 1, 2, marks=pytest.mark.slow),
+        (True, 2, 1),
+        pytest.param(True, 1, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_on_two_datasets_goes_on(
     root: Path, tmp_path: Path, streaming: bool, processes: int, workers: int
@@ -162,7 +167,8 @@ def test_a_run_on_two_datasets_goes_on(
     for at in (3, 8):
         process = start(config, processes, "resume=True")
         while process.poll() is None and last_step(other) < at:
-            time.sleep(0.1)
+            time.sleep(0.05)
+        assert process.poll() is None
         kill(process)
     rest = run(config, processes, "resume=True")
     assert max(rest) == 12

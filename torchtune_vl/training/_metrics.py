@@ -59,7 +59,8 @@ class Metrics:
         self.targets = self.tokens = self.rooms = self.media = self.operations = 0
         self.samples = self.bad = 0
         # Of each source: loss, on the device, and supervised tokens, samples and tokens
-        self.source_losses = torch.zeros(len(self.sources), device=self.device)
+        device = self.device if self.sources else None
+        self.source_losses = torch.zeros(len(self.sources), device=device)
         self.source_counts = torch.zeros(len(self.sources), 3, dtype=torch.float64)
 
     def add_row(self, row: Row, losses: torch.Tensor) -> None:
@@ -102,7 +103,7 @@ class Metrics:
         )
         own = torch.tensor(counts, dtype=torch.float64).to(self.device)
         of_sources = self.source_counts.flatten().to(self.device)
-        totals = torch.cat([own, of_sources, self.source_losses.double()])
+        totals = torch.cat([own, of_sources, self.source_losses.double().to(self.device)])
         dist.all_reduce(totals)
         totals /= self.copies
         targets, tokens, room, media, operations, stops, samples, bad = totals[:8].tolist()
