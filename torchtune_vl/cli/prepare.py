@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchtune_vl.cli._dataset import add_arguments, read_dataset
 from torchtune_vl.files._printable import shown
 
 _DESCRIPTION = """\
@@ -22,45 +23,31 @@ _EXAMPLES = """\
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the command."""
     purpose = "transform samples before training"
-    argument = add("prepare", _run, purpose, _EXAMPLES, _DESCRIPTION).add_argument
-    argument("--config", required=True, metavar="CONFIG", help="name, see `tune-vl ls`, or file")
+    command = add("prepare", _run, purpose, _EXAMPLES, _DESCRIPTION)
+    add_arguments(command)
+    argument = command.add_argument
     what = "directory to write; of several datasets one in it for each, by name"
     argument("--output", required=True, type=Path, metavar="DIRECTORY", help=what)
-    argument("--validation", action="store_true", help="prepare dataset_val")
     what = "processes that work (default: num_workers of the config; on a cluster all)"
     argument("--num-workers", type=int, metavar="N", help=what)
     what = 'cluster that works, "auto" for the one this machine is in, "local" for a new one here'
     argument("--ray", metavar="ADDRESS", help=what)
     what = "samples of a file, which is what a worker does at a time (default: %(default)s)"
     argument("--shard-size", type=int, default=500, metavar="N", help=what)
-    argument("overrides", nargs="*", metavar="key=value", help="in place of what the config says")
 
 
 def _run(options: argparse.Namespace) -> int:
-    from torchtune_vl.recipes._check_config import check_components, read_config
-
-    key, workers = "dataset_val" if options.validation else "dataset", options.num_workers
+    workers = options.num_workers
     if options.shard_size < 1:
         raise ValueError(f"--shard-size is {options.shard_size}: make it at least 1")
     if workers is not None and workers < 0:
         raise ValueError(f"--num-workers is {workers}: make it at least 0")
-    config = read_config(["--config", options.config, *options.overrides])
-    if config[key] is None:
-        raise ValueError(f"{options.config} has no {key}: leave --validation out, or set it")
-    check_components(config)
+    config, key, mixture, transform = read_dataset(options)
     from omegaconf import OmegaConf
 
-    from torchtune_vl._torchtune import instantiate
-    from torchtune_vl.chat import ChatTransform
     from torchtune_vl.datasets._prepare import check_can_be_prepared, prepare
     from torchtune_vl.recipes._config_keys import SOURCE_KEYS
-    from torchtune_vl.recipes._datasets import datasets_of
 
-    transform = instantiate(config.tokenizer)
-    if not isinstance(transform, ChatTransform):
-        name = config.tokenizer._component_
-        raise ValueError(f"the tokenizer {name} is none of torchtune-vl's transforms: use one")
-    mixture = datasets_of(config, key, transform)
     for dataset in mixture.datasets:
         check_can_be_prepared(dataset, transform)
     content: Any = OmegaConf.to_container(config, resolve=True)
