@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 
 from torchtune_vl.datasets import VisionChatDataset, measure, measure_all, vision_chat_dataset
-from torchtune_vl.datasets._size_cache import cache_directory
+from torchtune_vl.datasets._record_cache import cache_directory
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 
 

@@ -14,10 +14,10 @@ from torchtune_vl.data import Planner
 from torchtune_vl.data._data_workers import loading
 from torchtune_vl.data._plan import unusable
 from torchtune_vl.datasets._box_units import UnitEvidence
-from torchtune_vl.datasets._check_cache import CheckCache, Kept
 from torchtune_vl.datasets._check_sample import LIBRARIES, Found, SampleCheck, load_libraries
 from torchtune_vl.datasets._mixture import Mixture
 from torchtune_vl.datasets._near_duplicates import near_duplicates
+from torchtune_vl.datasets._record_cache import Kept, RecordCache
 
 # So many are kept at a time, and at most so many checked in vain if the process is killed
 _BATCH_SIZE = 128
@@ -150,7 +150,7 @@ class _BatchCheck:
     def keep(self, new: Sequence[Kept]) -> None:
         """Keep what was found of samples."""
         if new and self._fingerprint is not None:
-            with CheckCache(self._fingerprint) as cache:
+            with RecordCache("checks", self._fingerprint) as cache:
                 cache.add(new)
 
     def _digests(self, indices: Sequence[int]) -> list[bytes]:
@@ -162,7 +162,7 @@ class _BatchCheck:
     def _known(self, digests: Sequence[bytes]) -> dict[bytes, bytes]:
         if not digests or self._fingerprint is None:
             return {}
-        with CheckCache(self._fingerprint) as cache:
+        with RecordCache("checks", self._fingerprint) as cache:
             return cache.find(digests)
 
 

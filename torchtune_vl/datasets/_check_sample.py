@@ -42,7 +42,7 @@ class Found(NamedTuple):
 
     Args:
         reason: why it cannot be trained on, or None.
-        counts: as :class:`~torchtune_vl.datasets._size_cache.Measured` has them.
+        counts: as :class:`~torchtune_vl.datasets._sample_sizes.Measured` has them.
         content: digest of all that it says and shows.
         text: MinHash of what is said, but for the system's message, uint32 [64] as bytes.
         media: hash of each medium, uint64 [media] as bytes.

@@ -25,6 +25,7 @@ from torchtune_vl.datasets._formats import (
     names_of_columns,
     recognised,
 )
+from torchtune_vl.datasets._record_cache import state_of
 from torchtune_vl.datasets._record_formats import (
     FileRecord,
     MediaDirectory,
@@ -32,8 +33,7 @@ from torchtune_vl.datasets._record_formats import (
     files_of,
 )
 from torchtune_vl.datasets._remote import RemoteMedia, is_store
-from torchtune_vl.datasets._sample_sizes import counts_of
-from torchtune_vl.datasets._size_cache import Measured, state_of
+from torchtune_vl.datasets._sample_sizes import Measured, counts_of
 from torchtune_vl.datasets._tables import Records, Table, digests_of, lines_of, load_records
 from torchtune_vl.media import Augmentation
 from torchtune_vl.media._errors import naming_sample

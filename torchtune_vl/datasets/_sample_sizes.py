@@ -1,17 +1,18 @@
 """The sizes of all samples, before training begins."""
 
 import logging
+import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from torchtune_vl.data._data_workers import loading
-from torchtune_vl.datasets._size_cache import Measured, SizeCache
+from torchtune_vl.datasets._record_cache import Kept, RecordCache
 from torchtune_vl.media._errors import naming_sample
 
 # Sending a batch from a worker costs as much as measuring some samples
@@ -21,6 +22,26 @@ _NUM_KEPT_AT_ONCE = 10_000
 _NUM_SHOWN = 20
 
 _log = logging.getLogger(__name__)
+
+
+# What `Measured` counts, as a cache keeps it
+_COUNTS = struct.Struct("<7q")
+
+
+class Measured(NamedTuple):
+    """What was found of a sample.
+
+    Args:
+        counts: its tokens, patches, supervised tokens and media, and how many tokens, images and
+            videos it loses because it is too long.
+        files: the local files of its media.
+        state: of these files, from :func:`~torchtune_vl.datasets._record_cache.state_of`; None if
+            it must not be kept.
+    """
+
+    counts: tuple[int, ...]
+    files: Sequence[str]
+    state: bytes | None
 
 
 class SamplesError(ValueError):
@@ -160,7 +181,7 @@ def measure(
         problem = f"a {type(dataset).__name__} does not know the sizes of its samples"
         raise ValueError(f"{problem}: use torchtune_vl.datasets.vision_chat_dataset")
     parts: list[Measurements] = []
-    new: list[tuple[bytes, Measured]] = []
+    new: list[Kept] = []
     problems = dict[str, None]()
     collate = partial(_measure_batch, dataset)
     loader = loading(indices, num_workers, batch_size=_BATCH_SIZE, collate_fn=collate)
@@ -182,12 +203,12 @@ def measure(
     return Measurements.joined(parts)
 
 
-def _keep(dataset: Any, new: Sequence[tuple[bytes, Measured]]) -> list[str]:
+def _keep(dataset: Any, new: Sequence[Kept]) -> list[str]:
     """Add to the dataset's cache; gives the reason if that cannot be done."""
     if not new:
         return []
     try:
-        with SizeCache(dataset.fingerprint) as cache:
+        with RecordCache("sizes", dataset.fingerprint) as cache:
             cache.add(new)
     except ValueError as error:
         return [str(error)]
@@ -196,7 +217,7 @@ def _keep(dataset: Any, new: Sequence[tuple[bytes, Measured]]) -> list[str]:
 
 def _measure_batch(
     dataset: Any, indices: Sequence[int]
-) -> tuple[Measurements, list[tuple[bytes, Measured]], list[str]]:
+) -> tuple[Measurements, list[Kept], list[str]]:
     """Measure samples; gives those, too, that are to be kept, and why the cache was not used."""
     found = Measurements(np.zeros((len(indices), 3), np.int32))
     digests, known, problem = _known(dataset, indices)
@@ -205,11 +226,11 @@ def _measure_batch(
         try:
             with naming_sample(index):
                 if digests and digests[place] in known:
-                    counts = known[digests[place]]
+                    counts = _COUNTS.unpack(known[digests[place]])
                 elif digests:
-                    measured = dataset.measure_to_keep(index)
-                    new.append((digests[place], measured))
-                    counts = measured.counts
+                    counts, files, state = dataset.measure_to_keep(index)
+                    if state is not None:
+                        new.append(Kept(digests[place], _COUNTS.pack(*counts), files, state))
                 else:
                     counts = _counts(dataset, index)
                 found.add(place, index, counts)
@@ -220,7 +241,7 @@ def _measure_batch(
 
 def _known(
     dataset: Any, indices: Sequence[int]
-) -> tuple[list[bytes], dict[bytes, tuple[int, ...]], list[str]]:
+) -> tuple[list[bytes], dict[bytes, bytes], list[str]]:
     """Digests of records, none if they are not kept, and what is known of them."""
     if getattr(dataset, "fingerprint", None) is None:
         return [], {}, []
@@ -229,7 +250,7 @@ def _known(
     except (ValueError, OSError):  # is told by each of the samples
         return [], {}, []
     try:
-        with SizeCache(dataset.fingerprint) as cache:
+        with RecordCache("sizes", dataset.fingerprint) as cache:
             return digests, cache.find(digests), []
     except ValueError as error:
         return [], {}, [str(error)]

@@ -1,12 +1,13 @@
-"""What a check found of samples, on disk, so that one that was killed goes on."""
+"""What was found of records, on disk, so that nobody looks for it twice."""
 
 import os
 import sqlite3
+import struct
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, closing
+from pathlib import Path
 from typing import NamedTuple
 
-from torchtune_vl.datasets._size_cache import cache_directory, state_of
 from torchtune_vl.media._errors import refusing
 
 _TABLE = """CREATE TABLE IF NOT EXISTS samples (record BLOB PRIMARY KEY, found BLOB, files BLOB,
@@ -15,13 +16,13 @@ _SECONDS_FOR_OTHERS = 60.0
 
 
 class Kept(NamedTuple):
-    """What is kept of a sample.
+    """What is kept of a record.
 
     Args:
-        record: digest of its record.
+        record: its digest.
         found: what was found, as bytes.
         files: the local files of its media.
-        state: of these files, from :func:`state_of`, when they were looked at.
+        state: of these files, from :func:`state_of`, before they were looked at.
     """
 
     record: bytes
@@ -30,22 +31,36 @@ class Kept(NamedTuple):
     state: bytes
 
 
-class CheckCache:
-    """What was found with the settings of one fingerprint, by the digests of records.
+def cache_directory() -> Path:
+    """``$TORCHTUNE_VL_CACHE``, by default ``~/.cache/torchtune_vl``."""
+    return Path(os.environ.get("TORCHTUNE_VL_CACHE", "~/.cache/torchtune_vl")).expanduser()
 
-    It holds as long as the files of a sample's media are as they were. A ``ValueError`` if it
-    cannot be used.
+
+def state_of(files: Iterable[str]) -> bytes | None:
+    """Size and time of writing of each file; None if one is not there."""
+    try:
+        found = [os.stat(file) for file in files]
+    except (OSError, ValueError):
+        return None
+    return b"".join(struct.pack("<Qq", status.st_size, status.st_mtime_ns) for status in found)
+
+
+class RecordCache:
+    """What was found in one way, which is a directory, with the settings of one fingerprint.
+
+    It holds as long as the files of a record's media are as they were. Several processes, also of
+    other runs, may use a cache at a time. A ``ValueError`` if it cannot be used.
     """
 
-    def __init__(self, fingerprint: str) -> None:
-        path = cache_directory() / "checks" / f"{fingerprint}.sqlite"
+    def __init__(self, way: str, fingerprint: str) -> None:
+        path = cache_directory() / way / f"{fingerprint}.sqlite"
         with _using():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, timeout=_SECONDS_FOR_OTHERS)
             with self._database as database:
                 database.execute(_TABLE)
 
-    def __enter__(self) -> "CheckCache":
+    def __enter__(self) -> "RecordCache":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,6 +82,6 @@ class CheckCache:
 
 
 def _using() -> AbstractContextManager[None]:
-    problem = f"what is checked cannot be kept in {cache_directory()}"
+    problem = f"the cache in {cache_directory()} cannot be used"
     remedy = "set TORCHTUNE_VL_CACHE to a directory that can be written"
     return refusing(problem, remedy, (OSError, sqlite3.Error))
