@@ -155,7 +155,7 @@ def test_samples_are_what_they_were(dataset: Any, transform: Any, prepared: Path
 def test_sizes_are_known(dataset: Any, transform: ChatTransform, prepared: Path) -> None:
     stored = prepared_dataset(transform, directory=str(prepared))
     for indices in (range(10), range(1, 10, 3), [0, 4], []):
-        found, expected = measure(stored, indices), measure(dataset, indices, show_progress=False)
+        found, expected = measure(stored, indices), measure(dataset, indices, shown=None)
         assert found.sizes.dtype == np.int32
         assert np.array_equal(found.sizes, expected.sizes)
         assert (found.counts, found.bad) == (expected.counts, [])

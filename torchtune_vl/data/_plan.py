@@ -130,7 +130,8 @@ class Plan:
         identity = {"seed": seed, "shuffle": shuffle, "samples": len(sizes)}
         start = {"step": 0, "epoch": 0, "has_begun": False, "had_media": False, **identity}
         position = {**(position or start)}
-        _check(position, identity, epochs)
+        check_identity(position, identity)
+        _check_epochs(position, epochs)
         draws = draws or Draws([len(sizes)], [1.0])
         planning = _Planning(planner, rows_per_step, sizes, draws, seed, shuffle)
         step, plans, planned = position["step"], position.get("plans", []), []
@@ -289,13 +290,17 @@ def reason_against(planner: Planner, size: Size) -> str | None:
     return None
 
 
-def _check(position: Mapping[str, Any], identity: Mapping[str, Any], epochs: int | None) -> None:
+def check_identity(position: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if a position is that of another run."""
     for name, value in identity.items():
-        if position[name] != value:
+        if position.get(name) != value:
             raise ValueError(
-                f"the position belongs to a run with {name} {position[name]}, this one has "
+                f"the position belongs to a run with {name} {position.get(name)}, this one has "
                 f"{value}: samples would be repeated or left out. Restore it, or start anew"
             )
+
+
+def _check_epochs(position: Mapping[str, Any], epochs: int | None) -> None:
     begun = position["epoch"] + position["has_begun"]
     if epochs is not None and begun > epochs:
         problem = f"the run is in epoch {begun}, but was told to end after {epochs}"

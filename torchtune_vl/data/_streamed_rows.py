@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from torchtune_vl.data._packing import Planner, Size, settings_of
-from torchtune_vl.data._plan import evenly, reason_against
+from torchtune_vl.data._plan import check_identity, evenly, reason_against
 from torchtune_vl.data._training_rows import Ingredient, Row, make_row, rows_of_each_rank
 from torchtune_vl.media._errors import naming_sample
 
@@ -112,12 +112,7 @@ class StreamedRows(IterableDataset[Row]):
         start = {"step": 0, "rows": 0, "epoch": 0, "has_begun": False, "had_media": False}
         self._identity = {"seed": self.seed, "streams": len(self.streams)}
         self._start = dict(self.position or {**start, **self._identity, "lanes": [None] * lanes})
-        for name, value in self._identity.items():
-            if self._start.get(name) != value:
-                raise ValueError(
-                    f"the position belongs to a run with {name} {self._start.get(name)}, this one "
-                    f"has {value}: samples would be repeated or left out. Restore it, or start anew"
-                )
+        check_identity(self._start, self._identity)
 
     def __iter__(self) -> Iterator[Row]:
         """Iterate without end over the rows of this rank, in a worker over those that it makes."""

@@ -80,14 +80,24 @@ def _made(ingredient: Ingredient) -> tuple[Mapping[str, Any], Size]:
     number, measured, _, make, is_exact = ingredient
     with naming_sample(number):
         made = make()
-    patches = made["encoder_input"]["vision"]["patches"] if "encoder_input" in made else ()
-    targets = len(made["labels"]) - 1 - made["labels"][1:].count(IGNORE_INDEX)
-    size = Size(len(made["tokens"]), len(patches), targets)
-    fits = all(count <= most for count, most in zip(size, measured, strict=True))
-    if not fits or (is_exact and size != measured):
+    size = size_of(made)
+    if not is_as_measured(size, measured, is_exact):
         problem = f"sample {number} has {size}, but had {measured} when it was measured"
         raise ValueError(f"{problem}: it has changed since; measure the dataset anew")
     return made, size
+
+
+def size_of(sample: Mapping[str, Any]) -> Size:
+    """The size of a sample that was made, with its labels."""
+    patches = sample["encoder_input"]["vision"]["patches"] if "encoder_input" in sample else ()
+    targets = len(sample["labels"]) - 1 - sample["labels"][1:].count(IGNORE_INDEX)
+    return Size(len(sample["tokens"]), len(patches), targets)
+
+
+def is_as_measured(size: Size, measured: Size, is_exact: bool) -> bool:
+    """Whether a size is the one that was measured, or, if that is not exact, at most as large."""
+    fits = all(count <= most for count, most in zip(size, measured, strict=True))
+    return size == measured if is_exact else fits
 
 
 def rows_of_each_rank(rows_per_step: int, world_size: int) -> int:

@@ -19,12 +19,13 @@ from PIL import Image
 from torchtune_vl.chat import ChatTransform
 from torchtune_vl.chat._boxes import coordinates_of
 from torchtune_vl.chat._messages import Medium, Objects, Part, Turn, read_conversation
+from torchtune_vl.data import Size
+from torchtune_vl.data._training_rows import is_as_measured, size_of
 from torchtune_vl.datasets._box_units import READINGS, UnitEvidence
 from torchtune_vl.datasets._near_duplicates import TEXT_NUMBERS
 from torchtune_vl.datasets._preview_sample import TAGS, frame_of
 from torchtune_vl.media._errors import naming_sample
 from torchtune_vl.media._sources import read_bytes, scheme_of
-from torchtune_vl.modules import IGNORE_INDEX
 
 # What the extra "check" installs, by the names of modules
 LIBRARIES = {"datasketch": "datasketch", "imagehash": "ImageHash", "py3langid": "py3langid"}
@@ -137,12 +138,9 @@ class SampleCheck:
 
     def _check_size(self, made: Mapping[str, Any], counts: Sequence[int]) -> None:
         """Raise a ``ValueError`` if a sample is larger than what was measured, or smaller."""
-        vision = made.get("encoder_input", {}).get("vision", {"patches": ()})
-        targets = len(made["labels"]) - 1 - made["labels"][1:].count(IGNORE_INDEX)
-        size, measured = (len(made["tokens"]), len(vision["patches"]), targets), tuple(counts[:3])
-        fits = all(count <= most for count, most in zip(size, measured, strict=True))
-        if not fits or (not getattr(self.dataset, "augments", False) and size != measured):
-            problem = f"it has {size} tokens, patches and supervised tokens, but {measured}"
+        size, measured = size_of(made), Size(*counts[:3])
+        if not is_as_measured(size, measured, not getattr(self.dataset, "augments", False)):
+            problem = f"it has {size}, but {measured}"
             raise ValueError(f"{problem} by the headers of its media: write them again")
 
     def _identity(self, source: Any) -> str:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from torchtune_vl.chat import ChatTransform
 from torchtune_vl.chat._transform import Examined
 from torchtune_vl.data._data_workers import loading
+from torchtune_vl.data._training_rows import size_of
 from torchtune_vl.datasets._conversations import VisionChatDataset
 from torchtune_vl.datasets._prepared import (
     FORMAT,
@@ -113,9 +114,7 @@ class Shards(Dataset):
 
 def _examined(sample: Mapping[str, Any]) -> Examined:
     vision = sample["encoder_input"]["vision"] if "encoder_input" in sample else {}
-    patches, media = len(vision.get("patches", ())), len(vision.get("grid_thw", ()))
-    size = len(sample["tokens"]), patches, sample["mask"][1:].count(False)
-    return Examined(size, sample.get("truncated"), media)
+    return Examined(size_of(sample), sample.get("truncated"), len(vision.get("grid_thw", ())))
 
 
 def check_can_be_prepared(dataset: Any, transform: ChatTransform) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchtune_vl.chat import ChatTransform
 from torchtune_vl.chat._transform import Examined
 from torchtune_vl.datasets._sample_sizes import Measurements
-from torchtune_vl.datasets._shards import Shard, read_origin, read_sample
+from torchtune_vl.datasets._shards import LOST, Shard, read_origin, read_sample
 from torchtune_vl.files._directory import checksum, is_inside
 from torchtune_vl.files._json import JsonObject, read_json_object
 from torchtune_vl.media import Geometry
@@ -23,7 +23,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 # Of each sample: the number of its record, and what `counts_of` counts
 SAMPLES = "samples.npy"
-_LOST = ("tokens", "images", "videos")
 
 
 def prepared_dataset(tokenizer: ChatTransform, *, directory: str) -> "PreparedDataset":
@@ -113,7 +112,7 @@ class PreparedDataset(Dataset):
     def examine(self, index: int) -> Examined:
         """Measure a sample, and tell what of it is cut."""
         _, tokens, patches, targets, media, *lost = self._samples[index].tolist()
-        truncated = dict(zip(_LOST, lost, strict=True)) if lost[0] else None
+        truncated = dict(zip(LOST, lost, strict=True)) if lost[0] else None
         return Examined((tokens, patches, targets), truncated, media)
 
     def measurements(self, indices: Sequence[int]) -> Measurements:
@@ -123,12 +122,12 @@ class PreparedDataset(Dataset):
         media, lost = counts[:, 4], counts[:, 5:]
         loses_media = lost[:, 1:].any(axis=1)
         found = Measurements(np.ascontiguousarray(counts[:, 1:4]))
-        in_all = dict(zip(_LOST, lost.sum(axis=0).tolist(), strict=True))
+        in_all = dict(zip(LOST, lost.sum(axis=0).tolist(), strict=True))
         cut = {"truncated": np.count_nonzero(lost[:, 0]), "lost media": int(loses_media.sum())}
         found.counts = +Counter({"media": int(media.sum()), **cut, **in_all})
         if cut["truncated"]:
             first = int(np.argmax(loses_media if loses_media.any() else lost[:, 0] > 0))
-            example = dict(zip(_LOST, lost[first].tolist(), strict=True))
+            example = dict(zip(LOST, lost[first].tolist(), strict=True))
             found.example = (int(places[first]), example)
         return found
 

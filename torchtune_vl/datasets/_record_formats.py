@@ -213,9 +213,7 @@ def _has_boxes(item: Any) -> bool:
 
 def _media_in(messages: list[Any], kind: str) -> list[Mapping[str, Any]]:
     """The items of a kind."""
-    contents = [message.get("content") for message in messages if isinstance(message, Mapping)]
-    items = [item for content in contents if isinstance(content, list) for item in content]
-    return [item for item in items if isinstance(item, Mapping) and _is_medium(item, kind)]
+    return [i for message in messages for i in _items_of(message) if _is_medium(i, kind)]
 
 
 def _is_medium(item: Mapping[str, Any], kind: str) -> bool:

@@ -38,7 +38,8 @@ _SCHEMA = pa.schema(
         "checksum": pa.uint64(),
     }
 )
-_LOST = ("tokens", "images", "videos")
+# What a sample may lose
+LOST = ("tokens", "images", "videos")
 # Each takes a file descriptor
 _LARGEST_NUMBER_OPEN = 128
 
@@ -100,7 +101,7 @@ def read_sample(shard: Shard, number: int, geometry: Geometry) -> dict[str, Any]
         vision = {"patches": patches, "grid_thw": grid_thw, **vision_index(grid_thw, geometry)}
         sample["encoder_input"] = {"vision": vision}
     if len(arrays["truncated"]):
-        sample["truncated"] = dict(zip(_LOST, arrays["truncated"].tolist(), strict=True))
+        sample["truncated"] = dict(zip(LOST, arrays["truncated"].tolist(), strict=True))
     return {**sample, "labels": np.where(mask, IGNORE_INDEX, tokens).tolist()}
 
 
