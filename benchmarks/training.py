@@ -22,11 +22,11 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 from torch.autograd import DeviceType
@@ -42,11 +42,12 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.encoder import peak_memory
 from quickstart.checkpoint import CONFIG
-from torchtune_vl.data import PackedRows, PaddedRows, Row, TrainingRows
+from torchtune_vl.data import PackedRows, PaddedRows, Plan, Row, TrainingRows
 from torchtune_vl.data._packing import Planner
-from torchtune_vl.datasets import VisionChatDataset
+from torchtune_vl.datasets import measure_all
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tune_to_hf
 from torchtune_vl.recipes import config_path
+from torchtune_vl.recipes._check_config import read_config
 from torchtune_vl.recipes.finetune import FinetuneRecipe
 from torchtune_vl.training._flops import peak_flops
 
@@ -303,33 +304,30 @@ class Ours:
             **settings,
         }.items():
             OmegaConf.update(config, key, value, merge=not isinstance(value, dict))
-        self.recipe = FinetuneRecipe(cast(DictConfig, config))
+        path = Path(config.output_dir).with_suffix(".yaml")
+        OmegaConf.save(config, path)
+        self.recipe = FinetuneRecipe(read_config(["--config", str(path)]))
         self.recipe.setup()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # there is no run to save
 
     def rows(self, planner: Planner, samples: Sequence[int]) -> list[Row]:
-        """Make the rows of these samples."""
-        chosen = Chosen(self.recipe.rows.dataset, samples)
-        rows = list(TrainingRows(chosen, planner, rows_per_step=1, shuffle=False, epochs=1))
-        # They will be one step
-        return [row._replace(step_has_media=rows[-1].position["had_media"]) for row in rows]
+        """Make the rows of these samples, which will be one step."""
+        chosen = Subset(self.recipe.rows.dataset, samples)
+        with TemporaryDirectory() as directory:
+            sizes = measure_all(self.recipe.rows.dataset, samples, show_progress=False)
+            plan = Plan.make(
+                Path(directory), planner, sizes, rows_per_step=1, shuffle=False, epochs=1
+            )
+            rows = list(TrainingRows(chosen, planner, plan))
+            has_media = plan.has_media(plan.last_step)
+        return [row._replace(step_has_media=has_media) for row in rows]
 
     def step(self, rows: list[Row]) -> torch.Tensor:
         """Take an optimizer step, and return the loss."""
         self.recipe.cfg.rows_per_step = len(rows)
         self.recipe._train_step(iter(rows))
         return torch.tensor(self.recipe.metrics.losses[-1])
-
-
-class Chosen(Subset[dict[str, Any]]):
-    """Some samples of a dataset that measures them."""
-
-    dataset: VisionChatDataset
-
-    def measure(self, index: int) -> tuple[int, int, int]:
-        """Measure a sample."""
-        return self.dataset.measure(self.indices[index])
 
 
 class Theirs:

@@ -1,14 +1,18 @@
 """What all tests need."""
 
 import os
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
 
 import torchtune_vl._torchao  # noqa: F401 (before torchtune, which needs it beside later torchao)
 from quickstart.vocabulary import fetch_vocabulary
+from torchtune_vl.chat import _vocabulary as vocabulary_files
+from torchtune_vl.datasets._record_cache import state_of
 from torchtune_vl.validation import import_torchvision
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -18,6 +22,26 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # Of one run of the tests alone, and of all of its processes
     _cache = TemporaryDirectory(prefix="torchtune-vl-cache-")
     os.environ["TORCHTUNE_VL_CACHE"] = _cache.name
+
+# A tokenizer takes a second to read, and hundreds of tests make one of the same file
+_read_vocabulary = vocabulary_files.read_vocabulary
+
+
+@cache
+def _read_once(path: Path, merges: Any, special_tokens: Any, state: bytes) -> Any:
+    return _read_vocabulary(path, merges, special_tokens and dict(special_tokens))
+
+
+def _read(path: Path, merges: Any, special_tokens: Any) -> Any:
+    state = state_of(file for file in (path, merges) if file)
+    if state is None:
+        return _read_vocabulary(path, merges, special_tokens)
+    items = special_tokens and tuple(special_tokens.items())
+    tokens, added, plain = _read_once(path, merges, items, state)
+    return tokens, dict(added), plain
+
+
+vocabulary_files.read_vocabulary = _read
 
 import_torchvision()  # before transformers, which looks for it at import
 

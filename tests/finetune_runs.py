@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
@@ -181,6 +183,52 @@ def run(config: Path, processes: int = 1, *overrides: str) -> dict[int, float]:
     messages, _ = process.communicate()
     assert process.returncode == 0, messages[-4000:]
     return read_losses(config.with_suffix(""))
+
+
+def kill_after(
+    step: int, config: Path, processes: int, *overrides: str, delay: float = 0.0
+) -> None:
+    """Start ``tune-vl run finetune``, and kill it as soon as it has logged a step.
+
+    Args:
+        step: number of the step.
+        config: of the run.
+        processes: more than one by torchrun.
+        *overrides: of the config's keys.
+        delay: seconds to wait after the step.
+    """
+    process = start(config, processes, *overrides)
+    while process.poll() is None and last_step(config.with_suffix("")) < step:
+        time.sleep(0.02)
+    time.sleep(delay)
+    if process.poll() is not None:
+        raise AssertionError(f"ended before step {step}: {process.communicate()[0][-4000:]}")
+    kill(process)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a run with its data workers and, which are no group of its own, torchrun's processes."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.suspend()
+    for member in family:
+        member.kill()
+    process.communicate()
+
+
+def command(*arguments: str, status: int = 0) -> str:
+    """Run another command of ``tune-vl``, whose exit status is known, and return its messages."""
+    line = [sys.executable, "-m", "torchtune_vl.cli", *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    messages = done.stdout + done.stderr
+    assert done.returncode == status, messages[-4000:]
+    return messages
+
+
+def last_step(output: Path) -> int:
+    """The last step that a run has logged, 0 if none."""
+    logs = [*(output / "logs").glob("log_*.txt")]
+    return max(read_losses(output), default=0) if logs else 0
 
 
 def read_losses(output: Path) -> dict[int, float]:

@@ -36,7 +36,7 @@ from quickstart.vocabulary import fetch_vocabulary
 from tests.finetune_runs import (
     NARROW,
     NARROW_QWEN2_VL,
-    read_losses,
+    last_step,
     read_samples,
     start,
     write_config,
@@ -241,7 +241,7 @@ def _start_and_kill(config: Path, drawn: Drawn) -> None:
     output = config.with_suffix("")
     process = start(config, drawn.processes)
     deadline = time.monotonic() + TIMEOUT
-    while process.poll() is None and _last_step(output) < drawn.kill_after:
+    while process.poll() is None and last_step(output) < drawn.kill_after:
         if time.monotonic() > deadline:
             _give_up(process)
         time.sleep(0.02)
@@ -278,11 +278,6 @@ def _is_trainer(member: psutil.Process) -> bool:
 def _signal(member: psutil.Process, number: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         member.send_signal(number)
-
-
-def _last_step(output: Path) -> int:
-    logs = [*(output / "logs").glob("log_*.txt")]
-    return max(read_losses(output), default=0) if logs else 0
 
 
 def _resume_to_the_end(config: Path, drawn: Drawn) -> float:

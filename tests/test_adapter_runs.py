@@ -51,6 +51,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(next(directory.glob("*model.safetensors")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

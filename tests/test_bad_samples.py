@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.finetune_runs import read_losses, read_samples, run, start, write_config, write_inputs
-from tests.test_finetune import kill, last_step
+from tests.finetune_runs import (
+    kill_after,
+    read_losses,
+    read_samples,
+    run,
+    start,
+    write_config,
+    write_inputs,
+)
 from torchtune_vl.training._bad_samples import BadSample, BadSamples
 
 LINES = 60
@@ -115,9 +121,8 @@ def test_the_first_is_named(root: Path, tmp_path: Path) -> None:
     assert any(name in messages for name in ("cut.jpg", "cut.png", "flipped.png", "cut.bmp"))
 
 
-@pytest.mark.parametrize(
-    ("processes", "workers"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 1)])
 def test_exactly_the_bad_are_left_out(
     root: Path, tmp_path: Path, processes: int, workers: int
 ) -> None:
@@ -135,11 +140,7 @@ def test_exactly_the_bad_are_left_out(
     # The same with workers and processes, and after kills
     config = write_config(root, tmp_path / "other", settings(root, num_workers=workers))
     for at in (2, 5):
-        process = start(config, processes, "resume=True", "save_every_n_steps=2")
-        while process.poll() is None and last_step(tmp_path / "other") < at:
-            time.sleep(0.05)
-        assert process.poll() is None
-        kill(process)
+        kill_after(at, config, processes, "resume=True", "save_every_n_steps=2")
     others = run(config, processes, "resume=True", "save_every_n_steps=2")
     assert listed(tmp_path / "other") == expected
     for step, loss in others.items():

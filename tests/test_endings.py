@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from tests.finetune_runs import start, write_config, write_inputs
 from torchtune_vl.cli import main
 from torchtune_vl.recipes._check_config import read_config
+from torchtune_vl.recipes._datasets import datasets_of
 from torchtune_vl.recipes._launch import run_recipe, sentence_of
 from torchtune_vl.recipes.finetune import FinetuneRecipe
 
@@ -61,7 +62,10 @@ def read_until(process: subprocess.Popen, text: str) -> str:
     return read
 
 
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("processes", "number"),
+    [(1, signal.SIGINT), pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_a_signal_is_answered_at_once_and_by_one_process(
     root: Path, tmp_path: Path, processes: int, number: signal.Signals
 ) -> None:
@@ -81,6 +85,7 @@ def test_a_signal_is_answered_at_once_and_by_one_process(
     assert "death signal" not in messages
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(root: Path, tmp_path: Path) -> None:
     every = ("log_every_n_steps", "save_every_n_steps", "eval_every_n_steps")
     settings = {"max_steps": 3000, **dict.fromkeys(every, 3000)}
@@ -202,13 +207,17 @@ def stream(tokenizer: object) -> Iterator[dict]:
     return iter(())
 
 
-@pytest.mark.parametrize(("key", "max_steps"), [("dataset", None), ("dataset_val", 3)])
-def test_streams_that_never_end(key: str, max_steps: int | None) -> None:
+def test_streams_that_never_end() -> None:
     recipe = FinetuneRecipe.__new__(FinetuneRecipe)
-    dataset = {"_component_": "tests.test_endings.stream"}
-    recipe.cfg = OmegaConf.create({key: dataset, "max_steps": max_steps})
-    with pytest.raises(ValueError, match=f"^{key} has no known end: set max_steps; a dataset_val"):
-        recipe._make_rows(key, None)
+    recipe.begun = None
+    arguments = ["~dataset", f"dataset._component_={__name__}.stream", "shuffle=False"]
+    recipe.cfg = read_config(["--config", "quickstart/digits.yaml", *arguments])
+    recipe.cfg.max_steps = None
+    with pytest.raises(ValueError, match="no known end: set shuffle=False and max_steps"):
+        recipe._make_rows(None)
+    mixture = datasets_of(recipe.cfg, "dataset", None)
+    with pytest.raises(ValueError, match=r"^dataset_val has no known end: read"):
+        recipe._make_table_rows("dataset_val", mixture)
 
 
 def test_sentences() -> None:

@@ -4,17 +4,17 @@ import json
 import random
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.finetune_runs import (
+    kill_after,
+    last_step,
     read_losses,
     read_metric,
     read_samples,
@@ -168,6 +168,7 @@ METRICS = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(root: Path, tmp_path: Path) -> None:
     settings = {"model": {**ADAPTERS, "lora_dropout": 0.1}, "epochs": 4, "optimizer.lr": 1e-2}
     whole = run(write_config(root, tmp_path / "whole", settings))
@@ -178,6 +179,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(root: Path, tmp_path: P
     assert read_samples(tmp_path / "parts") == read_samples(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped(root: Path, tmp_path: Path) -> None:
     settings = {
         "optimizer": {"_component_": "torch.optim.SGD", "lr": 1.0},
@@ -254,6 +256,7 @@ def test_two_processes_validate_and_save_as_one(root: Path, tmp_path: Path) -> N
         assert validation.keys() == {2, 3}
 
 
+@pytest.mark.slow
 def test_weights_that_round_are_a_warning(root: Path, tmp_path: Path) -> None:
     config = write_config(root, tmp_path / "run", {"max_steps": 1, "dtype": "bf16"})
     process = start(config)
@@ -390,21 +393,6 @@ def stop_after(config: Path, step: int, processes: int) -> dict[int, float]:
     return read_losses(output)
 
 
-def last_step(output: Path) -> int:
-    logs = [*(output / "logs").glob("log_*.txt")]
-    return max(read_losses(output), default=0) if logs else 0
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """Kill a run with its data workers and, which are no group of its own, torchrun's processes."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.suspend()
-    for member in family:
-        member.kill()
-    process.communicate()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "model"),
@@ -426,12 +414,8 @@ def test_killed_at_any_step(
     killed_after = [0]
     while len(killed_after) <= 20:
         target = killed_after[-1] + rng.randint(1, 3)
-        process = start(config, processes, "resume=True")
-        while process.poll() is None and last_step(output) < target:
-            time.sleep(0.01)
-        time.sleep(rng.random() * 0.2)
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        kill(process)
+        delay = rng.random() * 0.2
+        kill_after(target, config, processes, "resume=True", delay=delay)
         losses |= read_losses(output)
         killed_after.append(last_step(output))
     print(f"killed after steps {killed_after[1:]} of {len(whole)}")

@@ -27,6 +27,7 @@ from tests.finetune_runs import (
     write_inputs,
 )
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_hf_to_tune
+from torchtune_vl.recipes._check_config import read_config
 from torchtune_vl.recipes._config_keys import Config
 from torchtune_vl.recipes.finetune import FinetuneRecipe
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
@@ -84,9 +85,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 def recipe(config: Path, *overrides: str) -> FinetuneRecipe:
-    return FinetuneRecipe(
-        OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(overrides))
-    )
+    return FinetuneRecipe(read_config(["--config", str(config), *overrides]))
 
 
 def refusal(config: Path, *overrides: str) -> str:
@@ -137,6 +136,7 @@ def test_the_end_of_a_run(copy: Path, finished: Path) -> None:
         assert "epoch_0 is of an earlier run: if that has steps, go on" in refusal(copy, resume)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_made_longer(root: Path, finished: Path, tmp_path: Path) -> None:
     """It has the learning rates of the longer run from there on, and what its export needs."""
     config = write_config(root, tmp_path / "run", SETTINGS)
@@ -167,6 +167,7 @@ class Failing(Qwen2_5_VLCheckpointer):
         raise OSError("no room")
 
 
+@pytest.mark.slow
 def test_smaller_rows_for_the_rest_of_an_epoch(root: Path, tmp_path: Path) -> None:
     """What helps when memory ran out: each sample is still trained on once."""
     settings = {"rows.max_patches": None, "rows.max_tokens": 700, "rows_per_step": 2}

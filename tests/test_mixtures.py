@@ -1,7 +1,6 @@
 """Runs that draw from several datasets."""
 
 import json
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,14 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.finetune_runs import (
+    kill_after,
     read_losses,
     read_metric,
     read_samples,
     run,
-    start,
     write_config,
     write_inputs,
 )
-from tests.test_finetune import kill, last_step
 from torchtune_vl.datasets import Mixture
 
 
@@ -148,12 +146,13 @@ def write_mixture(root: Path, output: Path, streaming: bool, **others: Any) -> P
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("streaming", "processes", "workers"),
     [
-        pytest.param(False, 1, 2, marks=pytest.mark.slow),
+        (False, 1, 2),
         (True, 2, 1),
-        pytest.param(True, 1, 0, marks=pytest.mark.slow),
+        (True, 1, 0),
     ],
 )
 def test_a_run_on_two_datasets_goes_on(
@@ -165,11 +164,7 @@ def test_a_run_on_two_datasets_goes_on(
     other = tmp_path / "killed"
     config = write_mixture(root, other, streaming, **given)
     for at in (3, 8):
-        process = start(config, processes, "resume=True")
-        while process.poll() is None and last_step(other) < at:
-            time.sleep(0.05)
-        assert process.poll() is None
-        kill(process)
+        kill_after(at, config, processes, "resume=True")
     rest = run(config, processes, "resume=True")
     assert max(rest) == 12
     for step, loss in rest.items():

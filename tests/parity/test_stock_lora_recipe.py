@@ -76,7 +76,13 @@ CASES = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=() if name == "LoRA" else pytest.mark.slow)
+        for name, settings in CASES.items()
+    ],
+)
 def test_files_of_a_run(root: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     before = (root / "base" / "model.safetensors").read_bytes()
     losses = run(root, tmp_path / "output", **settings)
@@ -105,6 +111,7 @@ def test_files_of_a_run(root: Path, tmp_path: Path, settings: dict[str, Any]) ->
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_with_the_adapter(root: Path, tmp_path: Path) -> None:
     settings = {
         "model.use_dora": True,
@@ -118,6 +125,7 @@ def test_resuming_goes_on_with_the_adapter(root: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(resumed, whole[3:], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_quantized_run_exports_bfloat16(root: Path, tmp_path: Path) -> None:
     run(root, tmp_path / "output", **{"model.quantize_base": True}, dtype="bf16")
     epoch = tmp_path / "output" / "epoch_0"
@@ -127,6 +135,7 @@ def test_a_quantized_run_exports_bfloat16(root: Path, tmp_path: Path) -> None:
     assert load(epoch).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_an_adapter_alone(root: Path, tmp_path: Path) -> None:
     run(root, tmp_path / "output", save_adapter_weights_only=True)
     epoch = tmp_path / "output" / "epoch_0"

@@ -125,7 +125,7 @@ CHECKPOINTING = {"enable_activation_checkpointing": True}
     "settings",
     [
         pytest.param({}, id="supervised_loss"),
-        pytest.param(STOCK_LOSS, id="stock_loss"),
+        pytest.param(STOCK_LOSS, id="stock_loss", marks=pytest.mark.slow),
         pytest.param(
             {"tokenizer.patch_dtype": "uint8"}, id="uint8_patches", marks=pytest.mark.slow
         ),
@@ -142,6 +142,7 @@ def test_every_step_has_the_loss_of_a_transformers_loop(
     record("training steps: loss, stock recipe, relative", STEPS, float(difference))
 
 
+@pytest.mark.slow
 def test_resuming_continues_the_run(root: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"epochs": 2, "max_steps_per_epoch": 10}
     whole = recipe_losses(root, tmp_path / "output", settings)

@@ -27,7 +27,14 @@ def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("rows", "processes"), [("padded", 1), ("packed", 1), ("padded", 2)])
+@pytest.mark.parametrize(
+    ("rows", "processes"),
+    [
+        pytest.param("padded", 1, marks=pytest.mark.slow),
+        ("packed", 1),
+        pytest.param("padded", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_encoder_and_merger_rest(root: Path, tmp_path: Path, rows: str, processes: int) -> None:
     settings: dict[str, Any] = {
         "rows": ROWS[rows],

@@ -37,6 +37,6 @@ def draw_losses(losses: Sequence[float], validation_losses: Sequence[tuple[int, 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
     """Average over neighbours: as many on both sides but at the ends, about the root of all."""
-    radius = isqrt(len(losses)) // 2
-    windows = (losses[max(0, i - radius) : i + radius + 1] for i in range(len(losses)))
-    return [float(np.mean(window)) for window in windows]
+    window = np.ones(2 * (isqrt(len(losses)) // 2) + 1)
+    sums, counts = (np.convolve(each, window, "same") for each in (losses, np.ones(len(losses))))
+    return (sums / counts).tolist()
