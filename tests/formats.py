@@ -417,7 +417,7 @@ def folder(records: list[Record], directory: Path) -> Written:
 
 def folder_of_json(records: list[Record], directory: Path) -> Written:
     root = directory / "records"
-    root.mkdir()
+    root.mkdir(exist_ok=True)
     held = [i for i, record in enumerate(records) if len(media_of(record)) < 2]
     for number in held:
         record, files = _beside(records[number], number, directory)
@@ -470,6 +470,7 @@ def store(records: list[Record], directory: Path) -> Written:
 
 
 def media_in_a_store(records: list[Record], directory: Path) -> Written:
+    store(records, directory)
     settings, held = jsonl("elsewhere", with_columns_of_media)(records, directory)
     return {**settings, "media_dir": "memory://bucket"}, held
 

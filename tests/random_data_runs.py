@@ -78,8 +78,7 @@ def draw(rng: random.Random) -> Drawn:
         "eval_every_n_steps": rng.choice([2, 3]),
         "on_bad_sample": "skip",
         "max_bad_share": 0.9,
-        "max_steps": 8 if streaming or rng.random() < 0.5 else None,
-        "epochs": 2,
+        "max_steps": 8,
     }
     if keys is none and not streaming:
         settings["sampling_temperature"] = rng.choice([1.0, 2.0]) if count > 1 else 1.0

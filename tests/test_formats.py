@@ -92,6 +92,26 @@ def test_samples_are_the_same(
         assert labels == [-100 if m else t for t, m in zip(sample["tokens"], mask, strict=True)]
 
 
+@pytest.mark.parametrize("name", sorted(formats.WRITERS.keys() - {"chosen"}))
+def test_streams_have_the_same_samples(
+    transform: Qwen2_5_VLTransform, media: Path, tmp_path: Path, name: str
+) -> None:
+    """Read whole, in parts, and from a place on."""
+    settings, _ = formats.WRITERS[name](RECORDS, media)
+    settings = {**settings, "cache_dir": str(tmp_path), "streaming": False}
+    table = vision_chat_dataset(transform, **settings)
+    stream = vision_chat_dataset(transform, **{**settings, "streaming": True})
+    assert [stream.make_raw(raw, 0)["tokens"] for raw in stream.raw()] == [
+        sample["tokens"] for sample in samples_of(table)
+    ]
+    for part in range(3):
+        raw = [*stream.part(part, 3).skip(1).raw()]
+        numbers = [number for number, _ in raw]
+        assert numbers == [*range(part + 3, len(table), 3)]
+        for number, one in zip(numbers, raw, strict=True):
+            assert stream.make_raw(one, 0)["tokens"] == table[number]["tokens"]
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [

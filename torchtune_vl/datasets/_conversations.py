@@ -353,7 +353,7 @@ class StreamedVisionChat(_Conversations):
     def raw(self) -> Iterator[RawRecord]:
         """The records as they are read, with their number."""
         numbers = count(self._part + self._start * self._parts, self._parts)
-        if not isinstance(self._records, Table):
+        if not (isinstance(self._records, Table) and self._records.is_stream):
             end = len(self._records)
             yield from (
                 (n, partial(self._records.__getitem__, n)) for n in takewhile(end.__gt__, numbers)
