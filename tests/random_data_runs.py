@@ -61,6 +61,8 @@ def draw(rng: random.Random) -> Drawn:
     """Draw what to run on."""
     streaming, count = rng.random() < 0.35, rng.choice([1, 1, 2, 3])
     writers = rng.sample(_STREAMS if streaming else _TABLES, count)
+    if rng.random() < 0.5 and not {*writers} & {*_WITH_BAD}:
+        writers[0] = rng.choice(_WITH_BAD)
     weights: list[dict[str, float]] = [{"weight": rng.choice([1.0, 2.5, 4.0])} for _ in writers]
     epochs: list[dict[str, float]] = [{"epochs": rng.choice([0.5, 1.0, 1.5])} for _ in writers]
     none: list[dict[str, float]] = [{} for _ in writers]
@@ -92,6 +94,8 @@ def draw(rng: random.Random) -> Drawn:
     processes = [rng.choice([1, 2]) for _ in range(3)]
     workers = [rng.randrange(3) for _ in range(3)]
     kills = [rng.randint(1, 3), rng.randint(4, 6)]
+    if streaming:  # a run that was killed before it saved begins with these anew
+        processes[1], workers[1] = processes[0], workers[0]
     return Drawn(
         streaming, writers, keys, with_bad, is_prepared, augmented, validation, settings,
         processes, workers, kills,
