@@ -491,6 +491,10 @@ def test_streams_are_shown_from_their_beginning(build, transform: ChatTransform)
     for shown, expected in zip(page["samples"], table["samples"], strict=True):
         assert shown["runs"] == expected["runs"]
         assert shown["media"] == expected["media"]
+    of_all = page_of(build(transform, RECORDS, streaming=True), transform, samples=len(RECORDS))
+    by_index = {sample["index"]: sample for sample in of_all["samples"]}
+    assert "missing.png" in by_index[MISSING]["error"]
+    assert by_index[EMPTY]["problem"]
     with pytest.raises(ValueError, match="a stream has no indices"):
         page_of(stream, transform, samples=[1])
 

@@ -118,16 +118,19 @@ class _Beginning:
 
     def __init__(self, stream: Any, count: int) -> None:
         self._stream = stream
-        self._samples = [*islice(stream, count)]
+        self._raw = [*islice(stream.raw(), count)]
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._raw)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._stream.transform(self._samples[index])
+        return self.augmented(index, 0)
+
+    def augmented(self, index: int, epoch: int) -> dict[str, Any]:
+        return self._stream.make_raw(self._raw[index], epoch)
 
     def measure(self, index: int) -> Sequence[int]:
-        return self._stream.measure(self._samples[index])
+        return self._stream.measure_raw(self._raw[index])
 
 
 def _vocabulary(transform: ChatTransform, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
