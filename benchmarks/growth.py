@@ -6,7 +6,8 @@ later start. Sizes of the plan are those of `benchmarks.packing`, drawn with rep
 from a file. The planner is the first process alone; a worker is one of 8 of one of 8 ranks, which
 reads the plan of all of its rows, 64 rows a step. Memory is what a process holds for itself
 (anonymous pages) beyond what it held before, at its peak; mapped files are not in it, as the system
-drops their pages when it needs room. Seconds are of processor time, on one core.
+drops their pages when it needs room. Seconds are of processor time, on one core, without those of
+the thread that watches memory.
 
 What 10^9 samples on 1,024 ranks take is computed from how it grew between the last two counts;
 starts are shared by the data workers of all ranks, 8 of each.
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -38,6 +40,28 @@ DRAWN = 20_000
 # What is computed, as nobody here has it
 COMPUTED, RANKS, WORKERS = 10**9, 1024, 8
 CONSTANT = ("fill", "step", "worker")
+
+
+class Column(NamedTuple):
+    """A column of the table."""
+
+    title: str
+    scale: float = 1.0
+    digits: int = 0
+
+
+COLUMNS = {
+    "first": Column("first start, s", digits=1),
+    "later": Column("later start, s", digits=2),
+    "cache": Column("cache, MB", 1e-6),
+    "trainer": Column("trainer, MB", 1e-6),
+    "plan": Column("plan, s", digits=2),
+    "planner": Column("planner, MB", 1e-6),
+    "files": Column("files, MB", 1e-6, 1),
+    "fill": Column("row fill, %", 100, 2),
+    "step": Column("worker's step, ms", 1000, 2),
+    "worker": Column("worker, MB", 1e-6),
+}
 VOCABULARY = Path(".assets/tokenizer")
 PLANNER = PackedRows(MAX_TOKENS, 4 * MAX_TOKENS)
 
@@ -48,65 +72,61 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
+    parser.add_argument(
+        "--started", type=int, default=10**6, help="the largest count whose starts are measured"
+    )
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         part, directory = arguments.one
         print(json.dumps({"plan": plan, "read": read, "start": begin}[part](Path(directory))))
         return
-    print(
-        "      samples   first start, s   later, s   cache, MB   trainer, MB   plan, s   "
-        "planner, MB   files, MB   row fill   worker's step, ms   worker, MB"
-    )
+    print(f"{'samples':>13}   " + "   ".join(column.title for column in COLUMNS.values()))
     found: dict[int, dict[str, float]] = {}
     for count in arguments.counts:
-        found[count] = measure_growth(count)
+        starts = count <= arguments.started
+        found[count] = measure_plan(count) | (measure_starts(count) if starts else {})
         print(line_of(count, found[count]), flush=True)
-    print(line_of(COMPUTED, of_many(found)))
+    print(line_of(COMPUTED, {name: of_many(name, found) for name in COLUMNS}))
 
 
-def measure_growth(count: int) -> dict[str, float]:
-    """Measure all parts at a number of samples."""
+def measure_starts(count: int) -> dict[str, float]:
+    """Measure a first start on so many samples, and one after it."""
     with TemporaryDirectory() as directory:
         write_records(Path(directory, "train.jsonl"), count)
         first, later = run("start", directory), run("start", directory)
+    own = {"later": later["seconds"], "cache": later["cache"], "trainer": later["memory"]}
+    return {"first": first["seconds"], **own}
+
+
+def measure_plan(count: int) -> dict[str, float]:
+    """Measure the plan of an epoch of so many samples, and reading it."""
+    with TemporaryDirectory() as directory:
         draw_sizes(Path(directory, "sizes.npy"), count)
         planned, worker = run("plan", directory), run("read", directory)
-    return {
-        "first": first["seconds"],
-        "later": later["seconds"],
-        "cache": later["cache"],
-        "trainer": later["memory"],
-        "plan": planned["seconds"],
-        "planner": planned["memory"],
-        "files": planned["files"],
-        "fill": planned["fill"],
-        "step": worker["seconds"],
-        "worker": worker["memory"],
-    }
+    own = {"step": worker["seconds"], "worker": worker["memory"]}
+    return {**own, **{name: planned[name] for name in ("plan", "planner", "files", "fill")}}
 
 
-def of_many(found: dict[int, dict[str, float]]) -> dict[str, float]:
-    """What the computed number of samples and ranks would take, as it grew between the last two."""
-    (few, of_few), (more, of_more) = [*found.items()][-2:]
-    computed = {}
-    for name, value in of_more.items():
-        growth = (value - of_few[name]) / (more - few)
-        if name in ("first", "later"):
-            computed[name] = COMPUTED * growth / (RANKS * WORKERS)
-        else:
-            computed[name] = value if name in CONSTANT else value + (COMPUTED - more) * growth
-    return computed
+def of_many(name: str, found: dict[int, dict[str, float]]) -> float:
+    """What the computed number of samples would take, as it grew between the last two counts."""
+    (few, before), (more, last) = [(n, f[name]) for n, f in found.items() if name in f][-2:]
+    if name in CONSTANT:
+        return last
+    growth = (last - before) / (more - few)
+    if name in ("first", "later"):
+        return COMPUTED * growth / (RANKS * WORKERS)
+    return last + (COMPUTED - more) * growth
 
 
 def line_of(count: int, found: dict[str, float]) -> str:
     """A line of the table."""
-    return (
-        f"{count:13,}   {found['first']:14.1f}   {found['later']:8.2f}   "
-        f"{found['cache'] / 1e6:9,.0f}   {found['trainer'] / 1e6:11,.0f}   {found['plan']:7,.2f}   "
-        f"{found['planner'] / 1e6:11,.0f}   {found['files'] / 1e6:9,.1f}   {found['fill']:8.2%}   "
-        f"{1000 * found['step']:17.2f}   {found['worker'] / 1e6:10.0f}"
-    )
+    cells = [
+        f"{column.scale * found[name]:,.{column.digits}f}" if name in found else "-"
+        for name, column in COLUMNS.items()
+    ]
+    widths = [len(column.title) for column in COLUMNS.values()]
+    return f"{count:13,}   " + "   ".join(map(str.rjust, cells, widths))
 
 
 def write_records(path: Path, count: int) -> None:
@@ -141,13 +161,13 @@ def begin(directory: Path) -> dict[str, float]:
     transform = Qwen2_5_VLTransform(VOCABULARY / "tokenizer.json")
     transform({"messages": [{"role": "user", "content": "Hello"}]})
     datasets.disable_progress_bars()
-    start = time.process_time()
+    start = time.thread_time()
     with peak() as memory:
         settings = {"source": "json", "data_files": str(directory / "train.jsonl")}
         dataset = vision_chat_dataset(transform, cache_dir=str(directory), **settings)
         measured = measure(dataset, range(len(dataset)), shown=None)
     assert measured.sizes.all(where=[True, False, True])
-    seconds = time.process_time() - start
+    seconds = time.thread_time() - start
     cache = sum(path.stat().st_size for path in (directory / "cache").rglob("*.sqlite"))
     return {"seconds": seconds, "memory": memory[0], "cache": cache}
 
@@ -157,26 +177,26 @@ def plan(directory: Path) -> dict[str, float]:
     given = np.load(directory / "sizes.npy", mmap_mode="r")
     how = {"rows_per_step": ROWS_PER_STEP, "epochs": 1}
     Plan.make(directory / "first", PLANNER, given[:1000], **how)
-    start = time.process_time()
+    start = time.thread_time()
     with peak() as memory:
         made = Plan.make(directory / "plan", PLANNER, given, **how)
-    seconds = time.process_time() - start
+    seconds = time.thread_time() - start
     rows = int((np.diff(made.ends) > 0).sum())
     fill = made.entries["tokens"].sum(dtype=int) / rows / MAX_TOKENS
     files = sum(path.stat().st_size for path in made.directory.iterdir())
-    return {"seconds": seconds, "memory": memory[0], "files": files, "fill": float(fill)}
+    return {"plan": seconds, "planner": memory[0], "files": files, "fill": float(fill)}
 
 
 def read(directory: Path) -> dict[str, float]:
     """Read what a worker reads of the plan."""
     rows = TrainingRows(None, PLANNER, Plan(directory / "plan"), world_size=8)
     steps = range(rows.plan.first_step, rows.plan.last_step + 1, 8)
-    start = time.process_time()
+    start = time.thread_time()
     with peak() as memory:
         for step in steps:
             rows._share(step)
             rows.plan.position(step)
-    return {"seconds": (time.process_time() - start) / len(steps), "memory": memory[0]}
+    return {"seconds": (time.thread_time() - start) / len(steps), "memory": memory[0]}
 
 
 @contextmanager

@@ -161,11 +161,11 @@ def _write_config(drawn: Drawn, datasets: list[dict[str, Any]], root: Path, outp
         for number, (dataset, keys) in enumerate(zip(datasets, drawn.keys, strict=True))
     ]
     content.dataset = keyed if len(keyed) > 1 else datasets[0]
-    validation = [{"name": f"v{n}", **datasets[n]} for n in drawn.validation]
-    for dataset in validation:
-        dataset.pop("augmentation", None)
-    if validation:
-        content.dataset_val = validation if len(validation) > 1 else datasets[drawn.validation[0]]
+    validation = [{**datasets[n], "augmentation": None} for n in drawn.validation]
+    if len(validation) == 1:
+        content.dataset_val = validation[0]
+    elif validation:
+        content.dataset_val = [{"name": f"v{n}", **each} for n, each in enumerate(validation)]
     OmegaConf.save(content, config)
     return config
 
