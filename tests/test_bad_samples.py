@@ -108,6 +108,8 @@ def test_the_first_is_named(root: Path, tmp_path: Path) -> None:
     assert told.startswith("tune-vl run: 11 of 75 samples cannot be trained on")
     found = [line for line in told.splitlines() if line.startswith("sample ")]
     assert [int(line.split(":")[0].split()[1]) for line in found] == BAD[:11]
+    for line, sample in zip(found, BAD, strict=False):
+        assert line.endswith(f"train.jsonl, line {sample + 1})")
     # Of those that only decoding shows, the first ends the run in its step
     lines = (root / "train.jsonl").read_text().splitlines()
     kept = [line for number, line in enumerate(lines) if number not in BAD[:11]]

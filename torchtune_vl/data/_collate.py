@@ -3,7 +3,7 @@
 Shape notation: b samples, s tokens of the longest or of a packed row, n patches of all images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
@@ -82,7 +82,8 @@ def padded_collate_vision(
     paddings = {"tokens": padding_idx, "input_pos": 0, "labels": ignore_idx}
     collated = Batch()
     for key in [key for key in paddings if key in batch[0]]:
-        tensors = [torch.as_tensor(sample[key]) for sample in batch]
+        values = [sample[key] for sample in batch]
+        tensors = [x if isinstance(x, torch.Tensor) else _integers(x) for x in values]
         collated[key] = pad(tensors, padding_value=paddings[key])
     if pad_direction == "left":
         size = collated["tokens"].shape[1]
@@ -135,7 +136,7 @@ def packed_collate_vision(batch: Samples, padding_idx: int = 0, ignore_idx: int 
     """
     batch = batch or _padding(padding_idx, ignore_idx)
     tokens, labels = (
-        torch.tensor(list(chain.from_iterable(sample[key] for sample in batch)))
+        _integers(chain.from_iterable(sample[key] for sample in batch))
         for key in ("tokens", "labels")
     )
     documents = Segments.of([len(sample["tokens"]) for sample in batch])
@@ -149,6 +150,11 @@ def packed_collate_vision(batch: Samples, padding_idx: int = 0, ignore_idx: int 
         targets=labels[supervised],
         **_encoder_input(batch),
     )
+
+
+def _integers(numbers: Iterable[int]) -> torch.Tensor:
+    # torch.tensor takes seven times as long of a list
+    return torch.from_numpy(np.fromiter(numbers, np.int64))
 
 
 def _padding(padding_idx: int, ignore_idx: int) -> Samples:

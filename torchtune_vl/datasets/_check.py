@@ -184,17 +184,12 @@ def _bad(mixture: Mixture, planner: Planner, joined: Sequence[Found]) -> Iterato
             yield _finding(mixture, BAD, sample, reason)
     sizes = np.array([found.counts[:3] for found in joined], np.int32)
     for sample, reason in unusable(planner, sizes):
-        yield _finding(mixture, BAD, sample, _with_place(mixture, sample, reason))
-
-
-def _with_place(mixture: Mixture, sample: int, reason: str) -> str:
-    _, place = mixture.table.origin(sample)
-    return f"{reason} ({place})" if place else reason
+        yield _finding(mixture, BAD, sample, mixture.with_place(sample, reason))
 
 
 def _warnings(mixture: Mixture, usable: Mapping[int, Found]) -> Iterator[dict[str, Any]]:
     def warn(kind: str, sample: int, told: str, other: int | None = None) -> dict[str, Any]:
-        reason = _with_place(mixture, sample, f"sample {sample}: {told}")
+        reason = mixture.with_place(sample, f"sample {sample}: {told}")
         return _finding(mixture, kind, sample, reason, other)
 
     for sample, found in usable.items():
@@ -249,5 +244,5 @@ def _box_units(mixture: Mixture, each: Iterable[Sequence[Found]]) -> Iterator[di
                     f"is {unit!r}, but all {evidence.boxes} look like {other}"
                 )
                 reason = f"sample {sample}: {told}: set box_unit, or convert them"
-                yield _finding(mixture, "box unit", sample, _with_place(mixture, sample, reason))
+                yield _finding(mixture, "box unit", sample, mixture.with_place(sample, reason))
         start += len(of_dataset)

@@ -82,6 +82,11 @@ class Mixture:
         """All samples behind each other."""
         return self.datasets[0] if len(self.datasets) == 1 else _Joined(self.datasets, self.names)
 
+    def with_place(self, index: int, reason: str) -> str:
+        """A reason against a sample, with the file and line that it is from if they are known."""
+        place = self.table.origin(index)[1] if hasattr(self.table, "origin") else ""
+        return f"{reason} ({place})" if place else reason
+
     def measured(self, found: Sequence[Measurements]) -> Measurements:
         """What was found of each dataset, as of one."""
         joined = Measurements.joined(found)

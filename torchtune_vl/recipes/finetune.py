@@ -315,7 +315,8 @@ class FinetuneRecipe:
         found = []
         for name, dataset in zip(mixture.names, mixture.datasets, strict=True):
             share = range(self.rank, len(dataset), self.processes)
-            shown = f"measuring {name}" if self.is_main else None
+            of = f" {name}" if len(mixture.names) > 1 else ""
+            shown = f"measuring{of}" if self.is_main else None
             own = measure(dataset, share, self.cfg.num_workers, shown)
             shares: list[Any] = [Measurements()] * self.processes
             dist.gather_object(own, shares if self.is_main else None, group=self.save_group)
@@ -327,7 +328,8 @@ class FinetuneRecipe:
     ) -> list[BadSample]:
         """Plan all rows, and give the samples that are left out."""
         sizes = measured.sizes
-        bad = sorted([*measured.bad, *unusable(planner, sizes)])
+        refused = [(i, mixture.with_place(i, reason)) for i, reason in unusable(planner, sizes)]
+        bad = sorted([*measured.bad, *refused])
         if bad and self.cfg.on_bad_sample == "raise":
             raise SamplesError(bad, len(bad), len(sizes))
         listed = [BadSample(0, key, index, reason) for index, reason in bad]
