@@ -10,13 +10,9 @@ samples are to be prepared. Compared are losses, samples and their sources of ea
 lists of bad samples, which have to be those that `check` finds.
 """
 
-import argparse
 import itertools
 import json
 import random
-import sys
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,7 @@ from quickstart.checkpoint import write_tiny_checkpoint
 from quickstart.vocabulary import fetch_vocabulary
 from tests import formats
 from tests.finetune_runs import NARROW, command, kill_after, read_samples, run, write_config
+from tests.random_runs import run_drawn
 from tests.test_bad_samples import bad_records
 
 RECORDS = 40
@@ -258,29 +255,15 @@ def draws(count: int, seed: int) -> list[Drawn]:
 
 
 def main() -> None:
-    """Draw, run and report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, nargs="*", help="numbers to run, of those drawn")
-    parser.add_argument("--keep", type=Path, help="directory to keep, instead of a temporary one")
-    arguments = parser.parse_args()
+    """Run the command."""
     vocabulary = fetch_vocabulary(Path(".assets/tokenizer"))
-    failures = 0
-    with tempfile.TemporaryDirectory() as temporary:
-        root = arguments.keep or Path(temporary)
-        write_tiny_checkpoint(root / "base", vocabulary, config=NARROW)
-        for number, drawn in enumerate(draws(arguments.count, arguments.seed)):
-            if arguments.only and number not in arguments.only:
-                continue
-            began = time.monotonic()
-            try:
-                told = check(drawn, root, root / f"run_{number}")
-            except Exception as error:
-                failures += 1
-                told = f"FAILED: {type(error).__name__}: {error}"
-            print(f"{number:3} ({time.monotonic() - began:.0f} s) {drawn}: {told}", flush=True)
-    sys.exit(f"{failures} failed" if failures else 0)
+
+    def run_one(drawn: Drawn, root: Path, output: Path) -> str:
+        if not (root / "base").exists():
+            write_tiny_checkpoint(root / "base", vocabulary, config=NARROW)
+        return check(drawn, root, output)
+
+    run_drawn(__doc__.splitlines()[0], 20, draws, run_one)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,6 +71,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 # products to bfloat16 (8 bits of mantissa), momenta to 8 bits
 EXACT, ROUNDED = 1e-4, 3e-2
 
+Check = Callable[[Any, Path, Path], str]
+
 
 @dataclass
 class Drawn:
@@ -83,6 +85,9 @@ class Drawn:
     kill_after: int
     words: list[str] = field(default_factory=list)
     refused: str | None = None
+
+    def __str__(self) -> str:
+        return "; ".join(self.words)
 
     @property
     def is_exact(self) -> bool:
@@ -411,15 +416,24 @@ def draws(count: int, seed: int) -> Iterator[Drawn]:
         yield draw(random.Random(f"{seed} {number}"))
 
 
-def main() -> None:
-    """Draw, run and report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=60)
+def run_drawn(
+    purpose: str, count: int, draws: Callable[[int, int], Iterable[Any]], check: Check
+) -> None:
+    """Draw, run and report, as a command.
+
+    Args:
+        purpose: of the command, in its help.
+        count: how many runs it draws by default.
+        draws: gives them, by how many and a seed.
+        check: runs one, with a directory for all and one for its own files, and tells what it
+            compared in words.
+    """
+    parser = argparse.ArgumentParser(description=purpose)
+    parser.add_argument("--count", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="*", help="numbers to run, of those drawn")
     parser.add_argument("--keep", type=Path, help="directory to keep, instead of a temporary one")
     arguments = parser.parse_args()
-    vocabulary = fetch_vocabulary(Path(".assets/tokenizer"))
     failures = 0
     with tempfile.TemporaryDirectory() as temporary:
         root = arguments.keep or Path(temporary)
@@ -428,13 +442,23 @@ def main() -> None:
                 continue
             began = time.monotonic()
             try:
-                told = check(drawn, inputs(root, vocabulary, drawn), root / f"run_{number}")
+                told = check(drawn, root, root / f"run_{number}")
             except Exception as error:
                 failures += 1
                 told = f"FAILED: {type(error).__name__}: {error}"
-            words = "; ".join(drawn.words)
-            print(f"{number:3} ({time.monotonic() - began:.0f} s) {words}: {told}", flush=True)
+            print(f"{number:3} ({time.monotonic() - began:.0f} s) {drawn}: {told}", flush=True)
     sys.exit(f"{failures} failed" if failures else 0)
+
+
+def main() -> None:
+    """Run the command."""
+    vocabulary = fetch_vocabulary(Path(".assets/tokenizer"))
+    run_drawn(
+        __doc__.splitlines()[0],
+        60,
+        draws,
+        lambda drawn, root, output: check(drawn, inputs(root, vocabulary, drawn), output),
+    )
 
 
 if __name__ == "__main__":

@@ -16,5 +16,5 @@ QUICK = (3, 32)
 )
 def test_runs(number: int, vocabulary: Path, tmp_path: Path) -> None:
     drawn = DRAWN[number]
-    print("; ".join(drawn.words))
+    print(drawn)
     print(check(drawn, inputs(tmp_path, vocabulary, drawn), tmp_path / "run"))
