@@ -97,10 +97,8 @@ def test_going_on_and_what_does_not_fit(root: Path, tmp_path: Path, settings: An
     assert "Step 1" not in messages
 
 
-@pytest.mark.parametrize(
-    ("name", "processes"),
-    [("qwen2_5_vl/qlora", 1), pytest.param("qwen2_5_vl/lora", 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "processes"), [("qwen2_5_vl/qlora", 1), ("qwen2_5_vl/lora", 2)])
 def test_small_steps_of_adapters_on_bfloat16_weights(
     root: Path, tmp_path: Path, name: str, processes: int
 ) -> None:

@@ -151,6 +151,7 @@ def test_exactly_the_bad_are_left_out(
     assert read_losses(tmp_path / "one") == losses
 
 
+@pytest.mark.slow
 def test_too_many_end_the_run(root: Path, tmp_path: Path) -> None:
     config = write_config(root, tmp_path / "run", settings(root, max_bad_share=0.1))
     process = start(config)

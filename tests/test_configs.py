@@ -116,7 +116,7 @@ def family_names() -> dict[str, str]:
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        pytest.param(name, size, marks=[] if size in ("2B", "3B", "7B") else pytest.mark.slow)
+        pytest.param(name, size, marks=[] if size in ("2B", "3B") else pytest.mark.slow)
         for name in NAMES
         for size in SIZES_OF[name.split("/")[0]]
         if not (size == "7B" and name.startswith("qwen2_vl"))  # as that of Qwen2.5-VL

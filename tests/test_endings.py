@@ -166,6 +166,7 @@ def test_recipes_of_others_end_without_a_word_of_ours(
     assert "tune-vl" not in told
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named(root: Path, tmp_path: Path) -> None:
     process = start(failing(root, tmp_path / "run", "killed"), 2)
     messages, _ = process.communicate()

@@ -192,6 +192,7 @@ def test_gradients_are_clipped(root: Path, tmp_path: Path) -> None:
     assert 1e-4 < moved**0.5 <= 1.01e-3 * steps
 
 
+@pytest.mark.slow
 def test_samples_that_teach_nothing_are_listed_before_the_first_step(
     root: Path, tmp_path: Path
 ) -> None:
@@ -309,7 +310,13 @@ NOT_FINITE: dict[str, tuple[dict[str, Any], str, list[int]]] = {
 }
 
 
-@pytest.mark.parametrize(("settings", "message", "steps"), NOT_FINITE.values(), ids=NOT_FINITE)
+@pytest.mark.parametrize(
+    ("settings", "message", "steps"),
+    [
+        pytest.param(*case, id=name, marks=() if name == "gradients" else pytest.mark.slow)
+        for name, case in NOT_FINITE.items()
+    ],
+)
 def test_what_is_not_finite_is_not_learned_or_saved(
     root: Path, tmp_path: Path, settings: dict[str, Any], message: str, steps: list[int]
 ) -> None:
@@ -330,6 +337,7 @@ def test_what_is_not_finite_is_not_learned_or_saved(
     assert not [*output.glob("epoch_*")]
 
 
+@pytest.mark.slow
 def test_parts_that_no_step_can_train_are_refused(vocabulary: Path, tmp_path: Path) -> None:
     write_inputs(tmp_path, vocabulary, 6, ((),))
     for config, expected in (

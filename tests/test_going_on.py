@@ -263,6 +263,7 @@ def test_a_save_in_flight_outlives_an_error(
     failing.cleanup()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(copy: Path) -> None:
     output = copy.with_suffix("")
     size = max(path.stat().st_size for path in (output / "steps" / "step_4").iterdir())

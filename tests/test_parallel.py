@@ -211,5 +211,6 @@ def gather_in_a_group(rank: int, directory: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_the_first_process_alone_gathers(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(gather_in_a_group, (tmp_path,), nprocs=2)
