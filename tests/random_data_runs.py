@@ -67,7 +67,7 @@ def draw(rng: random.Random) -> Drawn:
     with_bad = [w in _WITH_BAD and rng.random() < 0.6 for w in writers]
     prepares = not streaming and rng.random() < 0.3
     is_prepared = [prepares and not bad and rng.random() < 0.7 for bad in with_bad]
-    augmented = [not prepares and rng.random() < 0.3 and w not in ("chosen",) for w in writers]
+    augmented = [not prepares and rng.random() < 0.3 and w != "chosen" for w in writers]
     settings: dict[str, Any] = {
         "rows_per_step": rng.choice([2, 4]),
         "shuffle": not streaming and rng.random() < 0.7,
