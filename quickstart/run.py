@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,8 @@ from tqdm import tqdm  # noqa: E402
 from quickstart.checkpoint import write_tiny_checkpoint  # noqa: E402
 from quickstart.digits import QUESTION, write_digits  # noqa: E402
 from quickstart.vocabulary import fetch_vocabulary  # noqa: E402
-from torchtune_vl.data import padded_collate_vision  # noqa: E402
-from torchtune_vl.generation import generate, until_stop  # noqa: E402
-from torchtune_vl.models.qwen2_5_vl import (  # noqa: E402
-    Qwen2_5_VLTransform,
-    qwen2_5_vl_from_config,
-)
-from torchtune_vl.training import Qwen2_5_VLCheckpointer  # noqa: E402
+from torchtune_vl.generation import Answer, generate  # noqa: E402
+from torchtune_vl.models import model_from_pretrained, transform_from_pretrained  # noqa: E402
 from torchtune_vl.validation import import_torchvision  # noqa: E402
 
 FINE_TUNE = ("tune-vl", "run", "finetune", "--config", "quickstart/digits.yaml")
@@ -59,21 +54,20 @@ def main() -> None:
     held_out = json.loads(held_out_file.read_text(encoding="utf-8"))
 
     _step("3/6", f"Ask it about {len(held_out)} held-out images")
-    before = accuracy(held_out, texts(base, answer(base, held_out)))
+    before = accuracy(held_out, answer(base, held_out))
     print(f"{before:.1%} right")
 
     _step("4/6", f"Fine-tune: {' '.join(FINE_TUNE)}")
     finetuned = fine_tune()
 
     _step("5/6", "Ask again")
-    ids = answer(finetuned, held_out)
-    answers = texts(finetuned, ids)
+    answers = answer(finetuned, held_out)
     after = accuracy(held_out, answers)
     print(f"{after:.1%} right")
 
     _step("6/6", "Ask transformers, which loads the finished directory")
     reference_ids = answer_with_transformers(finetuned, held_out)
-    same = sum(a == b for a, b in zip(ids, reference_ids, strict=True))
+    same = sum(a.tokens == ids for a, ids in zip(answers, reference_ids, strict=True))
     print(f"the same tokens in {same} of {len(held_out)} answers")
 
     sheet = OUTPUT / "samples.png"
@@ -103,30 +97,12 @@ def fine_tune() -> Path:
     return finished
 
 
-def answer(checkpoint_dir: Path, samples: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """Answer the questions with our model, greedily.
-
-    Args:
-        checkpoint_dir: the model.
-        samples: conversations of the dataset.
-
-    Returns:
-        The new token ids of each answer.
-    """
-    transform = Qwen2_5_VLTransform.from_pretrained(checkpoint_dir)
-    model = qwen2_5_vl_from_config(checkpoint_dir).eval()
-    checkpointer = Qwen2_5_VLCheckpointer(checkpoint_dir, OUTPUT / "unused")
-    model.load_state_dict(checkpointer.load_checkpoint()["model"])
-    answers: list[list[int]] = []
-    for batch in _batches(samples):
-        prompts = [transform({"messages": _prompt(sample)}, inference=True) for sample in batch]
-        answers += generate(
-            model,
-            padded_collate_vision(prompts, transform.pad_id, pad_direction="left"),
-            max_new_tokens=MAX_NEW_TOKENS,
-            stop_tokens=transform.stop_tokens,
-        )
-    return answers
+def answer(checkpoint_dir: Path, samples: Sequence[dict[str, Any]]) -> list[Answer]:
+    """Answer the questions with our model, greedily."""
+    transform = transform_from_pretrained(checkpoint_dir)
+    model = model_from_pretrained(checkpoint_dir)
+    questions = tqdm([_prompt(sample) for sample in samples], unit="question", file=sys.stderr)
+    return generate(model, transform, questions, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def answer_with_transformers(
@@ -162,30 +138,16 @@ def answer_with_transformers(
         )
         output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
         new = output[:, inputs["input_ids"].shape[1] :].tolist()
-        answers += [until_stop(ids, model.generation_config.eos_token_id) for ids in new]
+        answers += [_until_stop(ids, model.generation_config.eos_token_id) for ids in new]
     return answers
 
 
-def texts(checkpoint_dir: Path, answers: Sequence[Sequence[int]]) -> list[str]:
-    """Decode answers.
-
-    Args:
-        checkpoint_dir: directory with the vocabulary.
-        answers: token ids.
-
-    Returns:
-        Their texts without special tokens.
-    """
-    transform = Qwen2_5_VLTransform.from_pretrained(checkpoint_dir)
-    return [transform.decode(ids, skip_special_tokens=True) for ids in answers]
-
-
-def accuracy(samples: Sequence[dict[str, Any]], answers: Sequence[str]) -> float:
+def accuracy(samples: Sequence[dict[str, Any]], answers: Sequence[Answer]) -> float:
     """Return the share of answers that are the truth, word for word."""
-    return sum(a == _truth(s) for a, s in zip(answers, samples, strict=True)) / len(samples)
+    return sum(a.text == _truth(s) for a, s in zip(answers, samples, strict=True)) / len(samples)
 
 
-def draw_samples(samples: Sequence[dict[str, Any]], answers: Sequence[str], path: Path) -> None:
+def draw_samples(samples: Sequence[dict[str, Any]], answers: Sequence[Answer], path: Path) -> None:
     """Draw images with question, answer and truth: all wrong answers first, up to 12 images.
 
     Args:
@@ -193,8 +155,9 @@ def draw_samples(samples: Sequence[dict[str, Any]], answers: Sequence[str], path
         answers: the model's answers.
         path: PNG file to write.
     """
-    pairs = sorted(zip(samples, answers, strict=True), key=lambda pair: pair[1] == _truth(pair[0]))
-    wrong = sum(answer != _truth(sample) for sample, answer in pairs)
+    texts = [answer.text for answer in answers]
+    pairs = sorted(zip(samples, texts, strict=True), key=lambda pair: pair[1] == _truth(pair[0]))
+    wrong = sum(text != _truth(sample) for sample, text in pairs)
     shown = pairs[: min(wrong, 4)] + pairs[wrong : wrong + 12 - min(wrong, 4)]
     figure, axes = plt.subplots(2, 6, figsize=(12, 5.2), layout="constrained")
     figure.suptitle(f"{QUESTION} ({wrong} of {len(samples)} held-out answers are wrong)")
@@ -214,6 +177,12 @@ def _batches(samples: Sequence[dict[str, Any]]) -> Any:
     starts = range(0, len(samples), BATCH_SIZE)
     bar = tqdm(starts, unit="batch", file=sys.stderr)
     return (samples[start : start + BATCH_SIZE] for start in bar)
+
+
+def _until_stop(ids: list[int], stop_tokens: Collection[int]) -> list[int]:
+    """The ids of an answer up to and with the first stop token, behind which is padding."""
+    ends = (place + 1 for place, token in enumerate(ids) if token in stop_tokens)
+    return ids[: next(ends, len(ids))]
 
 
 def _image_path(sample: dict[str, Any]) -> Path:

@@ -37,18 +37,6 @@ def test_right_padding() -> None:
     batch_to_device(batch, torch.device("cpu"))  # torchtune's: tensors and dicts only
 
 
-def test_left_padding_mask() -> None:
-    short, long = samples(Conversation([], text_tokens=2), Conversation([], text_tokens=4))
-    for sample in (short, long):
-        del sample["labels"]
-    batch = padded_collate_vision([short, long], pad_direction="left")
-    assert "labels" not in batch
-    assert batch["tokens"][0].tolist() == [0, 0, *short["tokens"]]
-    expected = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]).bool()
-    assert torch.equal(batch["mask"][0], expected)
-    assert torch.equal(batch["mask"][1], torch.ones(4, 4).tril().bool())
-
-
 def test_text_only_batches_have_no_encoder_input() -> None:
     batch = padded_collate_vision(samples(Conversation([]), Conversation([])))
     assert "encoder_input" not in batch
@@ -65,8 +53,6 @@ def test_mixed_batches_keep_the_order_of_media() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="empty batch"):
         padded_collate_vision([])
-    with pytest.raises(ValueError, match="pad_direction is 'up'"):
-        padded_collate_vision(samples(Conversation([])), pad_direction="up")  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
-"""Sampling and limits of generation, and that it goes on as training has it."""
+"""What generation promises beside transformers' answers: rules, limits, turns that are kept."""
 
+import random
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,18 @@ from torch.distributed.fsdp import fully_shard
 from torchtune.generation import generate as torchtune_generate
 from torchtune.modules import local_kv_cache
 
-from tests.reference import (
-    IMAGE_PAD,
-    VIDEO_PAD,
-    Conversation,
-    reference_config,
-    reference_model,
-)
-from torchtune_vl.data import packed_collate_vision, padded_collate_vision
+from quickstart.checkpoint import write_tiny_checkpoint
+from tests.parity.test_generation_parity import KINDS, conversation
+from tests.parity.test_mixed_media_parity import LIMITS
+from tests.reference import IMAGE_PAD, VIDEO_PAD, Conversation, reference_config, reference_model
+from torchtune_vl.chat import ChatTransform
+from torchtune_vl.data import packed_collate_vision
 from torchtune_vl.data._collate import padded_collate_vision_targets
-from torchtune_vl.generation import generate
+from torchtune_vl.generation import Chat, Rules, Sampling, decode, generate
+from torchtune_vl.models import model_from_pretrained, transform_from_pretrained
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
 from torchtune_vl.modules.layout import mrope_positions
-from torchtune_vl.modules.vision import _blank
-from torchtune_vl.training import Qwen2_5_VLCheckpointer
+from torchtune_vl.modules.vision import VisionLanguageModel, _blank
 
 
 @pytest.fixture
@@ -34,53 +33,314 @@ def model(tmp_path: Path) -> torch.nn.Module:
     return qwen2_5_vl_from_config(tmp_path).eval()
 
 
-def prompts() -> dict:
-    generator = torch.Generator().manual_seed(0)
-    samples = [Conversation([(1, 4, 4)]).sample(generator), Conversation([]).sample(generator)]
-    return padded_collate_vision(samples, pad_direction="left")
+@pytest.fixture(scope="module")
+def tiny(
+    vocabulary: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[VisionLanguageModel, ChatTransform]:
+    """A model whose answers vary, and a transform."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    write_tiny_checkpoint(directory, vocabulary)
+    return model_from_pretrained(directory), transform_from_pretrained(directory, **LIMITS)
 
 
-def test_prompts_padded_on_the_right_are_refused(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(0)
-    batch = padded_collate_vision([Conversation([]).sample(generator)])
-    with pytest.raises(ValueError, match='pad_direction="left"'):
-        generate(model, batch, max_new_tokens=1, stop_tokens=[])
+def letters(ids: Any) -> bytes:
+    return b"".join(b"%d " % i for i in ids)
+
+
+def answers(
+    model: torch.nn.Module,
+    prompts: list[dict[str, Any]],
+    new_tokens: int,
+    *stops: int,
+    **rules: Any,
+) -> list[list[int]]:
+    batch_size = rules.pop("batch_size", 4)
+    sampling = Sampling(**{k: v for k, v in rules.items() if k in Sampling.__annotations__})
+    others = {k: v for k, v in rules.items() if k not in Sampling.__annotations__}
+    made = Rules(new_tokens, stops, sampling=sampling, **others)
+    found = sorted(decode(model, prompts, made, letters, batch_size), key=lambda a: a[:2])
+    return [answer.tokens for _, _, answer in found]
+
+
+def samples(*conversations: Conversation, seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [c.sample(generator) for c in conversations]
+
+
+def questions(count: int) -> list[list[dict[str, Any]]]:
+    return [conversation(KINDS[number % len(KINDS)], 100 + number) for number in range(count)]
+
+
+# What is drawn
 
 
 def test_top_1_is_greedy_and_temperature_varies(model: torch.nn.Module) -> None:
-    greedy = generate(model, prompts(), max_new_tokens=6, stop_tokens=[])
-    top_1 = generate(model, prompts(), max_new_tokens=6, stop_tokens=[], temperature=1.0, top_k=1)
-    assert top_1 == greedy
-    torch.manual_seed(0)
-    hot = [
-        generate(model, prompts(), max_new_tokens=6, stop_tokens=[], temperature=3.0)
-        for _ in range(3)
-    ]
+    prompts = samples(Conversation([(1, 4, 4)]), Conversation([]))
+    greedy = answers(model, prompts, 6)
+    assert answers(model, prompts, 6, temperature=1.0, top_k=1) == greedy
+    hot = [answers(model, prompts, 6, temperature=3.0, seed=seed) for seed in range(3)]
     assert hot[0] != hot[1] != hot[2]
+    assert hot[0] == answers(model, prompts, 6, temperature=3.0, seed=0)
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
+    scores = torch.tensor([[1.0, 3.0, -torch.inf, 2.0, 0.0]]).expand(100_000, -1)
+    chance = (torch.arange(100_000) + 0.5) / 100_000
+    counts = Sampling(1.0).choose(scores, chance).bincount(minlength=5) / 100_000
+    torch.testing.assert_close(counts, scores[0].softmax(-1), atol=2e-5, rtol=0)
+    # The ends of the numbers that are drawn take none that is left out
+    ends = torch.tensor([0.0, 1.0])
+    assert Sampling(1.0).choose(scores[:2], ends).tolist() == [1, 4]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_answers_do_not_depend_on_what_else_is_decoded(
+    model: torch.nn.Module, batch_size: int
+) -> None:
+    prompts = samples(*[Conversation([(1, 4, 4)] * (n % 3), 3 + n) for n in range(7)])
+    drawn = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2, "num_answers": 3}
+    stops = range(0, 600, 9)  # some answers end early, and prompts take their places
+    together = answers(model, prompts, 12, *stops, **drawn, batch_size=batch_size)
+    assert len(together) == 21
+    assert len({len(ids) for ids in together}) > 3
+    for number, prompt in enumerate(prompts):
+        rest = [prompts[0]] * number  # the number of a prompt is part of its seed
+        alone = answers(model, [*rest, prompt], 12, *stops, **drawn, batch_size=1)[-3:]
+        assert alone == together[3 * number : 3 * number + 3]
+
+
+def test_each_answer_to_a_prompt_is_penalized_for_its_own_tokens(model: torch.nn.Module) -> None:
+    (prompt,) = samples(Conversation([], 4))
+    penalized = answers(model, [prompt], 40, repetition_penalty=1e6, num_answers=3, batch_size=2)
+    for ids in penalized:
+        assert len({*ids, *prompt["tokens"]}) == 40 + len({*prompt["tokens"]})
+    assert penalized[0] == penalized[1] == penalized[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0),
+        ("num_answers", 0),
+    ],
+)
+def test_settings_that_make_no_sense(
+    tiny: tuple[VisionLanguageModel, ChatTransform], name: str, value: float
+) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is {value}: make it"):
+        generate(*tiny, [], max_new_tokens=1, **{name: value})
+
+
+# What an answer has
+
+
+def test_logprobs_are_those_of_the_model(tiny: tuple[VisionLanguageModel, ChatTransform]) -> None:
+    model, transform = tiny
+    chat = questions(5)[4]
+    drawn = {"temperature": 2.0, "repetition_penalty": 1.5}
+    (answer,) = generate(model, transform, [chat], max_new_tokens=9, **drawn)
+    prompt = transform.to_answer({"messages": chat})
+    sample = {**prompt, "tokens": prompt["tokens"] + answer.tokens}
+    rest = prompt["input_pos"].max() + 1 + torch.arange(9)
+    sample["input_pos"] = torch.cat([prompt["input_pos"], rest[:, None].expand(-1, 3)])
+    sample["labels"] = [-100] * len(prompt["tokens"]) + answer.tokens
+    with torch.no_grad():
+        losses = model(**packed_collate_vision([sample]))
+    assert answer.logprobs == pytest.approx((-losses).tolist(), abs=1e-5)
+
+
+def test_why_an_answer_ended(tiny: tuple[VisionLanguageModel, ChatTransform]) -> None:
+    model, transform = tiny
+    (chat,) = questions(1)
+    (whole,) = generate(model, transform, [chat], max_new_tokens=30, temperature=1.5)
+    assert whole.ended == "length"
+    assert whole.text == transform.decode(whole.tokens)
+    settings = {"max_new_tokens": 30, "temperature": 1.5}
+
+    transform.stop_tokens = [whole.tokens[7]]
+    (stopped,) = generate(model, transform, [chat], **settings)
+    transform.stop_tokens = [transform.eos_id, transform.pad_id]
+    end = whole.tokens.index(whole.tokens[7]) + 1
+    assert stopped.ended == "stop token"
+    assert stopped.tokens == whole.tokens[:end]
+    assert stopped.text == transform.decode(whole.tokens[: end - 1])
+
+    # A text that lies across tokens
+    middle = len(transform.decode(whole.tokens[:10]))
+    stop = whole.text[middle - 2 : middle + 2]
+    (cut,) = generate(model, transform, [chat], stop=["never there", stop], **settings)
+    assert cut.ended == "stop string"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.tokens == whole.tokens[: len(cut.tokens)]
+    assert stop in transform.decode(cut.tokens)
+    assert stop not in transform.decode(cut.tokens[:-1])
+
+
+def test_an_empty_stop_string(tiny: tuple[VisionLanguageModel, ChatTransform]) -> None:
+    with pytest.raises(ValueError, match="a stop string is empty"):
+        generate(*tiny, [], max_new_tokens=1, stop=[""])
 
 
 def test_prompts_that_leave_no_room(model: torch.nn.Module) -> None:
     model.decoder.max_seq_len = 30
-    with pytest.raises(ValueError, match="max_seq_len of 30"):
-        generate(model, prompts(), max_new_tokens=20, stop_tokens=[])
-    assert not model.caches_are_setup()
+    prompts = samples(Conversation([], 11), Conversation([], 12))
+    assert len(answers(model, prompts[:1], 19)[0]) == 19
+    with pytest.raises(ValueError, match=r"12 tokens of prompt and 19 new ones exceed .* of 30"):
+        answers(model, prompts, 19)
 
 
-def prompts_of_text() -> dict[str, Any]:
-    sample = Conversation([]).sample(torch.Generator().manual_seed(0))
-    del sample["labels"]
-    return padded_collate_vision([sample], pad_direction="left")
+def test_prompts_longer_together_than_one_may_be(model: torch.nn.Module) -> None:
+    prompts = samples(*[Conversation([], n) for n in (11, 12, 13)])
+    expected = answers(model, prompts, 5)
+    model.decoder.max_seq_len = 18
+    assert answers(model, prompts, 5) == expected
+
+
+def test_logits_that_are_not_finite(model: torch.nn.Module) -> None:
+    model.decoder.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits for prompt 0 are not finite"):
+        answers(model, samples(Conversation([])), 5)
+
+
+def test_a_model_in_training_is_left_so(tiny: tuple[VisionLanguageModel, ChatTransform]) -> None:
+    model, transform = tiny
+    model.train()
+    model.encoders.eval()
+    for layer in model.decoder.layers:
+        layer.attn.dropout = 0.5
+    try:
+        first, second = (
+            generate(model, transform, questions(3), max_new_tokens=5) for _ in range(2)
+        )
+        assert first == second
+        assert model.training
+        assert model.decoder.training
+        assert not model.encoders["vision"].training
+    finally:
+        model.eval()
+        for layer in model.decoder.layers:
+            layer.attn.dropout = 0.0
+
+
+def test_samples_are_answered_with_their_media_and_tools(
+    tiny: tuple[VisionLanguageModel, ChatTransform],
+) -> None:
+    model, transform = tiny
+    chat = questions(2)[1]
+    image = next(item["image"] for item in chat[0]["content"] if item["type"] == "image")
+    nameless = [i if i["type"] == "text" else {"type": "image"} for i in chat[0]["content"]]
+    sample = {"messages": [{"role": "user", "content": nameless}], "images": [image]}
+    assert generate(model, transform, [sample], max_new_tokens=5) == generate(
+        model, transform, [chat], max_new_tokens=5
+    )
+
+
+def test_an_error_of_a_conversation_ends_what_is_prepared(
+    tiny: tuple[VisionLanguageModel, ChatTransform],
+) -> None:
+    bad = [{"role": "user", "content": [{"type": "image", "image": "missing.jpg"}]}]
+    with pytest.raises(ValueError, match=r"missing\.jpg"):
+        generate(*tiny, [*questions(3), bad, *questions(50)], max_new_tokens=2)
+
+
+# Turns
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_turns_with_what_is_kept_are_as_read_anew(
+    tiny: tuple[VisionLanguageModel, ChatTransform], kind: str
+) -> None:
+    model, transform = tiny
+    chat = Chat(model, transform, max_new_tokens=12)
+    history = conversation(kind, 7)
+    encoded: list[int] = []
+    hook = model.encoders["vision"].register_forward_pre_hook(
+        lambda module, args, kwargs: encoded.append(len(kwargs["grid_thw"])), with_kwargs=True
+    )
+    media = [sum(i["type"] != "text" for turn in history for i in turn["content"])]
+    for turn in range(4):
+        (expected,) = generate(model, transform, [history], max_new_tokens=12)
+        encoded.clear()
+        text = "".join(chat.stream(history))
+        assert text == expected.text, turn
+        assert sum(encoded) == media[-1], turn
+        assert (chat.num_kept > 0) == (turn > 0)
+        more = conversation(random.Random(turn).choice(KINDS), turn)[:1]
+        media.append(sum(item["type"] != "text" for item in more[0]["content"]))
+        history = [*history, {"role": "assistant", "content": text}, *more]
+    hook.remove()
+
+
+def test_what_is_kept_is_only_what_is_the_same(
+    tiny: tuple[VisionLanguageModel, ChatTransform],
+) -> None:
+    """Images of one size look alike in ids, and videos of one size but another speed."""
+    model, transform = tiny
+    chat = Chat(model, transform, max_new_tokens=8)
+    first = conversation("one image", 1)
+    (picture, *rest) = first[0]["content"]
+    other = [
+        {"role": "user", "content": [{**picture, "image": picture["image"].rotate(180)}, *rest]}
+    ]
+    clip = conversation("video", 1)
+    slow = [{"role": "user", "content": [{**clip[0]["content"][0], "sample_fps": 0.25}]}]
+    slow[0]["content"] += clip[0]["content"][1:]
+    for history in (first, other, first, first, clip, slow, clip, conversation("text", 1), first):
+        (expected,) = generate(model, transform, [history], max_new_tokens=8)
+        assert "".join(chat.stream(history)) == expected.text
+    assert "".join(chat.stream(first)) == expected.text
+    assert chat.num_kept == len(transform.to_answer({"messages": first})["tokens"]) - 1
+
+
+def test_a_chat_that_is_left_in_the_middle(
+    tiny: tuple[VisionLanguageModel, ChatTransform],
+) -> None:
+    model, transform = tiny
+    chat = Chat(model, transform, max_new_tokens=20)
+    history = conversation("turns", 3)
+    stream = chat.stream(history)
+    begun = next(stream) + next(stream)
+    stream.close()
+    history = [*history, {"role": "assistant", "content": begun}, *conversation("one image", 4)]
+    (expected,) = generate(model, transform, [history], max_new_tokens=20)
+    assert "".join(chat.stream(history)) == expected.text
+    assert chat.num_kept > 0
+
+
+def test_a_begun_answer_is_gone_on_with(tiny: tuple[VisionLanguageModel, ChatTransform]) -> None:
+    model, transform = tiny
+    compared = 0
+    for chat in questions(12):
+        (whole,) = generate(model, transform, [chat], max_new_tokens=20)
+        for end in range(3, 18, 3):
+            text = transform.decode(whole.tokens[:end])
+            if transform.encode(text, add_eos=False) != whole.tokens[:end]:
+                continue  # the model did not write the ids that the text has
+            begun = [*chat, {"role": "assistant", "content": text}]
+            (rest,) = generate(model, transform, [begun], max_new_tokens=20 - end)
+            assert rest.tokens == whole.tokens[end:]
+            compared += 1
+    assert compared > 5
+
+
+# Processes, training, torchtune
 
 
 def test_training_after_generation(model: torch.nn.Module) -> None:
     # So that the encoder runs without media, as it does beside other processes
-    for module in (model.decoder,):
-        module.requires_grad_(False)
+    model.decoder.requires_grad_(False)
     _blank.cache_clear()
     model.train()
+    (sample,) = samples(Conversation([]))
+    row = packed_collate_vision([sample])
     with torch.inference_mode():
-        model(**prompts_of_text())
-    model(**prompts_of_text()).sum().backward()
+        model(**row)
+    model(**row).sum().backward()
     assert all(not p.grad.any() for p in model.encoders.parameters())
 
 
@@ -95,7 +355,7 @@ def test_tokens_are_decoded_without_the_encoder(model: torch.nn.Module, sharded:
         if sharded:
             for layer in model.encoders["vision"].layers:
                 fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
-        (answer,) = generate(model, prompts_of_text(), max_new_tokens=6, stop_tokens=[])
+        (answer,) = answers(model, samples(Conversation([])), 6)
         assert len(answer) == 6
         assert len(runs) == sharded  # other processes could have media in their prompts
         model(**packed_collate_vision([]))
@@ -132,27 +392,24 @@ def answered(conversation: Conversation, prompt: dict[str, Any], answer: list[in
 def test_answers_are_written_where_training_has_them(tmp_path: Path) -> None:
     """Positions of each new token, and the logits that chose it, in padded and packed rows."""
     reference_model(reference_config("head_dim_128")).save_pretrained(tmp_path / "model")
-    model = qwen2_5_vl_from_config(tmp_path / "model").eval()
-    checkpointer = Qwen2_5_VLCheckpointer(tmp_path / "model", tmp_path / "unused")
-    model.load_state_dict(checkpointer.load_checkpoint()["model"])
-    generator = torch.Generator().manual_seed(3)
-    prompts = [conversation.sample(generator) for conversation in MIXES]
+    model = model_from_pretrained(tmp_path / "model")
+    prompts = samples(*MIXES, seed=3)
     written: list[torch.Tensor] = []
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: written.append(kwargs["input_pos"]), with_kwargs=True
     )
-    batch = padded_collate_vision(prompts, pad_direction="left")
-    answers = generate(model, batch, max_new_tokens=8, stop_tokens=[])
+    answers_ = answers(model, prompts, 8, batch_size=len(MIXES))
     hook.remove()
     steps = torch.cat(written[1:], dim=1)  # the last token is not read again
 
-    samples = [answered(*each) for each in zip(MIXES, prompts, answers, strict=True)]
-    for sample, prompt, positions in zip(samples, prompts, steps, strict=True):
-        assert sample["input_pos"][len(prompt["tokens"]) : -1].tolist() == positions.tolist()
+    trained = [answered(*each) for each in zip(MIXES, prompts, answers_, strict=True)]
+    for sample, prompt, positions in zip(trained, prompts, steps, strict=True):
+        expected = sample["input_pos"][len(prompt["tokens"]) : -1]
+        assert expected.tolist() == positions[:, None].expand(-1, 3).tolist()
     for collate in (padded_collate_vision_targets, packed_collate_vision):
-        row = collate(samples)
+        row = collate(trained)
         targets = row.pop("targets").tolist()
-        assert targets == [token for answer in answers for token in answer]
+        assert targets == [token for answer in answers_ for token in answer]
         with torch.no_grad():
             assert model(**row).argmax(-1).flatten().tolist() == targets
 
@@ -160,15 +417,11 @@ def test_answers_are_written_where_training_has_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rng", [None, torch.Generator()], ids=["greedy", "drawn from one"])
 @pytest.mark.parametrize("cached", [True, False])
 def test_torchtunes_own_generation(
-    cached: bool, rng: torch.Generator | None, tmp_path: Path
+    cached: bool, rng: torch.Generator | None, model: torch.nn.Module
 ) -> None:
     """Of text, with its caches and without, as ours."""
-    reference_config().save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    model = qwen2_5_vl_from_config(tmp_path).eval()
-    sample = Conversation([], 7).sample(torch.Generator().manual_seed(0))
-    batch = padded_collate_vision([sample], pad_direction="left")
-    ours = generate(model, batch, max_new_tokens=5, stop_tokens=[])
+    (sample,) = samples(Conversation([], 7))
+    ours = answers(model, [sample], 5)
     prompt = torch.tensor(sample["tokens"])
     arguments = {"batch_size": 1, "device": torch.device("cpu"), "dtype": torch.float32}
     cache = local_kv_cache(model, **arguments, decoder_max_seq_len=len(prompt) + 5)

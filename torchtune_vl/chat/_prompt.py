@@ -84,6 +84,15 @@ class PromptBuilder:
         """Tokenize one message as the published template has it, without a system prompt."""
         return self._tokenize(self._published([turn], numbers_media=False))
 
+    def unended(self, whole: Prompt) -> Prompt:
+        """Leave out what ends the last message."""
+        tokens, t = whole.tokens, self.tokenizer
+        end = max((i for i, token in enumerate(tokens) if token == t.im_end_id), default=-1)
+        if end < 0 or t.im_start_id in tokens[end:]:
+            ends = "the chat template does not end a message of the assistant with <|im_end|>"
+            raise ValueError(f"{ends}: an answer that is begun cannot be gone on with")
+        return whole.part(0, end)
+
     def truncate(
         self, whole: Prompt, limit: int, by: Truncation, turns: _Turns, tools: Tools
     ) -> Prompt:

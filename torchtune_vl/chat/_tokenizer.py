@@ -102,6 +102,12 @@ class QwenTokenizer:
         """The bytes of each known token, UTF-8 of parts of characters too."""
         return [self._encoding.decode_single_token_bytes(i) for i in ids]
 
+    def bytes_of(self, ids: Sequence[int]) -> bytes:
+        """The bytes of ids, of those of no token none."""
+        added = {*self.special_tokens.values()}
+        known = [i for i in ids if i < self.base_vocab_size or i in added]
+        return b"".join(self.token_bytes(known))
+
     def decode(self, token_ids: Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
         """Decode ids to the text of transformers' ``Qwen2Tokenizer.decode``.
 

@@ -297,6 +297,14 @@ class ChatTransform(QwenTokenizer):
         """
         return self._transformed(sample, inference)
 
+    def to_answer(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """Transform a sample of :meth:`__call__` to the prompt for an answer.
+
+        As with ``inference``, but an answer that is begun, by a last message of the assistant with
+        a text, is to be gone on with (transformers' ``continue_final_message``).
+        """
+        return self._transformed(sample, True, goes_on=True)
+
     def augmented(
         self, sample: Mapping[str, Any], augmentation: Augmentation, epoch: int, number: int
     ) -> dict[str, Any]:
@@ -324,11 +332,15 @@ class ChatTransform(QwenTokenizer):
         return self._transformed(sample, False, changes)
 
     def _transformed(
-        self, sample: Mapping[str, Any], inference: bool, changes: _Changes | None = None
+        self,
+        sample: Mapping[str, Any],
+        inference: bool,
+        changes: _Changes | None = None,
+        goes_on: bool = False,
     ) -> dict[str, Any]:
         """A sample whose images are changed, each as is drawn for it, or as they are."""
         with _naming(sample):
-            whole, prompt = self._prompts_of(sample, inference, changes=changes)
+            whole, prompt = self._prompts_of(sample, inference, changes=changes, goes_on=goes_on)
             tokens, mask, media = prompt.tokens, prompt.mask, prompt.media.values()
             grid_thw = torch.cat([medium.grid_thw for medium in media]) if media else _NO_MEDIA
             seconds = [medium.seconds_per_step for medium in media]
@@ -402,6 +414,7 @@ class ChatTransform(QwenTokenizer):
         inference: bool,
         measuring: bool = False,
         changes: _Changes | None = None,
+        goes_on: bool = False,
     ) -> tuple[prompting.Prompt, prompting.Prompt]:
         """The whole prompt of a sample, and what is left of it within ``max_seq_len``."""
         if "messages" not in sample:
@@ -415,7 +428,10 @@ class ChatTransform(QwenTokenizer):
         if not turns:
             raise ValueError("there is no message to answer")
         encoded = self._encoded(turns, measuring, changes(turns) if changes else ())
-        whole = self.prompts.build(encoded, tools, inference)
+        is_begun = goes_on and last.role == "assistant" and turns[-1] is last
+        whole = self.prompts.build(encoded, tools, inference and not is_begun)
+        if is_begun:
+            whole = self.prompts.unended(whole)
         limit, length = self.max_seq_len, len(whole.tokens)
         if limit is None or length <= limit:
             return whole, whole

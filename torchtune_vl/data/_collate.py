@@ -6,7 +6,7 @@ Shape notation: b samples, s tokens of the longest or of a packed row, n patches
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,47 +52,35 @@ def padded_collate_vision(
     batch: Samples,
     padding_idx: int = 0,
     ignore_idx: int = -100,
-    *,
-    pad_direction: Literal["right", "left"] = "right",
 ) -> Batch:
-    """Pad samples to one length and join their media, if any.
+    """Pad samples to one length, on the right, and join their media, if any.
 
     Args:
         batch: samples with ``tokens``, list[int]; ``input_pos``, int64 [length, 3]; ``labels``,
-            list[int], unless it is for generation; and if there are media ``encoder_input``, whose
+            list[int], if the loss is to be taken; and if there are media ``encoder_input``, whose
             ``vision`` has ``patches``, ``grid_thw`` and perhaps the index of the encoder.
         padding_idx: id of the padding token.
         ignore_idx: label of padding.
-        pad_direction: ``"right"`` for training; ``"left"``, and a ``mask`` of padding, to generate.
 
     Returns:
         ``tokens``, int64 [b, s]; ``input_pos``, int64 [b, s, 3]; ``labels``, int64 [b, s], if the
-        samples have them; ``mask``, bool [b, s, s], with padding on the left; and
-        ``encoder_input`` if any sample has media: ``vision`` with ``patches`` [n, width],
-        ``grid_thw``, int64 [k, 3], and what :func:`~torchtune_vl.modules.encoder_index` returns.
+        samples have them; and ``encoder_input`` if any sample has media: ``vision`` with
+        ``patches`` [n, width], ``grid_thw``, int64 [k, 3], and what
+        :func:`~torchtune_vl.modules.encoder_index` returns.
 
     Raises:
-        ValueError: if the batch is empty or the direction unknown.
+        ValueError: if the batch is empty.
     """
     if not batch:
         raise ValueError("cannot collate an empty batch")
-    if pad_direction not in ("right", "left"):
-        raise ValueError(f"pad_direction is {pad_direction!r}, expected 'right' or 'left'")
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=pad_direction)
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     paddings = {"tokens": padding_idx, "input_pos": 0, "labels": ignore_idx}
     collated = Batch()
     for key in [key for key in paddings if key in batch[0]]:
         values = [sample[key] for sample in batch]
         tensors = [x if isinstance(x, torch.Tensor) else _integers(x) for x in values]
         collated[key] = pad(tensors, padding_value=paddings[key])
-    if pad_direction == "left":
-        size = collated["tokens"].shape[1]
-        lengths = torch.tensor([len(sample["tokens"]) for sample in batch])
-        is_token = torch.arange(size) >= (size - lengths)[:, None]
-        # Padding attends to itself: a row of the mask without any key has no softmax
-        is_seen = is_token[:, None, :] | torch.eye(size, dtype=torch.bool)
-        collated["mask"] = is_seen & torch.ones(size, size, dtype=torch.bool).tril()
-    return Batch(collated, **_encoder_input(batch))
+    return Batch(collated, **join_media(batch))
 
 
 def padded_collate_vision_supervised(
@@ -148,7 +136,7 @@ def packed_collate_vision(batch: Samples, padding_idx: int = 0, ignore_idx: int 
         mask=documents,
         output_positions=supervised - 1,
         targets=labels[supervised],
-        **_encoder_input(batch),
+        **join_media(batch),
     )
 
 
@@ -162,7 +150,8 @@ def _padding(padding_idx: int, ignore_idx: int) -> Samples:
     return [{"tokens": [padding_idx], "labels": [ignore_idx], "input_pos": input_pos}]
 
 
-def _encoder_input(batch: Samples) -> dict[str, Any]:
+def join_media(batch: Samples) -> dict[str, Any]:
+    """Join the media of samples to the ``encoder_input`` of a batch, which is absent without."""
     vision = [sample["encoder_input"]["vision"] for sample in batch if "encoder_input" in sample]
     if not vision:
         return {}

@@ -1,5 +1,8 @@
-"""Generation of answers."""
+"""Answers to conversations, by decoding with a cache of keys and values."""
 
-from torchtune_vl.generation._generate import generate, until_stop
+from torchtune_vl.generation._chat import Chat
+from torchtune_vl.generation._decoding import Answer, Rules, decode
+from torchtune_vl.generation._generate import generate
+from torchtune_vl.generation._sampling import Sampling
 
-__all__ = ["generate", "until_stop"]
+__all__ = ["Answer", "Chat", "Rules", "Sampling", "decode", "generate"]

@@ -1,80 +1,95 @@
-"""Decoding with a KV cache."""
+"""Answers to conversations."""
 
-from collections.abc import Collection
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
-import torch
-import torch.nn.functional as F
-
+from torchtune_vl.chat import ChatTransform
+from torchtune_vl.generation._decoding import Answer, Rules, decode
+from torchtune_vl.generation._sampling import Sampling
 from torchtune_vl.modules.vision import VisionLanguageModel
 
+# How many answers are written at a time: more take more memory, and share the reading of weights
+BATCH_SIZE = 16
+Conversation = Sequence[Mapping[str, Any]] | Mapping[str, Any]
+_A = TypeVar("_A")
+_B = TypeVar("_B")
 
-@torch.no_grad()  # FSDP cannot gather parameters in inference mode
+
 def generate(
     model: VisionLanguageModel,
-    batch: dict[str, Any],
+    transform: ChatTransform,
+    conversations: Iterable[Conversation],
     *,
     max_new_tokens: int,
-    stop_tokens: Collection[int],
+    num_answers: int = 1,
     temperature: float = 0.0,
     top_k: int | None = None,
-) -> list[list[int]]:
-    """Continue the prompts of a batch.
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+) -> list[Answer]:
+    """Answer conversations.
 
-    They are padded on the left by :func:`~torchtune_vl.data.padded_collate_vision`, and on the
-    device of the model, whose caches are not set up. A ``temperature`` of 0 takes the likeliest
-    token, more makes unlikely ones likelier; the ``top_k`` likeliest are sampled from, or else all.
+    What an answer is depends on its conversation, its place among all of them and the settings
+    alone, but for rounding, which depends on what else is decoded at the time.
 
-    Returns at most ``max_new_tokens`` new ids of each prompt, up to and with the first stop token.
-    Raises ``ValueError`` if prompts are not padded on the left, or ``max_seq_len`` is too short.
+    Args:
+        model: on any device, of any dtype. It may be in training, and is left so.
+        transform: of the model's family.
+        conversations: lists of messages as :class:`~torchtune_vl.chat.ChatTransform` takes them, or
+            whole samples, which have ``messages`` and perhaps ``tools``, ``images`` and ``videos``.
+            An answer that is begun, by a last message of the assistant, is gone on with.
+        max_new_tokens: the most tokens of an answer.
+        num_answers: answers to each conversation, which is read once.
+        temperature: as of :class:`~torchtune_vl.generation.Sampling`, with what follows; by default
+            the likeliest token is taken.
+        top_k: draws from so many of the likeliest tokens.
+        top_p: draws from the likeliest tokens with so much of the probability.
+        min_p: draws from tokens with so much of the likeliest one's probability.
+        repetition_penalty: makes tokens that occurred less likely.
+        stop: texts that end an answer, beside the stop tokens of the transform.
+        seed: of what is drawn.
+        batch_size: the most answers at a time. Where one ends the next begins.
+
+    Returns:
+        The answers in the order of the conversations, those to one of them side by side.
+
+    Raises:
+        ValueError: as the transform does, if a setting makes no sense, or if a conversation leaves
+            no room for an answer in the model's ``max_seq_len``.
     """
-    if not isinstance(batch.get("mask"), torch.Tensor):
-        remedy = 'collate it with padded_collate_vision(..., pad_direction="left")'
-        raise ValueError(f"the batch has no mask of prompts that are padded on the left: {remedy}")
-    tokens, mask, input_pos = batch["tokens"], batch["mask"], batch["input_pos"]
-    media = batch.get("encoder_input")
-    batch_size, prompt_length = tokens.shape
-    length = prompt_length + max_new_tokens
-    if length > model.decoder.max_seq_len:
-        wanted = f"{prompt_length} tokens of prompt and {max_new_tokens} new ones"
-        raise ValueError(f"{wanted} exceed the model's max_seq_len of {model.decoder.max_seq_len}")
-    # An answer sees what the last token of its prompt sees, and what of itself is in the cache
-    answer_mask = F.pad(mask[:, -1:], (0, max_new_tokens), value=True)
-    position = input_pos.amax(dim=(1, 2))
-    last = torch.arange(1, batch_size + 1, device=tokens.device) * prompt_length - 1
-    stops = torch.tensor(list(stop_tokens), device=tokens.device)
-    answers: list[torch.Tensor] = []
-    ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
-
-    model.setup_caches(batch_size, next(model.parameters()).dtype, decoder_max_seq_len=length)
-    try:
-        prompt = {"mask": mask, "encoder_input": media, "input_pos": input_pos}
-        logits = model(tokens, **prompt, output_positions=last)
-        for end in range(prompt_length, length):
-            new = _choose(logits, temperature, top_k)
-            answers.append(new)
-            ended |= torch.isin(new, stops)
-            if end + 1 == length or bool(ended.all()):
-                break
-            position = position + 1
-            next_pos = position[:, None, None].expand(-1, 1, 3)
-            logits = model(new[:, None], mask=answer_mask, input_pos=next_pos).squeeze(1)
-    finally:
-        model.delete_caches()
-    return [until_stop(ids, stop_tokens) for ids in torch.stack(answers, dim=1).tolist()]
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    stops = transform.stop_tokens
+    rules = Rules(max_new_tokens, stops, stop, sampling, seed, num_answers)
+    prompts = ahead(lambda conversation: prompt_of(transform, conversation), conversations)
+    answered = decode(model, prompts, rules, transform.bytes_of, batch_size)
+    found = sorted(answered, key=lambda numbered: numbered[:2])
+    return [answer for _, _, answer in found]
 
 
-def _choose(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(-1)
+def prompt_of(transform: ChatTransform, conversation: Conversation) -> dict[str, Any]:
+    """Transform a conversation to what a model answers."""
+    if isinstance(conversation, Mapping):
+        return transform.to_answer(conversation)
+    return transform.to_answer({"messages": conversation})
 
 
-def until_stop(ids: list[int], stop_tokens: Collection[int]) -> list[int]:
-    """Return the ids of an answer up to and with its first stop token, all if there is none."""
-    ends = [i + 1 for i, token in enumerate(ids) if token in stop_tokens]
-    return ids[: ends[0]] if ends else ids
+def ahead(convert: Callable[[_A], _B], items: Iterable[_A], by: int = BATCH_SIZE) -> Iterator[_B]:
+    """Convert items in another thread, some before they are asked for."""
+    # One: what it calls releases Python's lock, and a processor is enough for what a model reads
+    with ThreadPoolExecutor(1, "prompts") as thread:
+        waiting: deque[Future[_B]] = deque()
+        try:
+            for item in items:
+                waiting.append(thread.submit(convert, item))
+                if len(waiting) > by:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)

@@ -20,11 +20,13 @@ from torchtune_vl._torchtune import TransformerSelfAttentionLayer
 from torchtune_vl.modules import attention
 from torchtune_vl.modules.adapters import MakeLinear
 from torchtune_vl.modules.dimensions import Dimensions
+from torchtune_vl.modules.kv_cache import KVCache, Prefill, Step
 from torchtune_vl.modules.layout import Segments
 from torchtune_vl.modules.loss import chunked_cross_entropy
 
-# What attends to what: bool [B, S, M], the documents of a packed row, or causal attention
-Mask = torch.Tensor | Segments | BlockMask | None
+# What attends to what: bool [B, S, M], the documents of a packed row, new tokens of sequences that
+# have others in the cache, or causal attention
+Mask = torch.Tensor | Segments | Prefill | Step | BlockMask | None
 
 
 class Decoder(nn.Module):
@@ -67,17 +69,18 @@ class Decoder(nn.Module):
     ) -> torch.Tensor | list[torch.Tensor]:
         """Compute logits, or losses, of embeddings of tokens and media.
 
-        ``mask`` says which token attends to which: bool [B, S, S] (with a KV cache [B, S, length of
-        the cache]), a BlockMask, or the :class:`~torchtune_vl.modules.Segments` of the flattened
-        batch; causal by default. Positions are int64 [B, S, 3] or, equal on all axes, [B, S]; 0, 1,
-        2, ... by default. ``output_positions``, int64 [P] in the flattened batch, are those whose
-        logits are wanted, ``targets``, int64 [P], the right entries there, if it is losses.
+        ``mask`` says which token attends to which: bool [B, S, S] (with torchtune's KV cache [B, S,
+        length of the cache]), a BlockMask, the :class:`~torchtune_vl.modules.Segments` of the
+        flattened batch, or a ``Prefill`` or ``Step`` of a cache; causal by default. Positions are
+        int64 [B, S, 3] or, equal on all axes, [B, S]; 0, 1, 2, ... by default.
+        ``output_positions``, int64 [P] in the flattened batch, are those whose logits are wanted,
+        ``targets``, int64 [P], the right entries there, if it is losses.
 
         Returns logits, float32 [B, S, V] or [P, V], in chunks after :meth:`set_num_output_chunks`;
         with ``targets`` the cross-entropy of each, float32 [P]. Raises ``ValueError`` if a sequence
         is longer than ``max_seq_len``, or there is a cache and no mask or positions.
         """
-        if x_BSE.shape[1] > self.max_seq_len:
+        if x_BSE.shape[1] > self.max_seq_len and not isinstance(mask, Prefill):
             too_long = f"a sequence of {x_BSE.shape[1]} tokens is longer than max_seq_len"
             raise ValueError(f"{too_long}, {self.max_seq_len}")
         if self.caches_are_setup() and (mask is None or input_pos is None):
@@ -116,11 +119,11 @@ class Decoder(nn.Module):
     ) -> None:
         """Keep keys and values of so many sequences, of ``max_seq_len`` tokens by default.
 
-        Those of an encoder, which torchtune's generation passes, are ignored.
+        Their dtype, and the length of an encoder's, which torchtune's generation passes, are
+        ignored: they are kept as they are computed.
         """
-        max_seq_len = decoder_max_seq_len or self.max_seq_len
         for layer in self.layers:
-            layer.attn.kv_cache = KVCache(batch_size, max_seq_len, dtype)
+            layer.attn.kv_cache = KVCache(batch_size, decoder_max_seq_len or self.max_seq_len)
 
     def caches_are_setup(self) -> bool:
         """Whether keys and values are kept."""
@@ -179,6 +182,10 @@ class Attention(nn.Module):
             rows = (x.flatten(0, 1) for x in (q_BSHD, k_BSKD, v_BSKD))
             out = attention.attend_within_segments(*rows, mask, is_causal=True)
             return self.output_proj(out.view_as(q_BSHD).flatten(2))
+        if isinstance(mask, Prefill | Step):
+            q, k, v = (x.flatten(0, 1) for x in (q_BSHD, k_BSKD, v_BSKD))
+            out = mask.attend(q, k, v, layer=self)
+            return self.output_proj(out.view_as(q_BSHD).flatten(2))
         q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSKD, v_BSKD))
         if self.kv_cache is not None:
             k, v = self.kv_cache.append(k, v)
@@ -190,32 +197,6 @@ class Attention(nn.Module):
                 q, k, v, attends, dropout, is_causal=mask is None, enable_gqa=True
             )
         return self.output_proj(out.transpose(1, 2).flatten(2))
-
-
-class KVCache(nn.Module):
-    """Keys and values of all tokens that a layer has read, with room for ``max_seq_len``.
-
-    Their number is known to the host, so that attention looks at no more than there is.
-    """
-
-    def __init__(self, batch_size: int, max_seq_len: int, dtype: torch.dtype) -> None:
-        super().__init__()  # torchtune's generation finds and deletes modules
-        self.size = (batch_size, max_seq_len)
-        self.dtype = dtype
-        self.length = 0
-        self.kept: torch.Tensor | None = None
-
-    def append(self, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Add those of new tokens, and return those of all so far, [B, K, M, D]."""
-        if self.kept is None:
-            batch_size, max_seq_len = self.size
-            shape = (2, batch_size, k_BKSD.shape[1], max_seq_len, k_BKSD.shape[3])
-            self.kept = k_BKSD.new_zeros(shape, dtype=self.dtype)
-        end = self.length + k_BKSD.shape[2]
-        for kept, new in zip(self.kept, (k_BKSD, v_BKSD), strict=True):
-            kept[:, :, self.length : end] = new
-        self.length = end
-        return self.kept[..., :end, :].unbind()
 
 
 class FeedForward(nn.Module):

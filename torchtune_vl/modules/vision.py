@@ -18,6 +18,7 @@ from torchtune_vl.modules import attention
 from torchtune_vl.modules.adapters import MakeLinear
 from torchtune_vl.modules.decoder import Decoder, FeedForward, Mask, TransformerLayer
 from torchtune_vl.modules.dimensions import Dimensions
+from torchtune_vl.modules.kv_cache import Step
 from torchtune_vl.modules.layout import Segments, encoder_index, vision_index
 
 
@@ -65,7 +66,7 @@ class VisionLanguageModel(nn.Module):
             if encoder_input.keys() != {"vision"}:
                 raise ValueError(f"encoder_input has {sorted(encoder_input)}, expected ['vision']")
             x_BSE = self._fuse(tokens, x_BSE, encoder(**encoder_input["vision"]))
-        elif self._is_awaited(tokens):
+        elif self._is_awaited(mask):
             blank = encoder(**_blank(encoder.geometry, tokens.device))
             x_BSE = x_BSE + 0 * blank.sum().to(x_BSE.dtype)
         return self.decoder(
@@ -84,16 +85,15 @@ class VisionLanguageModel(nn.Module):
         positions = torch.nonzero_static(is_placeholder.flatten(), size=len(media)).squeeze(1)
         return x_BSE.flatten(0, 1).index_copy(0, positions, media.to(x_BSE.dtype)).view_as(x_BSE)
 
-    def _is_awaited(self, tokens: torch.Tensor) -> bool:
+    def _is_awaited(self, mask: Mask) -> bool:
         """Whether the encoder has to run without media."""
         if self.training:
             # A backward needs something that is trained
             alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2
             return not (alone and any(p.requires_grad for p in self.decoder.parameters()))
-        # No process has media where tokens are decoded. An empty row has one token, and no cache
-        is_decoded = tokens.shape[1] == 1 and self.caches_are_setup()
         is_sharded = (isinstance(m, FSDPModule) for m in self.encoders["vision"].modules())
-        return not is_decoded and any(is_sharded)
+        # No process has media where tokens are decoded
+        return not isinstance(mask, Step) and any(is_sharded)
 
     # What torchtune's recipes and generation ask the decoder for
     tok_embeddings = property(lambda self: self.decoder.tok_embeddings)

@@ -1,0 +1,369 @@
+"""Sequences that are decoded together, of which any may end, and others take their place."""
+
+# Shape suffixes: P prompts, B sequences, V vocabulary
+
+import codecs
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from random import Random
+from typing import Any, Literal
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from torchtune_vl.data._collate import join_media
+from torchtune_vl.generation._sampling import Sampling
+from torchtune_vl.modules.kv_cache import Cache, Prefill, Step
+from torchtune_vl.modules.layout import vision_index
+from torchtune_vl.modules.vision import VisionLanguageModel
+
+# Tokens of prompts that are read at once, but for a prompt that is longer
+PREFILL_TOKENS = 4096
+# On a GPU what a step looks at is a multiple of so many tokens, so that few shapes occur
+_REACH = 256
+
+Ended = Literal["stop token", "stop string", "length"]
+Prompt = Mapping[str, Any]  # a conversation as a transform gives it
+BytesOf = Callable[[Sequence[int]], bytes]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a conversation.
+
+    Args:
+        tokens: its ids, up to and with the one that ended it.
+        text: what they say, without the stop token or stop string at its end.
+        logprobs: of each token the logarithm of the probability that the model gave it, before
+            temperature and whatever else decides what is drawn.
+        ended: by a "stop token", a "stop string", or its "length", max_new_tokens.
+    """
+
+    tokens: list[int]
+    text: str
+    logprobs: list[float]
+    ended: Ended
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How answers are chosen, and where they end.
+
+    Args:
+        max_new_tokens: the most tokens of an answer.
+        stop_tokens: ids that end an answer.
+        stop_strings: texts that end an answer, and are not part of it.
+        sampling: how a token is chosen.
+        seed: of what is drawn; each answer to each prompt draws numbers of its own.
+        num_answers: answers to each prompt, which is read once.
+    """
+
+    max_new_tokens: int
+    stop_tokens: Collection[int]
+    stop_strings: Sequence[str] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    num_answers: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_answers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: make it at least 1")
+        if "" in self.stop_strings:
+            raise ValueError("a stop string is empty: every answer would end before it began")
+
+
+@dataclass(eq=False)
+class ReadPrompt:
+    """A prompt that is in the cache, and what the model expects behind it.
+
+    Args:
+        number: counts prompts.
+        length: of it, in tokens.
+        position: the largest that its tokens have, of M-RoPE.
+        logits: of its next token, float32 [V].
+        seen: which tokens occur in it, bool [V], if that matters.
+        unwritten: numbers of the answers that are not begun.
+    """
+
+    number: int
+    length: int
+    position: int
+    logits: torch.Tensor
+    seen: torch.Tensor | None
+    unwritten: list[int]
+
+
+@dataclass(eq=False)
+class Draft:
+    """An answer that is being written, in a slot that has its prompt too."""
+
+    prompt: ReadPrompt
+    answer_number: int
+    chance: Random
+    decoder: codecs.IncrementalDecoder
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    ended: Ended | None = None
+
+    def answer(self) -> Answer:
+        """What is written so far."""
+        return Answer(self.tokens, self.text, self.logprobs, self.ended or "length")
+
+
+class Decoding:
+    """A model that writes several answers at a time, ``drafts``, each in the slot of its place.
+
+    Args:
+        model: in evaluation mode.
+        rules: of the answers.
+        bytes_of: gives the bytes of ids, of parts of a character too.
+        num_slots: the most answers at a time.
+    """
+
+    def __init__(
+        self, model: VisionLanguageModel, rules: Rules, bytes_of: BytesOf, num_slots: int
+    ) -> None:
+        self.model = model
+        self.rules = rules
+        self.num_slots = num_slots
+        self.drafts: list[Draft] = []
+        self._cache = Cache(num_slots)
+        self._bytes_of = bytes_of
+        self._stop_tokens = frozenset(rules.stop_tokens)
+        self._device = model.tok_embeddings.weight.device
+        # Which tokens occurred, by slot, if that matters
+        self._seen_BV: torch.Tensor | None = None
+        if rules.sampling.repetition_penalty != 1:
+            shape = num_slots, model.tok_embeddings.weight.shape[0]
+            self._seen_BV = torch.zeros(shape, dtype=torch.bool, device=self._device)
+
+    def fill(self, prompts: Iterator[tuple[int, Prompt]]) -> None:
+        """Begin answers in free slots, as many as there are prompts for, each with a first token.
+
+        Each prompt comes with its number. ``ValueError`` if it leaves no room for an answer.
+        """
+        while len(self.drafts) < self.num_slots:
+            shared = (slot for slot, draft in enumerate(self.drafts) if draft.prompt.unwritten)
+            slot = next(shared, None)
+            if slot is not None:
+                prompt = self.drafts[slot].prompt
+                self._copy(slot, len(self.drafts), prompt.length)
+                self._begin(len(self.drafts), prompt)
+                continue
+            free = (self.num_slots - len(self.drafts)) // self.rules.num_answers
+            taken = self._take(prompts, max(1, free))
+            if not taken:
+                break
+            self.read(taken)
+        self.write_first_tokens()
+
+    def read(self, prompts: Sequence[tuple[int, Prompt]], start: int = 0) -> None:
+        """Read prompts and begin an answer to each, in the next slots.
+
+        If these have the first ``start`` tokens already, only what is behind them is read.
+        """
+        slots = range(len(self.drafts), len(self.drafts) + len(prompts))
+        unread = [_behind(prompt, start, self.model) for _, prompt in prompts]
+        lengths = [len(prompt["tokens"]) for prompt in unread]
+        tokens = torch.tensor([*chain.from_iterable(prompt["tokens"] for prompt in unread)])
+        inputs = {
+            "input_pos": torch.cat([prompt["input_pos"] for prompt in unread])[None],
+            "output_positions": torch.tensor(lengths).cumsum(0) - 1,
+            **join_media(unread),
+        }
+        # The lengths of the encoder's segments are keys, and stay on the host
+        inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), inputs)
+        mask = Prefill(self._cache, lengths, slots, [start] * len(prompts))
+        logits_PV = self.model(tokens[None].to(self._device), mask=mask, **inputs)
+        each = zip(slots, prompts, logits_PV, strict=True)
+        for slot, (number, prompt), logits_V in each:
+            seen_V = None
+            if self._seen_BV is not None:
+                seen_V = torch.zeros_like(self._seen_BV[slot])
+                seen_V[prompt["tokens"]] = True
+            length, position = len(prompt["tokens"]), int(prompt["input_pos"].max())
+            answers = [*range(self.rules.num_answers)]
+            self._begin(slot, ReadPrompt(number, length, position, logits_V, seen_V, answers))
+
+    def step(self) -> None:
+        """Write the next token of each draft."""
+        lengths = [draft.prompt.length + len(draft.tokens) - 1 for draft in self.drafts]
+        reach = max(lengths) + 1
+        if self._device.type != "cpu":
+            reach = -(-reach // _REACH) * _REACH
+        last = [
+            (draft.tokens[-1], length, draft.prompt.position + len(draft.tokens))
+            for draft, length in zip(self.drafts, lengths, strict=True)
+        ]
+        tokens, at, positions = torch.tensor(last).to(self._device).T.contiguous().unbind()
+        mask = Step(self._cache, at, reach)
+        logits_B1V = self.model(tokens[:, None], mask=mask, input_pos=positions[:, None])
+        self._extend(range(len(self.drafts)), logits_B1V.squeeze(1))
+
+    def take_ended(self) -> list[Draft]:
+        """Take drafts that ended out; the next answer to a prompt goes where one of it was."""
+        ended = []
+        for slot, draft in [*enumerate(self.drafts)][::-1]:
+            if not draft.ended:
+                continue
+            ended.append(draft)
+            if draft.prompt.unwritten:
+                self._begin(slot, draft.prompt)
+                continue
+            # The last one takes its place, so that those who are left are the first
+            last = self.drafts.pop()
+            if last is not draft:
+                self._copy(len(self.drafts), slot, last.prompt.length + len(last.tokens))
+                self.drafts[slot] = last
+        return ended[::-1]
+
+    def _take(self, prompts: Iterator[tuple[int, Prompt]], most: int) -> list[tuple[int, Prompt]]:
+        taken: list[tuple[int, Prompt]] = []
+        total = 0
+        while len(taken) < most and total < PREFILL_TOKENS:
+            numbered = next(prompts, None)
+            if numbered is None:
+                break
+            taken.append(numbered)
+            total += len(numbered[1]["tokens"])
+            check_room(self.model, numbered[1], self.rules.max_new_tokens)
+        return taken
+
+    def _begin(self, slot: int, prompt: ReadPrompt) -> None:
+        number = prompt.unwritten.pop(0)
+        chance = Random(f"{self.rules.seed} {prompt.number} {number}")
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.drafts[slot : slot + 1] = [Draft(prompt, number, chance, decoder)]
+        if self._seen_BV is not None and prompt.seen is not None:
+            self._seen_BV[slot] = prompt.seen
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        self._cache.copy(source, target, length)
+        if self._seen_BV is not None:
+            self._seen_BV[target] = self._seen_BV[source]
+
+    def write_first_tokens(self) -> None:
+        """Write those of answers that have none."""
+        fresh = [slot for slot, draft in enumerate(self.drafts) if not draft.tokens]
+        if fresh:
+            logits = torch.stack([self.drafts[slot].prompt.logits for slot in fresh])
+            self._extend(fresh, logits)
+
+    def _extend(self, slots: Sequence[int], logits_BV: torch.Tensor) -> None:
+        sampling, drafts = self.rules.sampling, [self.drafts[slot] for slot in slots]
+        seen_BV = None if self._seen_BV is None else self._seen_BV[[*slots]]
+        chance_B = None
+        if sampling.draws:
+            drawn = [draft.chance.random() for draft in drafts]
+            chance_B = torch.tensor(drawn).to(self._device)
+        chosen_B = sampling.choose(sampling.scores(logits_BV, seen_BV), chance_B)
+        if self._seen_BV is not None:
+            self._seen_BV[[*slots], chosen_B] = True
+        logprobs_B = logits_BV.gather(1, chosen_B[:, None]).squeeze(1) - logits_BV.logsumexp(1)
+        each = zip(drafts, chosen_B.tolist(), logprobs_B.tolist(), strict=True)
+        for draft, token, logprob in each:
+            if not math.isfinite(logprob):
+                problem = f"the model's logits for prompt {draft.prompt.number} are not finite"
+                raise ValueError(f"{problem}: its weights are damaged, or its dtype is too narrow")
+            draft.tokens.append(token)
+            draft.logprobs.append(logprob)
+            self._end(draft, token)
+
+    def _end(self, draft: Draft, token: int) -> None:
+        """Add the text of a draft's last token, and see whether it ends there."""
+        is_last = len(draft.tokens) == self.rules.max_new_tokens
+        is_stop = token in self._stop_tokens
+        before = len(draft.text)
+        new = b"" if is_stop else self._bytes_of([token])
+        draft.text += draft.decoder.decode(new, final=is_stop or is_last)
+        draft.ended = "stop token" if is_stop else "length" if is_last else None
+        found = [
+            place
+            for stop in self.rules.stop_strings
+            if (place := draft.text.find(stop, max(0, before - len(stop) + 1))) >= 0
+        ]
+        if found:
+            draft.text, draft.ended = draft.text[: min(found)], "stop string"
+
+
+def media_spans(prompt: Prompt, model: VisionLanguageModel) -> list[tuple[int, int]]:
+    """Where the placeholders of each medium of a prompt begin and end."""
+    if "encoder_input" not in prompt:
+        return []
+    unit = model.encoders["vision"].geometry.merge_size ** 2
+    ids = model.placeholder_ids
+    places = (place for place, token in enumerate(prompt["tokens"]) if token in ids)
+    sizes = prompt["encoder_input"]["vision"]["grid_thw"].prod(1).tolist()
+    runs = [[*islice(places, size // unit)] for size in sizes]
+    return [(run[0], run[-1] + 1) for run in runs]
+
+
+def _behind(prompt: Prompt, start: int, model: VisionLanguageModel) -> Prompt:
+    """What a prompt has behind its first tokens, which do not end in a medium."""
+    if not start:
+        return prompt
+    rest: dict[str, Any] = {"tokens": prompt["tokens"][start:]}
+    rest["input_pos"] = prompt["input_pos"][start:]
+    spans = media_spans(prompt, model)
+    first = sum(begin < start for begin, _ in spans)
+    if first < len(spans):
+        vision = prompt["encoder_input"]["vision"]
+        grid_thw = vision["grid_thw"][first:]
+        patches = vision["patches"][-int(grid_thw.prod(1).sum()) :]
+        index = vision_index(grid_thw, model.encoders["vision"].geometry)
+        rest["encoder_input"] = {"vision": {"patches": patches, "grid_thw": grid_thw, **index}}
+    return rest
+
+
+def check_room(model: VisionLanguageModel, prompt: Prompt, max_new_tokens: int) -> None:
+    """Raise ``ValueError`` if a prompt with an answer is longer than a model's sequences."""
+    length, most = len(prompt["tokens"]), model.decoder.max_seq_len
+    if length + max_new_tokens > most:
+        wanted = f"{length} tokens of prompt and {max_new_tokens} new ones"
+        raise ValueError(f"{wanted} exceed the model's max_seq_len of {most}")
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout, and then again as each module was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()  # FSDP cannot gather parameters in inference mode
+def decode(
+    model: VisionLanguageModel,
+    prompts: Iterable[Prompt],
+    rules: Rules,
+    bytes_of: BytesOf,
+    batch_size: int,
+) -> Iterator[tuple[int, int, Answer]]:
+    """Answer prompts, a number of them at a time: where one ends, the next one begins.
+
+    Yields the number of the prompt, that of the answer to it, and the answer, as they end.
+    """
+    waiting = enumerate(prompts)
+    with evaluating(model):
+        decoding = Decoding(model, rules, bytes_of, batch_size)
+        while True:
+            decoding.fill(waiting)
+            ended = decoding.take_ended()
+            if not ended and not decoding.drafts:
+                return
+            for draft in ended:
+                yield draft.prompt.number, draft.answer_number, draft.answer()
+            if ended:
+                continue  # to fill their slots first
+            decoding.step()
+            for draft in decoding.take_ended():
+                yield draft.prompt.number, draft.answer_number, draft.answer()
