@@ -1,6 +1,7 @@
 """What generation promises beside transformers' answers: rules, limits, turns that are kept."""
 
 import random
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,14 @@ def tiny(
     return model_from_pretrained(directory), transform_from_pretrained(directory, **LIMITS)
 
 
-def letters(ids: Any) -> bytes:
-    return b"".join(b"%d " % i for i in ids)
+class Tokenizer:
+    """Its tokens say their numbers."""
+
+    def __init__(self, stop_tokens: Collection[int] = ()) -> None:
+        self.stop_tokens = stop_tokens
+
+    def bytes_of(self, ids: Sequence[int]) -> bytes:
+        return b"".join(b"%d " % i for i in ids)
 
 
 def answers(
@@ -52,13 +59,14 @@ def answers(
     prompts: list[dict[str, Any]],
     new_tokens: int,
     *stops: int,
-    **rules: Any,
+    batch_size: int = 4,
+    seed: int = 0,
+    num_answers: int = 1,
+    **sampling: Any,
 ) -> list[list[int]]:
-    batch_size = rules.pop("batch_size", 4)
-    sampling = Sampling(**{k: v for k, v in rules.items() if k in Sampling.__annotations__})
-    others = {k: v for k, v in rules.items() if k not in Sampling.__annotations__}
-    made = Rules(new_tokens, stops, sampling=sampling, **others)
-    found = sorted(decode(model, prompts, made, letters, batch_size), key=lambda a: a[:2])
+    rules = Rules(new_tokens, Sampling(**sampling), (), seed, num_answers)
+    answered = decode(model, Tokenizer(stops), enumerate(prompts), rules, batch_size)
+    found = sorted(answered, key=lambda numbered: numbered[:2])
     return [answer.tokens for _, _, answer in found]
 
 
@@ -85,12 +93,11 @@ def test_top_1_is_greedy_and_temperature_varies(model: torch.nn.Module) -> None:
 
 def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
     scores = torch.tensor([[1.0, 3.0, -torch.inf, 2.0, 0.0]]).expand(100_000, -1)
-    chance = (torch.arange(100_000) + 0.5) / 100_000
-    counts = Sampling(1.0).choose(scores, chance).bincount(minlength=5) / 100_000
-    torch.testing.assert_close(counts, scores[0].softmax(-1), atol=2e-5, rtol=0)
-    # The ends of the numbers that are drawn take none that is left out
-    ends = torch.tensor([0.0, 1.0])
-    assert Sampling(1.0).choose(scores[:2], ends).tolist() == [1, 4]
+    noise = torch.empty(scores.shape).exponential_(generator=torch.Generator().manual_seed(0))
+    counts = Sampling(1.0).choose(scores, noise).bincount(minlength=5) / 100_000
+    # Four times the deviation that such a count has
+    torch.testing.assert_close(counts, scores[0].softmax(-1), atol=0.0064, rtol=0)
+    assert counts[2] == 0
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
@@ -256,7 +263,7 @@ def test_turns_with_what_is_kept_are_as_read_anew(
     tiny: tuple[VisionLanguageModel, ChatTransform], kind: str
 ) -> None:
     model, transform = tiny
-    chat = Chat(model, transform, max_new_tokens=12)
+    chat = Chat(model, transform, Rules(12))
     history = conversation(kind, 7)
     encoded: list[int] = []
     hook = model.encoders["vision"].register_forward_pre_hook(
@@ -281,7 +288,7 @@ def test_what_is_kept_is_only_what_is_the_same(
 ) -> None:
     """Images of one size look alike in ids, and videos of one size but another speed."""
     model, transform = tiny
-    chat = Chat(model, transform, max_new_tokens=8)
+    chat = Chat(model, transform, Rules(8))
     first = conversation("one image", 1)
     (picture, *rest) = first[0]["content"]
     other = [
@@ -301,7 +308,7 @@ def test_a_chat_that_is_left_in_the_middle(
     tiny: tuple[VisionLanguageModel, ChatTransform],
 ) -> None:
     model, transform = tiny
-    chat = Chat(model, transform, max_new_tokens=20)
+    chat = Chat(model, transform, Rules(20))
     history = conversation("turns", 3)
     stream = chat.stream(history)
     begun = next(stream) + next(stream)

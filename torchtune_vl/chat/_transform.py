@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import repeat
+from operator import not_
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -304,6 +305,21 @@ class ChatTransform(QwenTokenizer):
         a text, is to be gone on with (transformers' ``continue_final_message``).
         """
         return self._transformed(sample, True, goes_on=True)
+
+    def answer_of(self, sample: Mapping[str, Any]) -> str:
+        """The last answer of a sample of :meth:`__call__`, as a model is trained to write it.
+
+        Boxes are in the pixels of the resized image then. No medium is decoded. ``ValueError`` as
+        there.
+        """
+        with _naming(sample):
+            whole, _ = self._prompts_of(sample, False, measuring=True)
+        is_answer = list(map(not_, whole.mask))
+        end = len(is_answer) - is_answer[::-1].index(True) if any(is_answer) else 0
+        start = end
+        while start and is_answer[start - 1]:
+            start -= 1
+        return self.decode([t for t in whole.tokens[start:end] if t not in self.stop_tokens])
 
     def augmented(
         self, sample: Mapping[str, Any], augmentation: Augmentation, epoch: int, number: int

@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torchtune_vl.cli import check, checkpoints, configs, prepare, preview, run, validate
+from torchtune_vl.cli import (
+    chat,
+    check,
+    checkpoints,
+    configs,
+    generate,
+    prepare,
+    preview,
+    run,
+    validate,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,9 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return command
 
     # Each command has the function to run, which imports what takes long
-    for module in (configs, run, check, preview, prepare, validate, checkpoints):
+    for module in (configs, run, check, preview, prepare, validate, generate, chat, checkpoints):
         module.add_commands(add)
-    options = parser.parse_args(arguments)
+    options, more = parser.parse_known_args(arguments)
+    several = getattr(options, "several", "")
+    if more and (not several or any(argument.startswith("-") for argument in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # argparse takes those together only that stand together
+        vars(options)[several].extend(more)
     from torchtune_vl.recipes._launch import ended
 
     sys.exit(ended(options.command, partial(options.run, options)))

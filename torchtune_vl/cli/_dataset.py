@@ -13,6 +13,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--validation", action="store_true", help=what)
     what = "in place of what the config says"
     command.add_argument("overrides", nargs="*", metavar="key=value", help=what)
+    command.set_defaults(several="overrides")
 
 
 def read_dataset(options: argparse.Namespace) -> tuple[Any, str, Any, Any]:

@@ -1,17 +1,16 @@
 """``tune-vl run``: a recipe on one device or on many."""
 
 import argparse
-import logging
 import os
 import re
 import runpy
-import signal
 import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING
 from pathlib import Path
 
+from torchtune_vl.cli._torchrun import torchrun
 from torchtune_vl.recipes import config_path, is_of_torchtune, recipe_path
 
 _HELP = """\
@@ -64,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
     if launcher:
         if is_stock and "_distributed" not in recipe:  # as all others are called
             raise ValueError(f"{recipe} runs in one process: leave {launcher[0]} out")
-        return _torchrun([*launcher, "--module", "torchtune_vl.cli", "run", recipe, *arguments])
+        return torchrun("run", launcher, [recipe, *arguments])
     import torchtune_vl._torchao  # noqa: F401 (the recipe may import torchtune first)
 
     sys.path.append(os.getcwd())
@@ -114,37 +113,3 @@ def _module_of(recipe: str) -> str:
     if file.parts[0] == "..":
         raise ValueError(f"{recipe} is not below this directory: change to where it is")
     return ".".join(file.with_suffix("").parts)
-
-
-def _torchrun(arguments: list[str]) -> int:
-    """Let torchrun start processes; the status is that of the first to fail."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    parser = run.get_args_parser()
-    parser.prog = "tune-vl run"
-    parsed = parser.parse_args(arguments)
-    number = parsed.nproc_per_node
-    if not (number.isdigit() and int(number) > 0) and number not in ("auto", "cpu", "gpu", "xpu"):
-        raise ValueError(f"--nproc_per_node is {number!r}: give the number of processes")
-    # Several runs on one machine then do not meet each other
-    parsed.standalone |= parsed.nnodes in ("1", "1:1") and not parsed.rdzv_endpoint
-    # Each process has one thread unless OMP_NUM_THREADS says another, which nobody needs to hear
-    run.logger.addFilter(lambda record: "OMP_NUM_THREADS" not in record.getMessage())
-    # What ended a process it has told itself. Each of these loggers has a level of its own
-    for name in logging.root.manager.loggerDict:
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        run.run(parsed)
-    except SignalException as stopped:
-        return 128 + stopped.sigval
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return failure.exitcode
-        by = signal.Signals(-failure.exitcode).name
-        print(f"tune-vl run: process {rank} was ended by {by}", file=sys.stderr)
-        return 128 - failure.exitcode
-    return 0

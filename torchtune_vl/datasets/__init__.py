@@ -6,6 +6,7 @@ from torchtune_vl.datasets._conversations import (
     vision_chat_dataset,
 )
 from torchtune_vl.datasets._mixture import Mixture
+from torchtune_vl.datasets._open import open_dataset
 from torchtune_vl.datasets._preferences import PreferencePairs, preference_pairs
 from torchtune_vl.datasets._prepared import PreparedDataset, prepared_dataset
 from torchtune_vl.datasets._sample_sizes import (
@@ -25,6 +26,7 @@ __all__ = [
     "VisionChatDataset",
     "measure",
     "measure_all",
+    "open_dataset",
     "preference_pairs",
     "prepared_dataset",
     "vision_chat_dataset",

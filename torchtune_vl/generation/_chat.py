@@ -18,7 +18,6 @@ from torchtune_vl.generation._decoding import (
     media_spans,
 )
 from torchtune_vl.generation._generate import Conversation, prompt_of
-from torchtune_vl.generation._sampling import Sampling
 from torchtune_vl.modules.vision import VisionLanguageModel
 
 
@@ -40,27 +39,16 @@ class Chat:
     Args:
         model: on any device, of any dtype.
         transform: of the model's family.
-        max_new_tokens: the most tokens of an answer.
-        sampling: how tokens are chosen; the likeliest is by default.
-        seed: of what is drawn; each answer draws numbers of its own.
+        rules: of the answers. Each draws numbers of its own.
     """
 
-    def __init__(
-        self,
-        model: VisionLanguageModel,
-        transform: ChatTransform,
-        *,
-        max_new_tokens: int,
-        sampling: Sampling | None = None,
-        seed: int = 0,
-    ) -> None:
-        stops = transform.stop_tokens
-        rules = Rules(max_new_tokens, stops, (), sampling or Sampling(), seed)
+    def __init__(self, model: VisionLanguageModel, transform: ChatTransform, rules: Rules) -> None:
         self.model = model
         self.transform = transform
         self.num_answers = 0
         self.num_kept = 0
-        self._decoding = Decoding(model, rules, transform.bytes_of, num_slots=1)
+        self._longest_stop = max(map(len, rules.stop), default=1)
+        self._decoding = Decoding(model, transform, rules, num_slots=1)
         self._last: _Turn | None = None
 
     @torch.no_grad()
@@ -82,11 +70,13 @@ class Chat:
             (draft,) = self._decoding.drafts
             self._last = _Turn(prompt, media, draft)
             self._decoding.write_first_tokens()
-            shown = 0
+            given = 0
             while True:
-                if len(draft.text) > shown:
-                    yield draft.text[shown:]
-                    shown = len(draft.text)
+                # What may be the beginning of a stop string is held back
+                end = len(draft.text) if draft.ended else len(draft.text) - self._longest_stop + 1
+                if end > given:
+                    yield draft.text[given:end]
+                    given = end
                 if draft.ended:
                     return draft.answer()
                 self._decoding.step()

@@ -4,12 +4,12 @@
 
 import codecs
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -27,7 +27,17 @@ _REACH = 256
 
 Ended = Literal["stop token", "stop string", "length"]
 Prompt = Mapping[str, Any]  # a conversation as a transform gives it
-BytesOf = Callable[[Sequence[int]], bytes]
+
+
+class Tokenizer(Protocol):
+    """What ends an answer, and what its tokens say."""
+
+    @property
+    def stop_tokens(self) -> Collection[int]:
+        """Ids that end an answer."""
+
+    def bytes_of(self, ids: Sequence[int]) -> bytes:
+        """The bytes of ids, of parts of a character too."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +64,15 @@ class Rules:
 
     Args:
         max_new_tokens: the most tokens of an answer.
-        stop_tokens: ids that end an answer.
-        stop_strings: texts that end an answer, and are not part of it.
-        sampling: how a token is chosen.
+        sampling: how a token is chosen; the likeliest is by default.
+        stop: texts that end an answer, beside the stop tokens, and are not part of it.
         seed: of what is drawn; each answer to each prompt draws numbers of its own.
         num_answers: answers to each prompt, which is read once.
     """
 
     max_new_tokens: int
-    stop_tokens: Collection[int]
-    stop_strings: Sequence[str] = ()
     sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str] = ()
     seed: int = 0
     num_answers: int = 1
 
@@ -72,7 +80,7 @@ class Rules:
         for name in ("max_new_tokens", "num_answers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: make it at least 1")
-        if "" in self.stop_strings:
+        if "" in self.stop:
             raise ValueError("a stop string is empty: every answer would end before it began")
 
 
@@ -103,7 +111,7 @@ class Draft:
 
     prompt: ReadPrompt
     answer_number: int
-    chance: Random
+    chance: torch.Generator
     decoder: codecs.IncrementalDecoder
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -120,21 +128,21 @@ class Decoding:
 
     Args:
         model: in evaluation mode.
+        tokenizer: of the model.
         rules: of the answers.
-        bytes_of: gives the bytes of ids, of parts of a character too.
         num_slots: the most answers at a time.
     """
 
     def __init__(
-        self, model: VisionLanguageModel, rules: Rules, bytes_of: BytesOf, num_slots: int
+        self, model: VisionLanguageModel, tokenizer: Tokenizer, rules: Rules, num_slots: int
     ) -> None:
         self.model = model
         self.rules = rules
         self.num_slots = num_slots
         self.drafts: list[Draft] = []
         self._cache = Cache(num_slots)
-        self._bytes_of = bytes_of
-        self._stop_tokens = frozenset(rules.stop_tokens)
+        self._bytes_of = tokenizer.bytes_of
+        self._stop_tokens = frozenset(tokenizer.stop_tokens)
         self._device = model.tok_embeddings.weight.device
         # Which tokens occurred, by slot, if that matters
         self._seen_BV: torch.Tensor | None = None
@@ -236,7 +244,8 @@ class Decoding:
 
     def _begin(self, slot: int, prompt: ReadPrompt) -> None:
         number = prompt.unwritten.pop(0)
-        chance = Random(f"{self.rules.seed} {prompt.number} {number}")
+        seed = Random(f"{self.rules.seed} {prompt.number} {number}").getrandbits(63)
+        chance = torch.Generator(self._device).manual_seed(seed)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.drafts[slot : slot + 1] = [Draft(prompt, number, chance, decoder)]
         if self._seen_BV is not None and prompt.seen is not None:
@@ -257,11 +266,12 @@ class Decoding:
     def _extend(self, slots: Sequence[int], logits_BV: torch.Tensor) -> None:
         sampling, drafts = self.rules.sampling, [self.drafts[slot] for slot in slots]
         seen_BV = None if self._seen_BV is None else self._seen_BV[[*slots]]
-        chance_B = None
+        noise_BV = None
         if sampling.draws:
-            drawn = [draft.chance.random() for draft in drafts]
-            chance_B = torch.tensor(drawn).to(self._device)
-        chosen_B = sampling.choose(sampling.scores(logits_BV, seen_BV), chance_B)
+            noise_BV = torch.empty_like(logits_BV)
+            for noise_V, draft in zip(noise_BV, drafts, strict=True):
+                noise_V.exponential_(generator=draft.chance)
+        chosen_B = sampling.choose(sampling.scores(logits_BV, seen_BV), noise_BV)
         if self._seen_BV is not None:
             self._seen_BV[[*slots], chosen_B] = True
         logprobs_B = logits_BV.gather(1, chosen_B[:, None]).squeeze(1) - logits_BV.logsumexp(1)
@@ -284,7 +294,7 @@ class Decoding:
         draft.ended = "stop token" if is_stop else "length" if is_last else None
         found = [
             place
-            for stop in self.rules.stop_strings
+            for stop in self.rules.stop
             if (place := draft.text.find(stop, max(0, before - len(stop) + 1))) >= 0
         ]
         if found:
@@ -343,18 +353,19 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 @torch.no_grad()  # FSDP cannot gather parameters in inference mode
 def decode(
     model: VisionLanguageModel,
-    prompts: Iterable[Prompt],
+    tokenizer: Tokenizer,
+    prompts: Iterable[tuple[int, Prompt]],
     rules: Rules,
-    bytes_of: BytesOf,
     batch_size: int,
 ) -> Iterator[tuple[int, int, Answer]]:
-    """Answer prompts, a number of them at a time: where one ends, the next one begins.
+    """Write answers to prompts, so many at a time: where one ends, the next one begins.
 
-    Yields the number of the prompt, that of the answer to it, and the answer, as they end.
+    Each prompt comes with its number, on which what is drawn depends. Yields the number of the
+    prompt, that of the answer to it, and the answer, as they end.
     """
-    waiting = enumerate(prompts)
+    waiting = iter(prompts)
     with evaluating(model):
-        decoding = Decoding(model, rules, bytes_of, batch_size)
+        decoding = Decoding(model, tokenizer, rules, batch_size)
         while True:
             decoding.fill(waiting)
             ended = decoding.take_ended()

@@ -64,10 +64,9 @@ def generate(
             no room for an answer in the model's ``max_seq_len``.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    stops = transform.stop_tokens
-    rules = Rules(max_new_tokens, stops, stop, sampling, seed, num_answers)
+    rules = Rules(max_new_tokens, sampling, stop, seed, num_answers)
     prompts = ahead(lambda conversation: prompt_of(transform, conversation), conversations)
-    answered = decode(model, prompts, rules, transform.bytes_of, batch_size)
+    answered = decode(model, transform, enumerate(prompts), rules, batch_size)
     found = sorted(answered, key=lambda numbered: numbered[:2])
     return [answer for _, _, answer in found]
 

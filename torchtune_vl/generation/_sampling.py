@@ -75,17 +75,11 @@ class Sampling:
             scores = scores.masked_fill(probabilities < self.min_p * best, -torch.inf)
         return scores
 
-    def choose(self, scores_BV: torch.Tensor, chance_B: torch.Tensor | None) -> torch.Tensor:
-        """Choose a token of each sequence, int64 [B], by numbers from 0 to 1, float32 [B].
+    def choose(self, scores_BV: torch.Tensor, noise_BV: torch.Tensor | None) -> torch.Tensor:
+        """Choose a token of each sequence, int64 [B], by numbers that are drawn from Exp(1).
 
-        Each goes to the token at whose place the probabilities, added up from the likeliest on,
-        pass it: the choice of a sequence depends on no other.
+        The probability of each divided by its number is largest for the one that is chosen, which
+        happens as often as its probability says, and hardly depends on rounding. Without numbers
+        it is the likeliest.
         """
-        if chance_B is None:
-            return scores_BV.argmax(-1)
-        descending, order = scores_BV.sort(descending=True, stable=True)
-        upto = descending.softmax(-1).cumsum(-1)
-        # Rounding may leave the sum of all below 1: the last one that may be chosen is never passed
-        place = torch.searchsorted(upto, chance_B[:, None] * upto[:, -1:], right=True)
-        last = (descending > -torch.inf).sum(-1, keepdim=True) - 1
-        return order.gather(1, place.minimum(last)).squeeze(1)
+        return (scores_BV if noise_BV is None else scores_BV - noise_BV.log()).argmax(-1)

@@ -1,0 +1,35 @@
+"""Models to answer with."""
+
+from pathlib import Path
+
+import torch
+
+from torchtune_vl.checkpoint._adapters import load_adapter, merge_adapter
+from torchtune_vl.files._safetensors import weight_files
+from torchtune_vl.models._builders import vision_language_model
+from torchtune_vl.models._registry import family_of
+from torchtune_vl.models._weights import load_weights, load_weights_into
+from torchtune_vl.modules.vision import VisionLanguageModel
+
+
+def load_model(
+    checkpoint_dir: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> VisionLanguageModel:
+    """Load a checkpoint to answer with, merged with an adapter of torchtune-vl or of peft.
+
+    ``dtype`` is that of all weights, by default as they are stored. Raises ``ValueError`` if files
+    are missing or damaged, or the adapter is of another model.
+    """
+    directory = Path(checkpoint_dir)
+    weights = load_weights(directory, weight_files(directory))
+    if adapter is not None:
+        weights = merge_adapter(weights, load_adapter(Path(adapter), weights), dtype)
+    dtype = dtype or next(iter(weights.values())).dtype
+    with torch.device("meta"):
+        model = vision_language_model(**family_of(directory).all_dimensions(directory)).to(dtype)
+    load_weights_into(model, weights, torch.device(device))
+    return model.eval()
