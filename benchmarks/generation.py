@@ -1,29 +1,39 @@
-"""Speed of decoding on a CPU, ours beside transformers' ``generate``.
+"""Speed of generation on a CPU, ours beside transformers' ``generate``.
 
-Run as ``python -m benchmarks.generation`` (some minutes on two cores). It prints Markdown. Both
-sides answer the same prompts by the same random model, greedily, with the same number of tokens.
-The time of the first token, which reads the prompts, is taken off that of all. The floor is the
-matrix products of these steps alone.
+Run as ``python -m benchmarks.generation`` (half an hour on one core). It prints Markdown. Both
+sides answer the same prompts by the same random model, greedily, and have to give the same tokens.
+The time of the first token, which reads the prompts, is taken off that of all where steps are
+compared. The floor is the matrix products of these steps alone, with their weights and batch.
 """
 
 import argparse
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
 from functools import partial
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.data_path import paired_times, spread
+from benchmarks.growth import anonymous
 from quickstart.checkpoint import CONFIG
-from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.generation import generate
-from torchtune_vl.models import model_from_pretrained
+from torchtune_vl.generation import Decoding, Rules, decode, load_model
+from torchtune_vl.models.qwen2_5_vl import GEOMETRY
+from torchtune_vl.modules.adapters import num_bytes
+from torchtune_vl.modules.layout import mrope_positions, vision_index
 
 NEW_TOKENS = 33
 # Prompts, and tokens of the shortest; each next one is nine tokens longer
 CASES = ((1, 40), (1, 600), (8, 40), (8, 600))
+# Of the run with answers of unequal lengths
+PROMPTS, SHORTEST, LONGEST, PEERS_BATCH = 64, 4, 256, 8
+IMAGES = (1, 24, 24)
 # Heads of the published size, four of queries for each of keys and values
 MODEL = {
     "hidden_size": 1024,
@@ -41,82 +51,277 @@ MODEL = {
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
 }
 
+Prompt = dict[str, Any]
+
+
+class Tokenizer:
+    """Nothing ends an answer, and nobody reads it."""
+
+    stop_tokens = ()
+
+    def bytes_of(self, ids: Sequence[int]) -> bytes:
+        """No bytes."""
+        return b""
+
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description="Decoding beside transformers' generate")
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description="Generation beside transformers' generate")
     parser.add_argument("--runs", type=int, default=7, help="paired runs of each case")
-    runs = parser.parse_args().runs
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.memory_of:
+        print(peak_of(*options.memory_of))
+        return
+    with TemporaryDirectory() as directory:
+        write_model(directory)
+        reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory).eval()
+        ours = load_model(directory)
+        torch.manual_seed(0)
+        steps_table(ours, reference, options.runs)
+        prompts_table(ours, reference, options.runs)
+        whole_table(ours, reference, max(options.runs // 2, 1))
+        dtypes_table(directory, ours, options.runs)
+        memory_table(directory)
+
+
+def write_model(directory: str) -> None:
+    """Write a random model, whose attention differs between tokens."""
     torch.manual_seed(0)
     vision = {**CONFIG["vision_config"], "out_hidden_size": MODEL["hidden_size"]}
     config = Qwen2_5_VLConfig(**{**CONFIG, **MODEL, "vision_config": vision})
-    reference = Qwen2_5_VLForConditionalGeneration(config).eval()
-    with TemporaryDirectory() as directory:
-        reference.save_pretrained(directory)
-        ours = model_from_pretrained(directory).eval()
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(directory)
+
+
+def steps_table(ours: Any, reference: Any, runs: int) -> None:
+    """Decode prompts of unequal lengths."""
     print("| prompts | tokens of each | transformers / ours | ours / matrix products |")
     print("|---|---|---|---|")
     for count, shortest in CASES:
         lengths = [shortest + 9 * i for i in range(count)]
-        faster, floor = ratios(ours, reference, lengths, runs)
+        prompts = [text_prompt(length) for length in lengths]
+        sides: dict[str, Callable[[int], object]] = {
+            "ours": partial(answer, ours, prompts),
+            "theirs": partial(answer_by_reference, reference, prompts),
+            "floor": partial(multiply, ours, count),
+        }
+        times = steps_alone(sides, runs)
         tokens = f"{lengths[0]} to {lengths[-1]}" if count > 1 else f"{lengths[0]}"
+        faster, floor = ratios(times, "theirs", "ours"), ratios(times, "ours", "floor")
         print(f"| {count} | {tokens} | {spread(faster)} | {spread(floor)} |", flush=True)
 
 
-def ratios(
-    ours: nn.Module, reference: Qwen2_5_VLForConditionalGeneration, lengths: list[int], runs: int
-) -> tuple[list[float], list[float]]:
-    """Decode the same prompts by turns."""
-    samples = [
-        {
-            "tokens": torch.randint(0, 1000, (length,)).tolist(),
-            "labels": [-100] * length,
-            "input_pos": torch.arange(length)[:, None].expand(-1, 3),
+def prompts_table(ours: Any, reference: Any, runs: int) -> None:
+    """Read prompts: the time of the first token."""
+    cases = {
+        "one of 600 tokens": [text_prompt(600)],
+        "8 of 40 to 600 tokens": [text_prompt(40 + 80 * i) for i in range(8)],
+        "one with four images": [image_prompt(4)],
+        "4 with an image each, and 4 without": [image_prompt(1), text_prompt(30)] * 4,
+    }
+    print("\n| prompts | transformers / ours, first token |\n|---|---|")
+    for name, prompts in cases.items():
+        sides = {
+            "ours": partial(answer, ours, prompts, 1),
+            "theirs": partial(answer_by_reference, reference, prompts, 1),
         }
-        for length in lengths
-    ]
-    batch = padded_collate_vision(samples, 0, pad_direction="left")
-    real = torch.tensor([[i >= max(lengths) - n for i in range(max(lengths))] for n in lengths])
-    products = [weight for weight in ours.decoder.parameters() if weight.ndim == 2]
-    inputs = [torch.randn(len(lengths), weight.shape[1]) for weight in products]
+        check_equal(sides)
+        faster = ratios(paired_times(sides, runs), "theirs", "ours")
+        print(f"| {name} | {spread(faster)} |", flush=True)
 
-    def answer_ours(new_tokens: int) -> object:
-        return generate(ours, batch, max_new_tokens=new_tokens, stop_tokens=[])
 
-    def answer_theirs(new_tokens: int) -> object:
-        return reference.generate(
-            input_ids=batch["tokens"],
-            attention_mask=real.long(),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[:, max(lengths) :].tolist()
+def whole_table(ours: Any, reference: Any, runs: int) -> None:
+    """Answer many prompts, whose answers have unequal lengths."""
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (PROMPTS,)).tolist()
+    prompts = [text_prompt(20 + length % 50) for length in lengths]
+    by_batch = range(0, PROMPTS, PEERS_BATCH)
 
-    @torch.no_grad()
-    def multiply(new_tokens: int) -> None:
-        for _ in range(new_tokens):
-            for x, weight in zip(inputs, products, strict=True):
-                F.linear(x, weight)
+    def in_batches() -> list[list[int]]:
+        found: list[list[int]] = []
+        for first in by_batch:
+            own = slice(first, first + PEERS_BATCH)
+            written = answer_by_reference(reference, prompts[own], max(lengths[own]))
+            pairs = zip(written, lengths[own], strict=True)
+            found += [ids[:length] for ids, length in pairs]
+        return found
 
-    if answer_ours(NEW_TOKENS) != answer_theirs(NEW_TOKENS):
-        raise SystemExit("the answers differ")
-    sides = (answer_ours, answer_theirs, multiply)
-    times = paired_times(
-        {f"{side.__name__} {n}": partial(side, n) for side in sides for n in (1, NEW_TOKENS)}, runs
+    print(
+        f"\n| {PROMPTS} prompts, answers of {SHORTEST} to {LONGEST} tokens | transformers / ours |"
     )
-    mine, theirs, least = (
-        [
+    print("|---|---|")
+    for batch_size in (8, 16, 32):
+        sides = {
+            "ours": partial(answer_to_lengths, ours, prompts, lengths, batch_size),
+            "theirs": in_batches,
+        }
+        if batch_size == 8:
+            check_equal(sides)
+        faster = ratios(paired_times(sides, runs), "theirs", "ours")
+        print(f"| {batch_size} at a time, theirs {PEERS_BATCH} | {spread(faster)} |", flush=True)
+
+
+def dtypes_table(directory: str, ours: Any, runs: int) -> None:
+    """Decode with other dtypes of the weights."""
+    print("\n| weights | prompts | time, beside float32 | weights, MB |\n|---|---|---|---|")
+    others = {"bfloat16": load_model(directory, dtype=torch.bfloat16)}
+    for count in (1, 8):
+        prompts = [text_prompt(40 + 9 * i) for i in range(count)]
+        models = {"float32": ours, **others}
+        sides = {name: partial(answer, model, prompts) for name, model in models.items()}
+        times = steps_alone(sides, runs, equal=False)
+        for name, model in others.items():
+            beside = ratios(times, name, "float32")
+            size = sum(num_bytes(p) for p in model.parameters()) / 1e6
+            print(f"| {name} | {count} | {spread(beside)} | {size:,.0f} |", flush=True)
+
+
+def memory_table(directory: str) -> None:
+    """Measure what generation takes beyond the model."""
+    print("\n| peak memory of 8 answers beyond the model, ours / transformers |\n|---|")
+    peaks = []
+    for side in ("ours", "theirs"):
+        command = [sys.executable, "-m", "benchmarks.generation", "--memory-of", side, directory]
+        peaks.append(float(subprocess.check_output(command, env={**os.environ}).split()[-1]))
+    print(f"| {peaks[0] / peaks[1]:.2f} ({peaks[0] / 1e6:,.0f} and {peaks[1] / 1e6:,.0f} MB) |")
+
+
+def peak_of(side: str, directory: str) -> int:
+    """The most bytes of anonymous memory that one side takes while it answers."""
+    torch.manual_seed(0)
+    prompts = [image_prompt(1) if i % 2 else text_prompt(300 + 90 * i) for i in range(8)]
+    if side == "ours":
+        call = partial(answer, load_model(directory), prompts, NEW_TOKENS)
+    else:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory).eval()
+        call = partial(answer_by_reference, model, prompts, NEW_TOKENS)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # what is mapped comes into memory now
+    before, most, is_over = anonymous(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not is_over.wait(0.005):
+            most = max(most, anonymous() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    call()
+    is_over.set()
+    watcher.join()
+    return most
+
+
+def text_prompt(length: int) -> Prompt:
+    """A prompt of random tokens."""
+    tokens = torch.randint(0, 1000, (length,)).tolist()
+    return {"tokens": tokens, "input_pos": torch.arange(length)[:, None].expand(-1, 3)}
+
+
+def image_prompt(count: int) -> Prompt:
+    """A prompt about random images."""
+    t, h, w = IMAGES
+    image = [MODEL["vision_start_token_id"], *[MODEL["image_token_id"]] * (t * h * w // 4)]
+    tokens = [*range(5), *[*image, MODEL["vision_end_token_id"]] * count, *range(10)]
+    grid_thw = torch.tensor([IMAGES] * count)
+    geometry = GEOMETRY
+    positions = mrope_positions(
+        tokens,
+        grid_thw,
+        [1.0] * count,
+        placeholder_ids=(MODEL["image_token_id"],),
+        merge_size=geometry.merge_size,
+    )
+    vision = {"patches": torch.randn(count * t * h * w, 1176), "grid_thw": grid_thw}
+    media = {"vision": {**vision, **vision_index(grid_thw, geometry)}}
+    return {"tokens": tokens, "input_pos": positions, "encoder_input": media}
+
+
+def answer(model: Any, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
+    """Answer with ours, all at a time."""
+    rules = Rules(new_tokens)
+    answered = decode(model, Tokenizer(), enumerate(prompts), rules, len(prompts))
+    return [found.tokens for _, _, found in sorted(answered, key=lambda a: a[0])]
+
+
+def answer_to_lengths(
+    model: Any, prompts: Sequence[Prompt], lengths: Sequence[int], batch_size: int
+) -> list[list[int]]:
+    """Answer with ours, each prompt with so many tokens."""
+    found: dict[int, list[int]] = {}
+    decoding = Decoding(model, Tokenizer(), Rules(LONGEST), batch_size)
+    waiting = iter(enumerate(prompts))
+    with torch.no_grad():
+        while len(found) < len(prompts):
+            if taken := decoding.take(waiting):
+                decoding.read(taken)
+                decoding.write_first_tokens()
+            decoding.step()
+            for draft in decoding.drafts:
+                if len(draft.tokens) == lengths[draft.prompt.number]:
+                    draft.ended = "length"
+            found |= {draft.prompt.number: draft.tokens for draft in decoding.take_ended()}
+    return [found[number] for number in range(len(prompts))]
+
+
+def answer_by_reference(model: Any, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
+    """Answer with transformers, padded on the left."""
+    longest = max(len(prompt["tokens"]) for prompt in prompts)
+    padded = [[0] * (longest - len(p["tokens"])) + p["tokens"] for p in prompts]
+    input_ids = torch.tensor(padded)
+    real = torch.tensor(
+        [[i >= longest - len(p["tokens"]) for i in range(longest)] for p in prompts]
+    )
+    media = [p["encoder_input"]["vision"] for p in prompts if "encoder_input" in p]
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": real.long()}
+    if media:
+        inputs["mm_token_type_ids"] = (input_ids == MODEL["image_token_id"]).int()
+        inputs["pixel_values"] = torch.cat([medium["patches"] for medium in media])
+        inputs["image_grid_thw"] = torch.cat([medium["grid_thw"] for medium in media])
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    output = model.generate(**inputs, max_new_tokens=new_tokens, **settings)
+    return output[:, longest:].tolist()
+
+
+@torch.no_grad()
+def multiply(model: Any, count: int, new_tokens: int) -> None:
+    """The matrix products of so many steps of so many sequences."""
+    weights = [weight for weight in model.decoder.parameters() if weight.ndim == 2]
+    inputs = [torch.ones(count, weight.shape[1]) for weight in weights]
+    for _ in range(new_tokens):
+        for x, weight in zip(inputs, weights, strict=True):
+            F.linear(x, weight)
+
+
+def steps_alone(
+    sides: dict[str, Callable[[int], object]], runs: int, equal: bool = True
+) -> dict[str, list[float]]:
+    """Times of all tokens but the first."""
+    if equal:
+        check_equal({n: partial(side, NEW_TOKENS) for n, side in sides.items() if n != "floor"})
+    calls = {
+        f"{n} {count}": partial(s, count) for n, s in sides.items() for count in (1, NEW_TOKENS)
+    }
+    times = paired_times(calls, runs)
+    return {
+        name: [
             whole - first
-            for whole, first in zip(
-                times[f"{side.__name__} {NEW_TOKENS}"], times[f"{side.__name__} 1"], strict=True
-            )
+            for whole, first in zip(times[f"{name} {NEW_TOKENS}"], times[f"{name} 1"], strict=True)
         ]
-        for side in sides
-    )
-    faster = [their / my for their, my in zip(theirs, mine, strict=True)]
-    return faster, [my / floor for my, floor in zip(mine, least, strict=True)]
+        for name in sides
+    }
+
+
+def check_equal(sides: dict[str, Callable[[], object]]) -> None:
+    """Refuse to compare what differs."""
+    ours, theirs = (side() for side in sides.values())
+    if ours != theirs:
+        raise SystemExit("the answers differ")
+
+
+def ratios(times: dict[str, list[float]], a: str, b: str) -> list[float]:
+    """Times of one side by those of another, pair by pair."""
+    return [x / y for x, y in zip(times[a], times[b], strict=True)]
 
 
 if __name__ == "__main__":

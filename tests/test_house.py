@@ -17,6 +17,7 @@ ROOMS = (
     "cli",
     "recipes",
     "validation",
+    "evaluation",
     "training",
     "generation",
     "checkpoint",

@@ -143,13 +143,22 @@ def boxes_in_original(text: str, original_size: Size, extent: Size) -> list[dict
     upright image in pixels, and ``extent`` the numbers of its lower and right edge in the text,
     such as pixels of the image that the model saw.
     """
+    return to_original(boxes_in(text), original_size, extent)
+
+
+def to_original(
+    entries: Sequence[Mapping[str, Any]], original_size: Size, extent: Size
+) -> list[dict[str, Any]]:
+    """Take entries of a text, as :func:`boxes_in_original` does, to the user's image."""
     height, width = (original / edge for original, edge in zip(original_size, extent, strict=True))
-    found = boxes_in(text)
-    for entry in found:
+    moved = []
+    for entry in entries:
+        moved.append(dict(entry))
         for key in entry.keys() & _COORDINATES:
             scales = cycle((width, height))
-            entry[key] = [float(n) * scale for n, scale in zip(entry[key], scales, strict=False)]
-    return found
+            numbers = zip(entry[key], scales, strict=False)
+            moved[-1][key] = [float(number) * scale for number, scale in numbers]
+    return moved
 
 
 def boxes_in(text: str) -> list[dict[str, Any]]:

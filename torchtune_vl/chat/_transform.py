@@ -21,7 +21,14 @@ import xxhash
 from torchtune_vl.chat import _messages as chat
 from torchtune_vl.chat import _processor_files as files
 from torchtune_vl.chat import _prompt as prompting
-from torchtune_vl.chat._boxes import UNMOVED, boxes_in, coordinates_in, rescaled, to_json
+from torchtune_vl.chat._boxes import (
+    UNMOVED,
+    boxes_in,
+    coordinates_in,
+    rescaled,
+    to_json,
+    to_original,
+)
 from torchtune_vl.chat._changes import draws
 from torchtune_vl.chat._chat_template import CHAT_TEMPLATE
 from torchtune_vl.chat._tokenizer import QwenTokenizer, check_surrogates
@@ -321,6 +328,20 @@ class ChatTransform(QwenTokenizer):
             start -= 1
         return self.decode([t for t in whole.tokens[start:end] if t not in self.stop_tokens])
 
+    def boxes_in_answer(self, sample: Mapping[str, Any], text: str) -> list[dict[str, Any]]:
+        """Find the boxes and points of an answer to a sample, in pixels of the last image's file.
+
+        They are those of the upright image. No medium is decoded. ``ValueError`` if the sample has
+        no image, and as :meth:`__call__` raises it.
+        """
+        with _naming(sample):
+            whole, _ = self._prompts_of(sample, True, measuring=True)
+            images = [medium for medium in whole.media.values() if medium.kind == "image"]
+            if not images:
+                raise ValueError("it has no image that boxes could be of")
+            extent = self._extent_of(images[-1])
+            return to_original(self.read_boxes(text), images[-1].original_size, extent)
+
     def augmented(
         self, sample: Mapping[str, Any], augmentation: Augmentation, epoch: int, number: int
     ) -> dict[str, Any]:
@@ -523,10 +544,10 @@ class ChatTransform(QwenTokenizer):
             found = f"image {item.image!r} (from 0), but the conversation has {len(images)} images"
             raise ValueError(f"its boxes are of {found}: put them behind theirs, or set 'image'")
         image = images[item.image]
-        ((_, *sides),) = image.grid_thw.tolist()
-        height, width = (side * self.geometry.patch_size for side in sides)
-        original, extent = image.original_size, self.box_extent(height, width)
-        axes = image.change.axes(original, (height, width)) if image.change else UNMOVED
+        original, extent = image.original_size, self._extent_of(image)
+        axes = UNMOVED
+        if image.change:
+            axes = image.change.axes(original, self._resized(image))
         entries = [rescaled(e, item.unit, original, extent, axes) for e in item.entries]
         if not item.fields:
             return self.write_boxes(entries)
@@ -535,6 +556,13 @@ class ChatTransform(QwenTokenizer):
             for name, entry in zip(item.fields, entries, strict=True)
         }
         return re.sub("|".join(map(re.escape, written)), lambda found: written[found[0]], item.text)
+
+    def _resized(self, image: chat.EncodedMedium) -> tuple[int, int]:
+        ((_, rows, columns),) = image.grid_thw.tolist()
+        return rows * self.geometry.patch_size, columns * self.geometry.patch_size
+
+    def _extent_of(self, image: chat.EncodedMedium) -> tuple[int, int]:
+        return self.box_extent(*self._resized(image))
 
     def box_extent(self, height: int, width: int) -> tuple[int, int]:
         """The numbers that boxes have for the lower and the right edge of a resized image."""

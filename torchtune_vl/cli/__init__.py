@@ -11,6 +11,7 @@ from torchtune_vl.cli import (
     check,
     checkpoints,
     configs,
+    evaluate,
     generate,
     prepare,
     preview,
@@ -36,7 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return command
 
     # Each command has the function to run, which imports what takes long
-    for module in (configs, run, check, preview, prepare, validate, generate, chat, checkpoints):
+    for module in (
+        configs,
+        run,
+        check,
+        preview,
+        prepare,
+        validate,
+        generate,
+        chat,
+        evaluate,
+        checkpoints,
+    ):
         module.add_commands(add)
     options, more = parser.parse_known_args(arguments)
     several = getattr(options, "several", "")

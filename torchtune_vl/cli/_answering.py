@@ -3,14 +3,24 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchtune_vl.cli._torchrun import end_with_the_launcher, torchrun
 from torchtune_vl.files._printable import shown
 
-OTHERS_ARE = "settings of the data, as a config's dataset has them, such as format=vqa; or, as "
-OTHERS_ARE += "transform.max_pixels=602112, of images, videos and length"
+TRANSFORM_IS = "settings of images, videos and length, such as transform.max_pixels=602112"
+DATA_ARE = (
+    "files of a dataset, or its name on the hub; and key=value: settings of it, as a config's "
+)
+DATA_ARE += f"dataset has them, such as format=vqa, or {TRANSFORM_IS}"
+_NUM_SHOWN = 10
+# What the answers depend on, beside checkpoint and data
+_OF_ANSWERS = (
+    *("checkpoint", "adapter", "dtype", "prompt", "system", "images", "stop", "num_answers"),
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
+)
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
@@ -42,20 +52,80 @@ def add_rules(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
     argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
 
 
-def load(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """Load the model, and its transform with settings of its own."""
+def add_processes(command: argparse.ArgumentParser) -> None:
+    """Add how many answers are written at a time, and by how many processes."""
+    what = "answers that are written at a time (default: %(default)s)"
+    command.add_argument("--batch-size", type=int, default=16, metavar="N", help=what)
+    what = "processes that share the questions, each with a device of its own (default: 1)"
+    command.add_argument("--processes", type=int, default=1, metavar="N", help=what)
+
+
+def about_of(
+    options: argparse.Namespace, of_transform: dict[str, Any], **others: Any
+) -> dict[str, str]:
+    """What answers depend on, for a file of them to be gone on with."""
+    values = {name: getattr(options, name, None) for name in _OF_ANSWERS}
+    values |= {"transform": of_transform, **others}
+    return {name: str(value) for name, value in values.items() if value not in (None, [], {})}
+
+
+def answer_many(
+    options: argparse.Namespace,
+    file: Any,
+    make: Callable[[], tuple[Any, Any]],
+    rules: Any,
+) -> int | None:
+    """Answer the questions that a file lacks, in as many processes as the options say.
+
+    Each makes transform and questions for itself. Returns None if all are answered, or else the
+    status with which the process is to end, as one that another has started.
+    """
+    if options.processes > 1 and "RANK" not in os.environ:
+        launcher = ["--nproc_per_node", str(options.processes)]
+        return torchrun(options.command, launcher, sys.argv[2:]) or None
+    if "RANK" in os.environ:
+        end_with_the_launcher()
+    from tqdm import tqdm
+
+    from torchtune_vl.generation import answer_questions
+
+    rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    with file.part(rank) as add:
+        transform, questions = make()
+        model = load(options)
+        own = range(rank, len(questions), processes)
+        left = [number for number in file.unanswered(len(questions)) if number in own]
+        records = answer_questions(model, transform, questions, left, rules, options.batch_size)
+        done, total = ((count * rules.num_answers) for count in (len(own) - len(left), len(own)))
+        with tqdm(total=total, initial=done, unit="answer", disable=rank > 0) as bar:
+            for record in records:
+                add(record)
+                bar.update(rules.num_answers if "error" in record else 1)
+    return 0 if "RANK" in os.environ else None
+
+
+def tell_errors(records: Sequence[Mapping[str, Any]]) -> int:
+    """List questions that could not be answered; the status is 1 if there are any."""
+    errors = [record["error"] for record in records if "error" in record]
+    if errors:
+        print(f"Not answered: {len(errors):,}", file=sys.stderr)
+        print("\n".join(shown(f"  {error}") for error in errors[:_NUM_SHOWN]), file=sys.stderr)
+    if len(errors) > _NUM_SHOWN:
+        print(f"  and {len(errors) - _NUM_SHOWN:,} more, in the file", file=sys.stderr)
+    return int(bool(errors))
+
+
+def load(options: argparse.Namespace) -> Any:
+    """Load the model."""
     import torch
 
     from torchtune_vl.generation import load_model
-    from torchtune_vl.models import transform_from_pretrained
 
-    transform = transform_from_pretrained(options.checkpoint, **settings)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    how = {"adapter": options.adapter, "device": device}
-    how["dtype"] = options.dtype and getattr(torch, options.dtype)
-    return load_model(options.checkpoint, **how), transform
+    dtype = options.dtype and getattr(torch, options.dtype)
+    return load_model(options.checkpoint, adapter=options.adapter, dtype=dtype, device=device)
 
 
 def rules_of(options: argparse.Namespace, **others: Any) -> Any:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torchtune_vl.cli._answering import OTHERS_ARE, add_model, add_rules, load, rules_of, write
+from torchtune_vl.cli._answering import TRANSFORM_IS, add_model, add_rules, load, rules_of, write
 from torchtune_vl.files._printable import shown
 
 _DESCRIPTION = """\
@@ -37,7 +37,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--system", metavar="TEXT", help="what the system says at the beginning")
     add_rules(command, max_new_tokens=1024)
     argument = command.add_argument
-    argument("settings", nargs="*", metavar="key=value", help=OTHERS_ARE)
+    argument("settings", nargs="*", metavar="key=value", help=TRANSFORM_IS)
     command.set_defaults(several="settings")
 
 
@@ -45,9 +45,11 @@ def _run(options: argparse.Namespace) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401 (input() then has a history, and lines that can be edited)
     from torchtune_vl.generation import Chat
+    from torchtune_vl.models import transform_from_pretrained
 
-    model, transform = load(options, settings_of_transform(options.settings))
-    talk = Talk(Chat(model, transform, rules_of(options)), options.system)
+    rules, settings = rules_of(options), settings_of_transform(options.settings)
+    transform = transform_from_pretrained(options.checkpoint, **settings)
+    talk = Talk(Chat(load(options), transform, rules), options.system)
     print("/help lists what else there is.")
     while True:
         try:

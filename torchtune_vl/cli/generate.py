@@ -1,23 +1,24 @@
 """``tune-vl generate``: answers of a model, to one question or to many."""
 
 import argparse
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torchtune_vl.cli._answering import (
-    OTHERS_ARE,
+    DATA_ARE,
+    about_of,
     add_model,
+    add_processes,
     add_rules,
+    answer_many,
     load,
     question,
     rules_of,
     split_settings,
+    tell_errors,
     write,
 )
-from torchtune_vl.cli._torchrun import end_with_the_launcher, torchrun
 from torchtune_vl.files._printable import shown
 
 _DESCRIPTION = """\
@@ -33,12 +34,6 @@ _EXAMPLES = """\
   tune-vl generate output/epoch_0 --prompt 'Describe it.' --images scans --output answers.jsonl
   tune-vl generate Qwen2.5-VL-3B-Instruct --adapter output/epoch_0/adapter test.jsonl \\
     --output answers.jsonl --processes 8"""
-_NUM_SHOWN = 10
-# Options that answers do not depend on, or that are looked at apart
-_NOT_OF_ANSWERS = {
-    *("run", "command", "several", "data"),
-    *("output", "processes", "device", "batch_size"),
-}
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -46,8 +41,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("generate", _run, "let a model answer", _EXAMPLES, _DESCRIPTION)
     add_model(command)
     argument = command.add_argument
-    what = f"files of a dataset, or its name on the hub, and key=value: {OTHERS_ARE}"
-    argument("data", nargs="*", metavar="DATA", help=what)
+    argument("data", nargs="*", metavar="DATA", help=DATA_ARE)
     command.set_defaults(several="data")
     argument("--prompt", metavar="TEXT", help="the question")
     argument("--system", metavar="TEXT", help="what the system says before the question")
@@ -62,10 +56,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     argument("--stop", action="append", default=[], metavar="TEXT", help=what)
     what = "answers to each question of many (default: 1)"
     argument("--num-answers", type=int, default=1, metavar="N", help=what)
-    what = "answers that are written at a time (default: %(default)s)"
-    argument("--batch-size", type=int, default=16, metavar="N", help=what)
-    what = "processes that share the questions, each with a device of its own (default: 1)"
-    argument("--processes", type=int, default=1, metavar="N", help=what)
+    add_processes(command)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -90,79 +81,39 @@ def _run(options: argparse.Namespace) -> int:
         return _answer_one(options, of_transform)
     from torchtune_vl.generation import AnswerFile
 
-    about = {
-        **{name: value for name, value in vars(options).items() if name not in _NOT_OF_ANSWERS},
-        "data": [*files, *of_data.items()],
-        "transform": of_transform,
-    }
-    about = {name: str(value) for name, value in about.items() if value not in (None, [], {})}
+    about = about_of(options, of_transform, data=[*files, *of_data.items()])
     file = AnswerFile(options.output, about, options.num_answers)
-    if options.processes > 1 and "RANK" not in os.environ:
-        launcher = ["--nproc_per_node", str(options.processes)]
-        status = torchrun("generate", launcher, sys.argv[2:])
-        return status or _finish(file)
-    _answer_many(options, file, files, of_data, of_transform)
-    return 0 if "RANK" in os.environ else _finish(file)
+    rules = rules_of(options, stop=options.stop, num_answers=options.num_answers)
+
+    def make() -> tuple[Any, Any]:
+        from torchtune_vl.datasets import open_dataset
+        from torchtune_vl.models import transform_from_pretrained
+
+        transform = transform_from_pretrained(options.checkpoint, **of_transform)
+        if files:
+            return transform, open_dataset(transform, files, **of_data)
+        return transform, FolderQuestions(options.images, options.prompt, options.system)
+
+    status = answer_many(options, file, make, rules)
+    if status is not None:
+        return status
+    records = file.finish()
+    print(f"Written to {shown(str(file.path))}: {len(records):,} answers")
+    return tell_errors(records)
 
 
 def _answer_one(options: argparse.Namespace, of_transform: dict[str, Any]) -> int:
     from torchtune_vl.generation import Chat
+    from torchtune_vl.models import transform_from_pretrained
 
-    model, transform = load(options, of_transform)
-    chat = Chat(model, transform, rules_of(options, stop=options.stop))
+    rules = rules_of(options, stop=options.stop)
+    transform = transform_from_pretrained(options.checkpoint, **of_transform)
+    chat = Chat(load(options), transform, rules)
     asked = question(options.prompt, options.system, options.image, options.video)
     for text in chat.stream(asked):
         write(text)
     print()
     return 0
-
-
-def _answer_many(
-    options: argparse.Namespace,
-    file: Any,
-    files: Sequence[str],
-    of_data: dict[str, Any],
-    of_transform: dict[str, Any],
-) -> None:
-    from tqdm import tqdm
-
-    from torchtune_vl.datasets import open_dataset
-    from torchtune_vl.generation import answer_questions
-
-    if "RANK" in os.environ:
-        end_with_the_launcher()
-    rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    rules = rules_of(options, stop=options.stop, num_answers=options.num_answers)
-    with file.part(rank) as add:
-        model, transform = load(options, of_transform)
-        asked: Any
-        if files:
-            asked = open_dataset(transform, files, **of_data)
-        else:
-            asked = FolderQuestions(options.images, options.prompt, options.system)
-        own = range(rank, len(asked), processes)
-        left = [number for number in file.unanswered(len(asked)) if number in own]
-        bar = tqdm(total=len(own) * rules.num_answers, unit="answer", disable=rank > 0)
-        with bar:
-            bar.update(bar.total - len(left) * rules.num_answers)
-            for record in answer_questions(
-                model, transform, asked, left, rules, options.batch_size
-            ):
-                add(record)
-                bar.update(rules.num_answers if "error" in record else 1)
-
-
-def _finish(file: Any) -> int:
-    records = file.finish()
-    errors = [record for record in records if "error" in record]
-    print(f"Written to {shown(str(file.path))}: {len(records) - len(errors):,} answers")
-    if errors:
-        print(f"Not answered: {len(errors):,}", file=sys.stderr)
-        for record in errors[:_NUM_SHOWN]:
-            print(shown(f"  {record['error']}"), file=sys.stderr)
-        if len(errors) > _NUM_SHOWN:
-            print(f"  and {len(errors) - _NUM_SHOWN:,} more, in the file", file=sys.stderr)
-    return int(bool(errors))
 
 
 class FolderQuestions:

@@ -301,6 +301,11 @@ class VisionChatDataset(_Conversations, Dataset):
         """Read a sample as the transform takes it; a ValueError names its file and line too."""
         return self._apply(lambda sample: sample, index)
 
+    def column(self, index: int, name: str) -> Any:
+        """Return what a record has in a column, None if it has none of that name."""
+        record, _ = self._records[index]
+        return record.get(name) if isinstance(record, Mapping) else None
+
     def measure_to_keep(self, index: int) -> Measured:
         """Measure a sample for a cache, with what its size depends on."""
         return self._apply(self._measure_to_keep, index)

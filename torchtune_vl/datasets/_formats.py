@@ -130,15 +130,31 @@ def _vqa(values: Values) -> list[Any]:
     return [_says("user", question), _says("assistant", _checked_text(answer, "answer"))]
 
 
+def references(values: Values) -> dict[str, list[str]]:
+    """What an answer is compared with, if a record has more than one: ``references``, ``choices``.
+
+    Of columns that :func:`_vqa` has read.
+    """
+    answers = _one_of(values, "answer", "answers")
+    if choices := _one_of(values, "choices", "options"):
+        return {"choices": choices}
+    return {"references": _texts_of(answers)} if isinstance(answers, list) else {}
+
+
 def _most_frequent(answers: Any) -> Any:
-    """The answer itself, or of a list, also of objects with an answer, the most frequent one."""
+    """The answer itself, or of a list the most frequent one."""
     if not isinstance(answers, list):
         return answers
-    texts = [each.get("answer") if isinstance(each, Mapping) else each for each in answers]
-    if not texts:
-        raise ValueError("its list of answers is empty: give one, or remove the record")
-    (answer, _), *_ = Counter(_checked_text(text, "answer") for text in texts).most_common(1)
+    (answer, _), *_ = Counter(_texts_of(answers)).most_common(1)
     return answer
+
+
+def _texts_of(answers: list[Any]) -> list[str]:
+    """The texts of a list of answers, or of objects with an answer."""
+    if not answers:
+        raise ValueError("its list of answers is empty: give one, or remove the record")
+    texts = (each.get("answer") if isinstance(each, Mapping) else each for each in answers)
+    return [_checked_text(text, "answer") for text in texts]
 
 
 def _among(choices: list[str], answer: Any) -> Any:

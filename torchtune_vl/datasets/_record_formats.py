@@ -7,7 +7,13 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torchtune_vl.chat._boxes import Unit
-from torchtune_vl.datasets._formats import ASKED, FORMATS, KEYS_OF_MEDIA, names_of_columns
+from torchtune_vl.datasets._formats import (
+    ASKED,
+    FORMATS,
+    KEYS_OF_MEDIA,
+    names_of_columns,
+    references,
+)
 from torchtune_vl.files._json import from_json_text
 from torchtune_vl.media._errors import check_choice, naming_sample, shortened
 from torchtune_vl.media._sources import path_of_file_url, scheme_of
@@ -162,6 +168,7 @@ class RecordReader:
                 "images": media.source(given["image"]),
                 "videos": media.source(given["video"]),
                 "tools": values.get("tools") or None,
+                **(references(values) if self._format == "vqa" else {}),
             }
 
     @property

@@ -4,7 +4,7 @@
 
 import codecs
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -150,25 +150,34 @@ class Decoding:
             shape = num_slots, model.tok_embeddings.weight.shape[0]
             self._seen_BV = torch.zeros(shape, dtype=torch.bool, device=self._device)
 
-    def fill(self, prompts: Iterator[tuple[int, Prompt]]) -> None:
-        """Begin answers in free slots, as many as there are prompts for, each with a first token.
-
-        Each prompt comes with its number. ``ValueError`` if it leaves no room for an answer.
-        """
+    def fork(self) -> None:
+        """Begin further answers to prompts that are in a slot, as long as others are free."""
         while len(self.drafts) < self.num_slots:
             shared = (slot for slot, draft in enumerate(self.drafts) if draft.prompt.unwritten)
             slot = next(shared, None)
-            if slot is not None:
-                prompt = self.drafts[slot].prompt
-                self._copy(slot, len(self.drafts), prompt.length)
-                self._begin(len(self.drafts), prompt)
-                continue
-            free = (self.num_slots - len(self.drafts)) // self.rules.num_answers
-            taken = self._take(prompts, max(1, free))
-            if not taken:
+            if slot is None:
+                return
+            prompt = self.drafts[slot].prompt
+            self._copy(slot, len(self.drafts), prompt.length)
+            self._begin(len(self.drafts), prompt)
+
+    def take(self, prompts: Iterator[tuple[int, Prompt]]) -> list[tuple[int, Prompt]]:
+        """Take as many prompts with their numbers as are to be read now.
+
+        ``ValueError`` if one leaves no room for an answer.
+        """
+        taken: list[tuple[int, Prompt]] = []
+        total = 0
+        slots = self.num_slots - len(self.drafts)
+        most = min(slots, max(1, slots // self.rules.num_answers))
+        while len(taken) < most and total < PREFILL_TOKENS:
+            numbered = next(prompts, None)
+            if numbered is None:
                 break
-            self.read(taken)
-        self.write_first_tokens()
+            check_room(self.model, numbered[1], self.rules.max_new_tokens)
+            taken.append(numbered)
+            total += len(numbered[1]["tokens"])
+        return taken
 
     def read(self, prompts: Sequence[tuple[int, Prompt]], start: int = 0) -> None:
         """Read prompts and begin an answer to each, in the next slots.
@@ -215,32 +224,33 @@ class Decoding:
 
     def take_ended(self) -> list[Draft]:
         """Take drafts that ended out; the next answer to a prompt goes where one of it was."""
-        ended = []
-        for slot, draft in [*enumerate(self.drafts)][::-1]:
-            if not draft.ended:
-                continue
-            ended.append(draft)
-            if draft.prompt.unwritten:
-                self._begin(slot, draft.prompt)
-                continue
-            # The last one takes its place, so that those who are left are the first
-            last = self.drafts.pop()
-            if last is not draft:
-                self._copy(len(self.drafts), slot, last.prompt.length + len(last.tokens))
-                self.drafts[slot] = last
-        return ended[::-1]
-
-    def _take(self, prompts: Iterator[tuple[int, Prompt]], most: int) -> list[tuple[int, Prompt]]:
-        taken: list[tuple[int, Prompt]] = []
-        total = 0
-        while len(taken) < most and total < PREFILL_TOKENS:
-            numbered = next(prompts, None)
-            if numbered is None:
-                break
-            taken.append(numbered)
-            total += len(numbered[1]["tokens"])
-            check_room(self.model, numbered[1], self.rules.max_new_tokens)
+        taken = []
+        while any(draft.ended for draft in self.drafts):
+            for slot, draft in [*enumerate(self.drafts)][::-1]:
+                if draft.ended:
+                    taken.append(draft)
+                    self._free(slot)
+            self.write_first_tokens()
         return taken
+
+    def idle(self, reads: bool) -> None:
+        """Run the model as others do who read, or take a step, and keep nothing of it."""
+        one = torch.ones(1, 1, dtype=torch.int64, device=self._device)
+        mask: Prefill | Step = Step(Cache(1), torch.zeros_like(one[0]), 1)
+        if reads:
+            mask = Prefill(Cache(1), [1], [0], [0])
+        self.model(one, mask=mask, input_pos=one)
+
+    def _free(self, slot: int) -> None:
+        draft = self.drafts[slot]
+        if draft.prompt.unwritten:
+            self._begin(slot, draft.prompt)
+            return
+        # The last one takes its place, so that those who are left are the first
+        last = self.drafts.pop()
+        if last is not draft:
+            self._copy(len(self.drafts), slot, last.prompt.length + len(last.tokens))
+            self.drafts[slot] = last
 
     def _begin(self, slot: int, prompt: ReadPrompt) -> None:
         number = prompt.unwritten.pop(0)
@@ -357,24 +367,32 @@ def decode(
     prompts: Iterable[tuple[int, Prompt]],
     rules: Rules,
     batch_size: int,
+    any_of: Callable[[bool], bool] = bool,
 ) -> Iterator[tuple[int, int, Answer]]:
     """Write answers to prompts, so many at a time: where one ends, the next one begins.
 
-    Each prompt comes with its number, on which what is drawn depends. Yields the number of the
-    prompt, that of the answer to it, and the answer, as they end.
+    Each prompt comes with its number, on which what is drawn depends. Processes that share a
+    model's layers run them together: ``any_of`` tells each whether any of them has something to do.
+    Yields the number of the prompt, that of the answer to it, and the answer, as they end.
     """
     waiting = iter(prompts)
     with evaluating(model):
         decoding = Decoding(model, tokenizer, rules, batch_size)
-        while True:
-            decoding.fill(waiting)
+        is_busy = True
+        while is_busy:
+            decoding.fork()
+            taken = decoding.take(waiting)
+            if any_of(bool(taken)):
+                decoding.read(taken) if taken else decoding.idle(reads=True)
+            decoding.fork()
+            decoding.write_first_tokens()
             ended = decoding.take_ended()
-            if not ended and not decoding.drafts:
-                return
+            steps = any_of(bool(decoding.drafts))
+            is_busy = steps or any_of(bool(ended))
+            if decoding.drafts:
+                decoding.step()
+            elif steps:
+                decoding.idle(reads=False)
+            ended += decoding.take_ended()
             for draft in ended:
-                yield draft.prompt.number, draft.answer_number, draft.answer()
-            if ended:
-                continue  # to fill their slots first
-            decoding.step()
-            for draft in decoding.take_ended():
                 yield draft.prompt.number, draft.answer_number, draft.answer()

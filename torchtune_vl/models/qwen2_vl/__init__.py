@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torchtune_vl.chat import ChatTransform, ProcessorClasses
+from torchtune_vl.chat._boxes import to_original
 from torchtune_vl.files._json import JsonObject
 from torchtune_vl.models._config_json import VISION_DEFAULTS, common_dimensions, support_only
 from torchtune_vl.models._registry import Family, geometry, tensor_names
@@ -98,14 +99,7 @@ def boxes_in_original(text: str, original_size: tuple[int, int]) -> list[dict[st
     ``original_size`` is its height and width. Returns for each ``bbox_2d`` [x1, y1, x2, y2] or
     ``point_2d`` [x, y], float, and its ``label`` if it has one.
     """
-    height, width = original_size
-    found = _boxes_in(text)
-    for entry in found:
-        for key in entry.keys() & {"bbox_2d", "point_2d"}:
-            entry[key] = [
-                n * (height if i % 2 else width) / _EXTENT for i, n in enumerate(entry[key])
-            ]
-    return found
+    return to_original(_boxes_in(text), original_size, (_EXTENT, _EXTENT))
 
 
 def _boxes_in(text: str) -> list[dict[str, Any]]:

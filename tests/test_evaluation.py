@@ -1,0 +1,184 @@
+"""``tune-vl evaluate``: scores of answers to a dataset, by columns and beside another model's."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from quickstart.checkpoint import write_tiny_checkpoint
+from tests.test_answering_commands import called, read
+from torchtune_vl.datasets import open_dataset
+from torchtune_vl.evaluation import evaluate, metrics_of
+from torchtune_vl.generation import generate, load_model
+from torchtune_vl.models import transform_from_pretrained
+
+COUNT, BAD = 12, 5
+
+
+@pytest.fixture(scope="module")
+def directory(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, and questions half of which the first answers rightly, the second none."""
+    directory = tmp_path_factory.mktemp("evaluation")
+    for seed in (0, 1):
+        write_tiny_checkpoint(directory / f"model{seed}", vocabulary, seed=seed)
+    asked = []
+    for number in range(COUNT):
+        path = directory / f"{number}.png"
+        Image.new("RGB", (56 + 3 * number, 70), (number * 20, 100, 255 - number * 20)).save(path)
+        question = [
+            {"type": "image", "image": str(path)},
+            {"type": "text", "text": f"No. {number}?"},
+        ]
+        asked.append([{"role": "user", "content": question}])
+    transform = transform_from_pretrained(directory / "model0")
+    answers = generate(load_model(directory / "model0"), transform, asked, max_new_tokens=5)
+    records = []
+    for number, (turns, answer) in enumerate(zip(asked, answers, strict=True)):
+        truth = answer.text.strip() if number % 2 else f"other {number}"
+        turns = [*turns, {"role": "assistant", "content": truth}]
+        records.append(
+            {"id": f"q{number}", "messages": turns, "kind": ["odd", "even"][number % 2 == 0]}
+        )
+    (directory / f"{BAD}.png").unlink()
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (directory / "test.jsonl").write_text(lines)
+    return directory
+
+
+def test_scores_groups_and_comparison(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = (directory / "test.jsonl", "--max-new-tokens", 5, "--by", "kind")
+    metrics = ("--metrics", "exact_match,edit_similarity")
+    assert (
+        called("evaluate", directory / "model1", *data, *metrics, "--output", tmp_path / "b") == 1
+    )
+    more = ("--against", tmp_path / "b", "--output", tmp_path / "a")
+    assert called("evaluate", directory / "model0", *data, *metrics, *more) == 1
+    output = capsys.readouterr()
+    assert f"Not answered: 1\n  sample 'q{BAD}'" in output.err
+
+    report = json.loads((tmp_path / "a" / "scores.json").read_text())
+    assert (report["num_answers"], report["num_errors"]) == (11, 1)
+    found = report["metrics"]["exact_match"]
+    assert found["total"] == pytest.approx(5 / 11)
+    assert 0 <= found["low"] < 5 / 11 < found["high"] <= 1
+    groups = report["groups"]["kind"]
+    totals = {kind: group["metrics"]["exact_match"]["total"] for kind, group in groups.items()}
+    assert totals == {"even": 0.0, "odd": 1.0}
+    assert groups["odd"]["num_answers"] == 5
+    compared = report["comparison"]["metrics"]["exact_match"]
+    assert (compared["other_total"], compared["difference"]) == (0.0, pytest.approx(5 / 11))
+    assert report["comparison"]["num_answers"] == 11
+    first = report["samples"][1]
+    assert first["question"] == "No. 1?"
+    assert first["scores"]["exact_match"] == 1.0
+    assert first["answer"].strip() == first["truths"][0]
+    assert report["samples"][BAD]["error"].startswith(f"sample 'q{BAD}'")
+
+    with (tmp_path / "a" / "scores.csv").open(newline="") as file:
+        table = [*csv.DictReader(file)]
+    assert [row["kind"] for row in table[:2]] == ["even", "odd"]
+    assert [row["exact_match"] for row in table[:2]] == ["0.0", "1.0"]
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        *("answers.jsonl", "scores.json", "scores.csv", "settings.json", "evaluation.html")
+    }
+
+
+def test_answers_that_are_there_are_scored_without_the_model(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    how = ("evaluate", directory / "model0", directory / "test.jsonl", "--output", tmp_path)
+    assert called(*how, "--metrics", "anls", "--max-new-tokens", 5) == 1
+    answers = read(tmp_path / "answers.jsonl")
+    monkeypatch.setattr("torchtune_vl.generation.load_model", None)
+    assert called(*how, "--metrics", "exact_match", "--max-new-tokens", 5) == 1
+    assert [*json.loads((tmp_path / "scores.json").read_text())["metrics"]] == ["exact_match"]
+    assert read(tmp_path / "answers.jsonl") == answers
+    assert called(*how, "--metrics", "exact_match", "--max-new-tokens", 6) == 2
+    assert "which differs in max_new_tokens" in capsys.readouterr().err
+
+
+def test_the_answers_are_those_of_generate(directory: Path, tmp_path: Path) -> None:
+    how = (directory / "model0", directory / "test.jsonl", "--max-new-tokens", 5)
+    assert called("generate", *how, "--output", tmp_path / "answers.jsonl") == 1
+    called("evaluate", *how, "--metrics", "exact_match", "--output", tmp_path / "scores")
+    assert read(tmp_path / "answers.jsonl") == read(tmp_path / "scores" / "answers.jsonl")
+
+
+def test_boxes_are_compared_in_pixels_of_the_file(directory: Path, tmp_path: Path) -> None:
+    """An image that is enlarged: boxes of answers are of what the model sees."""
+    Image.new("RGB", (50, 100)).save(tmp_path / "small.png")
+    box = {"bbox_2d": [10, 20, 30, 80], "label": "cat"}
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": "small.png"}]},
+        {"role": "assistant", "content": [{"type": "boxes", "boxes": [box]}]},
+    ]
+    (tmp_path / "test.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    transform = transform_from_pretrained(directory / "model0")
+    dataset = open_dataset(transform, [str(tmp_path / "test.jsonl")])
+    sample = dataset.read(0)
+    truth = transform.answer_of(sample)
+    assert truth != json.dumps([box])
+    half = truth.replace(str(json.loads(truth)[0]["bbox_2d"][3]), "56")
+    records = [{"sample": 0, "id": 0, "answer": half, "ended": "stop token", "truth": truth}]
+    report = evaluate(records, dataset, transform, metrics_of(["box_iou", "box_map"]))
+    (found,) = report["samples"]
+    assert found["truth_boxes"][0]["bbox_2d"] == pytest.approx(box["bbox_2d"], abs=0.5)
+    (_, top, _, bottom), (_, _, _, lower) = (
+        entries[0]["bbox_2d"] for entries in (found["boxes"], found["truth_boxes"])
+    )
+    assert bottom == 56 * 100 / 112
+    expected = (bottom - top) / (lower - top)
+    assert report["metrics"]["box_iou"]["total"] == pytest.approx(expected)
+
+
+def test_several_right_answers_and_choices(directory: Path, tmp_path: Path) -> None:
+    records = [
+        {"question": "Which?", "answers": ["cat", "cat", "kitten"]},
+        {"question": "Which?", "choices": ["cat", "dog"], "answer": 1},
+    ]
+    (tmp_path / "vqa.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    transform = transform_from_pretrained(directory / "model0")
+    dataset = open_dataset(transform, [str(tmp_path / "vqa.jsonl")])
+    assert dataset.read(0)["references"] == ["cat", "cat", "kitten"]
+    assert dataset.read(1)["choices"] == ["cat", "dog"]
+    asked = dataset.read(1)
+    answers = [
+        {"sample": 0, "id": 0, "answer": "kitten", "ended": "length", "truth": "cat"},
+        {
+            "sample": 1,
+            "id": 1,
+            "answer": "B. dog",
+            "ended": "length",
+            "truth": transform.answer_of(asked),
+        },
+    ]
+    exact = evaluate(answers, dataset, transform, metrics_of(["exact_match"]))
+    assert [s["scores"]["exact_match"] for s in exact["samples"]] == [1.0, 0.0]
+    chosen = evaluate(answers[1:], dataset, transform, metrics_of(["choice"]))
+    assert chosen["metrics"]["choice"]["total"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--metrics", "exact_match"), "give DATA, or --config"),
+        (("x.jsonl", "--metrics", "exact"), "there is no metric 'exact'"),
+        (("x.jsonl", "--metrics", "anls", "--against", "."), "no directory of an evaluation"),
+        (("x.jsonl", "--metrics", "choice"), "choice needs the choices of each sample"),
+        (("x.jsonl", "--metrics", "box_iou"), "no image that boxes could be of"),
+    ],
+)
+def test_what_does_not_fit(
+    directory: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, arguments: Any, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    Path("x.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    how = ("--output", "scores", "--max-new-tokens", 2)
+    assert called("evaluate", directory / "model0", *arguments, *how) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,192 @@
+"""``tune-vl evaluate``: scores of a model's answers to a dataset."""
+
+import argparse
+import csv
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torchtune_vl.cli._answering import (
+    DATA_ARE,
+    about_of,
+    add_model,
+    add_processes,
+    add_rules,
+    answer_many,
+    rules_of,
+    split_settings,
+    tell_errors,
+)
+from torchtune_vl.files._printable import shown
+
+_DESCRIPTION = """\
+Let a model answer the questions of a dataset, and score its answers by the dataset's own: in
+total, with 95 % intervals, by the values of columns, and beside another model's answers.
+
+DIR gets answers.jsonl, scores.json, scores.csv and a page, evaluation.html, of images, questions,
+answers and truths, worst first. A command that was stopped goes on where it was when it is given
+again. Answers that are there are scored without the model: another --metrics takes seconds."""
+_EXAMPLES = """\
+  tune-vl evaluate output/epoch_0 test.jsonl --metrics exact_match --output scores
+  tune-vl evaluate output/epoch_0 test.jsonl --metrics vqa_accuracy,anls --by category \\
+    --against scores-of-base --output scores --processes 8
+  tune-vl evaluate output/epoch_0 --config mine.yaml --metrics json_f1 --output scores"""
+
+ANSWERS = "answers.jsonl"
+
+
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    command = add("evaluate", _run, "score a model's answers", _EXAMPLES, _DESCRIPTION)
+    add_model(command)
+    argument = command.add_argument
+    argument("data", nargs="*", metavar="DATA", help=DATA_ARE)
+    command.set_defaults(several="data")
+    what = "take dataset_val, or else dataset, and the tokenizer of a config, instead of DATA"
+    argument("--config", metavar="CONFIG", help=what)
+    what = "names, by commas; `--metrics help` lists what there is"
+    argument("--metrics", required=True, metavar="NAMES", help=what)
+    argument("--output", type=Path, required=True, metavar="DIR", help="directory to write to")
+    what = "column of the data by whose values scores are grouped; may be given several times"
+    argument("--by", action="append", default=[], metavar="COLUMN", help=what)
+    what = "DIR of another evaluation of the same questions to compare with"
+    argument("--against", type=Path, metavar="DIR", help=what)
+    add_rules(command, max_new_tokens=512)
+    add_processes(command)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from torchtune_vl.evaluation import METRICS, metrics_of
+
+    if options.metrics == "help":
+        print("\n".join(f"{metric.name:16} {metric.about}" for metric in METRICS.values()))
+        return 0
+    metrics = metrics_of(options.metrics.split(","))
+    files, of_data, of_transform = split_settings(options.data)
+    if bool(files) == bool(options.config):
+        raise ValueError("give DATA, or --config")
+    others = _answers_of(options.against) if options.against else None
+    about = about_of(options, of_transform, config=options.config, data=[*files, *of_data.items()])
+
+    def make() -> tuple[Any, Any]:
+        if options.config:
+            return _of_config(options)
+        from torchtune_vl.datasets import open_dataset
+        from torchtune_vl.models import transform_from_pretrained
+
+        transform = transform_from_pretrained(options.checkpoint, **of_transform)
+        return transform, open_dataset(transform, files, **of_data)
+
+    status = _answer(options, about, make)
+    if status is not None:
+        return status
+    from torchtune_vl.evaluation import evaluate
+
+    transform, questions = make()
+    how = {"columns": options.by, "others": others}
+    records = _answers_of(options.output)
+    report = {**evaluate(records, questions, transform, metrics, **how), "about": about}
+    _write(options.output, report, questions)
+    _show(report)
+    print(f"Written to {shown(str(options.output))}")
+    return tell_errors(records)
+
+
+def _of_config(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Transform and validation data of a config, or else those that it trains on."""
+    from torchtune_vl.cli._dataset import read_dataset
+    from torchtune_vl.evaluation import Sources
+    from torchtune_vl.recipes._check_config import read_config
+
+    overrides = [argument for argument in options.data if "=" in argument]
+    config = read_config(["--config", options.config, *overrides])
+    named = argparse.Namespace(config=options.config, overrides=overrides)
+    named.validation = config.dataset_val is not None
+    _, _, mixture, transform = read_dataset(named)
+    if mixture.is_stream:
+        raise ValueError("a stream has no numbers of samples: read it as a table")
+    return transform, Sources(mixture.datasets, mixture.names)
+
+
+def _answer(
+    options: argparse.Namespace, about: Mapping[str, str], make: Callable[[], tuple[Any, Any]]
+) -> int | None:
+    """Let the model answer what is not answered in the directory."""
+    from torchtune_vl.files._directory import write_json
+    from torchtune_vl.generation import AnswerFile
+
+    directory = options.output
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = directory / "settings.json"
+    if settings.is_file() and (found := json.loads(settings.read_text("utf-8"))) != about:
+        differing = [key for key in {**found, **about} if found.get(key) != about.get(key)]
+        told = f"{directory} has answers of another evaluation, which differs in {differing[0]}"
+        raise ValueError(f"{told}: name another --output")
+    if (directory / ANSWERS).exists():
+        return None
+    if not settings.is_file():
+        write_json(settings, about)
+    file = AnswerFile(directory / ANSWERS, about)
+    status = answer_many(options, file, make, rules_of(options))
+    if status is None:
+        file.finish()
+    return status
+
+
+def _answers_of(directory: Path) -> list[dict[str, Any]]:
+    path = directory / ANSWERS
+    if not path.is_file():
+        raise ValueError(f"{directory} has no {ANSWERS}: it is no directory of an evaluation")
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _write(directory: Path, report: Mapping[str, Any], questions: Any) -> None:
+    """Write scores as JSON, as a table, and as a page."""
+    from torchtune_vl.evaluation._page import to_html
+    from torchtune_vl.evaluation._pictures import pictures_of
+    from torchtune_vl.files._directory import new_file, write_json
+
+    write_json(directory / "scores.json", report)
+    samples, names = report["samples"], [*report["metrics"]]
+    columns = [*report["groups"]]
+    with new_file(directory / "scores.csv") as partial, partial.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["sample", "id", *columns, *names, "answer", "truth", "error"])
+        for s in samples:
+            own = [*(s.get("values", {}).get(c) for c in columns)]
+            own += [s.get("scores", {}).get(name) for name in names]
+            said = [s.get("answer"), (s.get("truths") or [None])[0], s.get("error")]
+            table.writerow([s["sample"], s["id"], *own, *said])
+    facts = [[key, value] for key, value in report["about"].items()]
+    page = to_html({**report, "facts": facts}, pictures_of(samples, questions))
+    with new_file(directory / "evaluation.html") as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    compared = report.get("comparison", {}).get("metrics", {})
+    more = ["other", "difference", "95 %", "p"] if compared else []
+    table = Table("", "score", "95 %", *more, title=f"{report['num_answers']:,} answers")
+    for name, found in report["metrics"].items():
+        table.add_row(name, *_cells(found), *_compared_cells(compared.get(name)))
+    for column, groups in report["groups"].items():
+        for value, group in groups.items():
+            for name, found in group["metrics"].items():
+                table.add_row(shown(f"{column} {value}: {name}"), *_cells(found))
+    Console().print(table)
+
+
+def _cells(found: Mapping[str, float]) -> list[str]:
+    return [f"{found['total']:.4g}", f"{found['low']:.4g} to {found['high']:.4g}"]
+
+
+def _compared_cells(found: Mapping[str, float] | None) -> list[str]:
+    if found is None:
+        return []
+    interval = f"{found['low']:.4g} to {found['high']:.4g}"
+    difference = f"{found['difference']:+.4g}"
+    return [f"{found['other_total']:.4g}", difference, interval, f"{found['p_value']:.2g}"]
