@@ -11,7 +11,7 @@ from PIL import Image
 from quickstart.checkpoint import write_tiny_checkpoint
 from tests.test_answering_commands import called, read
 from torchtune_vl.datasets import open_dataset
-from torchtune_vl.evaluation import evaluate, metrics_of
+from torchtune_vl.evaluation import Sources, evaluate, metrics_of
 from torchtune_vl.generation import generate, load_model
 from torchtune_vl.models import transform_from_pretrained
 
@@ -122,10 +122,12 @@ def test_boxes_are_compared_in_pixels_of_the_file(directory: Path, tmp_path: Pat
     dataset = open_dataset(transform, [str(tmp_path / "test.jsonl")])
     sample = dataset.read(0)
     truth = transform.answer_of(sample)
-    assert truth != json.dumps([box])
-    half = truth.replace(str(json.loads(truth)[0]["bbox_2d"][3]), "56")
+    assert transform.read_boxes(truth) == [{"bbox_2d": [11, 22, 34, 90], "label": "cat"}]
+    half = truth.replace("90", "56")
     records = [{"sample": 0, "id": 0, "answer": half, "ended": "stop token", "truth": truth}]
-    report = evaluate(records, dataset, transform, metrics_of(["box_iou", "box_map"]))
+    report = evaluate(
+        records, Sources([dataset], ["data"]), transform, metrics_of(["box_iou", "box_map"])
+    )
     (found,) = report["samples"]
     assert found["truth_boxes"][0]["bbox_2d"] == pytest.approx(box["bbox_2d"], abs=0.5)
     (_, top, _, bottom), (_, _, _, lower) = (
@@ -157,9 +159,9 @@ def test_several_right_answers_and_choices(directory: Path, tmp_path: Path) -> N
             "truth": transform.answer_of(asked),
         },
     ]
-    exact = evaluate(answers, dataset, transform, metrics_of(["exact_match"]))
+    exact = evaluate(answers, Sources([dataset], ["data"]), transform, metrics_of(["exact_match"]))
     assert [s["scores"]["exact_match"] for s in exact["samples"]] == [1.0, 0.0]
-    chosen = evaluate(answers[1:], dataset, transform, metrics_of(["choice"]))
+    chosen = evaluate(answers[1:], Sources([dataset], ["data"]), transform, metrics_of(["choice"]))
     assert chosen["metrics"]["choice"]["total"] == 1.0
 
 
@@ -169,7 +171,7 @@ def test_several_right_answers_and_choices(directory: Path, tmp_path: Path) -> N
         (("--metrics", "exact_match"), "give DATA, or --config"),
         (("x.jsonl", "--metrics", "exact"), "there is no metric 'exact'"),
         (("x.jsonl", "--metrics", "anls", "--against", "."), "no directory of an evaluation"),
-        (("x.jsonl", "--metrics", "choice"), "choice needs the choices of each sample"),
+        (("x.jsonl", "--metrics", "choice"), "sample 0 has no choices, which choice needs"),
         (("x.jsonl", "--metrics", "box_iou"), "no image that boxes could be of"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.finetune_runs import (
+    command,
     kill_after,
     last_step,
     read_losses,
@@ -96,6 +97,8 @@ def test_a_run_and_what_it_leaves(root: Path, tmp_path: Path) -> None:
         "model": {**ADAPTERS, "use_dora": True, "fusion_trainable": "full"},
         "dataset_val": VALIDATION,
         "eval_every_n_steps": 4,
+        "metrics": ["edit_similarity", "exact_match"],
+        "max_new_tokens": 8,
         "save_every_n_steps": 3,
         "keep_last": 1,
         "epochs": 2,
@@ -115,6 +118,8 @@ def test_a_run_and_what_it_leaves(root: Path, tmp_path: Path) -> None:
 
     (log,) = (output / "logs").glob("log_*.txt")
     lines = log.read_text().splitlines()
+    before, *lines = lines
+    assert re.search(r"Step 0 \| .*validation_edit_similarity:", before)
     metrics = dict(re.findall(r"(\w+):(\S+)", lines[0]))
     assert metrics.keys() == METRICS
     assert float(metrics["lr_merger"]) == pytest.approx(float(metrics["lr_decoder"]) / 10)
@@ -123,7 +128,10 @@ def test_a_run_and_what_it_leaves(root: Path, tmp_path: Path) -> None:
         int(step): float(loss)
         for step, loss in re.findall(r"Step (\d+) \| validation_loss:(\S+)", log.read_text())
     }
-    assert validated.keys() == {step for step in losses if step % 4 == 0 or step == len(losses)}
+    assert validated.keys() == {
+        step for step in (0, *losses) if step % 4 == 0 or step == len(losses)
+    }
+    del validated[0]  # nothing that could be exported
     best = min(validated, key=validated.__getitem__)
     kept = {int(path.name.removeprefix("step_")) for path in (output / "steps").iterdir()}
     assert kept == {best, len(losses)}
@@ -146,6 +154,30 @@ def test_a_run_and_what_it_leaves(root: Path, tmp_path: Path) -> None:
     export(output / "epoch_1", tmp_path / "exported")
     for name, text in exported.processor_files().items():
         assert (tmp_path / "exported" / name).read_text() == text
+
+    # What is scored in training is what the export answers
+    command(
+        "evaluate",
+        str(output / "epoch_1"),
+        "--config",
+        str(config),
+        "--metrics",
+        "edit_similarity",
+        "--max-new-tokens",
+        "8",
+        "--output",
+        str(tmp_path / "scores"),
+    )
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    last = json.loads((output / "evaluations" / f"step_{len(losses)}.json").read_text())
+    assert scores["samples"] == [
+        {**sample, "scores": {"edit_similarity": sample["scores"]["edit_similarity"]}}
+        for sample in last["samples"]
+    ]
+    assert len({sample["answer"] for sample in scores["samples"]}) > 1
+    logged = read_metric(output, "validation_edit_similarity")
+    total = scores["metrics"]["edit_similarity"]["total"]
+    assert logged[len(losses)] == pytest.approx(total, abs=1e-6)
 
     again = start(config)
     messages, _ = again.communicate()
@@ -242,19 +274,25 @@ def test_two_processes_validate_and_save_as_one(root: Path, tmp_path: Path) -> N
         "dataset_val": VALIDATION,
         "eval_every_n_steps": 2,
         "max_steps": 3,
+        "metrics": ["edit_similarity"],
+        "max_new_tokens": 8,
+        "best_by": "edit_similarity",
         "optimizer.fused": True,
     }
-    metrics = []
+    metrics, evaluations = [], []
     for tensor, processes in ((1, 1), (1, 2), (2, 2)):
         output = tmp_path / f"{tensor}_{processes}"
         config = write_config(root, output, {**settings, "parallel.tensor": tensor})
         run(config, processes)
         metrics.append([read_metric(output, name) for name in ("loss", "validation_loss")])
-        assert (output / "steps" / "step_3").is_dir()  # the best so far
+        assert (output / "steps" / "step_3").is_dir()
+        texts = [(output / "evaluations" / f"step_{n}.json").read_text() for n in (0, 2, 3)]
+        evaluations.append([*map(json.loads, texts)])
+    assert evaluations[0] == evaluations[1] == evaluations[2]
     for training, validation in metrics[1:]:
         assert same(metrics[0][0], training)
         assert same(metrics[0][1], validation)
-        assert validation.keys() == {2, 3}
+        assert validation.keys() == {0, 2, 3}
 
 
 @pytest.mark.slow

@@ -104,6 +104,7 @@ def weights(epoch: Path) -> dict[str, torch.Tensor]:
 def test_the_end_of_a_run(copy: Path, finished: Path) -> None:
     output, epoch = copy.with_suffix(""), finished.with_suffix("") / "epoch_0"
     losses = read_metric(output, "validation_loss")
+    del losses[0]  # before the first step
     assert min(losses, key=losses.__getitem__) == 3
     assert {path.name for path in (output / "steps").iterdir()} == {"step_3", "step_4"}
 

@@ -1,6 +1,5 @@
 """The metrics of a line of the log, from rows of known content."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,17 +131,25 @@ def test_each_dataset_of_a_mixture_has_its_loss(copies: int) -> None:
     assert metrics.history["samples"] == 4
 
 
-def test_the_best_validation_loss() -> None:
-    logger = Logger()
-    metrics = Metrics(logger, Flops(), None, torch.device("cpu"), 1, ["0"])  # type: ignore[arg-type]
-    assert metrics.history["best"] == {"loss": math.inf, "step": None}
-    losses = {2: 3.0, 4: 2.0, 6: 2.0, 8: 2.5}
-    assert [metrics.write_validation(step, x) for step, x in losses.items()] == [
-        True, True, False, False,
-    ]  # fmt: skip
-    assert metrics.history["best"] == {"loss": 2.0, "step": 4}
-    assert metrics.history["validation_losses"] == [*losses.items()]
-    assert logger.lines[0] == (2, {"validation_loss": 3.0})
+def test_the_best_validation() -> None:
+    for best_by, is_best in (
+        ("loss", [False, True, True, False, False]),
+        ("anls", [False, True, False, True, False]),
+    ):
+        logger = Logger()
+        sources = (["0"], best_by)
+        metrics = Metrics(logger, Flops(), None, torch.device("cpu"), 1, *sources)  # type: ignore[arg-type]
+        assert metrics.history["best"] == {"value": None, "step": None}
+        losses = {0: 1.0, 2: 3.0, 4: 2.0, 6: 2.0, 8: 2.5}
+        scores = {0: 9.0, 2: 0.2, 4: 0.1, 6: 0.3, 8: 0.3}
+        assert [
+            metrics.write_validation(step, loss, {"anls": scores[step]})
+            for step, loss in losses.items()
+        ] == is_best
+        best = {"loss": {"value": 2.0, "step": 4}, "anls": {"value": 0.3, "step": 6}}[best_by]
+        assert metrics.history["best"] == best
+        assert metrics.history["validation_losses"] == [*losses.items()]
+        assert logger.lines[0] == (0, {"validation_loss": 1.0, "validation_anls": 9.0})
 
 
 def test_a_gpu_is_asked_for_its_name_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:

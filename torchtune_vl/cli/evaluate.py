@@ -73,21 +73,24 @@ def _run(options: argparse.Namespace) -> int:
         if options.config:
             return _of_config(options)
         from torchtune_vl.datasets import open_dataset
+        from torchtune_vl.evaluation import Sources
         from torchtune_vl.models import transform_from_pretrained
 
         transform = transform_from_pretrained(options.checkpoint, **of_transform)
-        return transform, open_dataset(transform, files, **of_data)
+        return transform, Sources([open_dataset(transform, files, **of_data)], ["data"])
 
     status = _answer(options, about, make)
     if status is not None:
         return status
     from torchtune_vl.evaluation import evaluate
+    from torchtune_vl.evaluation._pictures import pictures_of
 
     transform, questions = make()
+    alpha = transform.image_transform.alpha
     how = {"columns": options.by, "others": others}
     records = _answers_of(options.output)
     report = {**evaluate(records, questions, transform, metrics, **how), "about": about}
-    _write(options.output, report, questions)
+    _write(options.output, report, pictures_of(records, questions, alpha))
     _show(report)
     print(f"Written to {shown(str(options.output))}")
     return tell_errors(records)
@@ -141,10 +144,9 @@ def _answers_of(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def _write(directory: Path, report: Mapping[str, Any], questions: Any) -> None:
+def _write(directory: Path, report: Mapping[str, Any], pictures: Mapping[int, Any]) -> None:
     """Write scores as JSON, as a table, and as a page."""
     from torchtune_vl.evaluation._page import to_html
-    from torchtune_vl.evaluation._pictures import pictures_of
     from torchtune_vl.files._directory import new_file, write_json
 
     write_json(directory / "scores.json", report)
@@ -159,7 +161,7 @@ def _write(directory: Path, report: Mapping[str, Any], questions: Any) -> None:
             said = [s.get("answer"), (s.get("truths") or [None])[0], s.get("error")]
             table.writerow([s["sample"], s["id"], *own, *said])
     facts = [[key, value] for key, value in report["about"].items()]
-    page = to_html({**report, "facts": facts}, pictures_of(samples, questions))
+    page = to_html({**report, "facts": facts}, pictures)
     with new_file(directory / "evaluation.html") as partial:
         partial.write_text(page, encoding="utf-8")
 

@@ -10,14 +10,23 @@ import numpy.typing as npt
 Draw = npt.NDArray[np.int64]  # numbers of samples, of which some may occur more than once
 
 
+class SampleError(ValueError):
+    """What is wrong with one of the samples, whose place in them is ``number``, from 0."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"sample {number}: {reason}")
+        self.number = number
+        self.reason = reason
+
+
 def each(function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
-    """Call a function for each sample; a ``ValueError`` of it names the sample, from 0."""
+    """Call a function for each sample; a ``ValueError`` of it becomes a :class:`SampleError`."""
     results = []
     for number, row in enumerate(zip(*columns, strict=True)):
         try:
             results.append(function(*row))
         except ValueError as error:
-            raise ValueError(f"sample {number}: {error}") from error
+            raise SampleError(number, str(error)) from error
     return results
 
 

@@ -1,15 +1,15 @@
 """Scores of answers to the questions of a dataset, in groups, and beside those of others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from torchtune_vl.chat import ChatTransform
-from torchtune_vl.datasets import VisionChatDataset
-from torchtune_vl.evaluation._bootstrap import Draw, Scores, compare, interval
+from torchtune_vl.evaluation._bootstrap import Draw, SampleError, Scores, compare, interval
 from torchtune_vl.evaluation._metrics import METRICS, Metric
+from torchtune_vl.evaluation._sources import Sources
 from torchtune_vl.media._errors import naming_sample
 
 Record = dict[str, Any]
@@ -25,7 +25,7 @@ def metrics_of(names: Sequence[str]) -> list[Metric]:
 
 def evaluate(
     records: Sequence[Record],
-    dataset: VisionChatDataset,
+    dataset: Sources,
     transform: ChatTransform,
     metrics: Sequence[Metric],
     *,
@@ -76,7 +76,7 @@ def evaluate(
     return report
 
 
-def _described(record: Record, dataset: VisionChatDataset, columns: Sequence[str]) -> Record:
+def _described(record: Record, dataset: Sources, columns: Sequence[str]) -> Record:
     """A line of answers with its question, and with what the answer is compared with."""
     number = record["sample"]
     described = {key: record[key] for key in ("sample", "id")}
@@ -104,22 +104,33 @@ def _text_of(messages: Sequence[Any]) -> str:
 
 
 def _scores(
-    metric: Metric, samples: Sequence[Record], dataset: VisionChatDataset, transform: ChatTransform
+    metric: Metric, samples: Sequence[Record], dataset: Sources, transform: ChatTransform
 ) -> Scores:
     for sample in samples:
         if not sample["truths"]:
             raise ValueError(f"sample {sample['id']!r} has no answer to compare with: leave it out")
+        if metric.needs_choices and not sample["choices"]:
+            raise ValueError(f"sample {sample['id']!r} has no choices, which {metric.name} needs")
+    try:
+        return metric.scores(*_columns(metric, samples, dataset, transform))
+    except SampleError as error:
+        name = samples[error.number]["id"]
+        raise ValueError(f"sample {name!r}: {error.reason}") from error
+
+
+def _columns(
+    metric: Metric, samples: Sequence[Record], dataset: Sources, transform: ChatTransform
+) -> Iterator[list[Any]]:
+    """Answers, truths and choices, as a metric takes them."""
     if metric.takes == "text":
-        texts = ([sample[key] for sample in samples] for key in ("answer", "truths", "choices"))
-        return metric.scores(*texts)
+        return ([sample[key] for sample in samples] for key in ("answer", "truths", "choices"))
     for sample in samples:
         if "boxes" not in sample:
             asked = dataset.read(sample["sample"])
             asked = {**asked, "messages": asked["messages"][:-1]}
             sample["boxes"] = transform.boxes_in_answer(asked, sample["answer"])
             sample["truth_boxes"] = transform.boxes_in_answer(asked, sample["truths"][0])
-    boxes = ([sample[key] for sample in samples] for key in ("boxes", "truth_boxes"))
-    return metric.scores(*boxes)
+    return ([sample[key] for sample in samples] for key in ("boxes", "truth_boxes"))
 
 
 def _summary(scores: Scores) -> dict[str, float]:
@@ -149,7 +160,7 @@ def _comparison(
     samples: Sequence[Record],
     others: Sequence[Record],
     metrics: Sequence[Metric],
-    dataset: VisionChatDataset,
+    dataset: Sources,
     transform: ChatTransform,
 ) -> dict[str, Any]:
     """How answers differ from others, in what both have answered."""

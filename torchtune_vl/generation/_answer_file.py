@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torchtune_vl.chat import ChatTransform
 from torchtune_vl.files._directory import new_file, open_locked
 from torchtune_vl.generation._decoding import Prompt, Rules, check_room, decode
-from torchtune_vl.generation._generate import ahead
+from torchtune_vl.generation._generate import BATCH_SIZE, ahead
 from torchtune_vl.media._errors import refusing
 from torchtune_vl.modules.vision import VisionLanguageModel
 
@@ -118,9 +118,13 @@ def answer_questions(
     questions: Questions,
     numbers: Iterable[int],
     rules: Rules,
-    batch_size: int,
+    batch_size: int = BATCH_SIZE,
+    any_of: Callable[[bool], bool] = bool,
 ) -> Iterator[Record]:
-    """Answer questions of some numbers, and yield the lines of :class:`AnswerFile` as they end."""
+    """Answer questions of some numbers, and yield the lines of :class:`AnswerFile` as they end.
+
+    ``any_of`` is that of :func:`decode`.
+    """
     about: dict[int, Record] = {}
     bad: list[Record] = []
 
@@ -142,7 +146,7 @@ def answer_questions(
 
     made = ahead(prepared, numbers, batch_size)
     prompts = ((number, prompt) for number, prompt in made if prompt is not None)
-    answered = decode(model, transform, prompts, rules, batch_size)
+    answered = decode(model, transform, prompts, rules, batch_size, any_of)
     for number, answer_number, answer in answered:
         while bad:
             yield bad.pop()

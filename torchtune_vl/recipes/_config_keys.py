@@ -146,12 +146,23 @@ class Config:
     save_every_n_steps: Annotated[
         _Count | None,
         "see [below](#stopping-and-going-on), written while the next steps run; null: only when "
-        "the run is stopped, at its end, and at the best validation loss",
+        "the run is stopped, at its end, and at the best validation",
     ] = None
     keep_last: Annotated[_Count, "how many steps to keep, beside the best"]
-    eval_every_n_steps: Annotated[_Count | None, "validation; null: at the end alone"] = None
+    eval_every_n_steps: Annotated[
+        _Count | None, "validation, also before the first step; null: at the end alone"
+    ] = None
+    metrics: Annotated[
+        list[str] | None,
+        "by which answers to the questions of `dataset_val` are scored at each validation, see "
+        "[evaluation](evaluation.md#metrics); null: none are made",
+    ] = None
+    max_new_tokens: Annotated[_Count, "of these answers"] = 128
+    best_by: Annotated[
+        str, "what tells the best validation: loss, the lowest, or one of `metrics`, the highest"
+    ] = "loss"
     export: Annotated[
-        Literal["last", "best"], "which step: the last, or that of the lowest validation loss"
+        Literal["last", "best"], "which step: the last, or that of the best validation"
     ] = "last"
     resume: Annotated[bool, "go on from the newest step, if there is one"]
     log_every_n_steps: Annotated[_Count, "a line of the log"]

@@ -38,7 +38,9 @@ from torchtune_vl.data import Plan, Planner, Row, StreamedRows, TrainingRows
 from torchtune_vl.data._data_workers import loading
 from torchtune_vl.data._plan import unusable
 from torchtune_vl.datasets import Measurements, Mixture, SamplesError, measure
-from torchtune_vl.files._directory import numbered, open_locked, remove
+from torchtune_vl.evaluation import Sources, evaluate, metrics_of
+from torchtune_vl.files._directory import numbered, open_locked, remove, write_json
+from torchtune_vl.generation import Rules, answer_questions
 from torchtune_vl.models._builders import part_of
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import initial_adapters, load_weights_into
@@ -164,8 +166,12 @@ class FinetuneRecipe:
         found_before = self._on_main(lambda: self.bad_samples.read_until(self.step))
         self.rows = self._make_rows(tokenizer)
         self.validation_rows: TrainingRows | None = None
+        self.questions: Sources | None = None
         if cfg.dataset_val:
             mixture = datasets_of(cfg, "dataset_val", tokenizer)
+            if cfg.metrics:
+                self.questions = self._make_questions(mixture)
+                self.transform = tokenizer
             order = {"rows_per_step": self.data_ranks, "shuffle": False, "epochs": 1}
             self.validation_rows = self._make_table_rows("dataset_val", mixture, **order)
         self.bad_samples.add(found_before)
@@ -189,7 +195,8 @@ class FinetuneRecipe:
             logger.log_config(cfg)
         room = getattr(self.rows.planner, "max_tokens", None)
         copies = cfg.parallel.tensor
-        self.metrics = Metrics(logger, self.flops, room, self.device, copies, self.sources)
+        shown = (self.sources, cfg.best_by)
+        self.metrics = Metrics(logger, self.flops, room, self.device, copies, *shown)
         if self.begun:
             self._resume(self.begun)
         self.sample_log = self._open_sample_log()
@@ -306,6 +313,17 @@ class FinetuneRecipe:
         plan.wait()
         return TrainingRows(mixture.table, planner, plan, **self._sharing())
 
+    def _make_questions(self, mixture: Mixture) -> Sources:
+        """The conversations of the validation set, whose last answers are truths."""
+        for dataset in mixture.datasets:
+            if not hasattr(dataset, "read"):
+                name = type(dataset).__name__
+                raise ValueError(
+                    f"metrics need the conversations of dataset_val, which {name} does not have: "
+                    "take vision_chat_dataset, or set metrics=null"
+                )
+        return Sources(mixture.datasets, mixture.names)
+
     def _sharing(self) -> dict[str, Any]:
         skips_bad = self.cfg.on_bad_sample == "skip"
         return {"rank": self.data_rank, "world_size": self.data_ranks, "skips_bad": skips_bad}
@@ -387,6 +405,8 @@ class FinetuneRecipe:
     def _take_steps(self) -> None:
         last, is_hidden = self.max_steps, not self.is_main
         self.bar = tqdm(total=last, initial=self.step, unit="step", disable=is_hidden)
+        if self.validation_rows and not self.step and self.cfg.eval_every_n_steps:
+            self._evaluate(self.validation_rows)
         self.metrics.begin()
         with self._load(self.rows) as loader, self.bar:
             while self.step < self.max_steps:
@@ -524,7 +544,7 @@ class FinetuneRecipe:
 
     @torch.no_grad()
     def _evaluate(self, rows: TrainingRows) -> bool:
-        """Compute the loss of the validation set, and tell whether it is the lowest so far."""
+        """Compute loss and scores of the validation set, and tell whether it is the best so far."""
         self.model.eval()
         sums: list[tuple[torch.Tensor, list[int]]] = []  # of the losses of each row's samples
         count = 0
@@ -538,6 +558,7 @@ class FinetuneRecipe:
             self._list_bad("dataset_val")
         total = torch.stack([x for x, _ in sums]).sum()
         total = torch.stack([total, torch.full_like(total, count)])
+        scores = self._score_answers(self.questions) if self.questions else {}
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # a backward would have
         self.model.train()
@@ -550,8 +571,43 @@ class FinetuneRecipe:
                 f"whose rows did it have the indices {self._samples_of_all(bad)}: look at them"
             )
         if self.is_main:
-            log.info("Validation loss %.4g after step %d", loss, self.step)
-        return self.metrics.write_validation(self.step, loss)
+            when = f"after step {self.step}" if self.step else "before the first step"
+            told = "".join(f", {name} {score:.4g}" for name, score in scores.items())
+            log.info("Validation loss %.4g%s %s", loss, told, when)
+        return self.metrics.write_validation(self.step, loss, scores)
+
+    def _score_answers(self, questions: Sources) -> dict[str, float]:
+        """Let the model answer the questions of the validation set, and score its answers."""
+        self._wait_for_save()  # which takes part in other collectives
+        own = range(self.data_rank, len(questions), self.data_ranks)
+        rules, is_hidden = Rules(self.cfg.max_new_tokens), not self.is_main
+        asked = tqdm(own, "answering", unit="question", leave=False, disable=is_hidden)
+        # Compiled layers would be compiled anew for each number of answers and tokens
+        with torch.compiler.set_stance("force_eager"):
+            model: Any = self.model
+            answered = answer_questions(
+                model, self.transform, questions, asked, rules, any_of=self._any_of
+            )
+            records = {record["sample"]: record for record in answered}
+        everyone: list[Any] = [None] * self.processes
+        dist.all_gather_object(everyone, records)
+        joined = {sample: record for part in everyone for sample, record in part.items()}
+        return self._on_main(lambda: self._scored([joined[n] for n in sorted(joined)], questions))
+
+    def _any_of(self, is_mine: bool) -> bool:
+        found = torch.tensor(int(is_mine))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
+    def _scored(self, records: list[dict[str, Any]], questions: Sources) -> dict[str, float]:
+        errors = [record["error"] for record in records if "error" in record]
+        if errors and self.cfg.on_bad_sample == "raise":
+            raise ValueError(f"dataset_val: {len(errors)} cannot be answered: {errors[0]}")
+        report = evaluate(records, questions, self.transform, metrics_of(self.cfg.metrics))
+        directory = self.output_dir / "evaluations"
+        directory.mkdir(exist_ok=True)
+        write_json(directory / f"step_{self.step}.json", report)
+        return {name: found["total"] for name, found in report["metrics"].items()}
 
     def _state(self) -> dict[str, Any]:
         """What is saved and loaded by all processes together, random states of each by its rank."""
@@ -635,7 +691,7 @@ class FinetuneRecipe:
             saved = self._on_main(lambda: self.saved.read(self.saved.path(best)))
             dcp.load({"model": self._state()["model"]}, checkpoint_id=saved.directory)
             position = saved.progress["position"]
-            log.info("Exporting step %d, which has the lowest validation loss", best)
+            log.info("Exporting step %d, which has the best validation %s", best, self.cfg.best_by)
         # The position is that of the next step
         epoch = position["epoch"] - (not position["has_begun"])
         trained = sharding.gather(self.trained)
@@ -691,9 +747,15 @@ def _check_settings(cfg: DictConfig) -> None:
     offloads_on_cpu = offloads and cfg.device == "cpu"
     keeps = cfg.activation_checkpointing != "full"
     has_no_best = cfg.export == "best" and cfg.dataset_val is None
+    metrics_of(cfg.metrics or [])
+    is_best_known = cfg.best_by in ("loss", *(cfg.metrics or []))
     has_no_plan = tensor > 1 and cfg.parallel.plan is None
     refusals = {
-        "export: best is that of the lowest validation loss: set dataset_val": has_no_best,
+        "export: best is that of the best validation: set dataset_val": has_no_best,
+        "metrics are of answers to the questions of dataset_val: set it": (
+            cfg.metrics and cfg.dataset_val is None
+        ),
+        f"best_by is {cfg.best_by}: make it loss, or one of metrics": not is_best_known,
         # Views of gathered weights would be offloaded too, which FSDP frees after the forward
         "activation_offloading needs activation_checkpointing: full": offloads and keeps,
         "activation_offloading is for a GPU's memory: leave it at False on a cpu": offloads_on_cpu,

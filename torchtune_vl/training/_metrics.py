@@ -1,9 +1,8 @@
 """The metrics of the log: all are computed and written here, and explained in docs/training.md."""
 
-import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,10 @@ class Metrics:
         device: torch.device,
         copies: int,
         sources: Sequence[str],
+        best_by: str = "loss",
     ) -> None:
         self.logger = logger
+        self.best_by = best_by
         self.flops = flops
         self.room = room
         self.device = device
@@ -46,7 +47,7 @@ class Metrics:
         self.history: dict[str, Any] = {
             "losses": [],  # of each step so far
             "validation_losses": [],  # (step, loss)
-            "best": {"loss": math.inf, "step": None},  # the lowest of these
+            "best": {"value": None, "step": None},  # by loss, or by a metric of answers
             "samples": 0,  # that were trained on or were bad
         }
         self.begin()
@@ -138,15 +139,21 @@ class Metrics:
             found |= {f"samples/{name}": samples, f"tokens/{name}": tokens}
         return found
 
-    def write_validation(self, step: int, loss: float) -> bool:
-        """Write the loss of the validation set, and tell whether it is the lowest so far."""
+    def write_validation(self, step: int, loss: float, scores: Mapping[str, float]) -> bool:
+        """Write the loss of the validation set, and scores of answers by metric.
+
+        Tells whether it is the best so far, by the lowest loss or the highest score. What was
+        before the first step, 0, is none that could be.
+        """
+        named = {f"validation_{name}": score for name, score in scores.items()}
         if self.logger:
-            self.logger.log_dict({"validation_loss": loss}, step=step)
+            self.logger.log_dict({"validation_loss": loss, **named}, step=step)
         self.history["validation_losses"].append((step, loss))
-        is_best = loss < self.history["best"]["loss"]
-        if is_best:
-            self.history["best"] = {"loss": loss, "step": step}
-        return is_best
+        value, best = {"loss": loss, **scores}[self.best_by], self.history["best"]["value"]
+        is_better = best is None or (value < best if self.best_by == "loss" else value > best)
+        if step and is_better:
+            self.history["best"] = {"value": value, "step": step}
+        return bool(step and is_better)
 
     def show(self, step: int, directory: Path) -> None:
         """Draw all losses to a file in a directory, and sum them up."""
@@ -154,8 +161,8 @@ class Metrics:
             self.history[key] for key in ("losses", "validation_losses", "best")
         )
         draw_losses(losses, validation_losses).savefig(directory / "loss.png")
-        table = Table("steps", "first loss", "last loss", "best validation loss")
-        text = f"{best['loss']:.4g} (step {best['step']})" if best["step"] else "-"
+        table = Table("steps", "first loss", "last loss", f"best validation {self.best_by}")
+        text = f"{best['value']:.4g} (step {best['step']})" if best["step"] else "-"
         table.add_row(str(step), f"{losses[0]:.4g}", f"{losses[-1]:.4g}", text)
         Console().print(table)
         print(f"Loss curve: {directory / 'loss.png'}")
