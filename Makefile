@@ -50,7 +50,7 @@ bench: $(INSTALLED) $(VOCABULARY)
 docs: $(INSTALLED)
 	$(BIN)/pdoc --docformat google --output-directory build/docs \
 		torchtune_vl.models.qwen2_5_vl torchtune_vl.data torchtune_vl.datasets torchtune_vl.media \
-		torchtune_vl.generation torchtune_vl.training torchtune_vl.modules torchtune_vl.recipes
+		torchtune_vl.generation torchtune_vl.evaluation torchtune_vl.training torchtune_vl.modules torchtune_vl.recipes
 
 # torchvision serves comparisons with transformers alone, see torchtune_vl/validation/_torchvision.py
 $(INSTALLED): pyproject.toml constraints.txt

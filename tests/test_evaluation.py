@@ -74,6 +74,8 @@ def test_scores_groups_and_comparison(
     assert (compared["other_total"], compared["difference"]) == (0.0, pytest.approx(5 / 11))
     assert report["comparison"]["num_answers"] == 11
     first = report["samples"][1]
+    assert first["other_scores"]["exact_match"] == 0.0
+    assert first["other_answer"] != first["answer"]
     assert first["question"] == "No. 1?"
     assert first["scores"]["exact_match"] == 1.0
     assert first["answer"].strip() == first["truths"][0]

@@ -3,9 +3,11 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from torchtune_vl.cli._torchrun import end_with_the_launcher, torchrun
 from torchtune_vl.files._printable import shown
@@ -16,6 +18,7 @@ DATA_ARE = (
 )
 DATA_ARE += f"dataset has them, such as format=vqa, or {TRANSFORM_IS}"
 _NUM_SHOWN = 10
+DIGESTS = ("questions", "weights")  # of what answers depend on
 # What the answers depend on, beside checkpoint and data
 _OF_ANSWERS = (
     *("checkpoint", "adapter", "dtype", "prompt", "system", "images", "stop", "num_answers"),
@@ -61,24 +64,33 @@ def add_processes(command: argparse.ArgumentParser) -> None:
 
 
 def about_of(
-    options: argparse.Namespace, of_transform: dict[str, Any], **others: Any
+    options: argparse.Namespace, of_transform: dict[str, Any], questions: Any
 ) -> dict[str, str]:
     """What answers depend on, for a file of them to be gone on with."""
     values = {name: getattr(options, name, None) for name in _OF_ANSWERS}
-    values |= {"transform": of_transform, **others}
+    directories = [options.checkpoint, *([options.adapter] if options.adapter else [])]
+    values |= {"transform": of_transform, "questions": questions.fingerprint}
+    values["weights"] = state_of_files(path for d in directories for path in d.glob("*.*"))
     return {name: str(value) for name, value in values.items() if value not in (None, [], {})}
+
+
+def state_of_files(paths: Iterable[Path]) -> str:
+    """A digest of files' names, sizes and times of writing."""
+    states = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.is_file())
+    return xxhash.xxh3_64_hexdigest(repr(states).encode("utf-8", "surrogatepass"))
 
 
 def answer_many(
     options: argparse.Namespace,
     file: Any,
-    make: Callable[[], tuple[Any, Any]],
+    transform: Any,
+    questions: Any,
     rules: Any,
 ) -> int | None:
     """Answer the questions that a file lacks, in as many processes as the options say.
 
-    Each makes transform and questions for itself. Returns None if all are answered, or else the
-    status with which the process is to end, as one that another has started.
+    Returns None if all are answered, or else the status with which the process is to end, as one
+    that another has started.
     """
     if options.processes > 1 and "RANK" not in os.environ:
         launcher = ["--nproc_per_node", str(options.processes)]
@@ -91,7 +103,6 @@ def answer_many(
 
     rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     with file.part(rank) as add:
-        transform, questions = make()
         model = load(options)
         own = range(rank, len(questions), processes)
         left = [number for number in file.unanswered(len(questions)) if number in own]

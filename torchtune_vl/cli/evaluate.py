@@ -9,6 +9,7 @@ from typing import Any
 
 from torchtune_vl.cli._answering import (
     DATA_ARE,
+    DIGESTS,
     about_of,
     add_model,
     add_processes,
@@ -67,33 +68,43 @@ def _run(options: argparse.Namespace) -> int:
     if bool(files) == bool(options.config):
         raise ValueError("give DATA, or --config")
     others = _answers_of(options.against) if options.against else None
-    about = about_of(options, of_transform, config=options.config, data=[*files, *of_data.items()])
-
-    def make() -> tuple[Any, Any]:
-        if options.config:
-            return _of_config(options)
-        from torchtune_vl.datasets import open_dataset
-        from torchtune_vl.evaluation import Sources
-        from torchtune_vl.models import transform_from_pretrained
-
-        transform = transform_from_pretrained(options.checkpoint, **of_transform)
-        return transform, Sources([open_dataset(transform, files, **of_data)], ["data"])
-
-    status = _answer(options, about, make)
+    transform, questions = _questions(options, files, of_data, of_transform)
+    about = about_of(options, of_transform, questions)
+    status = _answer(options, about, transform, questions)
     if status is not None:
         return status
     from torchtune_vl.evaluation import evaluate
     from torchtune_vl.evaluation._pictures import pictures_of
 
-    transform, questions = make()
     alpha = transform.image_transform.alpha
     how = {"columns": options.by, "others": others}
     records = _answers_of(options.output)
-    report = {**evaluate(records, questions, transform, metrics, **how), "about": about}
+    report = evaluate(records, questions, transform, metrics, **how)
+    shown_about = {key: value for key, value in about.items() if key not in DIGESTS}
+    named = {"data": " ".join(options.data), "config": options.config, "against": options.against}
+    told = {key: str(value) for key, value in named.items() if value}
+    report["facts"] = [*{**shown_about, **told}.items()]
     _write(options.output, report, pictures_of(records, questions, alpha))
     _show(report)
     print(f"Written to {shown(str(options.output))}")
     return tell_errors(records)
+
+
+def _questions(
+    options: argparse.Namespace,
+    files: list[str],
+    of_data: dict[str, Any],
+    of_transform: dict[str, Any],
+) -> tuple[Any, Any]:
+    """Transform and questions, of files or of a config."""
+    if options.config:
+        return _of_config(options)
+    from torchtune_vl.datasets import open_dataset
+    from torchtune_vl.evaluation import Sources
+    from torchtune_vl.models import transform_from_pretrained
+
+    transform = transform_from_pretrained(options.checkpoint, **of_transform)
+    return transform, Sources([open_dataset(transform, files, **of_data)], ["data"])
 
 
 def _of_config(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -113,7 +124,7 @@ def _of_config(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _answer(
-    options: argparse.Namespace, about: Mapping[str, str], make: Callable[[], tuple[Any, Any]]
+    options: argparse.Namespace, about: Mapping[str, str], transform: Any, questions: Any
 ) -> int | None:
     """Let the model answer what is not answered in the directory."""
     from torchtune_vl.files._directory import write_json
@@ -131,7 +142,7 @@ def _answer(
     if not settings.is_file():
         write_json(settings, about)
     file = AnswerFile(directory / ANSWERS, about)
-    status = answer_many(options, file, make, rules_of(options))
+    status = answer_many(options, file, transform, questions, rules_of(options))
     if status is None:
         file.finish()
     return status
@@ -160,8 +171,7 @@ def _write(directory: Path, report: Mapping[str, Any], pictures: Mapping[int, An
             own += [s.get("scores", {}).get(name) for name in names]
             said = [s.get("answer"), (s.get("truths") or [None])[0], s.get("error")]
             table.writerow([s["sample"], s["id"], *own, *said])
-    facts = [[key, value] for key, value in report["about"].items()]
-    page = to_html({**report, "facts": facts}, pictures)
+    page = to_html(report, pictures)
     with new_file(directory / "evaluation.html") as partial:
         partial.write_text(page, encoding="utf-8")
 
@@ -175,11 +185,13 @@ def _show(report: Mapping[str, Any]) -> None:
     table = Table("", "score", "95 %", *more, title=f"{report['num_answers']:,} answers")
     for name, found in report["metrics"].items():
         table.add_row(name, *_cells(found), *_compared_cells(compared.get(name)))
-    for column, groups in report["groups"].items():
-        for value, group in groups.items():
-            for name, found in group["metrics"].items():
-                table.add_row(shown(f"{column} {value}: {name}"), *_cells(found))
     Console().print(table)
+    for column, groups in report["groups"].items():
+        table = Table(shown(column), "answers", *report["metrics"])
+        for value, group in groups.items():
+            totals = [f"{found['total']:.4g}" for found in group["metrics"].values()]
+            table.add_row(shown(value), f"{group['num_answers']:,}", *totals)
+        Console().print(table)
 
 
 def _cells(found: Mapping[str, float]) -> list[str]:

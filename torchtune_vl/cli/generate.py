@@ -16,6 +16,7 @@ from torchtune_vl.cli._answering import (
     question,
     rules_of,
     split_settings,
+    state_of_files,
     tell_errors,
     write,
 )
@@ -80,25 +81,24 @@ def _run(options: argparse.Namespace) -> int:
     if not many:
         return _answer_one(options, of_transform)
     from torchtune_vl.generation import AnswerFile
+    from torchtune_vl.models import transform_from_pretrained
 
-    about = about_of(options, of_transform, data=[*files, *of_data.items()])
+    transform = transform_from_pretrained(options.checkpoint, **of_transform)
+    questions: Any = FolderQuestions(options) if options.images else None
+    if files:
+        from torchtune_vl.datasets import open_dataset
+        from torchtune_vl.evaluation import Sources
+
+        questions = Sources([open_dataset(transform, files, **of_data)], ["data"])
+    about = about_of(options, of_transform, questions)
     file = AnswerFile(options.output, about, options.num_answers)
     rules = rules_of(options, stop=options.stop, num_answers=options.num_answers)
-
-    def make() -> tuple[Any, Any]:
-        from torchtune_vl.datasets import open_dataset
-        from torchtune_vl.models import transform_from_pretrained
-
-        transform = transform_from_pretrained(options.checkpoint, **of_transform)
-        if files:
-            return transform, open_dataset(transform, files, **of_data)
-        return transform, FolderQuestions(options.images, options.prompt, options.system)
-
-    status = answer_many(options, file, make, rules)
+    status = answer_many(options, file, transform, questions, rules)
     if status is not None:
         return status
     records = file.finish()
-    print(f"Written to {shown(str(file.path))}: {len(records):,} answers")
+    count = sum("answer" in record for record in records)
+    print(f"Written to {shown(str(file.path))}: {count:,} answers")
     return tell_errors(records)
 
 
@@ -119,17 +119,18 @@ def _answer_one(options: argparse.Namespace, of_transform: dict[str, Any]) -> in
 class FolderQuestions:
     """The same question about each image of a folder, and of those in it."""
 
-    def __init__(self, folder: Path, text: str, system: str | None) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         from torchtune_vl.validation._inputs import find_images
 
-        self._folder, self._text, self._system = folder, text, system
-        self._files = [*find_images([folder])]
+        self._options = options
+        self._files = [*find_images([options.images])]
+        self.fingerprint = state_of_files(map(Path, self._files))
 
     def __len__(self) -> int:
         return len(self._files)
 
     def read(self, index: int) -> dict[str, Any]:
         """A question, whose id is the path in the folder."""
-        file = self._files[index]
-        name = Path(file).relative_to(self._folder).as_posix()
-        return {"id": name, "messages": question(self._text, self._system, [file], [])}
+        file, asked = self._files[index], self._options
+        name = Path(file).relative_to(asked.images).as_posix()
+        return {"id": name, "messages": question(asked.prompt, asked.system, [file], [])}

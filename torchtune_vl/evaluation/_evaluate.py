@@ -47,7 +47,8 @@ def evaluate(
         Values that JSON can hold: ``num_answers`` and ``num_errors``; ``metrics``, of each
         ``about``, ``total``, and ``low`` and ``high``, its 95 % interval; ``groups``, by column and
         value, the same with ``num_answers``; ``comparison``, by metric, how the answers differ from
-        ``others``; and ``samples``, of each ``sample``, ``id``, ``question``, ``answer``,
+        ``others``, of which samples have ``other_answer``, ``other_scores``, ``other_boxes`` and
+        ``other_ended``; and ``samples``, of each ``sample``, ``id``, ``question``, ``answer``,
         ``truths``, ``scores`` by metric, ``values`` of the columns, and perhaps ``boxes`` and
         ``truth_boxes`` in pixels of the image's file, or an ``error``.
 
@@ -173,10 +174,13 @@ def _comparison(
     if not pairs:
         raise ValueError("the answers to compare with are to none of these questions")
     ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
-    for sample, other in pairs:
-        sample["other_answer"] = other["answer"]
     found = {}
     for metric in metrics:
         first, second = (_scores(metric, side, dataset, transform) for side in (theirs, ours))
         found[metric.name] = {"other_total": first.total, **asdict(compare(first, second))}
+        for (_, other), score in zip(pairs, first.samples, strict=True):
+            other.setdefault("scores", {})[metric.name] = score
+    for sample, other in pairs:
+        known = ("answer", "scores", "boxes", "ended")
+        sample |= {f"other_{key}": other[key] for key in known if key in other}
     return {"num_answers": len(pairs), "metrics": found}

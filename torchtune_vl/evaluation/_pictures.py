@@ -17,16 +17,20 @@ def pictures_of(
     samples: Sequence[Mapping[str, Any]], dataset: Sources, alpha: Alpha
 ) -> dict[int, list[dict[str, Any]]]:
     """Make pictures of the images, and of the first frame of videos, of questions, by number."""
-    pictures: dict[int, list[dict[str, Any]]] = {}
-    for sample in tqdm(samples, "pictures", unit="sample", leave=False):
-        if "error" in sample:
-            continue
-        asked = dataset.read(sample["sample"])
-        turns = read_conversation(asked["messages"], asked.get("images"), asked.get("videos"))
-        media = [part for turn in turns for part in turn.content if isinstance(part, Medium)]
-        own = [picture_of(_shown(m), len(samples), kind=m.kind, alpha=alpha) for m in media]
-        pictures[sample["sample"]] = own
-    return pictures
+    numbers = [sample["sample"] for sample in samples if "error" not in sample]
+    media = {number: _media_of(dataset.read(number)) for number in numbers}
+    count = sum(map(len, media.values()))
+    return {
+        number: [picture_of(_shown(m), count, kind=m.kind, alpha=alpha) for m in own]
+        for number, own in tqdm(media.items(), "pictures", unit="sample", leave=False)
+    }
+
+
+def _media_of(sample: Mapping[str, Any]) -> list[Medium]:
+    messages, media = sample["messages"], (sample.get("images"), sample.get("videos"))
+    roles = {message["role"] for message in messages}  # whether they are known was found before
+    turns = read_conversation(messages, *media, roles)
+    return [part for turn in turns for part in turn.content if isinstance(part, Medium)]
 
 
 def _shown(medium: Medium) -> Any:
