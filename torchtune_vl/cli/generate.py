@@ -20,6 +20,7 @@ from torchtune_vl.cli._answering import (
     tell_errors,
     write,
 )
+from torchtune_vl.cli._dataset import check_directory_of
 from torchtune_vl.files._printable import shown
 
 _DESCRIPTION = """\
@@ -80,6 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("--image, --video and --system are of one question: leave them out")
     if not many:
         return _answer_one(options, of_transform)
+    check_directory_of(options.output)
     from torchtune_vl.generation import AnswerFile
     from torchtune_vl.models import transform_from_pretrained
 

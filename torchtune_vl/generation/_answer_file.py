@@ -51,8 +51,6 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], num_answers: int = 1) -> None:
-        if not path.parent.is_dir():
-            raise ValueError(f"{path.parent}, where {path.name} is to be written, is no directory")
         if path.exists():
             raise ValueError(f"{path} is there, and finished: remove it, or name another file")
         self.path = path
