@@ -102,8 +102,9 @@ class Prefill:
             for (slot, start, end), part in zip(places, x_NKD.split(lengths), strict=True):
                 new[slot, :, start:end] = part.transpose(0, 1)
         if not any(self.starts):
-            segments = self.segments.to(q_NHD.device)
-            return attention.attend_within_segments(q_NHD, k_NKD, v_NKD, segments, is_causal=True)
+            self.segments = self.segments.to(q_NHD.device)  # once, for all layers
+            rows = (q_NHD, k_NKD, v_NKD)
+            return attention.attend_within_segments(*rows, self.segments, is_causal=True)
         return torch.cat(
             [
                 _look_back(q, kept[0, slot, :, :end], kept[1, slot, :, :end], start)

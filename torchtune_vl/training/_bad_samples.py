@@ -38,14 +38,13 @@ class BadSamples:
         self._listed: dict[tuple[str, int], BadSample] = {}
 
     def read_until(self, step: int) -> list[BadSample]:
-        """Read what training up to a step found, and drop all else, which is found again."""
+        """Read what was found up to a step, and drop all else, which is found again."""
         if not self.path.exists():
             return []
         drop_steps_after(step, self.path)
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        found = [BadSample(**json.loads(line)) for line in lines]
         self.path.unlink()
-        return [bad for bad in found if bad.step > 0]
+        return [BadSample(**json.loads(line)) for line in lines]
 
     def add(self, found: Iterable[BadSample]) -> None:
         """Add those that are not listed yet, in the order of steps and samples."""
