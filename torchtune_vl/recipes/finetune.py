@@ -691,7 +691,9 @@ class FinetuneRecipe:
             saved = self._on_main(lambda: self.saved.read(self.saved.path(best)))
             dcp.load({"model": self._state()["model"]}, checkpoint_id=saved.directory)
             position = saved.progress["position"]
-            log.info("Exporting step %d, which has the best validation %s", best, self.cfg.best_by)
+            if self.is_main:
+                told = "Exporting step %d, which has the best validation %s"
+                log.info(told, best, self.cfg.best_by)
         # The position is that of the next step
         epoch = position["epoch"] - (not position["has_begun"])
         trained = sharding.gather(self.trained)
