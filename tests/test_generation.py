@@ -100,7 +100,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
     assert counts[2] == 0
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_answers_do_not_depend_on_what_else_is_decoded(
     model: torch.nn.Module, batch_size: int
 ) -> None:
@@ -270,7 +270,7 @@ def test_turns_with_what_is_kept_are_as_read_anew(
         lambda module, args, kwargs: encoded.append(len(kwargs["grid_thw"])), with_kwargs=True
     )
     media = [sum(i["type"] != "text" for turn in history for i in turn["content"])]
-    for turn in range(4):
+    for turn in range(3):
         (expected,) = generate(model, transform, [history], max_new_tokens=12)
         encoded.clear()
         text = "".join(chat.stream(history))
@@ -322,9 +322,9 @@ def test_a_chat_that_is_left_in_the_middle(
 def test_a_begun_answer_is_gone_on_with(tiny: tuple[VisionLanguageModel, ChatTransform]) -> None:
     model, transform = tiny
     compared = 0
-    for chat in questions(12):
+    for chat in questions(6):
         (whole,) = generate(model, transform, [chat], max_new_tokens=20)
-        for end in range(3, 18, 3):
+        for end in (2, 7, 15):
             text = transform.decode(whole.tokens[:end])
             if transform.encode(text, add_eos=False) != whole.tokens[:end]:
                 continue  # the model did not write the ids that the text has
@@ -332,7 +332,7 @@ def test_a_begun_answer_is_gone_on_with(tiny: tuple[VisionLanguageModel, ChatTra
             (rest,) = generate(model, transform, [begun], max_new_tokens=20 - end)
             assert rest.tokens == whole.tokens[end:]
             compared += 1
-    assert compared > 5
+    assert compared > 2
 
 
 # Processes, training, torchtune
