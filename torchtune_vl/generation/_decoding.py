@@ -12,6 +12,7 @@ from random import Random
 from typing import Any, Literal, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from torchtune_vl.data._collate import join_media
@@ -143,7 +144,7 @@ class Decoding:
         self._cache = Cache(num_slots)
         self._bytes_of = tokenizer.bytes_of
         self._stop_tokens = frozenset(tokenizer.stop_tokens)
-        self._device = model.tok_embeddings.weight.device
+        self._device = _device_of(model.tok_embeddings.weight)
         # Which tokens occurred, by slot, if that matters
         self._seen_BV: torch.Tensor | None = None
         if rules.sampling.repetition_penalty != 1:
@@ -309,6 +310,13 @@ class Decoding:
         ]
         if found:
             draft.text, draft.ended = draft.text[: min(found)], "stop string"
+
+
+def _device_of(weight: torch.Tensor) -> torch.device:
+    """Where a weight is computed with, which may wait elsewhere until then."""
+    if isinstance(weight, DTensor):
+        return torch.device(weight.device_mesh.device_type)
+    return weight.device
 
 
 def media_spans(prompt: Prompt, model: VisionLanguageModel) -> list[tuple[int, int]]:

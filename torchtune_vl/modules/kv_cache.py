@@ -141,15 +141,14 @@ class Step:
         self.reach = reach
         positions = torch.arange(reach, device=lengths.device)
         self.mask_B11M = (positions <= lengths[:, None])[:, None, None]
+        self.slots = torch.arange(len(lengths), device=lengths.device)
 
     def attend(
         self, q_BHD: torch.Tensor, k_BKD: torch.Tensor, v_BKD: torch.Tensor, layer: nn.Module
     ) -> torch.Tensor:
         """Keep a layer's keys and values, and attend; returns [B, H, D]."""
         kept = self.cache.of(layer).with_room(k_BKD, self.reach)
-        rows = torch.arange(len(q_BHD), device=q_BHD.device)
-        kept[0][rows, :, self.lengths] = k_BKD
-        kept[1][rows, :, self.lengths] = v_BKD
+        kept[:, self.slots, :, self.lengths] = torch.stack([k_BKD, v_BKD], dim=1)
         k, v = kept[:, : len(q_BHD), :, : self.reach].unbind()
         # Heads that share keys count as positions of one head: the keys are read once, as they are
         q_BKGD = q_BHD.unflatten(1, (k.shape[1], -1))
