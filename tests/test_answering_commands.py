@@ -51,7 +51,7 @@ def command(directory: Path, output: Path, *more: str) -> list[str]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def called(name: str, *arguments: object) -> int:
@@ -127,11 +127,42 @@ def test_answers_of_a_dataset(
 
 def test_a_file_of_another_command_is_not_gone_on_with(directory: Path, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
-    part = tmp_path / "answers.jsonl.unfinished-0"
+    part = tmp_path / "answers.jsonl.unfinished-3"
     part.write_text('{"unfinished": {"checkpoint": "another", "seed": "0"}}\n')
     asked = (directory / "model", directory / "test.jsonl", "--output", output)
     assert called("generate", *asked) == 2
-    assert part.exists()
+    assert [*tmp_path.iterdir()] == [part]
+
+
+@pytest.mark.parametrize(
+    "name", ["answers[v2].jsonl", "answers?.jsonl", "Antworten über alles.jsonl"]
+)
+def test_names_of_files(directory: Path, tmp_path: Path, name: str) -> None:
+    """Also a header of which a crash left half."""
+    records = read(directory / "test.jsonl")[:2]
+    asked = [{**record, "id": f"\u2028 {n} \ud800"} for n, record in enumerate(records)]
+    for record in asked:
+        for item in record["messages"][0]["content"]:
+            if "image" in item:
+                item["image"] = str(directory / item["image"])
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in asked))
+    (tmp_path / f"{name}.unfinished-0").write_text('{"unfini')
+    how = (directory / "model", data, "--output", tmp_path / name, "--max-new-tokens", 2)
+    assert called("generate", *how) == 0
+    assert [record["id"] for record in read(tmp_path / name)] == [r["id"] for r in asked]
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", name}
+
+
+def test_the_environment_of_another_launcher(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    output = tmp_path / "answers.jsonl"
+    folder = ("--prompt", "What?", "--images", directory / "images" / "more", "--output", output)
+    assert called("generate", directory / "model", *folder, "--max-new-tokens", 2) == 0
+    assert len(read(output)) == len([*(directory / "images" / "more").iterdir()])
 
 
 @pytest.mark.parametrize(
@@ -146,7 +177,8 @@ def test_a_file_of_another_command_is_not_gone_on_with(directory: Path, tmp_path
         (("data.jsonl", "--output", "x", "--image", "y"), "are of one question"),
         (("data.jsonl", "--output", "missing/x"), "is no directory"),
         (("data.xyz", "--output", "x"), "set source="),
-        (("--prompt", "Hi", "--num-answers", "2"), "leave --num-answers out"),
+        (("--prompt", "Hi", "--num-answers", "2"), "leave --num-answers and --processes out"),
+        (("--prompt", "Hi", "--top-k", "2"), "set temperature"),
         (("--prompt", "Hi", "--temperature", "-1"), "temperature is -1"),
         (("--prompt", "Hi", "transform.max_pixel=9"), "the nearest is 'max_pixels'"),
     ],

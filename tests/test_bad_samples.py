@@ -175,12 +175,18 @@ def test_a_list_has_each_once_and_forgets_what_comes_again(tmp_path: Path) -> No
     found = [BadSample(4, "dataset", 7, "x"), BadSample(2, "dataset", 9, "y")]
     bad = BadSamples(path, 0.5, writes=True)
     bad.add([BadSample(0, "dataset", 3, "z")])
+    assert not path.exists()  # what is there is of an earlier part until all of it is known
+    bad.begin([])
     bad.add(found)
     bad.add([BadSample(5, "dataset", 9, "y"), BadSample(5, "dataset_val", 9, "y")])
     assert [line["sample"] for line in listed(tmp_path)] == [3, 9, 7, 9]
+    with path.open("a") as file:
+        file.write('{"step": 4, "data')  # torn
     again = BadSamples(path, 0.5, writes=True)
     # One of before the first step, too: of validation it would come again later
     assert again.read_until(4) == [BadSample(0, "dataset", 3, "z"), found[1], found[0]]
     again.add([BadSample(0, "dataset", 3, "z")])
-    with pytest.raises(ValueError, match=r"1 of 1 samples of dataset are bad, more than.*0\.5"):
+    again.begin(again.read_until(4))
+    assert [line["sample"] for line in listed(tmp_path)] == [3, 9, 7]
+    with pytest.raises(ValueError, match=r"3 of 1 samples of dataset are bad, more than.*0\.5"):
         again.refuse_many("dataset", 1)

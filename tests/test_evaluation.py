@@ -175,6 +175,8 @@ def test_several_right_answers_and_choices(directory: Path, tmp_path: Path) -> N
         (("x.jsonl", "--metrics", "anls", "--against", "."), "no directory of an evaluation"),
         (("x.jsonl", "--metrics", "choice"), "sample 0 has no choices, which choice needs"),
         (("x.jsonl", "--metrics", "box_iou"), "no image that boxes could be of"),
+        (("x.jsonl", "--metrics", "anls", "--by", "categroy"), "no record has a column 'categroy'"),
+        (("x.jsonl", "--metrics", "anls", "--output", "strange"), "says of which model"),
     ],
 )
 def test_what_does_not_fit(
@@ -183,6 +185,34 @@ def test_what_does_not_fit(
     monkeypatch.chdir(tmp_path)
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     Path("x.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "answers.jsonl").touch()
     how = ("--output", "scores", "--max-new-tokens", 2)
-    assert called("evaluate", directory / "model0", *arguments, *how) == 2
+    assert called("evaluate", directory / "model0", *how, *arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_truth_is_the_last_answer_whatever_carries_loss(directory: Path) -> None:
+    transform = transform_from_pretrained(directory / "model0")
+    turns = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "second", "weight": 0},
+    ]
+    assert transform.answer_of({"messages": turns}) == "second"
+    assert transform.training_on("last").answer_of({"messages": turns[:2]}) == "first"
+    assert transform.answer_of({"messages": turns[:3]}) == ""
+
+
+def test_answers_to_other_questions_are_not_compared(
+    directory: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for name, text in (("a", "Hello"), ("b", "Goodbye")):
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    how = ("--metrics", "anls", "--max-new-tokens", 2)
+    for name, more, status in (("a", (), 0), ("b", ("--against", tmp_path / "scores_a"), 2)):
+        data, output = tmp_path / f"{name}.jsonl", ("--output", tmp_path / f"scores_{name}")
+        assert called("evaluate", directory / "model0", data, *how, *output, *more) == status
+    assert "has answers to other questions" in capsys.readouterr().err

@@ -118,10 +118,11 @@ def test_answers_do_not_depend_on_what_else_is_decoded(
 
 def test_each_answer_to_a_prompt_is_penalized_for_its_own_tokens(model: torch.nn.Module) -> None:
     (prompt,) = samples(Conversation([], 4))
-    penalized = answers(model, [prompt], 40, repetition_penalty=1e6, num_answers=3, batch_size=2)
+    drawn = {"temperature": 1.0, "repetition_penalty": 1e6}
+    penalized = answers(model, [prompt], 40, **drawn, num_answers=3, batch_size=2)
     for ids in penalized:
         assert len({*ids, *prompt["tokens"]}) == 40 + len({*prompt["tokens"]})
-    assert penalized[0] == penalized[1] == penalized[2]
+    assert penalized[0] != penalized[1] != penalized[2]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,18 @@ def test_settings_that_make_no_sense(
     tiny: tuple[VisionLanguageModel, ChatTransform], name: str, value: float
 ) -> None:
     with pytest.raises(ValueError, match=rf"{name} is {value}: make it"):
+        generate(*tiny, [], max_new_tokens=1, **{"temperature": 1.0, name: value})
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "num_answers"])
+def test_settings_of_what_is_not_drawn(
+    tiny: tuple[VisionLanguageModel, ChatTransform], name: str
+) -> None:
+    value = 1 if name.endswith("p") else 2
+    with pytest.raises(ValueError, match="set temperature"):
         generate(*tiny, [], max_new_tokens=1, **{name: value})
+    with pytest.raises(ValueError, match="the batch size is 0"):
+        generate(*tiny, [], max_new_tokens=1, batch_size=0)
 
 
 # What an answer has

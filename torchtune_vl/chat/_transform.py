@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import repeat
-from operator import not_
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -314,19 +313,23 @@ class ChatTransform(QwenTokenizer):
         return self._transformed(sample, True, goes_on=True)
 
     def answer_of(self, sample: Mapping[str, Any]) -> str:
-        """The last answer of a sample of :meth:`__call__`, as a model is trained to write it.
+        """The answer at the end of a sample of :meth:`__call__`, as a model is to write it.
 
-        Boxes are in the pixels of the resized image then. No medium is decoded. ``ValueError`` as
-        there.
+        Boxes are in the pixels of the resized image then. No medium is decoded. It is empty if the
+        last message is none of the assistant. ``ValueError`` as there.
         """
         with _naming(sample):
-            whole, _ = self._prompts_of(sample, False, measuring=True)
-        is_answer = list(map(not_, whole.mask))
-        end = len(is_answer) - is_answer[::-1].index(True) if any(is_answer) else 0
-        start = end
-        while start and is_answer[start - 1]:
-            start -= 1
-        return self.decode([t for t in whole.tokens[start:end] if t not in self.stop_tokens])
+            media = sample.get("images"), sample.get("videos")
+            *turns, last = chat.read_conversation(sample["messages"], *media, self.prompts.roles)
+            if last.role != "assistant":
+                return ""
+            # Whatever else carries loss
+            asked = [replace(t, masked=True) if t.role == "assistant" else t for t in turns]
+            encoded = self._encoded([*asked, replace(last, masked=False)], measuring=True)
+            tools = chat.read_tools(sample.get("tools"))
+            whole = self.prompts.build(encoded, tools, inference=False)
+        pairs = zip(whole.tokens, whole.mask, strict=True)
+        return self.decode([t for t, masked in pairs if not masked and t not in self.stop_tokens])
 
     def boxes_in_answer(self, sample: Mapping[str, Any], text: str) -> list[dict[str, Any]]:
         """Find the boxes and points of an answer to a sample, in pixels of the last image's file.

@@ -3,13 +3,13 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from torchtune_vl.cli._torchrun import end_with_the_launcher, torchrun
+from torchtune_vl.cli._torchrun import end_with_the_launcher, is_launched, torchrun
 from torchtune_vl.files._printable import shown
 
 TRANSFORM_IS = "settings of images, videos and length, such as transform.max_pixels=602112"
@@ -18,7 +18,12 @@ DATA_ARE = (
 )
 DATA_ARE += f"dataset has them, such as format=vqa, or {TRANSFORM_IS}"
 _NUM_SHOWN = 10
-DIGESTS = ("questions", "weights")  # of what answers depend on
+DIGESTS = ("records", "reading", "weights")  # of what answers depend on
+# Files of a checkpoint that answers depend on
+_WEIGHTS = (
+    *("*.safetensors", "*.index.json", "*config.json", "*.jinja", "chat_template.json"),
+    *("tokenizer.json", "vocab.json", "merges.txt", "*.tiktoken"),
+)
 # What the answers depend on, beside checkpoint and data
 _OF_ANSWERS = (
     *("checkpoint", "adapter", "dtype", "prompt", "system", "images", "stop", "num_answers"),
@@ -64,19 +69,22 @@ def add_processes(command: argparse.ArgumentParser) -> None:
 
 
 def about_of(
-    options: argparse.Namespace, of_transform: dict[str, Any], questions: Any
+    options: argparse.Namespace, of_transform: dict[str, Any], questions: Any, **others: Any
 ) -> dict[str, str]:
     """What answers depend on, for a file of them to be gone on with."""
     values = {name: getattr(options, name, None) for name in _OF_ANSWERS}
     directories = [options.checkpoint, *([options.adapter] if options.adapter else [])]
-    values |= {"transform": of_transform, "questions": questions.fingerprint}
-    values["weights"] = state_of_files(path for d in directories for path in d.glob("*.*"))
+    values |= {"records": questions.records, "reading": questions.reading}
+    values |= {"transform": of_transform, **others}
+    found = [path for d in directories for pattern in _WEIGHTS for path in d.glob(pattern)]
+    values["weights"] = state_of_files({path: path.name for path in found})
     return {name: str(value) for name, value in values.items() if value not in (None, [], {})}
 
 
-def state_of_files(paths: Iterable[Path]) -> str:
-    """A digest of files' names, sizes and times of writing."""
-    states = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths if p.is_file())
+def state_of_files(names: Mapping[Path, str]) -> str:
+    """A digest of names of files, and of the files' sizes and times of writing."""
+    stats = {path: path.stat() for path in names}
+    states = sorted((names[path], s.st_size, s.st_mtime_ns) for path, s in stats.items())
     return xxhash.xxh3_64_hexdigest(repr(states).encode("utf-8", "surrogatepass"))
 
 
@@ -92,16 +100,22 @@ def answer_many(
     Returns None if all are answered, or else the status with which the process is to end, as one
     that another has started.
     """
-    if options.processes > 1 and "RANK" not in os.environ:
+    if options.processes < 1 or options.batch_size < 1:
+        raise ValueError("--processes and --batch-size are at least 1")
+    if options.processes > 1 and ":" in (options.device or ""):
+        raise ValueError(f"{options.device} is one device: name its kind, for several processes")
+    if options.processes > 1 and not is_launched():
         launcher = ["--nproc_per_node", str(options.processes)]
         return torchrun(options.command, launcher, sys.argv[2:]) or None
-    if "RANK" in os.environ:
+    if is_launched():
         end_with_the_launcher()
     from tqdm import tqdm
 
     from torchtune_vl.generation import answer_questions
 
-    rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, processes = 0, 1
+    if is_launched():
+        rank, processes = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     with file.part(rank) as add:
         model = load(options)
         own = range(rank, len(questions), processes)
@@ -112,7 +126,7 @@ def answer_many(
             for record in records:
                 add(record)
                 bar.update(rules.num_answers if "error" in record else 1)
-    return 0 if "RANK" in os.environ else None
+    return 0 if is_launched() else None
 
 
 def tell_errors(records: Sequence[Mapping[str, Any]]) -> int:
@@ -133,8 +147,8 @@ def load(options: argparse.Namespace) -> Any:
     from torchtune_vl.generation import load_model
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device == "cuda" and is_launched():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     dtype = options.dtype and getattr(torch, options.dtype)
     return load_model(options.checkpoint, adapter=options.adapter, dtype=dtype, device=device)
 

@@ -7,6 +7,14 @@ import sys
 import time
 from threading import Thread
 
+# Of processes that a command of ours has started: others set RANK and WORLD_SIZE, too
+_LAUNCHED = "TORCHTUNE_VL_LAUNCHED"
+
+
+def is_launched() -> bool:
+    """Whether this is one of the processes of :func:`torchrun`."""
+    return _LAUNCHED in os.environ
+
 
 def end_with_the_launcher() -> None:
     """Let a process that torchrun started end when torchrun has, even if that was killed."""
@@ -43,6 +51,7 @@ def torchrun(command: str, options: list[str], arguments: list[str]) -> int:
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ[_LAUNCHED] = "1"
     try:
         run.run(parsed)
     except SignalException as stopped:
@@ -54,4 +63,6 @@ def torchrun(command: str, options: list[str], arguments: list[str]) -> int:
         by = signal.Signals(-failure.exitcode).name
         print(f"tune-vl {command}: process {rank} was ended by {by}", file=sys.stderr)
         return 128 - failure.exitcode
+    finally:
+        del os.environ[_LAUNCHED]
     return 0

@@ -71,6 +71,10 @@ def with_error(say: Callable[[str], None], line: str) -> None:
         say(line)
     except (ValueError, OSError) as error:
         print(shown(str(error)), file=sys.stderr)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        print("The device is out of memory: /save the conversation, or /reset it", file=sys.stderr)
 
 
 class Talk:
@@ -115,6 +119,7 @@ class Talk:
         content = [*self._media, {"type": "text", "text": text}]
         asked = [*self._messages, {"role": "user", "content": content}]
         written = ""
+        media, self._media = self._media, []  # gone if they cannot be read
         try:
             for part in self._chat.stream(asked):
                 written += part
@@ -122,11 +127,11 @@ class Talk:
         except KeyboardInterrupt:
             if not written:
                 print()
+                self._media = media
                 return  # as if nothing had been said
             print(" [stopped]", end="")
         print()
         self._messages = [*asked, {"role": "assistant", "content": written}]
-        self._media = []
 
     def _save(self, path: Path) -> None:
         from torchtune_vl.files._directory import new_file

@@ -35,6 +35,7 @@ _EXAMPLES = """\
   tune-vl evaluate output/epoch_0 --config mine.yaml --metrics json_f1 --output scores"""
 
 ANSWERS = "answers.jsonl"
+SETTINGS = "settings.json"
 
 
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -46,7 +47,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.set_defaults(several="data")
     what = "take dataset_val, or else dataset, and the tokenizer of a config, instead of DATA"
     argument("--config", metavar="CONFIG", help=what)
-    what = "names, by commas; `--metrics help` lists what there is"
+    what = "names, by commas: docs/evaluation.md explains them, and a wrong one lists all"
     argument("--metrics", required=True, metavar="NAMES", help=what)
     argument("--output", type=Path, required=True, metavar="DIR", help="directory to write to")
     what = "column of the data by whose values scores are grouped; may be given several times"
@@ -58,25 +59,27 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from torchtune_vl.evaluation import METRICS, metrics_of
+    from torchtune_vl.evaluation import metrics_of
 
-    if options.metrics == "help":
-        print("\n".join(f"{metric.name:16} {metric.about}" for metric in METRICS.values()))
-        return 0
     metrics = metrics_of(options.metrics.split(","))
     files, of_data, of_transform = split_settings(options.data)
     if bool(files) == bool(options.config):
         raise ValueError("give DATA, or --config")
     others = _answers_of(options.against) if options.against else None
     transform, questions = _questions(options, files, of_data, of_transform)
-    about = about_of(options, of_transform, questions)
+    about = about_of(options, of_transform, questions, data=_data_of(options))
     status = _answer(options, about, transform, questions)
     if status is not None:
         return status
     from torchtune_vl.evaluation import evaluate
+    from torchtune_vl.evaluation._page import to_html
     from torchtune_vl.evaluation._pictures import pictures_of
+    from torchtune_vl.files._directory import new_file
 
-    alpha = transform.image_transform.alpha
+    if options.against:
+        theirs = json.loads((options.against / SETTINGS).read_text("utf-8"))
+        if theirs["records"] != about["records"]:
+            raise ValueError(f"{options.against} has answers to other questions")
     how = {"columns": options.by, "others": others}
     records = _answers_of(options.output)
     report = evaluate(records, questions, transform, metrics, **how)
@@ -84,10 +87,26 @@ def _run(options: argparse.Namespace) -> int:
     named = {"data": " ".join(options.data), "config": options.config, "against": options.against}
     told = {key: str(value) for key, value in named.items() if value}
     report["facts"] = [*{**shown_about, **told}.items()]
-    _write(options.output, report, pictures_of(records, questions, alpha))
+    _write(options.output, report)
+    page = to_html(report, pictures_of(records, questions, transform.image_transform))
+    with new_file(options.output / "evaluation.html") as partial:
+        partial.write_text(page, encoding="utf-8")
     _show(report)
     print(f"Written to {shown(str(options.output))}")
     return tell_errors(records)
+
+
+def _data_of(options: argparse.Namespace) -> list[Any]:
+    """What says how data are read: arguments, and of a config what it has of it."""
+    if not options.config:
+        return [a for a in options.data if not a.startswith("transform.")]
+    from omegaconf import OmegaConf
+
+    from torchtune_vl.recipes._check_config import read_config
+
+    config = read_config(["--config", options.config, *options.data])
+    parts = {key: config[key] for key in ("tokenizer", "dataset", "dataset_val")}
+    return [OmegaConf.to_container(OmegaConf.create(parts, parent=config), resolve=True)]
 
 
 def _questions(
@@ -132,19 +151,22 @@ def _answer(
 
     directory = options.output
     directory.mkdir(parents=True, exist_ok=True)
-    settings = directory / "settings.json"
+    settings = directory / SETTINGS
     if settings.is_file() and (found := json.loads(settings.read_text("utf-8"))) != about:
         differing = [key for key in {**found, **about} if found.get(key) != about.get(key)]
         told = f"{directory} has answers of another evaluation, which differs in {differing[0]}"
         raise ValueError(f"{told}: name another --output")
     if (directory / ANSWERS).exists():
+        if not settings.is_file():
+            told = f"{directory} has {ANSWERS}, and no {settings.name} that says of which model"
+            raise ValueError(f"{told}: name another --output")
         return None
     if not settings.is_file():
         write_json(settings, about)
     file = AnswerFile(directory / ANSWERS, about)
     status = answer_many(options, file, transform, questions, rules_of(options))
     if status is None:
-        file.finish()
+        file.finish(len(questions))
     return status
 
 
@@ -152,18 +174,20 @@ def _answers_of(directory: Path) -> list[dict[str, Any]]:
     path = directory / ANSWERS
     if not path.is_file():
         raise ValueError(f"{directory} has no {ANSWERS}: it is no directory of an evaluation")
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
-def _write(directory: Path, report: Mapping[str, Any], pictures: Mapping[int, Any]) -> None:
-    """Write scores as JSON, as a table, and as a page."""
-    from torchtune_vl.evaluation._page import to_html
+def _write(directory: Path, report: Mapping[str, Any]) -> None:
+    """Write scores as JSON, and as a table."""
     from torchtune_vl.files._directory import new_file, write_json
 
     write_json(directory / "scores.json", report)
     samples, names = report["samples"], [*report["metrics"]]
     columns = [*report["groups"]]
-    with new_file(directory / "scores.csv") as partial, partial.open("w", newline="") as file:
+    with (
+        new_file(directory / "scores.csv") as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         table = csv.writer(file)
         table.writerow(["sample", "id", *columns, *names, "answer", "truth", "error"])
         for s in samples:
@@ -171,9 +195,6 @@ def _write(directory: Path, report: Mapping[str, Any], pictures: Mapping[int, An
             own += [s.get("scores", {}).get(name) for name in names]
             said = [s.get("answer"), (s.get("truths") or [None])[0], s.get("error")]
             table.writerow([s["sample"], s["id"], *own, *said])
-    page = to_html(report, pictures)
-    with new_file(directory / "evaluation.html") as partial:
-        partial.write_text(page, encoding="utf-8")
 
 
 def _show(report: Mapping[str, Any]) -> None:

@@ -71,8 +71,10 @@ def _run(options: argparse.Namespace) -> int:
     if many != bool(options.output):
         problem = "many answers go to a file: give --output" if many else "one answer is printed"
         raise ValueError(problem if many else f"{problem}: leave --output out")
-    if not many and options.num_answers > 1:
-        raise ValueError("one question has one answer here: leave --num-answers out")
+    if not many and (options.num_answers, options.processes) != (1, 1):
+        raise ValueError(
+            "one question has one answer here: leave --num-answers and --processes out"
+        )
     if of_data and not files:
         raise ValueError(
             f"{', '.join(of_data)} is of a dataset, and there is no DATA: leave it out"
@@ -92,13 +94,13 @@ def _run(options: argparse.Namespace) -> int:
         from torchtune_vl.evaluation import Sources
 
         questions = Sources([open_dataset(transform, files, **of_data)], ["data"])
-    about = about_of(options, of_transform, questions)
+    about = about_of(options, of_transform, questions, data=[*files, *of_data.items()])
     file = AnswerFile(options.output, about, options.num_answers)
     rules = rules_of(options, stop=options.stop, num_answers=options.num_answers)
     status = answer_many(options, file, transform, questions, rules)
     if status is not None:
         return status
-    records = file.finish()
+    records = file.finish(len(questions))
     count = sum("answer" in record for record in records)
     print(f"Written to {shown(str(file.path))}: {count:,} answers")
     return tell_errors(records)
@@ -126,7 +128,8 @@ class FolderQuestions:
 
         self._options = options
         self._files = [*find_images([options.images])]
-        self.fingerprint = state_of_files(map(Path, self._files))
+        self.records = state_of_files({Path(file): self._name(file) for file in self._files})
+        self.reading = ""
 
     def __len__(self) -> int:
         return len(self._files)
@@ -134,5 +137,8 @@ class FolderQuestions:
     def read(self, index: int) -> dict[str, Any]:
         """A question, whose id is the path in the folder."""
         file, asked = self._files[index], self._options
-        name = Path(file).relative_to(asked.images).as_posix()
-        return {"id": name, "messages": question(asked.prompt, asked.system, [file], [])}
+        messages = question(asked.prompt, asked.system, [file], [])
+        return {"id": self._name(file), "messages": messages}
+
+    def _name(self, file: str) -> str:
+        return Path(file).relative_to(self._options.images).as_posix()

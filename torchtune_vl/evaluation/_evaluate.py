@@ -56,6 +56,9 @@ def evaluate(
         ValueError: if there is nothing to score, a metric needs what a sample lacks, or the other
             answers are to other questions.
     """
+    for column in columns:
+        if all(dataset.column(n, column) is None for n in range(len(dataset))):
+            raise ValueError(f"no record has a column {column!r}")
     samples = [_described(record, dataset, columns) for record in records]
     scored = [sample for sample in samples if "error" not in sample]
     if not scored:

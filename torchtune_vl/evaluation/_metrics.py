@@ -73,6 +73,13 @@ class Metric:
     compute: Callable[..., Scores]
     needs_choices: bool = False
 
+    def check_installed(self) -> None:
+        """Raise ``ValueError`` if what it takes is not installed."""
+        entry = [{"bbox_2d": [0, 0, 1, 1]}]
+        text = "1"
+        pair = (entry, entry) if self.takes == "boxes" else (text, [text])
+        self.compute(*([value] for value in pair), *([[["1"]]] if self.needs_choices else []))
+
     def scores(
         self,
         answers: Sequence[Any],

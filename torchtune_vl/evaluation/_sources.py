@@ -23,14 +23,19 @@ class Sources:
         return self._ends[-1]
 
     @property
-    def fingerprint(self) -> str:
+    def records(self) -> str:
         """Tells the records from others; media that they name by path are not looked at."""
         digest = xxhash.xxh3_64()
         for dataset in self._datasets:
-            digest.update(repr(dataset.fingerprint).encode())
             for record in dataset.digests(range(len(dataset))):
                 digest.update(record)
         return digest.hexdigest()
+
+    @property
+    def reading(self) -> str:
+        """Tells how records become prompts."""
+        each = [dataset.fingerprint for dataset in self._datasets]
+        return xxhash.xxh3_64_hexdigest(repr(each).encode("utf-8", "surrogatepass"))
 
     def read(self, index: int) -> dict[str, Any]:
         """Read a sample as a transform takes it."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,33 +82,42 @@ class AnswerFile:
     @contextmanager
     def part(self, rank: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         """Yield what adds a line to the part of a process, to which it alone adds."""
+        self.records()  # of another command: nothing is added beside them
         path = self.path.with_name(f"{self.path.name}.unfinished-{rank}")
         locked = path.with_name(f".{path.name}.lock")
         with open_locked(locked), path.open("a+b") as file:
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # what a crash left half
+            end = file.read().rfind(b"\n") + 1
+            file.truncate(end)  # what a crash left half
 
             def add(record: Mapping[str, Any]) -> None:
-                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                file.write(json.dumps(record).encode() + b"\n")
                 file.flush()
 
-            if not file.tell():
-                add(self._header)
-            yield add
-            locked.unlink()
+            try:
+                if not end:
+                    add(self._header)
+                yield add
+            finally:
+                locked.unlink()
 
-    def finish(self) -> list[Record]:
-        """Give the file its name, with all answers in the order of conversations."""
+    def finish(self, count: int) -> list[Record]:
+        """Give the file its name, with all answers in the order of so many conversations.
+
+        ``ValueError`` if some are not answered.
+        """
         found = self.records()
+        if left := self.unanswered(count):
+            raise ValueError(f"{self.path}: {len(left)} questions are not answered: go on with it")
         records = [found[key] for key in sorted(found)]
         with new_file(self.path) as partial, partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.writelines(json.dumps(record) + "\n" for record in records)
         for part in self._parts():
             part.unlink()
         return records
 
     def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.name}.unfinished-*"))
+        return sorted(self.path.parent.glob(f"{escape(self.path.name)}.unfinished-*"))
 
 
 def answer_questions(
@@ -161,9 +171,9 @@ def answer_questions(
 
 
 def _lines(path: Path) -> list[Record]:
-    whole = path.read_bytes()
+    *whole, _ = path.read_bytes().split(b"\n")  # behind the last line break is what a crash left
     lines = []
-    for number, line in enumerate(whole[: whole.rfind(b"\n")].split(b"\n") if whole else ()):
+    for number, line in enumerate(whole):
         with refusing(f"{path}: line {number + 1} is damaged", "remove it, or the file"):
             lines.append(json.loads(line))
     return lines

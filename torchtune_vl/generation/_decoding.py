@@ -81,6 +81,8 @@ class Rules:
         for name in ("max_new_tokens", "num_answers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: make it at least 1")
+        if self.num_answers > 1 and not self.sampling.draws:
+            raise ValueError(f"{self.num_answers} answers would be the same: set temperature")
         if "" in self.stop:
             raise ValueError("a stop string is empty: every answer would end before it began")
 
@@ -137,6 +139,8 @@ class Decoding:
     def __init__(
         self, model: VisionLanguageModel, tokenizer: Tokenizer, rules: Rules, num_slots: int
     ) -> None:
+        if num_slots < 1:
+            raise ValueError(f"the batch size is {num_slots}: make it at least 1")
         self.model = model
         self.rules = rules
         self.num_slots = num_slots

@@ -42,6 +42,9 @@ class Sampling:
         for name, (is_right, expected) in check.items():
             if not is_right:
                 raise ValueError(f"{name} is {getattr(self, name)}: make it {expected}")
+        for name in ("top_k", "top_p", "min_p"):
+            if getattr(self, name) is not None and not self.draws:
+                raise ValueError(f"{name} is of what is drawn, and nothing is: set temperature")
 
     @property
     def draws(self) -> bool:

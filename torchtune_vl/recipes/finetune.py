@@ -163,7 +163,9 @@ class FinetuneRecipe:
         self.had_media = bool(self.begun and self.begun.progress["position"]["had_media"])
         self.lanes: dict[int, dict[str, Any]] = {}  # of streams, their newest states
         self.newly_bad: list[BadSample] = []  # since they were listed
-        found_before = self._on_main(lambda: self.bad_samples.read_until(self.step))
+        found_before: list[BadSample] = []
+        if self.begun:
+            found_before = self._on_main(lambda: self.bad_samples.read_until(self.step))
         self.rows = self._make_rows(tokenizer)
         self.validation_rows: TrainingRows | None = None
         self.questions: Sources | None = None
@@ -171,10 +173,12 @@ class FinetuneRecipe:
             mixture = datasets_of(cfg, "dataset_val", tokenizer)
             if cfg.metrics:
                 self.questions = self._make_questions(mixture)
+                for metric in metrics_of(cfg.metrics):
+                    metric.check_installed()
                 self.transform = tokenizer
             order = {"rows_per_step": self.data_ranks, "shuffle": False, "epochs": 1}
             self.validation_rows = self._make_table_rows("dataset_val", mixture, **order)
-        self.bad_samples.add(found_before)
+        self.bad_samples.begin(found_before)
         plan = self.rows.plan if isinstance(self.rows, TrainingRows) else None
         self.max_steps = cfg.max_steps or (plan.last_step if plan else 0)
         if self.begun:

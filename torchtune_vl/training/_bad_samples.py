@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from torchtune_vl.training._saved_steps import drop_steps_after
+from torchtune_vl.files._directory import new_file
+from torchtune_vl.training._saved_steps import step_of
 
 
 class BadSample(NamedTuple):
@@ -36,29 +37,44 @@ class BadSamples:
         self._largest_share = largest_share
         self._writes = writes
         self._listed: dict[tuple[str, int], BadSample] = {}
+        self._has_begun = False
 
     def read_until(self, step: int) -> list[BadSample]:
-        """Read what was found up to a step, and drop all else, which is found again."""
+        """Read what an earlier part of the run found up to a step; what came later comes again."""
         if not self.path.exists():
             return []
-        drop_steps_after(step, self.path)
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        self.path.unlink()
-        return [BadSample(**json.loads(line)) for line in lines]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [BadSample(**json.loads(line)) for line in lines if step_of(line) <= step]
+
+    def begin(self, found_before: Iterable[BadSample]) -> None:
+        """Write the list anew, of what is listed and what was found before; from here on add."""
+        self.add(found_before)
+        self._has_begun = True
+        if self._writes:
+            self._write()
 
     def add(self, found: Iterable[BadSample]) -> None:
         """Add those that are not listed yet, in the order of steps and samples."""
         new = {(bad.dataset, bad.sample): bad for bad in sorted(found, reverse=True)}
         new = {key: bad for key, bad in reversed(new.items()) if key not in self._listed}
         self._listed |= new
-        if self._writes and new:
+        if self._writes and new and self._has_begun:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(bad._asdict()) + "\n" for bad in new.values())
+
+    def _write(self) -> None:
+        if not self._listed:
+            self.path.unlink(missing_ok=True)
+            return
+        with new_file(self.path) as partial, partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(bad._asdict()) + "\n" for bad in self._listed.values())
 
     def refuse_many(self, dataset: str, of: int) -> None:
         """Raise ``ValueError`` if too many of so many samples are bad."""
         bad = sum(listed.dataset == dataset for listed in self._listed.values())
         if bad > self._largest_share * of:
+            if self._writes and not self._has_begun:
+                self._write()
             raise ValueError(
                 f"{bad} of {of} samples of {dataset} are bad, more than max_bad_share, "
                 f"{self._largest_share}: look at {self.path}, correct the data, or raise it"

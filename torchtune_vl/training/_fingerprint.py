@@ -19,6 +19,7 @@ from torchtune_vl.files._safetensors import INDEX
 FIXED = (
     *("tokenizer", "model", "dataset", "dataset_val", "sampling_temperature", "seed", "shuffle"),
     *("optimizer", "learning_rates", "lr_scheduler", "clip_grad_norm", "dtype", "compute_dtype"),
+    "best_by",
 )
 # Compared by what is there, so that directories may move
 _PLACES = ("checkpoint_dir", "data_files", "media_dir", "directory")

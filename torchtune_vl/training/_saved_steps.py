@@ -107,10 +107,11 @@ def drop_steps_after(step: int, path: Path) -> None:
     """Drop lines of later steps, which come again, and torn ones from JSON Lines with ``step``s."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     with directories.new_file(path) as partial, partial.open("w", encoding="utf-8") as file:
-        file.writelines(line for line in lines if _step_of(line) <= step)
+        file.writelines(line for line in lines if step_of(line) <= step)
 
 
-def _step_of(line: str) -> float:
+def step_of(line: str) -> float:
+    """The ``step`` of a line of JSON Lines, infinite if it is torn."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, LookupError):
