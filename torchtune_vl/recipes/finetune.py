@@ -562,20 +562,20 @@ class FinetuneRecipe:
             self._list_bad("dataset_val")
         total = torch.stack([x for x, _ in sums]).sum()
         total = torch.stack([total, torch.full_like(total, count)])
+        dist.all_reduce(total)  # of all processes, which have to come to the same conclusion
+        loss = (total[0] / total[1]).item()
+        when = f"after step {self.step}" if self.step else "before the first step"
+        if not math.isfinite(loss):
+            bad = [samples for x, samples in sums if not x.isfinite()]
+            self._end(
+                f"the validation loss {when} is {loss}; the samples of dataset_val "
+                f"whose rows did it have the indices {self._samples_of_all(bad)}: look at them"
+            )
         scores = self._score_answers(self.questions) if self.questions else {}
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # a backward would have
         self.model.train()
-        dist.all_reduce(total)  # of all processes, which have to come to the same conclusion
-        loss = (total[0] / total[1]).item()
-        if not math.isfinite(loss):
-            bad = [samples for x, samples in sums if not x.isfinite()]
-            self._end(
-                f"the validation loss after step {self.step} is {loss}; the samples of dataset_val "
-                f"whose rows did it have the indices {self._samples_of_all(bad)}: look at them"
-            )
         if self.is_main:
-            when = f"after step {self.step}" if self.step else "before the first step"
             told = "".join(f", {name} {score:.4g}" for name, score in scores.items())
             log.info("Validation loss %.4g%s %s", loss, told, when)
         return self.metrics.write_validation(self.step, loss, scores)
