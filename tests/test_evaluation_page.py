@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +14,12 @@ import pytest
 from PIL import Image
 
 import torchtune_vl.evaluation
+from tests.pages import Scripts
 from torchtune_vl.evaluation._page import picture_of, to_html
 
 # What must neither end the script that holds it nor be taken for markup
 NASTY = "</script><script>document.title='taken'</script><!-- & \u2028 \u202e \x1b[2J \ud800 כלב"
 TEMPLATE = Path(torchtune_vl.evaluation.__file__).parent / "evaluation.html"
-
-
-class Scripts(HTMLParser):
-    """The scripts of a page, and what its tags would ask the network for."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.scripts: list[str] = []
-        self.asked: list[str] = []
-        self.policy = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        given = dict(attrs)
-        if tag == "script":
-            self.scripts.append("")
-        if given.get("http-equiv") == "Content-Security-Policy":
-            self.policy = given["content"]
-        self.asked += [v for k, v in attrs if k in ("src", "href") and not v.startswith("data:")]
-
-    def handle_data(self, data: str) -> None:
-        if self.scripts:
-            self.scripts[-1] += data
 
 
 def sample_of(number: int, **more: Any) -> dict[str, Any]:

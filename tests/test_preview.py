@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
-from html.parser import HTMLParser
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from PIL import Image
 
 from quickstart.checkpoint import PREPROCESSOR_CONFIG
 from tests.finetune_runs import NARROW, NARROW_QWEN2_VL
+from tests.pages import Scripts
 from tests.videos import pictures
 from torchtune_vl.chat import ChatTransform
 from torchtune_vl.cli import main
@@ -538,29 +538,6 @@ def test_sources_and_augmentation(build, transform: ChatTransform) -> None:
 def test_datasets_must_measure(transform: ChatTransform) -> None:
     with pytest.raises(ValueError, match="a list does not know the sizes of its samples"):
         page_of([{}], transform)
-
-
-class Scripts(HTMLParser):
-    """The scripts of a page, and what its tags would ask the network for."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.scripts: list[str] = []
-        self.asked: list[str] = []
-        self.policy = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        given = dict(attrs)
-        if tag == "script":
-            self.scripts.append("")
-        if given.get("http-equiv") == "Content-Security-Policy":
-            self.policy = given["content"]
-        self.asked += [v for k, v in attrs if k in ("src", "href") and not v.startswith("data:")]
-
-    def handle_data(self, data: str) -> None:
-        if self.scripts:
-            self.scripts[-1] += data
 
 
 FACTS = {"facts": {"config": NASTY, "overrides": "", "dataset": "dataset", "checkpoint": NASTY}}

@@ -106,7 +106,7 @@ class QwenTokenizer:
         """The bytes of ids, of those of no token none."""
         added = {*self.special_tokens.values()}
         known = [i for i in ids if i < self.base_vocab_size or i in added]
-        return b"".join(self.token_bytes(known))
+        return self._encoding.decode_bytes(known)
 
     def decode(self, token_ids: Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
         """Decode ids to the text of transformers' ``Qwen2Tokenizer.decode``.
@@ -119,10 +119,9 @@ class QwenTokenizer:
         ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
         if min(ids, default=0) < 0:
             raise ValueError(f"token ids hold {min(ids)}: take ignored labels out before decoding")
-        skipped = self.special_tokens.keys() - self._plain if skip_special_tokens else ()
-        added = {i for name, i in self.special_tokens.items() if name not in skipped}
-        known = [i for i in ids if i < self.base_vocab_size or i in added]
-        return self._encoding.decode_bytes(known).decode("utf-8", errors="replace")
+        names = self.special_tokens.keys() - self._plain if skip_special_tokens else ()
+        skipped = {self.special_tokens[name] for name in names}
+        return self.bytes_of([i for i in ids if i not in skipped]).decode("utf-8", errors="replace")
 
     def _encode(self, text: str, added: re.Pattern[str]) -> list[int]:
         check_surrogates(text)

@@ -43,6 +43,12 @@ def add_model(command: argparse.ArgumentParser) -> None:
     argument("--device", metavar="DEVICE", help=what)
 
 
+def add_data(command: argparse.ArgumentParser) -> None:
+    """Add the files of a dataset, and settings."""
+    command.add_argument("data", nargs="*", metavar="DATA", help=DATA_ARE)
+    command.set_defaults(several="data")
+
+
 def add_rules(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """Add how tokens are chosen, and where answers end."""
     argument = command.add_argument
@@ -138,6 +144,21 @@ def tell_errors(records: Sequence[Mapping[str, Any]]) -> int:
     if len(errors) > _NUM_SHOWN:
         print(f"  and {len(errors) - _NUM_SHOWN:,} more, in the file", file=sys.stderr)
     return int(bool(errors))
+
+
+def read_files(
+    options: argparse.Namespace,
+    files: list[str],
+    of_data: dict[str, Any],
+    of_transform: dict[str, Any],
+) -> tuple[Any, Any]:
+    """Make the checkpoint's transform, and the questions of files."""
+    from torchtune_vl.datasets import open_dataset
+    from torchtune_vl.evaluation import Sources
+    from torchtune_vl.models import transform_from_pretrained
+
+    transform = transform_from_pretrained(options.checkpoint, **of_transform)
+    return transform, Sources([open_dataset(transform, files, **of_data)], ["data"])
 
 
 def load(options: argparse.Namespace) -> Any:

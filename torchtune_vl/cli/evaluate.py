@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from torchtune_vl.cli._answering import (
-    DATA_ARE,
     DIGESTS,
     about_of,
+    add_data,
     add_model,
     add_processes,
     add_rules,
     answer_many,
+    read_files,
     rules_of,
     split_settings,
     tell_errors,
@@ -43,8 +44,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("evaluate", _run, "score a model's answers", _EXAMPLES, _DESCRIPTION)
     add_model(command)
     argument = command.add_argument
-    argument("data", nargs="*", metavar="DATA", help=DATA_ARE)
-    command.set_defaults(several="data")
+    add_data(command)
     what = "take dataset_val, or else dataset, and the tokenizer of a config, instead of DATA"
     argument("--config", metavar="CONFIG", help=what)
     what = "names, by commas: docs/evaluation.md explains them, and a wrong one lists all"
@@ -66,7 +66,10 @@ def _run(options: argparse.Namespace) -> int:
     if bool(files) == bool(options.config):
         raise ValueError("give DATA, or --config")
     others = _answers_of(options.against) if options.against else None
-    transform, questions = _questions(options, files, of_data, of_transform)
+    if options.config:
+        transform, questions = _of_config(options)
+    else:
+        transform, questions = read_files(options, files, of_data, of_transform)
     about = about_of(options, of_transform, questions, data=_data_of(options))
     status = _answer(options, about, transform, questions)
     if status is not None:
@@ -107,23 +110,6 @@ def _data_of(options: argparse.Namespace) -> list[Any]:
     config = read_config(["--config", options.config, *options.data])
     parts = {key: config[key] for key in ("tokenizer", "dataset", "dataset_val")}
     return [OmegaConf.to_container(OmegaConf.create(parts, parent=config), resolve=True)]
-
-
-def _questions(
-    options: argparse.Namespace,
-    files: list[str],
-    of_data: dict[str, Any],
-    of_transform: dict[str, Any],
-) -> tuple[Any, Any]:
-    """Transform and questions, of files or of a config."""
-    if options.config:
-        return _of_config(options)
-    from torchtune_vl.datasets import open_dataset
-    from torchtune_vl.evaluation import Sources
-    from torchtune_vl.models import transform_from_pretrained
-
-    transform = transform_from_pretrained(options.checkpoint, **of_transform)
-    return transform, Sources([open_dataset(transform, files, **of_data)], ["data"])
 
 
 def _of_config(options: argparse.Namespace) -> tuple[Any, Any]:

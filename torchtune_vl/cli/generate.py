@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from torchtune_vl.cli._answering import (
-    DATA_ARE,
     about_of,
+    add_data,
     add_model,
     add_processes,
     add_rules,
     answer_many,
     load,
     question,
+    read_files,
     rules_of,
     split_settings,
     state_of_files,
@@ -43,8 +44,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("generate", _run, "let a model answer", _EXAMPLES, _DESCRIPTION)
     add_model(command)
     argument = command.add_argument
-    argument("data", nargs="*", metavar="DATA", help=DATA_ARE)
-    command.set_defaults(several="data")
+    add_data(command)
     argument("--prompt", metavar="TEXT", help="the question")
     argument("--system", metavar="TEXT", help="what the system says before the question")
     what = "image of the question; may be given several times, and stands before the text"
@@ -87,13 +87,12 @@ def _run(options: argparse.Namespace) -> int:
     from torchtune_vl.generation import AnswerFile
     from torchtune_vl.models import transform_from_pretrained
 
-    transform = transform_from_pretrained(options.checkpoint, **of_transform)
-    questions: Any = FolderQuestions(options) if options.images else None
+    questions: Any
     if files:
-        from torchtune_vl.datasets import open_dataset
-        from torchtune_vl.evaluation import Sources
-
-        questions = Sources([open_dataset(transform, files, **of_data)], ["data"])
+        transform, questions = read_files(options, files, of_data, of_transform)
+    else:
+        transform = transform_from_pretrained(options.checkpoint, **of_transform)
+        questions = FolderQuestions(options)
     about = about_of(options, of_transform, questions, data=[*files, *of_data.items()])
     file = AnswerFile(options.output, about, options.num_answers)
     rules = rules_of(options, stop=options.stop, num_answers=options.num_answers)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torchtune_vl.chat import ChatTransform
 from torchtune_vl.datasets._conversations import VisionChatDataset, vision_chat_dataset
+from torchtune_vl.datasets._tables import is_saved
 
 _SOURCES = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
@@ -37,8 +38,11 @@ def open_dataset(
 
 def _source_of(data: Sequence[str]) -> dict[str, Any]:
     if len(data) == 1 and Path(data[0]).is_dir():
-        saved = any((Path(data[0]) / n).is_file() for n in ("state.json", "dataset_dict.json"))
-        return {"source": data[0]} if saved else {"source": "folder", "data_files": data[0]}
+        return (
+            {"source": data[0]}
+            if is_saved(data[0])
+            else {"source": "folder", "data_files": data[0]}
+        )
     sources = {_SOURCES.get(Path(file).suffix.lower()) for file in data}
     if len(sources) == 1 and None not in sources:
         return {"source": sources.pop(), "data_files": [*data]}

@@ -120,6 +120,12 @@ def _without_nulls(value: Any, feature: Any) -> Any:
     return value
 
 
+def is_saved(directory: str) -> bool:
+    """Whether ``save_to_disk`` wrote a directory."""
+    names = ("state.json", "dataset_dict.json")
+    return any(os.path.isfile(os.path.join(directory, name)) for name in names)
+
+
 def load_records(
     source: str, data_files: Any, *, split: str, streaming: bool, **settings: Any
 ) -> tuple[Records, list[str]]:
@@ -127,8 +133,7 @@ def load_records(
 
     ``datasets`` finds the files, and reads all but JSON.
     """
-    of_saved = ("state.json", "dataset_dict.json")
-    if is_store(source) or any(os.path.isfile(os.path.join(source, name)) for name in of_saved):
+    if is_store(source) or is_saved(source):
         with refusing(f"{source} cannot be loaded", "name what save_to_disk wrote"):
             options = settings.get("storage_options")
             saved = datasets.load_from_disk(source, storage_options=options)

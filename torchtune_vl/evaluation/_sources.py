@@ -1,5 +1,6 @@
 """Datasets whose questions have one numbering."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,5 +49,5 @@ class Sources:
         return self._names[source] if name == SOURCE else self._datasets[source].column(own, name)
 
     def _of(self, index: int) -> tuple[int, int]:
-        source = next(number for number, end in enumerate(self._ends) if index < end)
+        source = bisect_right(self._ends, index)
         return source, index - (self._ends[source - 1] if source else 0)
