@@ -552,7 +552,7 @@ def test_wrong_grid(ours: Ours, reference: Reference, monkeypatch: pytest.Monkey
     name = "built-in thread, 2 x 500 PNG"
     rows = rows_of(compare_images, ours, reference, {name: builtin.images[name]})
     (case,) = rows[1].failed
-    assert case.refused == "transformers"
+    assert case.refused == "theirs"
     assert rows[1].figure == "1 refused by one side"
     # What one side has can be drawn
     assert len(case.pictures) == 1

@@ -26,8 +26,27 @@ _WEIGHTS = (
 )
 # What the answers depend on, beside checkpoint and data
 _OF_ANSWERS = (
-    *("checkpoint", "adapter", "dtype", "prompt", "system", "images", "stop", "num_answers"),
-    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
+    *(
+        "checkpoint",
+        "adapter",
+        "dtype",
+        "quantize",
+        "prompt",
+        "system",
+        "images",
+        "stop",
+        "num_answers",
+    ),
+    *(
+        "num_answers",
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+    ),
 )
 
 
@@ -39,6 +58,8 @@ def add_model(command: argparse.ArgumentParser) -> None:
     argument("--adapter", type=Path, metavar="DIR", help=what)
     what = "dtype of weights and computation (default: as the weights are stored)"
     argument("--dtype", choices=("float32", "bfloat16", "float16"), help=what)
+    what = "8-bit or 4-bit weights in the decoder's layers, computed with in bfloat16: less memory"
+    argument("--quantize", choices=("int8", "int4"), help=what)
     what = "cuda, cuda:1, cpu, ... (default: cuda if there is one, else cpu)"
     argument("--device", metavar="DEVICE", help=what)
 
@@ -171,7 +192,8 @@ def load(options: argparse.Namespace) -> Any:
     if device == "cuda" and is_launched():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     dtype = options.dtype and getattr(torch, options.dtype)
-    return load_model(options.checkpoint, adapter=options.adapter, dtype=dtype, device=device)
+    how = {"adapter": options.adapter, "dtype": dtype, "quantize": options.quantize}
+    return load_model(options.checkpoint, **how, device=device)
 
 
 def rules_of(options: argparse.Namespace, **others: Any) -> Any:

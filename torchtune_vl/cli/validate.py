@@ -14,13 +14,15 @@ from torchtune_vl.files._printable import shown
 _DESCRIPTION = """\
 Compare what torchtune-vl makes of a checkpoint's directory, and of your images, videos and
 conversations, with what transformers makes of it: vocabulary, token ids, image grids, pixels,
-positions, and if you ask for it weights and logits. Images, texts and conversations are built in,
-so it says something without any file of yours. Nothing is downloaded."""
+positions, and if you ask for it weights and logits; and with what a server answers. Images, texts
+and conversations are built in, so it says something without any file of yours. Nothing is
+downloaded."""
 _EXAMPLES = """\
   tune-vl validate Qwen2.5-VL-3B-Instruct
   tune-vl validate Qwen2.5-VL-3B-Instruct --images photos/ scan.png --html report.html
   tune-vl validate Qwen2.5-VL-3B-Instruct --conversations train.json --logits
   tune-vl validate output/epoch_0 --reference Qwen2.5-VL-3B-Instruct
+  tune-vl validate output/epoch_0 --server http://localhost:8000 --dtype bfloat16
 
 exit status:
   0  every row that was compared passes
@@ -44,7 +46,17 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     argument("--max-pixels", type=int, metavar="N", help="largest area of an image, for both sides")
     argument("--weights", action="store_true", help="compare every tensor of the model")
     argument("--logits", action="store_true", help="weights and logits; holds two models in memory")
-    what = "of both models (default: %(default)s)"
+    what = (
+        "address of a server, such as http://localhost:8000: have it answer the conversations, too"
+    )
+    argument("--server", metavar="URL", help=what)
+    what = "what the server calls the model or adapter (default: the first that it lists)"
+    argument("--served-model", metavar="NAME", help=what)
+    what = "directory of the adapter that the server has on the checkpoint"
+    argument("--adapter", type=Path, metavar="DIR", help=what)
+    what = "most tokens of a served answer (default: %(default)s)"
+    argument("--max-new-tokens", type=int, default=32, metavar="N", help=what)
+    what = "of both models, and of ours beside a server (default: %(default)s)"
     argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=what)
     argument("--markdown", type=Path, metavar="FILE", help="write the report here, too")
     argument("--html", type=Path, metavar="FILE", help="write a page with pictures of what differs")
@@ -56,6 +68,8 @@ def _run(options: argparse.Namespace) -> int:
     for directory in (options.checkpoint_dir, options.reference):
         if directory is not None:
             _check_directory(directory)
+    if options.server is None and (options.served_model or options.adapter):
+        raise ValueError("--served-model and --adapter say what a server has: give --server, too")
     for path in (options.markdown, options.html):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path.parent}, where {path.name} is to be written, is no directory")
@@ -113,6 +127,10 @@ def _validate(options: argparse.Namespace) -> Any:
     how = {"reference_dir": options.reference, "inputs": inputs, "track": show}
     how |= {"max_pixels": options.max_pixels, "dtype": getattr(torch, options.dtype)}
     how |= {"weights": options.weights, "logits": options.logits}
+    if options.server:
+        named = {"model": options.served_model, "adapter": options.adapter}
+        named["max_new_tokens"] = options.max_new_tokens
+        how["server"] = validation.ServerComparison(options.server, **named)
     return validation.validate(options.checkpoint_dir, **how)
 
 

@@ -9,6 +9,7 @@ from torchtune_vl.files._safetensors import weight_files
 from torchtune_vl.models._builders import vision_language_model
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import load_weights, load_weights_into
+from torchtune_vl.modules.quantized import Quantized, quantize_layers
 from torchtune_vl.modules.vision import VisionLanguageModel
 
 
@@ -17,19 +18,26 @@ def load_model(
     *,
     adapter: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    quantize: Quantized | None = None,
     device: torch.device | str = "cpu",
 ) -> VisionLanguageModel:
     """Load a checkpoint to answer with, merged with an adapter of torchtune-vl or of peft.
 
-    ``dtype`` is that of all weights, by default as they are stored. Raises ``ValueError`` if files
-    are missing or damaged, or the adapter is of another model.
+    ``dtype`` is that of all weights, by default as they are stored. With ``quantize`` the layers of
+    the decoder, but for embedding and output, have 8-bit or 4-bit weights, ``"int8"`` or
+    ``"int4"``, after they were loaded in bfloat16. Raises ``ValueError`` if files are missing or
+    damaged, the adapter is of another model, or weights cannot be quantized.
     """
     directory = Path(checkpoint_dir)
     weights = load_weights(directory, weight_files(directory))
     if adapter is not None:
         weights = merge_adapter(weights, load_adapter(Path(adapter), weights), dtype)
+    if quantize:
+        dtype = dtype or torch.bfloat16
     dtype = dtype or next(iter(weights.values())).dtype
     with torch.device("meta"):
         model = vision_language_model(**family_of(directory).all_dimensions(directory)).to(dtype)
     load_weights_into(model, weights, torch.device(device))
+    if quantize:
+        quantize_layers(model.decoder.layers, quantize)
     return model.eval()

@@ -12,6 +12,7 @@ from torch import nn
 
 from torchtune_vl._torchao import linear_nf4
 from torchtune_vl._torchtune import DoRALinear, FrozenNF4Linear, LoRALinear
+from torchtune_vl.modules.linear import Linear
 
 Trainable = Literal["frozen", "lora", "full"]
 
@@ -58,7 +59,7 @@ def build_linear(
         return layer(in_dim, out_dim, **settings)
     if is_quantized:
         return FrozenNF4Linear(in_dim, out_dim, bias=bias, **blocks)
-    return nn.Linear(in_dim, out_dim, bias=bias)
+    return Linear(in_dim, out_dim, bias=bias)
 
 
 def _nf4_blocks(name: str, in_dim: int, out_dim: int) -> dict[str, int]:

@@ -22,6 +22,7 @@ from torchtune_vl.modules.adapters import MakeLinear
 from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.kv_cache import KVCache, Prefill, Step
 from torchtune_vl.modules.layout import Segments
+from torchtune_vl.modules.linear import linear
 from torchtune_vl.modules.loss import chunked_cross_entropy
 
 # What attends to what: bool [B, S, M], the documents of a packed row, new tokens of sequences that
@@ -102,7 +103,7 @@ class Decoder(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Compute logits of normalized hidden states, [..., E] to [..., V]."""
         if self.output is None:
-            return F.linear(x, self.tok_embeddings.weight)
+            return linear(x, self.tok_embeddings.weight)
         return self.output(x)
 
     def set_num_output_chunks(self, num_output_chunks: int) -> None:

@@ -1,9 +1,9 @@
 """How the decoder divides over devices."""
 
-from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
+from torchtune_vl.modules.linear import Linear
 from torchtune_vl.modules.vision import VisionLanguageModel
 
 _DIVIDED: dict[type[ParallelStyle], tuple[str, ...]] = {
@@ -25,9 +25,9 @@ def decoder_tp_plan(model: VisionLanguageModel) -> dict[str, ParallelStyle]:
         for style, names in _DIVIDED.items()
         for name in names
     }
-    if any(type(model.get_submodule(name)) is not nn.Linear for name in plan):
+    if any(type(model.get_submodule(name)) is not Linear for name in plan):
         problem = "layers with adapters or quantized weights do not divide over devices"
         raise ValueError(f"{problem}: set parallel.tensor to 1, where these methods need no more")
-    if isinstance(model.decoder.output, nn.Linear):
+    if isinstance(model.decoder.output, Linear):
         plan["decoder.output"] = ColwiseParallel(output_layouts=Replicate())
     return plan

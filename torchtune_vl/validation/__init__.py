@@ -1,4 +1,4 @@
-"""The parity report: ours beside transformers, on the user's own files."""
+"""The parity report: ours beside transformers, and beside a server, on the user's own files."""
 
 from importlib import import_module
 from typing import Any
@@ -9,6 +9,7 @@ import_torchvision()  # before transformers, which looks for it at import
 
 # These take long to import
 _NAMES = {
+    "_compare_server": "ServerComparison",
     "_inputs": "Conversation Inputs find_images find_videos read_conversations",
     "_report": "Case Picture Report Row TokenPair print_report to_html to_markdown",
     "_validate": "validate",

@@ -49,25 +49,28 @@ def compare(
     tolerance: float = 0.0,
     text_of: Callable[[Any], str] | None = None,
     must_read: bool = False,
+    peer: str = "transformers",
 ) -> Case:
     """Compare tensors, settings by name (those of the reference), or sequences place by place.
 
     Tensors pass up to a tolerance, but not if they have other shapes or what is no number. Of
     sequences of tokens ``text_of`` gives the texts, to show those that differ. An input that both
-    sides refuse, by errors, passes if ours explains that and it need not be read.
+    sides refuse, by errors, passes if ours explains that and it need not be read. ``peer`` is what
+    the other side is called.
     """
     case = Case(name)
     if failed(ours, reference):
-        sides = {"Ours": ours, "transformers": reference}
+        sides = {"Ours": ours, peer: reference}
         says = [f"{side}: {brief(error)}" for side, error in sides.items() if failed(error)]
-        case.refused = "both" if len(says) == 2 else "ours" if failed(ours) else "transformers"
+        case.refused = "both" if len(says) == 2 else "ours" if failed(ours) else "theirs"
         explained = case.refused == "both" and isinstance(ours, ValueError | OSError)
         case.failed = must_read or not explained
         case.largest = math.inf if case.failed else 0.0
-        who = "Both refuse" if case.refused == "both" else f"Only {case.refused} refuses"
+        refusing = "ours" if failed(ours) else peer
+        who = "Both refuse" if case.refused == "both" else f"Only {refusing} refuses"
         case.detail = f"{who} it. {'; '.join(says)}"
     elif isinstance(reference, torch.Tensor) and ours.shape != reference.shape:
-        case.detail = f"ours has the shape {[*ours.shape]}, transformers {[*reference.shape]}"
+        case.detail = f"ours has the shape {[*ours.shape]}, {peer} {[*reference.shape]}"
         case.compared = case.differing = reference.numel()
         case.failed, case.largest = True, math.inf
     elif isinstance(reference, torch.Tensor):
@@ -89,10 +92,10 @@ def compare(
         if not differing:
             return case
         first, lengths = differing[0], (len(ours), len(reference))
-        values = "ours {!r}, transformers {!r}".format(*pairs[first])
+        values = f"ours {pairs[first][0]!r}, {peer} {pairs[first][1]!r}"
         case.detail = f"first difference at {first:,}: {values}"
         if lengths[0] != lengths[1]:
-            case.detail += "; ours has {:,}, transformers {:,}".format(*lengths)
+            case.detail += f"; ours has {lengths[0]:,}, {peer} {lengths[1]:,}"
         if text_of is not None:
             for place in range(max(first - 3, 0), min(first + 6, len(pairs))):
                 shown = [None if t is None else (t, text_of(t)) for t in pairs[place]]

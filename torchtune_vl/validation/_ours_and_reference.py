@@ -91,6 +91,12 @@ class Ours(_Side):
         read = self.family.transform.from_pretrained
         return read(self.directory, parse_special="all", **self._limits)
 
+    @attempted
+    def served_transform(self) -> Any:
+        """Read it all as servers do, and qwen-vl-utils: what is transparent lies on white."""
+        read = self.family.transform.from_pretrained
+        return read(self.directory, parse_special="all", alpha="white", **self._limits)
+
     @cached_property
     def image_transforms(self) -> dict[Backend, ImageTransform]:
         names = ("min_pixels", "max_pixels", "image_mean", "image_std")

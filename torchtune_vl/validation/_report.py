@@ -46,7 +46,7 @@ class Case:
     largest: float = 0.0  # difference; infinite where values cannot be subtracted
     total: float = 0.0
     failed: bool = False  # if a difference is beyond what its row allows
-    refused: Literal["", "both", "ours", "transformers"] = ""
+    refused: Literal["", "both", "ours", "theirs"] = ""
     detail: str = ""
     pictures: list[Picture] = field(default_factory=list)
     tokens: list[TokenPair] = field(default_factory=list)
@@ -75,6 +75,7 @@ class Row:
     about: str
     unit: str  # in which differences are counted, such as "ids"
     numeric: bool = False  # if they are those of numbers instead
+    peer: str = "transformers"  # what the other side is called
     skipped: str = ""
     note: str = ""
     cases: list[Case] = field(default_factory=list)

@@ -12,6 +12,7 @@ from torchtune_vl.validation import _compare_files as files
 from torchtune_vl.validation._compare import Comparison
 from torchtune_vl.validation._compare_media import compare_images, compare_videos
 from torchtune_vl.validation._compare_models import compare_conversations, compare_models
+from torchtune_vl.validation._compare_server import ServerComparison, compare_server
 from torchtune_vl.validation._inputs import TEXTS, Inputs, builtin_inputs, conversation_of
 from torchtune_vl.validation._ours_and_reference import Ours, Reference, Track
 from torchtune_vl.validation._report import Report
@@ -26,6 +27,7 @@ def validate(
     weights: bool = False,
     logits: bool = False,
     dtype: torch.dtype = torch.float32,
+    server: ServerComparison | None = None,
     track: Track = lambda sequence, description: sequence,
 ) -> Report:
     """Compare our side with transformers', on generated inputs and the user's; download nothing.
@@ -37,7 +39,8 @@ def validate(
         max_pixels: largest area of images for both sides, in place of the directories'.
         weights: whether to compare the weights.
         logits: whether to compare weights and logits.
-        dtype: of both models.
+        dtype: of both models, and of ours beside a server.
+        server: a server whose answers are compared with ours, if any.
         track: shows progress: takes a sequence and what it is of, and returns an iterable of it.
     """
     directory, user = Path(checkpoint_dir), inputs or Inputs()
@@ -67,6 +70,7 @@ def validate(
         compare_images(run, images)
         compare_videos(run, user.videos | builtin.videos)
         compare_models(run, samples, dtype, weights, logits)
+        compare_server(run, conversations, server, dtype)
     facts = {"Python": platform.python_version()}
     for package in ("torchtune-vl", "transformers", "tokenizers", "torch", "torchvision", "Pillow"):
         with suppress(PackageNotFoundError):

@@ -1,0 +1,286 @@
+"""A server's answers beside ours: here one that answers with our own model, or not quite."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
+from tests.test_cli import status
+from torchtune_vl.generation import generate, load_model
+from torchtune_vl.models import transform_from_pretrained
+from torchtune_vl.validation import ServerComparison, validate
+from torchtune_vl.validation._report import Report
+
+Reply = dict[str, Any]
+NEW_TOKENS = 6
+
+
+class FakeServer:
+    """Answers by OpenAI's protocol with our model, through ``change``, and keeps what was asked."""
+
+    def __init__(self, directory: Path) -> None:
+        self.model = load_model(directory, dtype=torch.float32)
+        self.transform = transform_from_pretrained(directory, parse_special="all", alpha="white")
+        self.change: Callable[[Reply, Reply], Any] = lambda reply, asked: reply
+        self.asked: list[Reply] = []
+        self.keys: set[str | None] = set()
+        fake, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send({"data": [{"id": "tiny"}, {"id": "other"}]})
+
+            def do_POST(self) -> None:
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.keys.add(self.headers["Authorization"])
+                with lock:
+                    fake.asked.append(asked)
+                    try:
+                        self.send(fake.change(fake.reply(asked), asked))
+                    except ValueError as error:
+                        self.send({"error": {"message": str(error)}}, 400)
+
+            def send(self, content: Any, status: int = 200) -> None:
+                self.send_response(status)
+                self.end_headers()
+                text = content if isinstance(content, str) else json.dumps(content)
+                self.wfile.write(text.encode())
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def reply(self, asked: Reply) -> Reply:
+        def item(part: Reply) -> Reply:
+            kind = part["type"].removesuffix("_url")
+            return {
+                "type": kind,
+                kind: part["text"] if kind == "text" else part[f"{kind}_url"]["url"],
+            }
+
+        sample: Reply = {"messages": []}
+        for message in asked["messages"]:
+            content = message["content"]
+            content = content if isinstance(content, str) else [*map(item, content)]
+            sample["messages"].append({**message, "content": content})
+        if "tools" in asked:
+            assert asked["tool_choice"] == "none"
+            sample["tools"] = asked["tools"]
+        prompt = self.transform.to_answer(sample)["tokens"]
+        (answer,) = generate(
+            self.model, self.transform, [sample], max_new_tokens=asked["max_tokens"]
+        )
+        entries = [
+            {"token": f"token_id:{token}", "logprob": logprob}
+            for token, logprob in zip(answer.tokens, answer.logprobs, strict=True)
+        ]
+        message = {"role": "assistant", "content": answer.text}
+        choice = {"message": message, "token_ids": answer.tokens, "logprobs": {"content": entries}}
+        usage = {"prompt_tokens": len(prompt)}
+        return {"choices": [choice], "prompt_token_ids": prompt, "usage": usage}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("served")
+    write_tiny_checkpoint(directory, vocabulary, config={**CONFIG, "num_hidden_layers": 2})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def running(checkpoint: Path) -> Iterator[FakeServer]:
+    fake = FakeServer(checkpoint)
+    thread = threading.Thread(target=fake.http.serve_forever)
+    thread.start()
+    yield fake
+    fake.http.shutdown()
+    thread.join()
+    fake.http.server_close()
+
+
+@pytest.fixture
+def fake(running: FakeServer) -> FakeServer:
+    running.change, running.asked, running.keys = (lambda reply, asked: reply), [], set()
+    return running
+
+
+def served(checkpoint: Path, fake: FakeServer, **how: Any) -> Report:
+    how = {"max_new_tokens": NEW_TOKENS, **how}
+    return validate(checkpoint, server=ServerComparison(fake.url, **how))
+
+
+def status_of(report: Report) -> list[str]:
+    return [row.status for row in report.rows if row.name.startswith("served")]
+
+
+def rows_of(report: Report) -> list[Any]:
+    return [row for row in report.rows if row.name.startswith("served")]
+
+
+def test_the_same_model_answers_the_same(
+    checkpoint: Path, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "abc")
+    report = served(checkpoint, fake)
+    prompts, answers, logprobs = rows_of(report)
+    assert status_of(report) == ["pass"] * 3
+    assert len(prompts.cases) == len(answers.cases) == len(logprobs.cases) == len(fake.asked)
+    assert len(fake.asked) > 10
+    assert prompts.compared > 2000
+    assert answers.compared == logprobs.compared == NEW_TOKENS * len(fake.asked)
+    # Written alone there, and here among others
+    assert 0 < max(case.largest for case in logprobs.cases) < 1e-5
+    assert fake.keys == {"Bearer abc"}
+    assert {asked["model"] for asked in fake.asked} == {"tiny"}
+    assert all(asked["messages"][-1]["role"] != "assistant" for asked in fake.asked)
+    kinds = [
+        p["type"]
+        for a in fake.asked
+        for m in a["messages"]
+        for p in m["content"]
+        if m and isinstance(p, dict)
+    ]
+    assert {"image_url", "video_url", "text"} <= {*kinds}
+
+
+def test_another_answer_fails(checkpoint: Path, fake: FakeServer) -> None:
+    def change(reply: Reply, asked: Reply) -> Reply:
+        if len(fake.asked) == 3:
+            reply["choices"][0]["token_ids"][4] = 17
+        if len(fake.asked) == 5:
+            reply["choices"][0]["logprobs"]["content"][2]["logprob"] -= 1e-3
+        if len(fake.asked) == 7:
+            reply["prompt_token_ids"].insert(5, 198)
+        return reply
+
+    fake.change = change
+    report = served(checkpoint, fake)
+    assert status_of(report) == ["fail"] * 3
+    prompts, answers, logprobs = rows_of(report)
+    assert [len(row.failed) for row in (prompts, answers, logprobs)] == [1, 1, 1]
+    assert "first difference at 5: ours" in prompts.failed[0].detail
+    assert "first difference at 4: ours" in answers.failed[0].detail
+    assert "the server 17" in answers.failed[0].detail
+    assert logprobs.failed[0].largest == pytest.approx(1e-3, rel=0.01)
+    # Behind another token nothing is compared
+    assert logprobs.compared == answers.compared - 2
+
+
+def test_an_answer_as_likely_is_rounding(checkpoint: Path, fake: FakeServer) -> None:
+    # The output of two tokens is the same: which of them is the likeliest is a matter of rounding
+    served(checkpoint, fake)
+    token = fake.reply(fake.asked[0])["choices"][0]["token_ids"][2]
+    twin = 17
+    embeddings = fake.model.tok_embeddings.weight.data
+    kept = embeddings[twin].clone()
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    original = {name: tensor.clone() for name, tensor in weights.items()}
+    weights["model.embed_tokens.weight"][twin] = weights["model.embed_tokens.weight"][token]
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+        embeddings[twin] = embeddings[token]
+
+        def change(reply: Reply, asked: Reply) -> Reply:
+            ids = reply["choices"][0]["token_ids"]
+            reply["choices"][0]["token_ids"] = [{token: twin, twin: token}.get(i, i) for i in ids]
+            return reply
+
+        fake.change = change
+        _, answers, logprobs = rows_of(served(checkpoint, fake))
+        assert answers.status == logprobs.status == "pass"
+        assert any("as good as equal" in case.detail for case in answers.cases)
+    finally:
+        embeddings[twin] = kept
+        save_file(original, path, metadata={"format": "pt"})
+
+
+def test_servers_that_tell_less(checkpoint: Path, fake: FakeServer) -> None:
+    def plain(reply: Reply, asked: Reply) -> Reply:
+        (choice,) = reply["choices"]
+        return {"choices": [{"message": choice["message"]}], "usage": reply["usage"]}
+
+    fake.change = plain
+    report = served(checkpoint, fake)
+    prompts, answers, logprobs = rows_of(report)
+    assert status_of(report) == ["pass", "pass", "not compared"]
+    assert prompts.compared == answers.compared == len(fake.asked)
+    assert logprobs.skipped == "the server tells none"
+
+    def worse(reply: Reply, asked: Reply) -> Reply:
+        if len(fake.asked) == 3:
+            reply["choices"][0]["message"]["content"] += "."
+            reply["usage"]["prompt_tokens"] += 1
+        return plain(reply, asked)
+
+    fake.asked, fake.change = [], worse
+    assert status_of(served(checkpoint, fake)) == ["fail", "fail", "not compared"]
+
+    # As llama.cpp tells ids, and without the token that ended the answer
+    def ids_with_logprobs(reply: Reply, asked: Reply) -> Reply:
+        (choice,) = reply["choices"]
+        entries = choice["logprobs"]["content"]
+        told = [{**e, "id": int(e["token"][9:]), "token": "?"} for e in entries]
+        choice = {"message": choice["message"], "logprobs": {"content": told}}
+        return {"choices": [choice]}
+
+    fake.change = ids_with_logprobs
+    report = served(checkpoint, fake)
+    assert status_of(report)[1:] == ["pass", "pass"]
+    assert rows_of(report)[1].compared == NEW_TOKENS * len(rows_of(report)[1].cases)
+    assert rows_of(report)[0].skipped == "the server tells neither ids nor their number"
+
+
+def test_what_a_server_refuses_is_told(checkpoint: Path, fake: FakeServer) -> None:
+    def change(reply: Reply, asked: Reply) -> Reply:
+        if "video_url" in json.dumps(asked):
+            raise ValueError("At most 0 video(s) may be provided")
+        return reply
+
+    fake.change = change
+    report = served(checkpoint, fake)
+    assert status_of(report) == ["fail", "pass", "pass"]
+    failed = rows_of(report)[0].failed
+    assert {case.name for case in failed} == {"built-in video", "built-in video between images"}
+    assert failed[0].detail.startswith("Only the server refuses it. the server: status 400, ")
+    assert "At most 0 video(s) may be provided" in failed[0].detail
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--server", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer as OpenAI's"),
+        (["--server", "URL", "--served-model", "x"], "serves no x, but tiny, other"),
+        (["--adapter", "x"], "--served-model and --adapter say what a server has: give --server"),
+    ],
+)
+def test_a_server_that_is_not_there(
+    options: list[str],
+    message: str,
+    checkpoint: Path,
+    fake: FakeServer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = [fake.url if option == "URL" else option for option in options]
+    assert status("validate", checkpoint, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command(
+    checkpoint: Path, fake: FakeServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    options = ["--server", f"{fake.url}/v1/", "--served-model", "other", "--max-new-tokens", "2"]
+    assert status("validate", checkpoint, *options, "--html", page) == 0
+    assert "served logprobs" in capsys.readouterr().out
+    assert {(asked["model"], asked["max_tokens"]) for asked in fake.asked} == {("other", 2)}
+    assert "served answers" in page.read_text()

@@ -1,0 +1,44 @@
+"""Linear layers, plain ones, in computations without gradients by the faster library."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Where oneDNN multiplies float32 faster than MKL: for fewer rows MKL is as fast as weights are
+# read, for more they are equal, and for few outputs the call costs more: benchmarks/generation.py
+_ROWS = range(4, 129)
+_MIN_OUTPUTS = 512
+_HAS_BOTH = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply [..., in] by a weight [out, in] and add a bias [out].
+
+    ``F.linear``, but on a CPU and without gradients by the faster of torch's two libraries.
+    """
+    if _by_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        _HAS_BOTH
+        and not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        # Not those that are spread over devices
+        and type(x) is torch.Tensor
+        and type(weight) in (torch.Tensor, nn.Parameter)
+        and len(weight) >= _MIN_OUTPUTS
+        and x.numel() // x.shape[-1] in _ROWS
+    )
+
+
+class Linear(nn.Linear):
+    """torch's layer, which multiplies by :func:`linear`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer, from [..., in_features] to [..., out_features]."""
+        return linear(x, self.weight, self.bias)

@@ -1,0 +1,113 @@
+"""Linear layers whose weights have eight or four bits, for answers: smaller, and read sooner.
+
+Activations stay bfloat16. Both round to the nearest; the operators are those of torch that torchao
+calls, which asks for them in another way in each release.
+"""
+
+# Shape suffixes: N outputs, K inputs, G groups of inputs
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Of weights that share a scale and a zero in four bits
+GROUP_SIZE = 64
+# The kernel of eight bits multiplies row by row: above, weights are better widened first
+_FEW_ROWS = 32
+
+
+class Int8Linear(nn.Module):
+    """A layer of int8 weights, with a scale for each output."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        weight_NK = layer.weight.detach().float()
+        scales_N = (weight_NK.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        scales_N = scales_N.to(torch.bfloat16)
+        # Scales are rounded, too: what a weight becomes goes by those that it is multiplied with
+        rounded_NK = (weight_NK / scales_N.float()[:, None]).round_().clamp_(-127, 127)
+        self.register_buffer("weight", rounded_NK.to(torch.int8))
+        self.register_buffer("scales", scales_N)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer, bfloat16 [..., K] to [..., N]."""
+        rows = x.reshape(-1, x.shape[-1])
+        if x.device.type == "cpu" and len(rows) <= _FEW_ROWS:
+            out = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scales)
+        else:
+            out = F.linear(rows, self.weight.to(x.dtype)) * self.scales
+        out = out.view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+
+class Int4Linear(nn.Module):
+    """A layer of four-bit weights, of which groups of inputs share a scale and a zero.
+
+    ``ValueError`` if inputs do not divide into groups, or outputs into the 16 of the kernel.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        weight_NK = layer.weight.detach().float()
+        num_outputs, num_inputs = weight_NK.shape
+        if num_inputs % GROUP_SIZE or num_outputs % 16:
+            problem = f"a layer of {num_inputs} inputs and {num_outputs} outputs has no int4"
+            raise ValueError(f"{problem}: they are to be multiples of {GROUP_SIZE} and 16")
+        grouped_NGK = weight_NK.unflatten(1, (-1, GROUP_SIZE))
+        low_NG, high_NG = grouped_NGK.aminmax(dim=2)
+        scales_NG = ((high_NG - low_NG) / 15).clamp_min(torch.finfo(torch.float32).tiny)
+        # A weight is (its number - 8) * scale + zero
+        scales_NG = scales_NG.to(torch.bfloat16)
+        zeros_NG = (low_NG + 8 * scales_NG.float()).to(torch.bfloat16)
+        numbers_NGK = (grouped_NGK - zeros_NG.float()[..., None]) / scales_NG.float()[..., None] + 8
+        numbers_NK = numbers_NGK.round_().clamp_(0, 15).to(torch.int32).flatten(1)
+        self.register_buffer("weight", _packed(numbers_NK))
+        pairs_GN2 = torch.stack([scales_NG, zeros_NG], dim=2).transpose(0, 1)
+        self.register_buffer("scales_and_zeros", pairs_GN2.contiguous())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    weight: torch.Tensor
+    scales_and_zeros: torch.Tensor
+    bias: torch.Tensor | None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer, bfloat16 [..., K] to [..., N]."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        is_cpu = x.device.type == "cpu"
+        multiply = torch._weight_int4pack_mm_for_cpu if is_cpu else torch._weight_int4pack_mm
+        out = multiply(rows, self.weight, GROUP_SIZE, self.scales_and_zeros)
+        out = out.view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+
+def _packed(numbers_NK: torch.Tensor) -> torch.Tensor:
+    """Pack numbers from 0 to 15 as the kernel of their device reads them."""
+    if numbers_NK.device.type == "cpu":
+        return torch._convert_weight_to_int4pack_for_cpu(numbers_NK, 1)
+    pairs = (numbers_NK[:, ::2] << 4 | numbers_NK[:, 1::2]).to(torch.uint8)
+    return torch._convert_weight_to_int4pack(pairs, 8)
+
+
+Quantized = Literal["int8", "int4"]
+_LAYERS: dict[Quantized, type[nn.Module]] = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+def quantize_layers(module: nn.Module, how: Quantized) -> None:
+    """Replace the linear layers of a module by quantized ones, one by one.
+
+    ``ValueError`` if a weight is not bfloat16 or cannot be divided.
+    """
+    for parent in module.modules():
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear):
+                if layer.weight.dtype != torch.bfloat16:
+                    dtype = str(layer.weight.dtype).removeprefix("torch.")
+                    raise ValueError(f"{how} weights are computed with in bfloat16, not {dtype}")
+                setattr(parent, name, _LAYERS[how](layer))
