@@ -46,11 +46,11 @@ bench: $(INSTALLED) $(VOCABULARY)
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.training_options
 
-# The public names with their docstrings as HTML, build/docs/index.html
+# The site of docs/, build/docs/index.html. From scratch, for pages that are kept tell no warnings anew
 docs: $(INSTALLED)
-	$(BIN)/pdoc --docformat google --output-directory build/docs \
-		torchtune_vl.models.qwen2_5_vl torchtune_vl.data torchtune_vl.datasets torchtune_vl.media \
-		torchtune_vl.generation torchtune_vl.evaluation torchtune_vl.training torchtune_vl.modules torchtune_vl.recipes
+	rm -rf build/docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky --conf-dir docs . build/docs
+	$(BIN)/python -m tests.links build/docs
 
 # torchvision serves comparisons with transformers alone, see torchtune_vl/validation/_torchvision.py
 $(INSTALLED): pyproject.toml constraints.txt

@@ -295,8 +295,8 @@ class ChatTransform(QwenTokenizer):
             there too if the message is ``masked`` or of weight 0; ``input_pos``, M-RoPE positions,
             int64 [s, 3]; if there are media ``encoder_input``, whose ``vision`` has ``patches``,
             float32 [n, 1176] or uint8 [n, 588] (with videos [n, 1176]), ``grid_thw``, int64 [k, 3],
-            and the index of :func:`vision_index`; and if something was cut ``truncated``, how many
-            ``tokens``, ``images`` and ``videos``.
+            and the index of :func:`~torchtune_vl.modules.vision_index`; and if something was cut
+            ``truncated``, how many ``tokens``, ``images`` and ``videos``.
 
         Raises:
             ValueError: if a message or medium cannot be read, media and their places do not match,

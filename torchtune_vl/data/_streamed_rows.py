@@ -82,8 +82,8 @@ class StreamedRows(IterableDataset[Row]):
         world_size: how many these are.
         num_workers: data workers of each rank, to find how many lanes a new run has.
         seed: of the draws and the order of rows, >= 0.
-        position: of :meth:`position`, after the last step that was taken; with another planner what
-            a lane had planned is planned anew.
+        position: of :meth:`position_after`, after the last step that was taken; with another
+            planner what a lane had planned is planned anew.
         skips_bad: whether samples that cannot be measured or made are left out, and told by a row.
 
     Raises:

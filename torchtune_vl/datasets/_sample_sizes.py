@@ -105,7 +105,7 @@ class Measurements:
         return joined
 
     def add(self, place: int, index: int, counts: Sequence[int]) -> None:
-        """Add what :class:`Measured` counts of a sample."""
+        """Add what ``Measured`` counts of a sample."""
         *size, media, tokens, images, videos = counts
         self.sizes[place] = size
         self.counts["media"] += media

@@ -44,7 +44,7 @@ def evaluate(
         others: answers of another model to the same questions, for a comparison.
 
     Returns:
-        Values that JSON can hold: ``num_answers`` and ``num_errors``; ``metrics``, of each
+        What JSON can hold, ``num_answers`` and ``num_errors``; ``metrics``, of each
         ``about``, ``total``, and ``low`` and ``high``, its 95 % interval; ``groups``, by column and
         value, the same with ``num_answers``; ``comparison``, by metric, how the answers differ from
         ``others``, of which samples have ``other_answer``, ``other_scores``, ``other_boxes`` and

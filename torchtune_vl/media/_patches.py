@@ -38,7 +38,7 @@ class Geometry:
 
     @property
     def unit(self) -> int:
-        """Pixels along a side of a unit: what sides of resized images are multiples of."""
+        """Pixels along a side of a unit, of which sides of resized images are multiples."""
         return self.merge_size * self.patch_size
 
     @property

@@ -49,8 +49,9 @@ def lora_model_from_pretrained(
 ) -> "VisionLanguageModel":
     """Build the model that a checkpoint's ``config.json`` describes, with adapters.
 
-    As :func:`model_from_pretrained`; adapters are fresh in any case. ``settings`` are arguments of
-    :func:`~torchtune_vl.models._builders.with_adapters`, which raises ``ValueError`` too.
+    As :func:`~torchtune_vl.models.model_from_pretrained`; adapters are fresh in any case.
+    ``settings`` are arguments of :func:`~torchtune_vl.models._builders.with_adapters`, which raises
+    ``ValueError`` too.
     """
     from torchtune_vl.models._builders import with_adapters
     from torchtune_vl.models._weights import model_of

@@ -74,7 +74,8 @@ def with_adapters(
 ) -> VisionLanguageModel:
     """Build a model in which only low-rank adapters, and parts that are "full", are trained.
 
-    Parts and dimensions are those of :func:`vision_language_model`. Of parts that are "lora",
+    Parts and dimensions are those of
+    :func:`~torchtune_vl.models._builders.vision_language_model`. Of parts that are "lora",
     attention layers get adapters that ``lora_attn_modules`` names: ``q_proj``, ``k_proj`` and
     ``v_proj`` of the decoder, ``qkv`` of the encoder, where these three are one layer, and
     ``output_proj`` of both. Feed-forwards, the merger's too, and the output layer get them by flags

@@ -15,6 +15,7 @@ _NAMES = {
     "_validate": "validate",
 }
 __all__ = ["import_torchvision", *" ".join(_NAMES.values()).split()]
+__dir__ = __all__.copy
 
 
 def __getattr__(name: str) -> Any:

@@ -76,7 +76,7 @@ class Ours(_Side):
 
     @property
     def vocabulary_files(self) -> list[Path]:
-        """The files that :meth:`ChatTransform.from_pretrained` reads."""
+        """The files that :meth:`~torchtune_vl.chat.ChatTransform.from_pretrained` reads."""
         has_one = (self.directory / "tokenizer.json").exists()
         names = ["tokenizer.json"] if has_one else ["vocab.json", "merges.txt"]
         return [self.directory / name for name in names]

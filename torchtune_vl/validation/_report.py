@@ -112,7 +112,7 @@ class Row:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The row of the reports' table, in the order of :data:`COLUMNS`."""
+        """The row of the reports' table, in the order of ``COLUMNS``."""
         counts = (f"{len(self.cases):,}", f"{self.compared:,}") if self.cases else ("", "")
         return self.name, *counts, self.figure, self.status
 
@@ -132,7 +132,7 @@ class Report:
 
     @property
     def refused_by_both(self) -> dict[str, str]:
-        """What is said of inputs, by their names: of an image once, and not for every backend."""
+        """What is said of inputs, by their names, of an image once and not for every backend."""
         cases = [case for row in self.rows for case in row.cases if not case.failed]
         return {case.name: case.summary for case in cases if case.refused == "both"}
 
