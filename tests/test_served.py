@@ -15,8 +15,11 @@ from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
 from tests.test_cli import status
 from torchtune_vl.generation import generate, load_model
 from torchtune_vl.models import transform_from_pretrained
-from torchtune_vl.validation import ServerComparison, validate
-from torchtune_vl.validation._report import Report
+from torchtune_vl.validation import Conversation, Row, ServerComparison, read_conversations
+from torchtune_vl.validation._compare import Comparison
+from torchtune_vl.validation._compare_server import ROWS, compare_server
+from torchtune_vl.validation._inputs import builtin_inputs
+from torchtune_vl.validation._ours_and_reference import Ours, Reference
 
 Reply = dict[str, Any]
 NEW_TOKENS = 6
@@ -113,25 +116,29 @@ def fake(running: FakeServer) -> FakeServer:
     return running
 
 
-def served(checkpoint: Path, fake: FakeServer, **how: Any) -> Report:
-    how = {"max_new_tokens": NEW_TOKENS, **how}
-    return validate(checkpoint, server=ServerComparison(fake.url, **how))
+@pytest.fixture(scope="module")
+def builtin(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation]:
+    return builtin_inputs(tmp_path_factory.mktemp("builtin")).conversations
 
 
-def status_of(report: Report) -> list[str]:
-    return [row.status for row in report.rows if row.name.startswith("served")]
+def served(checkpoint: Path, fake: FakeServer, chats: list[Conversation]) -> list[Row]:
+    """The rows of the report, of prompts, answers and log-probabilities."""
+    run = Comparison(Ours(checkpoint), Reference(checkpoint))
+    how = ServerComparison(fake.url, max_new_tokens=NEW_TOKENS)
+    compare_server(run, chats, how, torch.float32)
+    return [run.rows[name] for name in ROWS]
 
 
-def rows_of(report: Report) -> list[Any]:
-    return [row for row in report.rows if row.name.startswith("served")]
+def status_of(rows: list[Row]) -> list[str]:
+    return [row.status for row in rows]
 
 
 def test_the_same_model_answers_the_same(
-    checkpoint: Path, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, fake: FakeServer, builtin: list[Conversation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "abc")
-    report = served(checkpoint, fake)
-    prompts, answers, logprobs = rows_of(report)
+    report = served(checkpoint, fake, builtin)
+    prompts, answers, logprobs = report
     assert status_of(report) == ["pass"] * 3
     assert len(prompts.cases) == len(answers.cases) == len(logprobs.cases) == len(fake.asked)
     assert len(fake.asked) > 10
@@ -152,7 +159,9 @@ def test_the_same_model_answers_the_same(
     assert {"image_url", "video_url", "text"} <= {*kinds}
 
 
-def test_another_answer_fails(checkpoint: Path, fake: FakeServer) -> None:
+def test_another_answer_fails(
+    checkpoint: Path, fake: FakeServer, builtin: list[Conversation]
+) -> None:
     def change(reply: Reply, asked: Reply) -> Reply:
         if len(fake.asked) == 3:
             reply["choices"][0]["token_ids"][4] = 17
@@ -163,9 +172,9 @@ def test_another_answer_fails(checkpoint: Path, fake: FakeServer) -> None:
         return reply
 
     fake.change = change
-    report = served(checkpoint, fake)
+    report = served(checkpoint, fake, builtin)
     assert status_of(report) == ["fail"] * 3
-    prompts, answers, logprobs = rows_of(report)
+    prompts, answers, logprobs = report
     assert [len(row.failed) for row in (prompts, answers, logprobs)] == [1, 1, 1]
     assert "first difference at 5: ours" in prompts.failed[0].detail
     assert "first difference at 4: ours" in answers.failed[0].detail
@@ -175,9 +184,11 @@ def test_another_answer_fails(checkpoint: Path, fake: FakeServer) -> None:
     assert logprobs.compared == answers.compared - 2
 
 
-def test_an_answer_as_likely_is_rounding(checkpoint: Path, fake: FakeServer) -> None:
+def test_an_answer_as_likely_is_rounding(
+    checkpoint: Path, fake: FakeServer, builtin: list[Conversation]
+) -> None:
     # The output of two tokens is the same: which of them is the likeliest is a matter of rounding
-    served(checkpoint, fake)
+    served(checkpoint, fake, builtin[:4])
     token = fake.reply(fake.asked[0])["choices"][0]["token_ids"][2]
     twin = 17
     embeddings = fake.model.tok_embeddings.weight.data
@@ -196,7 +207,7 @@ def test_an_answer_as_likely_is_rounding(checkpoint: Path, fake: FakeServer) -> 
             return reply
 
         fake.change = change
-        _, answers, logprobs = rows_of(served(checkpoint, fake))
+        _, answers, logprobs = served(checkpoint, fake, builtin[:4])
         assert answers.status == logprobs.status == "pass"
         assert any("as good as equal" in case.detail for case in answers.cases)
     finally:
@@ -204,14 +215,16 @@ def test_an_answer_as_likely_is_rounding(checkpoint: Path, fake: FakeServer) -> 
         save_file(original, path, metadata={"format": "pt"})
 
 
-def test_servers_that_tell_less(checkpoint: Path, fake: FakeServer) -> None:
+def test_servers_that_tell_less(
+    checkpoint: Path, fake: FakeServer, builtin: list[Conversation]
+) -> None:
     def plain(reply: Reply, asked: Reply) -> Reply:
         (choice,) = reply["choices"]
         return {"choices": [{"message": choice["message"]}], "usage": reply["usage"]}
 
     fake.change = plain
-    report = served(checkpoint, fake)
-    prompts, answers, logprobs = rows_of(report)
+    report = served(checkpoint, fake, builtin[:4])
+    prompts, answers, logprobs = report
     assert status_of(report) == ["pass", "pass", "not compared"]
     assert prompts.compared == answers.compared == len(fake.asked)
     assert logprobs.skipped == "the server tells none"
@@ -223,7 +236,7 @@ def test_servers_that_tell_less(checkpoint: Path, fake: FakeServer) -> None:
         return plain(reply, asked)
 
     fake.asked, fake.change = [], worse
-    assert status_of(served(checkpoint, fake)) == ["fail", "fail", "not compared"]
+    assert status_of(served(checkpoint, fake, builtin[:4])) == ["fail", "fail", "not compared"]
 
     # As llama.cpp tells ids, and without the token that ended the answer
     def ids_with_logprobs(reply: Reply, asked: Reply) -> Reply:
@@ -234,22 +247,24 @@ def test_servers_that_tell_less(checkpoint: Path, fake: FakeServer) -> None:
         return {"choices": [choice]}
 
     fake.change = ids_with_logprobs
-    report = served(checkpoint, fake)
+    report = served(checkpoint, fake, builtin[:4])
     assert status_of(report)[1:] == ["pass", "pass"]
-    assert rows_of(report)[1].compared == NEW_TOKENS * len(rows_of(report)[1].cases)
-    assert rows_of(report)[0].skipped == "the server tells neither ids nor their number"
+    assert report[1].compared == NEW_TOKENS * len(report[1].cases)
+    assert report[0].skipped == "the server tells neither ids nor their number"
 
 
-def test_what_a_server_refuses_is_told(checkpoint: Path, fake: FakeServer) -> None:
+def test_what_a_server_refuses_is_told(
+    checkpoint: Path, fake: FakeServer, builtin: list[Conversation]
+) -> None:
     def change(reply: Reply, asked: Reply) -> Reply:
         if "video_url" in json.dumps(asked):
             raise ValueError("At most 0 video(s) may be provided")
         return reply
 
     fake.change = change
-    report = served(checkpoint, fake)
+    report = served(checkpoint, fake, builtin)
     assert status_of(report) == ["fail", "pass", "pass"]
-    failed = rows_of(report)[0].failed
+    failed = report[0].failed
     assert {case.name for case in failed} == {"built-in video", "built-in video between images"}
     assert failed[0].detail.startswith("Only the server refuses it. the server: status 400, ")
     assert "At most 0 video(s) may be provided" in failed[0].detail
@@ -276,7 +291,10 @@ def test_a_server_that_is_not_there(
 
 
 def test_the_command(
-    checkpoint: Path, fake: FakeServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    checkpoint: Path,
+    fake: FakeServer,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     page = tmp_path / "report.html"
     options = ["--server", f"{fake.url}/v1/", "--served-model", "other", "--max-new-tokens", "2"]
@@ -284,3 +302,16 @@ def test_the_command(
     assert "served logprobs" in capsys.readouterr().out
     assert {(asked["model"], asked["max_tokens"]) for asked in fake.asked} == {("other", 2)}
     assert "served answers" in page.read_text()
+
+
+def test_a_conversation_too_long_to_answer_is_told(
+    checkpoint: Path, fake: FakeServer, tmp_path: Path
+) -> None:
+    asked = tmp_path / "asked.json"
+    texts = ["A word. " * 2100, "Why?"]
+    asked.write_text(json.dumps([[{"role": "user", "content": text}] for text in texts]))
+    report = served(checkpoint, fake, read_conversations(asked))
+    assert status_of(report) == ["pass"] * 3
+    (case,) = [case for case in report[0].cases if case.refused]
+    assert case.refused == "both"
+    assert "exceed the model's max_seq_len of 4096" in case.detail

@@ -21,6 +21,8 @@ from torchtune_vl.models._weights import load_weights
 from torchtune_vl.modules.adapters import is_adapter
 
 # Files that a complete directory has beside the weights: configs, vocabularies, templates
+# The last release with which configs looked as those of the published checkpoints do
+_TRANSFORMERS_VERSION = "4.57.0"
 _COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".tiktoken")
 # ... but for those that speak of files of weights
 _OWN = (tensor_io.INDEX, directories.MANIFEST, adapters.CONFIG)
@@ -151,6 +153,8 @@ class HubCheckpointer:
                 for name, text in (processor_files or {}).items():
                     with directories.new_file(partial / name) as file:
                         file.write_text(text, encoding="utf-8")
+                if template := (processor_files or {}).get("chat_template.jinja"):
+                    _state_template(partial / "tokenizer_config.json", template)
             if ADAPTER_KEY in state_dict:
                 (partial / _ADAPTER).mkdir()
                 adapters.save_adapter(self._adapter(state_dict), partial / _ADAPTER)
@@ -220,18 +224,29 @@ def write_weights(weights: Weights, directory: Path, source: Path, max_size: str
         if path.suffix in _COMPANION_SUFFIXES and path.name not in _OWN and path.is_file():
             with directories.new_file(directory / path.name) as partial:
                 shutil.copyfile(path, partial)
-    _state_dtype(directory / "config.json", {tensor.dtype for tensor in weights.values()})
+    _state_weights(directory / "config.json", {tensor.dtype for tensor in weights.values()})
     tensor_io.write_shards(published, directory, max_size)
 
 
-def _state_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
-    """State the dtype of the weights in a config, since transformers loads in what it states."""
+def _state_template(path: Path, template: str) -> None:
+    """State a template for servers that take the tokenizer's, some of them with tools alone."""
+    if path.exists():
+        directories.write_json(path, {**read_json_object(path).content, "chat_template": template})
+
+
+def _state_weights(path: Path, dtypes: set[torch.dtype]) -> None:
+    """State in a config what transformers goes by: the dtype, in which it loads, and a release.
+
+    Of a directory without a release transformers 4.57.3 to 4.57.6 think that its tokenizer is one
+    of Mistral's with a known fault, and offer to change it.
+    """
     name = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     config = read_json_object(path).content
     parts = [config, *(config.get(part) or {} for part in ("text_config", "vision_config"))]
     stating = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
     for part, key in stating or [(config, "torch_dtype")]:
         part[key] = name
+    config.setdefault("transformers_version", _TRANSFORMERS_VERSION)
     directories.write_json(path, config)
 
 

@@ -1,0 +1,313 @@
+"""Serves exports with vLLM on a CPU, beside our answers, and converts them for llama.cpp.
+
+Run as ``make test-serving`` (some forty minutes on two cores): it installs vLLM in an environment
+of its own. Checkpoints are tiny and random, written by ``tune-vl run``, ``export`` and ``merge``;
+what is compared is what ``tune-vl validate --server`` compares, for 50 conversations made here
+beside the built-in ones. It prints the table of docs/serving.md as Markdown, and ends with status 1
+if a case is not as expected.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
+from tests.finetune_runs import command, run, write_config
+from tests.gguf_files import check, fetch_llama_cpp
+from tests.videos import NTSC, Clip, write_clip, x264
+
+NEW_TOKENS = 32
+PORT = 8471
+_STARTS_WITHIN = 300
+# Those of the server, which finds no GPU and no network
+_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+# A video of 30 seconds is more than 4,000 tokens
+_CONFIG = {**CONFIG, "max_position_embeddings": 8192}
+QWEN2_VL_CONFIG = {
+    **_CONFIG,
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    "vision_config": {
+        "depth": 3,
+        "embed_dim": 128,
+        "hidden_act": "quick_gelu",
+        "hidden_size": CONFIG["hidden_size"],
+        "in_chans": 3,
+        "mlp_ratio": 2,
+        "num_heads": 4,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+    },
+}
+# Sides that are odd, less than a patch, or 190 times the other; and modes of images
+_SIZES = [(28, 28), (1, 1), (29, 57), (13, 1300), (1900, 10), (333, 517), (640, 480), (1001, 77)]
+_MODES = ["RGB", "L", "P", "CMYK", "1", "I;16", "LA", "RGBA"]
+_WORDS = ["What", "how many", "red", "数字", "größer", "👍", "is left of", "the 3rd", "?"]
+_LORA = {
+    "model.lora_rank": 8,
+    "model.lora_alpha": 64,
+    "model.apply_lora_to_mlp": True,
+    "optimizer.lr": 2e-2,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is served.
+
+    Args:
+        name: as the table has it.
+        checkpoint: directory that the server and we read.
+        serve: further arguments of the server.
+        adapter: directory of an adapter on it.
+        dtype: of both.
+        differs: whether answers are known to differ.
+        questions: file of the conversations.
+    """
+
+    name: str
+    checkpoint: Path
+    serve: Sequence[str] = ()
+    adapter: Path | None = None
+    dtype: str = "float32"
+    differs: bool = False
+    questions: str = "questions.json"
+
+
+def main() -> None:
+    """Make the checkpoints, serve each, and print the table."""
+    python, vocabulary = sys.argv[1], Path(sys.argv[2])
+    with TemporaryDirectory(prefix="serving-") as folder:
+        root = Path(folder)
+        write_questions(root)
+        failed = []
+        print(f"vLLM {served_version(python)}, transformers {version('transformers')}\n")
+        print("| export | prompts | answers | largest difference of a log-probability |")
+        print("|---|---|---|---|")
+        for case in cases(root, vocabulary):
+            with serving(python, case, root / "server.log"):
+                rows = compare(case, root / case.questions, root / "report.md")
+            equal = {
+                name: f"{total - fails} of {total}" for name, (total, fails, _) in rows.items()
+            }
+            row = [case.name, equal["served prompts"], equal["served answers"]]
+            print(f"| {' | '.join(row)} | {rows['served logprobs'][2]} |", flush=True)
+            if any(fails for _, fails, _ in rows.values()) != case.differs:
+                failed.append(case.name)
+                print((root / "report.md").read_text("utf-8"), file=sys.stderr)
+        print("\n| converted to GGUF | tensors equal |\n|---|---|")
+        sources = fetch_llama_cpp(vocabulary.parent / "llama.cpp")
+        for name in ("full", "bfloat16", "shards", "untied", "qwen2_vl"):
+            (config,) = (root / name).glob("**/config.json")
+            problems, number = check(config.parent, sources, root)
+            print(f"| {name} | {number - len(problems)} of {number} |", flush=True)
+            failed += problems
+    if failed:
+        sys.exit(f"not as expected: {', '.join(failed)}")
+
+
+def cases(root: Path, vocabulary: Path) -> Iterator[Case]:
+    """Train and export, and tell what is to be served."""
+    full = train(root, "full", base(root / "base", vocabulary))
+    yield Case("full", full)
+    videos = "videos of 8 to 30 frames a second"
+    yield Case(f"full, {videos}", full, differs=True, questions="videos.json")
+    command("export", str(full), str(root / "bfloat16"), "--dtype", "bfloat16")
+    yield Case("bfloat16", root / "bfloat16", dtype="bfloat16")
+    command("export", str(full), str(root / "shards"), "--max-shard-size", "5MB")
+    assert len([*(root / "shards").glob("*.safetensors")]) > 2
+    yield Case("in shards", root / "shards")
+    untied = base(root / "untied_base", vocabulary, {**_CONFIG, "tie_word_embeddings": False})
+    yield Case("output layer of its own", train(root, "untied", untied))
+    limits = {"tokenizer.max_pixels": 50_000, "tokenizer.video_max_pixels": 110_000}
+    yield Case("limits of images and videos", train(root, "limits", full, **limits))
+    qwen2_vl = base(root / "qwen2_vl_base", vocabulary, QWEN2_VL_CONFIG)
+    yield Case("Qwen2-VL", train(root, "qwen2_vl", qwen2_vl, name="qwen2_vl/full"))
+
+    decoder = train(root, "decoder", full, name="qwen2_5_vl/lora", **_LORA)
+    enabled = ["--enable-lora", "--lora-modules", f"adapter={decoder / 'adapter'}"]
+    yield Case("adapter of the decoder", full, enabled, decoder / "adapter")
+    everywhere = {
+        "model.lora_attn_modules": ["q_proj", "k_proj", "v_proj", "qkv", "output_proj"],
+        "model.encoder_trainable": "lora",
+        "model.fusion_trainable": "lora",
+    }
+    both = train(root, "both", full, name="qwen2_5_vl/lora", **_LORA, **everywhere)
+    yield Case("adapter of all parts, merged", both)
+    enabled = ["--enable-lora", "--lora-modules", f"adapter={both / 'adapter'}"]
+    tower = "--enable-tower-connector-lora"
+    yield Case(f"adapter of all parts, `{tower}`", full, [*enabled, tower], both / "adapter")
+    yield Case("adapter of all parts without it", full, enabled, both / "adapter", differs=True)
+
+
+def base(directory: Path, vocabulary: Path, config: Mapping[str, Any] = _CONFIG) -> Path:
+    """Write a checkpoint whose answers depend on all that is asked."""
+    write_tiny_checkpoint(directory, vocabulary, config=config)
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    larger = {n: t * 3 if t.ndim > 1 and "embed" not in n else t for n, t in weights.items()}
+    save_file(larger, path, metadata={"format": "pt"})
+    return directory
+
+
+def train(
+    root: Path, output: str, checkpoint: Path, name: str = "qwen2_5_vl/full", **settings: Any
+) -> Path:
+    """Train a checkpoint a little with a shipped config, and return what was exported."""
+    settings = {
+        "dataset.data_files": str(root / "train.json"),
+        "checkpoint_dir": str(checkpoint),
+        "rows.max_tokens": 1024,
+        "epochs": 1,
+        "max_steps": 4,
+        **settings,
+    }
+    rate = settings.pop("optimizer.lr", 1e-3)
+    settings["optimizer"] = {"_component_": "torch.optim.AdamW", "lr": rate}
+    run(write_config(root, root / output, settings, name))
+    (exported,) = (root / output).glob("epoch_*")
+    return exported
+
+
+def write_questions(root: Path) -> None:
+    """Write 50 conversations, some about videos of other rates, and short ones to train on."""
+    rng = np.random.default_rng(0)
+
+    def image(size: tuple[int, int], mode: str = "RGB", turned: bool = False) -> dict[str, str]:
+        path = root / f"{len([*root.glob('*.*')])}.{'jpg' if mode == 'CMYK' or turned else 'png'}"
+        pixels = rng.integers(0, 256, (size[1], size[0], 4), np.uint8)
+        drawn = Image.fromarray(pixels, "RGBA")
+        if mode == "I;16":
+            drawn = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+        elif mode not in ("RGBA", "LA"):
+            drawn = drawn.convert("RGB").convert(mode)
+        exif = Image.Exif()
+        exif[0x0112] = 6 if turned else 1
+        drawn.convert(mode).save(path, exif=exif)
+        return {"type": "image", "image": path.name}
+
+    def video(rate: Any, size: tuple[int, int]) -> dict[str, str]:
+        path = root / f"{len([*root.glob('*.*')])}.mp4"
+        write_clip(
+            path, Clip("mp4", rate=rate, frames=round(30 * rate), size=size, options=x264(""))
+        )
+        return {"type": "video", "video": path.name}
+
+    def text() -> dict[str, str]:
+        return {"type": "text", "text": " ".join(rng.choice(_WORDS, 8))}
+
+    asked = [[image(size), text()] for size in _SIZES]
+    asked += [[image((200 + 9 * i, 150), mode), text()] for i, mode in enumerate(_MODES)]
+    asked += [[image((300, 100), turned=True), text()], [text(), image((100, 300))]]
+    asked += [[*(image((60 + 40 * i, 90 * j)) for j in (1, 2, 3)), text()] for i in range(6)]
+    asked += [[image((80, 80)), text(), image((500, 40)), text()] for _ in range(4)]
+    asked += [[video(rate, size), text()] for rate, size in ((1, (64, 96)), (2, (120, 90)))]
+    asked += [[video(2, size), text()] for size in ((96, 64), (200, 64), (480, 270))]
+    asked += [[image((90, 70)), video(1, (64, 64)), text()]]
+    asked += [[text()] for _ in range(6)]
+    conversations = [[{"role": "user", "content": content}] for content in asked]
+    for i in range(50 - len(conversations)):
+        turns = [{"role": "system", "content": "Answer briefly."}] if i % 2 else []
+        for turn in range(2 + i % 2):
+            shown = [image((50 + 30 * i, 60 + 50 * turn))] if (i + turn) % 3 else []
+            turns += [{"role": "user", "content": [*shown, text()]}]
+            turns += [{"role": "assistant", "content": "Two of them."}]
+        conversations.append(turns[:-1])
+    assert len(conversations) == 50
+    (root / "questions.json").write_text(json.dumps([{"messages": t} for t in conversations]))
+    # Of these vLLM takes other frames than qwen-vl-utils
+    moving = [[video(rate, (96, 64)), text()] for rate in (8, 12, 24, NTSC, 30)]
+    videos = [{"messages": [{"role": "user", "content": content}]} for content in moving]
+    (root / "videos.json").write_text(json.dumps(videos))
+    short = [
+        [
+            {"role": "user", "content": [image((56, 84)), text()]},
+            {"role": "assistant", "content": answer},
+        ]
+        for answer in ("Two of them.", "Red, left of the third.", "größer 数字 👍") * 10
+    ]
+    (root / "train.json").write_text(json.dumps([{"messages": turns} for turns in short]))
+
+
+@contextmanager
+def serving(python: str, case: Case, log: Path) -> Iterator[None]:
+    """Serve a case while the block runs."""
+    line = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(case.checkpoint)]
+    line += ["--dtype", case.dtype, "--port", str(PORT), "--served-model-name", "base"]
+    line += ["--enforce-eager", "--max-model-len", "8192", *case.serve]
+    environment = {**os.environ, **_ENVIRONMENT}
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            line, cwd=log.parent, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            wait_for(server, log)
+            yield
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def wait_for(server: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until it answers; ``SystemExit`` with its messages if it ends or takes too long."""
+    end = time.monotonic() + _STARTS_WITHIN
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5).close()
+            return
+        except OSError:
+            time.sleep(1)
+    sys.exit(f"the server did not start:\n{log.read_text()[-4000:]}")
+
+
+def compare(case: Case, questions: Path, report: Path) -> dict[str, tuple[int, int, str]]:
+    """Compare by the real command; returns inputs, those that fail, and the difference of rows."""
+    options = ["--server", f"http://127.0.0.1:{PORT}", "--max-new-tokens", str(NEW_TOKENS)]
+    options += ["--conversations", str(questions), "--dtype", case.dtype]
+    if case.adapter is not None:
+        options += ["--adapter", str(case.adapter), "--served-model", "adapter"]
+    line = [sys.executable, "-m", "torchtune_vl.cli", "validate", str(case.checkpoint), *options]
+    done = subprocess.run([*line, "--markdown", str(report)], capture_output=True, text=True)
+    if done.returncode not in (0, 1) or not report.exists():
+        sys.exit(f"{' '.join(line)}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    text = report.read_text("utf-8")
+    rows = {}
+    for name, inputs, figure in re.findall(r"\| (served \w+) \| ([\d,]+) \|[^|]*\|([^|]*)\|", text):
+        fails = re.search(rf"## {name}: ([\d,]+) of", text)
+        rows[name] = int(inputs), int(fails[1]) if fails else 0, figure.split(",")[0].strip()
+    return rows
+
+
+def served_version(python: str) -> str:
+    """The release of vLLM's build for CPUs."""
+    asks = "from importlib.metadata import version; print(version('vllm-cpu'))"
+    return subprocess.check_output([python, "-c", asks], text=True).strip()
+
+
+if __name__ == "__main__":
+    main()
