@@ -3,7 +3,8 @@
 Run as ``python -m benchmarks.generation`` (half an hour on one core). It prints Markdown. Both
 sides answer the same prompts by the same random model, greedily, and have to give the same tokens.
 The time of the first token, which reads the prompts, is taken off that of all where steps are
-compared. The floor is the matrix products of these steps alone, with their weights and batch.
+compared. The floor is the matrix products of these steps alone, with their weights, batch and
+library.
 """
 
 import argparse
@@ -18,7 +19,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.data_path import paired_times, spread
@@ -28,6 +28,7 @@ from torchtune_vl.generation import Decoding, Rules, decode, load_model
 from torchtune_vl.models.qwen2_5_vl import GEOMETRY
 from torchtune_vl.modules.adapters import num_bytes
 from torchtune_vl.modules.layout import mrope_positions, vision_index
+from torchtune_vl.modules.linear import linear
 
 NEW_TOKENS = 33
 # Prompts, and tokens of the shortest; each next one is nine tokens longer
@@ -175,6 +176,7 @@ def dtypes_table(directory: str, ours: Any, runs: int) -> None:
     """Decode with other dtypes of the weights."""
     print("\n| weights | prompts | time, beside float32 | weights, MB |\n|---|---|---|---|")
     others = {"bfloat16": load_model(directory, dtype=torch.bfloat16)}
+    others |= {how: load_model(directory, quantize=how) for how in ("int8", "int4")}
     for count in (1, 8):
         prompts = [text_prompt(40 + 9 * i) for i in range(count)]
         models = {"float32": ours, **others}
@@ -182,7 +184,7 @@ def dtypes_table(directory: str, ours: Any, runs: int) -> None:
         times = steps_alone(sides, runs, equal=False)
         for name, model in others.items():
             beside = ratios(times, name, "float32")
-            size = sum(num_bytes(p) for p in model.parameters()) / 1e6
+            size = sum(num_bytes(t) for t in model.state_dict().values()) / 1e6
             print(f"| {name} | {count} | {spread(beside)} | {size:,.0f} |", flush=True)
 
 
@@ -300,7 +302,7 @@ def multiply(model: Any, count: int, new_tokens: int) -> None:
     inputs = [torch.ones(count, weight.shape[1]) for weight in weights]
     for _ in range(new_tokens):
         for x, weight in zip(inputs, weights, strict=True):
-            F.linear(x, weight)
+            linear(x, weight)
 
 
 def steps_alone(
