@@ -56,6 +56,7 @@ nitpick_ignore = [
         "generation._decoding.Draft",
         "generation._decoding.Tokenizer",
         "media._augment.Change",
+        "modules.kv_cache.Continuations",
         "modules.kv_cache.Prefill",
         "modules.kv_cache.Step",
     )

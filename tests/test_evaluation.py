@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tests.test_answering_commands import called, read
 from torchtune_vl.datasets import open_dataset
 from torchtune_vl.evaluation import Sources, evaluate, metrics_of
 from torchtune_vl.generation import generate, load_model
+from torchtune_vl.generation._answer_file import choices_of
 from torchtune_vl.models import transform_from_pretrained
 
 COUNT, BAD = 12, 5
@@ -167,6 +170,101 @@ def test_several_right_answers_and_choices(directory: Path, tmp_path: Path) -> N
     assert chosen["metrics"]["choice"]["total"] == 1.0
 
 
+def write_choices(path: Path, directory: Path) -> list[dict[str, Any]]:
+    """Questions about images, whose right choices are written as letters and as texts."""
+    texts = ["a dog", "a dog and a cat", "cat", "10", "1"]
+    records = []
+    for number in range(7):
+        choices = texts[number % 3 :][: 2 + number % 2]
+        record = {"id": f"q{number}", "question": f"Which, {number}?", "choices": choices}
+        record["answer"] = ["A", choices[0], 1][number % 3]
+        if number % 2:
+            record["image"] = str(directory / f"{number + 6}.png")
+        records.append(record)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def logprobs_of(records: list[dict[str, Any]]) -> list[Any]:
+    return [pytest.approx(record["choice_logprobs"], abs=1e-4) for record in records]
+
+
+def test_choices_by_likelihood_killed_and_given_again(directory: Path, tmp_path: Path) -> None:
+    records = write_choices(tmp_path / "vqa.jsonl", directory)
+    asked = (directory / "model0", tmp_path / "vqa.jsonl", "--max-new-tokens", 2)
+    asked = (*asked, "--metrics", "choice_likelihood,choice_likelihood_norm,choice")
+    more = ("--against", tmp_path / "other", "--output", tmp_path / "whole")
+    other = (directory / "model1", *asked[1:])
+    assert called("evaluate", *other, "--output", tmp_path / "other") == 0
+    assert called("evaluate", *asked, *more) == 0
+    answers = read(tmp_path / "whole" / "answers.jsonl")
+    for record, answer in zip(records, answers, strict=True):
+        letters = ["A", "B", "C"][: len(record["choices"])]
+        is_text = record["answer"] in record["choices"]
+        assert [*answer["choice_logprobs"]] == (record["choices"] if is_text else letters)
+        assert all(logprob < 0 for logprob in answer["choice_logprobs"].values())
+
+    report = json.loads((tmp_path / "whole" / "scores.json").read_text())
+    with (tmp_path / "whole" / "scores.csv").open(newline="") as file:
+        table = [*csv.DictReader(file)]
+    for sample, answer, row in zip(report["samples"], answers, table, strict=True):
+        logprobs = answer["choice_logprobs"]
+        assert sample["choice_logprobs"] == logprobs == json.loads(row["choice_logprobs"])
+        assert sample["other_choice_logprobs"].keys() == logprobs.keys()
+        right = max(logprobs, key=logprobs.get) == answer["truth"]
+        assert sample["scores"]["choice_likelihood"] == right
+    assert {sample["scores"]["choice_likelihood"] for sample in report["samples"]} == {0, 1}
+
+    # As if it had been killed in the middle of its fourth line
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "settings.json").write_bytes((tmp_path / "whole" / "settings.json").read_bytes())
+    header = json.dumps({"unfinished": json.loads((cut / "settings.json").read_text())})
+    lines = [header, *map(json.dumps, answers[:4])]
+    (cut / "answers.jsonl.unfinished-0").write_text("\n".join(lines)[:-9])
+    how = [sys.executable, "-m", "torchtune_vl.cli", "evaluate", *map(str, asked)]
+    how += ["--output", str(cut), "--processes", "2"]
+    done = subprocess.run(how, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    resumed = read(cut / "answers.jsonl")
+    assert [r["answer"] for r in resumed] == [r["answer"] for r in answers]
+    assert [r["choice_logprobs"] for r in resumed] == logprobs_of(answers)
+    assert resumed[:3] == answers[:3]  # which were there
+
+
+def test_truths_that_are_no_choice(directory: Path) -> None:
+    transform = transform_from_pretrained(directory / "model0")
+
+    def choices(truth: str, *texts: str) -> list[str]:
+        return [*choices_of({"choices": texts}, truth, transform)]
+
+    assert choices("B", "cat", "dog") == ["A", "B"]
+    assert choices("dog", "cat", "dog", "cat") == ["cat", "dog"]
+    assert choices("B", "B", "A") == ["A", "B"]  # as letters
+    assert choices("B", "B", "x", "A") == ["A", "B", "C"]
+    assert choices("caf\u00e9", "cafe\u0301", "tea") == ["caf\u00e9", "tea"]  # as it is tokenized
+    assert (
+        choices("C", "cat", "dog") == choices("b", "cat", "dog") == choices("B. dog", "dog") == []
+    )
+    assert choices("A") == [*choices_of({}, "A", transform)] == []
+
+
+def test_answers_without_likelihoods(directory: Path, tmp_path: Path) -> None:
+    transform = transform_from_pretrained(directory / "model0")
+    write_choices(tmp_path / "vqa.jsonl", directory)
+    dataset = Sources([open_dataset(transform, [str(tmp_path / "vqa.jsonl")])], ["data"])
+    record = {"sample": 0, "id": "q0", "answer": "B", "ended": "length", "truth": "B. dog"}
+    metrics = metrics_of(["choice_likelihood"])
+    with pytest.raises(
+        ValueError, match=r"'q0' has no log-probabilities of its choices, .*'B. dog'"
+    ):
+        evaluate([record], dataset, transform, metrics)
+    record |= {"truth": "B", "choice_logprobs": {"A": -2.0, "B": -1.0}}
+    assert evaluate([record], dataset, transform, metrics)["samples"][0]["scores"] == {
+        "choice_likelihood": 1.0
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -174,6 +272,10 @@ def test_several_right_answers_and_choices(directory: Path, tmp_path: Path) -> N
         (("x.jsonl", "--metrics", "exact"), "there is no metric 'exact'"),
         (("x.jsonl", "--metrics", "anls", "--against", "."), "no directory of an evaluation"),
         (("x.jsonl", "--metrics", "choice"), "sample 0 has no choices, which choice needs"),
+        (
+            ("x.jsonl", "--metrics", "choice_likelihood"),
+            "no choices, which choice_likelihood needs",
+        ),
         (("x.jsonl", "--metrics", "box_iou"), "no image that boxes could be of"),
         (("x.jsonl", "--metrics", "anls", "--by", "categroy"), "no record has a column 'categroy'"),
         (("x.jsonl", "--metrics", "anls", "--output", "strange"), "says of which model"),

@@ -360,6 +360,29 @@ def test_choice_without_a_right_one():
         METRICS["choice"].scores(["cat"], [["cat"]])
 
 
+def test_choice_likelihood():
+    chance = random.Random(9)
+    texts = ["A", "1", "10", "a dog", "a dog and a cat", "白猫", "naïve café", ""]
+    logprobs = [
+        {text: -chance.expovariate(0.1) for text in chance.sample(texts, chance.randint(1, 6))}
+        for _ in range(CASES)
+    ]
+    truths = [[chance.choice([*of_one])] for of_one in logprobs]
+
+    def is_best(of_one, truth, length) -> bool:
+        scores = {text: logprob / length(text) for text, logprob in of_one.items()}
+        return sorted(scores, key=scores.get)[-1] == truth[0]
+
+    check_each("choice_likelihood", lambda *pair: is_best(*pair, lambda _: 1), logprobs, truths)
+    num_bytes = lambda text: len(text.encode()) or 1  # noqa: E731
+    rule = lambda *pair: is_best(*pair, num_bytes)  # noqa: E731
+    check_each("choice_likelihood_norm", rule, logprobs, truths)
+    scores = [METRICS[f"choice_likelihood{n}"].scores(logprobs, truths) for n in ("", "_norm")]
+    assert scores[0].samples != scores[1].samples
+    with pytest.raises(ValueError, match="sample 0 has no truth"):
+        METRICS["choice_likelihood"].scores(logprobs[:1], [[]])
+
+
 def some_json(chance: random.Random, depth: int = 0):
     kinds = 2 if depth < 3 else 0
     kind = chance.randrange(kinds + 1)

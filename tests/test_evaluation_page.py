@@ -62,7 +62,14 @@ def report() -> dict[str, Any]:
     return report_of(
         [
             sample_of(0, answer=NASTY, truths=[NASTY], id=NASTY, question=NASTY, choices=[NASTY]),
-            sample_of(1, other_answer=NASTY, other_scores={"anls": 1.0}, values={NASTY: NASTY}),
+            sample_of(
+                1,
+                other_answer=NASTY,
+                other_scores={"anls": 1.0},
+                values={NASTY: NASTY},
+                choice_logprobs={NASTY: -1.25, "B": -2.5},
+                other_choice_logprobs={"A": -3.0, "B": float("-0.5")},
+            ),
             {"sample": 2, "id": "bad", "error": NASTY},
         ],
         comparison={"num_answers": 1, "metrics": {"anls": differing}},
@@ -221,3 +228,10 @@ def test_a_browser_shows_it(report: dict[str, Any], tmp_path: Path) -> None:
     assert "document.title='taken'&lt;/script&gt;" in before
     assert before.count('class="box"') == 1
     assert "not told apart" in before
+    likely = re.findall(r"<(?:strong|span)><bdi>.{0,999}?</bdi> -[\d.]+</(?:strong|span)>", before)
+    assert [text.endswith("strong>") for text in likely] == [True, False, False, True]
+    assert likely[1:] == [
+        "<span><bdi>B</bdi> -2.50</span>",
+        "<span><bdi>A</bdi> -3.00</span>",
+        "<strong><bdi>B</bdi> -0.50</strong>",
+    ]

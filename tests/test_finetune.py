@@ -295,6 +295,40 @@ def test_two_processes_validate_and_save_as_one(root: Path, tmp_path: Path) -> N
         assert validation.keys() == {0, 2, 3}
 
 
+def test_choices_are_as_likely_on_any_number_of_processes(root: Path, tmp_path: Path) -> None:
+    """Of which one has more questions than the other, and some questions have no choices."""
+    records = [
+        {"question": f"Which, {n}?", "choices": ["a dog", "a dog, too", "B 2"][: 2 + n % 2]}
+        | {"answer": ["a dog", "B"][n % 2]}
+        for n in range(5)
+    ]
+    records[2] = {"question": "What?", "answer": "Nothing."}
+    (tmp_path / "vqa.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "choices.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records if "choices" in r)
+    )
+    settings = {"eval_every_n_steps": 2, "max_steps": 1, "max_new_tokens": 4}
+    found = []
+    for name, metric, tensor, processes in (
+        ("vqa", "exact_match", 1, 1),
+        ("vqa", "exact_match", 1, 2),
+        ("choices", "choice_likelihood", 2, 2),
+    ):
+        output = tmp_path / f"{tensor}_{processes}"
+        data = {**VALIDATION, "data_files": str(tmp_path / f"{name}.jsonl"), "split": "train"}
+        more = {"dataset_val": data, "metrics": [metric], "best_by": metric}
+        run(write_config(root, output, {**settings, **more, "parallel.tensor": tensor}), processes)
+        report = json.loads((output / "evaluations" / "step_1.json").read_text())
+        found.append([s["choice_logprobs"] for s in report["samples"] if s["choices"]])
+        assert ("choice_logprobs" in report["samples"][2]) == (name == "choices")
+        assert read_metric(output, f"validation_{metric}").keys() == {0, 1}
+    assert [*found[0][1]] == ["A", "B", "C"]
+    assert [*found[0][0]] == ["a dog", "a dog, too"]
+    assert len(found[0]) == 4
+    for others in found[1:]:
+        assert others == [pytest.approx(each, abs=1e-4) for each in found[0]]
+
+
 @pytest.mark.slow
 def test_weights_that_round_are_a_warning(root: Path, tmp_path: Path) -> None:
     config = write_config(root, tmp_path / "run", {"max_steps": 1, "dtype": "bf16"})

@@ -14,7 +14,8 @@ from torchtune.generation import generate as torchtune_generate
 from torchtune.modules import local_kv_cache
 
 from quickstart.checkpoint import write_tiny_checkpoint
-from tests.parity.test_generation_parity import KINDS, conversation
+from tests.conversations import TEXTS
+from tests.parity.test_generation_parity import KINDS, begins_with_line_breaks, conversation
 from tests.parity.test_mixed_media_parity import LIMITS
 from tests.reference import IMAGE_PAD, VIDEO_PAD, Conversation, reference_config, reference_model
 from torchtune_vl.chat import ChatTransform
@@ -345,6 +346,111 @@ def test_a_begun_answer_is_gone_on_with(tiny: tuple[VisionLanguageModel, ChatTra
             assert rest.tokens == whole.tokens[end:]
             compared += 1
     assert compared > 2
+
+
+# Choices
+
+
+def test_answers_are_tokenized_as_training_has_them(
+    tiny: tuple[VisionLanguageModel, ChatTransform],
+) -> None:
+    """Behind the line break of the prompt, unless they begin with another."""
+    _, transform = tiny
+    asked = {"role": "user", "content": "Which?"}
+    prompt = transform.to_answer({"messages": [asked]})["tokens"]
+    line_break = transform.encode("\n", add_eos=False)
+    chance = random.Random(0)
+    pieces = [*TEXTS, *" \t.,:;('\"-_#0123456789abcABCéß白猫\u0301\u200d\xa0\u3000\u2028\x85"]
+    pieces += ["\n", "\r\n", "'s", "//", "```", "<|im_end|>", "<|im_start|>", "assistant", "A. "]
+    num_joined = 0
+    for text in ("".join(chance.choices(pieces, k=chance.randint(0, 5))) for _ in range(3000)):
+        answered = {"messages": [asked, {"role": "assistant", "content": text}]}
+        whole = transform(answered)["tokens"]
+        is_same = whole == [*prompt, *transform.answer_tokens(text), *line_break]
+        assert is_same or begins_with_line_breaks(text), repr(text)
+        num_joined += not is_same
+    assert num_joined > 100
+
+
+def test_processes_run_the_layers_as_often_as_one_that_scores_choices(
+    tiny: tuple[VisionLanguageModel, ChatTransform],
+) -> None:
+    model, transform = tiny
+    prompts = [transform.to_answer({"messages": chat}) for chat in questions(5)]
+    for prompt in prompts[1::2]:
+        prompt["choices"] = [transform.answer_tokens(text) for text in ("A", "B", "neither")]
+    said: list[bool] = []
+    runs: list[str] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: runs.append(type(kwargs["mask"]).__name__), with_kwargs=True
+    )
+    busy = [
+        *decode(model, transform, enumerate(prompts), Rules(3), 1, lambda x: said.append(x) or x)
+    ]
+    of_busy = [*runs]
+    runs.clear()
+    heard = iter(said)
+    assert [*decode(model, transform, [], Rules(3), 1, lambda _: next(heard))] == []
+    hook.remove()
+    assert next(heard, None) is None
+    assert len(busy) == 5
+    assert of_busy.count("Continuations") == 2
+    assert runs == [run.replace("Continuations", "Step") for run in of_busy]
+
+
+def test_choices_leave_the_answers_as_they_are(
+    tiny: tuple[VisionLanguageModel, ChatTransform],
+) -> None:
+    model, transform = tiny
+    plain = [transform.to_answer({"messages": chat}) for chat in questions(3)]
+    texts = ("A", "a dog", "")
+    asked = [{**p, "choices": [*map(transform.answer_tokens, texts)]} for p in plain]
+    of_plain, of_asked = (
+        {
+            number: answer.tokens
+            for number, _, answer in decode(model, transform, [*enumerate(p)], Rules(4), 4)
+        }
+        for p in (plain, [*plain[:1], *asked[1:]])
+    )
+    assert of_plain == of_asked
+
+
+def test_a_medium_is_encoded_once_for_all_choices(
+    tiny: tuple[VisionLanguageModel, ChatTransform],
+) -> None:
+    model, transform = tiny
+    prompt = transform.to_answer({"messages": conversation("three images", 0)})
+    prompt["choices"] = [transform.answer_tokens(text) for text in ("A", "a dog", "")]
+    encoded: list[int] = []
+    read: list[int] = []
+    hooks = [
+        model.encoders["vision"].register_forward_hook(lambda *_: encoded.append(1)),
+        model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1])),
+    ]
+    ((_, _, answer),) = decode(model, transform, [(0, prompt)], Rules(1), 4)
+    for hook in hooks:
+        hook.remove()
+    assert len(encoded) == 1
+    assert read == [len(prompt["tokens"]), 1 + 2]
+    assert len(answer.choice_logprobs) == 3
+
+
+def test_choices_of_no_text(tiny: tuple[VisionLanguageModel, ChatTransform]) -> None:
+    model, transform = tiny
+    prompt = transform.to_answer({"messages": conversation("text", 0)})
+    prompt["choices"] = [transform.answer_tokens("")]
+    ((_, _, answer),) = decode(model, transform, [(0, prompt)], Rules(1), 4)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt["tokens"]])).log_softmax(-1)[0, -1]
+    assert answer.choice_logprobs == pytest.approx([float(logits[transform.im_end_id])], abs=1e-5)
+
+
+def test_no_room_for_a_choice(tiny: tuple[VisionLanguageModel, ChatTransform]) -> None:
+    model, transform = tiny
+    prompt = transform.to_answer({"messages": conversation("text", 0)})
+    prompt["choices"] = [[0] * model.decoder.max_seq_len, [0, 0]]
+    with pytest.raises(ValueError, match=f"{model.decoder.max_seq_len} new ones exceed"):
+        next(decode(model, transform, [(0, prompt)], Rules(1), 4))
 
 
 # Processes, training, torchtune

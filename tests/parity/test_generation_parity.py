@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from tests.parity.figures import record
 from tests.parity.test_mixed_media_parity import LIMITS, VIDEO_SIZE
 from tests.positions import IMAGE, VIDEO
 from tests.reference import QWEN2_VL, family_prefix, reference_config, reference_model
-from torchtune_vl.generation import Sampling, generate
+from torchtune_vl.generation import Rules, Sampling, decode, generate
 from torchtune_vl.models import model_from_pretrained, transform_from_pretrained
 from torchtune_vl.validation._compare_models import continue_behind_media
 
@@ -116,7 +118,7 @@ class Reference:
 
         self.model.model.get_rope_index = moved
 
-    def inputs(self, chat: Chat) -> dict[str, Any]:
+    def inputs(self, chat: Chat, answer: str = "") -> dict[str, Any]:
         items = [item for turn in chat for item in turn["content"]]
         videos = [item for item in items if item["type"] == "video"]
         media: dict[str, Any] = {"images": images_of(chat) or None}
@@ -131,7 +133,7 @@ class Reference:
                 }
                 for video in videos
             ]
-        text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        text = self.processor.apply_chat_template(chat, add_generation_prompt=True) + answer
         inputs = self.processor(text=[text], return_tensors="pt", **media)
         return {name: value for name, value in inputs.items() if name != "video_metadata"}
 
@@ -140,6 +142,15 @@ class Reference:
         settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         output = self.model.generate(**inputs, max_new_tokens=new_tokens, **settings)
         return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+    @torch.no_grad()
+    def logprob(self, chat: Chat, answer: str) -> float:
+        """Of an answer with its end, by one forward of prompt and answer, tokenized as one text."""
+        length = self.inputs(chat)["input_ids"].shape[1]
+        inputs = self.inputs(chat, answer + "<|im_end|>")
+        ids = inputs["input_ids"][0, length:, None]
+        logits = self.model(**inputs, logits_to_keep=len(ids) + 1).logits[0, :-1].double()
+        return float(logits.log_softmax(-1).gather(1, ids).sum())
 
 
 def compare_greedy(shape: str, checkpoint: Path, each: int, new_tokens: int) -> None:
@@ -172,6 +183,57 @@ def test_greedy_answers(shape: str, checkpoint: Path) -> None:
 @pytest.mark.slow
 def test_greedy_answers_of_120_prompts(shape: str, checkpoint: Path) -> None:
     compare_greedy(shape, checkpoint, each=20, new_tokens=64)
+
+
+def begins_with_line_breaks(text: str) -> bool:
+    """Whether its tokens are others behind the line break of the prompt."""
+    return re.match(r"\s*[\r\n]", text) is not None
+
+
+# Of which some begin others, as texts or in their tokens; blanks, and no text at all
+CHOICES = ["A", "B", "1", "10", "a dog", "a dog and a cat", "", " dog", "dog\n", "  \t", "(b) 白猫"]
+CHOICES += [text for text in TEXTS if text and not begins_with_line_breaks(text)]
+
+
+def compare_choices(shape: str, checkpoint: Path, seeds: int) -> None:
+    chats = [conversation(kind, seed) for seed in range(seeds) for kind in KINDS]
+    rng = random.Random(seeds)
+    choices = [rng.sample(CHOICES, rng.randint(2, 6)) for _ in chats]
+    reference = Reference(checkpoint)
+    expected = [
+        [reference.logprob(chat, text) for text in texts]
+        for chat, texts in zip(chats, choices, strict=True)
+    ]
+    del reference
+    model = model_from_pretrained(checkpoint)
+    transform = transform_from_pretrained(checkpoint, **LIMITS)
+    for number in range(0, len(chats), 7):
+        choices[number] = []  # prompts without choices among the others
+        expected[number] = []
+    prompts = [transform.to_answer({"messages": chat}) for chat in chats]
+    for prompt, texts in zip(prompts, choices, strict=True):
+        if texts:
+            prompt["choices"] = [transform.answer_tokens(text) for text in texts]
+    for batch_size in (16, 3):
+        answered = decode(model, transform, enumerate(prompts), Rules(1), batch_size)
+        found = [answer.choice_logprobs for _, _, answer in sorted(answered, key=lambda a: a[0])]
+        assert [*map(len, found)] == [*map(len, expected)]
+        each = zip(chain(*found), chain(*expected), chain(*choices), strict=True)
+        difference = max(
+            abs(ours - theirs) / len(transform.answer_tokens(text)) for ours, theirs, text in each
+        )
+        assert difference < 5e-6  # of a token, as their sum has up to fifty
+    what = f"{family_prefix(shape)}choices: log-probabilities as answers, per token"
+    record(what, len([*chain(*expected)]), difference)
+
+
+def test_likelihoods_of_choices(shape: str, checkpoint: Path) -> None:
+    compare_choices(shape, checkpoint, seeds=1)
+
+
+@pytest.mark.slow
+def test_likelihoods_of_choices_of_48_prompts(shape: str, checkpoint: Path) -> None:
+    compare_choices(shape, checkpoint, seeds=8)
 
 
 RULES = [

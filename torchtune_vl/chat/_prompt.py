@@ -84,6 +84,10 @@ class PromptBuilder:
         """Tokenize one message as the published template has it, without a system prompt."""
         return self._tokenize(self._published([turn], numbers_media=False))
 
+    def answer(self, text: str) -> list[int]:
+        """Tokenize an answer, with its end, as it stands behind a prompt."""
+        return [*self._encode(text), self.tokenizer.im_end_id]
+
     def unended(self, whole: Prompt) -> Prompt:
         """Leave out what ends the last message."""
         tokens, t = whole.tokens, self.tokenizer

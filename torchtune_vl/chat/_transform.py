@@ -331,6 +331,14 @@ class ChatTransform(QwenTokenizer):
         pairs = zip(whole.tokens, whole.mask, strict=True)
         return self.decode([t for t, masked in pairs if not masked and t not in self.stop_tokens])
 
+    def answer_tokens(self, text: str) -> list[int]:
+        """The ids of an answer, up to and with its end, behind the prompt of :meth:`to_answer`.
+
+        They are those that training has, but for an answer that begins with line breaks, which
+        training joins with the one before it. ``ValueError`` as :meth:`encode` raises it.
+        """
+        return self.prompts.answer(text)
+
     def boxes_in_answer(self, sample: Mapping[str, Any], text: str) -> list[dict[str, Any]]:
         """Find the boxes and points of an answer to a sample, in pixels of the last image's file.
 

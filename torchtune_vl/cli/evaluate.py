@@ -170,16 +170,19 @@ def _write(directory: Path, report: Mapping[str, Any]) -> None:
     write_json(directory / "scores.json", report)
     samples, names = report["samples"], [*report["metrics"]]
     columns = [*report["groups"]]
+    has_logprobs = any("choice_logprobs" in sample for sample in samples)
+    more = ["choice_logprobs"] if has_logprobs else []
     with (
         new_file(directory / "scores.csv") as partial,
         partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         table = csv.writer(file)
-        table.writerow(["sample", "id", *columns, *names, "answer", "truth", "error"])
+        table.writerow(["sample", "id", *columns, *names, "answer", "truth", "error", *more])
         for s in samples:
             own = [*(s.get("values", {}).get(c) for c in columns)]
             own += [s.get("scores", {}).get(name) for name in names]
             said = [s.get("answer"), (s.get("truths") or [None])[0], s.get("error")]
+            said += [json.dumps(s[key]) if key in s else None for key in more]
             table.writerow([s["sample"], s["id"], *own, *said])
 
 

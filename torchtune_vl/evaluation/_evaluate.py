@@ -47,10 +47,11 @@ def evaluate(
         What JSON can hold, ``num_answers`` and ``num_errors``; ``metrics``, of each
         ``about``, ``total``, and ``low`` and ``high``, its 95 % interval; ``groups``, by column and
         value, the same with ``num_answers``; ``comparison``, by metric, how the answers differ from
-        ``others``, of which samples have ``other_answer``, ``other_scores``, ``other_boxes`` and
-        ``other_ended``; and ``samples``, of each ``sample``, ``id``, ``question``, ``answer``,
-        ``truths``, ``scores`` by metric, ``values`` of the columns, and perhaps ``boxes`` and
-        ``truth_boxes`` in pixels of the image's file, or an ``error``.
+        ``others``, of which samples have ``other_answer``, ``other_scores``, ``other_boxes``,
+        ``other_choice_logprobs`` and ``other_ended``; and ``samples``, of each ``sample``, ``id``,
+        ``question``, ``answer``, ``truths``, ``scores`` by metric, ``values`` of the columns, and
+        perhaps ``choice_logprobs`` as the answers have them, ``boxes`` and ``truth_boxes`` in
+        pixels of the image's file, or an ``error``.
 
     Raises:
         ValueError: if there is nothing to score, a metric needs what a sample lacks, or the other
@@ -95,6 +96,7 @@ def _described(record: Record, dataset: Sources, columns: Sequence[str]) -> Reco
         "ended": record["ended"],
         "truths": truths,
         "choices": sample.get("choices") or [],
+        **{key: record[key] for key in ("choice_logprobs",) if key in record},
         "values": {column: str(dataset.column(number, column)) for column in columns},
     }
 
@@ -113,8 +115,15 @@ def _scores(
     for sample in samples:
         if not sample["truths"]:
             raise ValueError(f"sample {sample['id']!r} has no answer to compare with: leave it out")
-        if metric.needs_choices and not sample["choices"]:
+        needs_choices = metric.needs_choices or metric.takes == "logprobs"
+        if needs_choices and not sample["choices"]:
             raise ValueError(f"sample {sample['id']!r} has no choices, which {metric.name} needs")
+        if metric.takes == "logprobs" and "choice_logprobs" not in sample:
+            raise ValueError(
+                f"the answer to sample {sample['id']!r} has no log-probabilities of its choices, "
+                f"which {metric.name} needs: its truth, {sample['truths'][0]!r}, has to be the "
+                "letter or the text of one, and answers of an earlier version have none"
+            )
     try:
         return metric.scores(*_columns(metric, samples, dataset, transform))
     except SampleError as error:
@@ -128,6 +137,8 @@ def _columns(
     """Answers, truths and choices, as a metric takes them."""
     if metric.takes == "text":
         return ([sample[key] for sample in samples] for key in ("answer", "truths", "choices"))
+    if metric.takes == "logprobs":
+        return ([sample[key] for sample in samples] for key in ("choice_logprobs", "truths"))
     for sample in samples:
         if "boxes" not in sample:
             asked = dataset.read(sample["sample"])
@@ -184,6 +195,6 @@ def _comparison(
         for (_, other), score in zip(pairs, first.samples, strict=True):
             other.setdefault("scores", {})[metric.name] = score
     for sample, other in pairs:
-        known = ("answer", "scores", "boxes", "ended")
+        known = ("answer", "scores", "boxes", "choice_logprobs", "ended")
         sample |= {f"other_{key}": other[key] for key in known if key in other}
     return {"num_answers": len(pairs), "metrics": found}

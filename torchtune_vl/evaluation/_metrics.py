@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
@@ -16,6 +16,7 @@ from torchtune_vl.evaluation._bootstrap import Scores
 from torchtune_vl.evaluation._box_metrics import box_f1, box_iou, box_map, library
 
 References = Sequence[str]  # texts of which each is a right answer
+Takes = Literal["text", "boxes", "logprobs"]
 
 # What says which choice it is, up to the end of its sentence
 _STATEMENT = re.compile(r"\banswer\W{0,4}(?:is\b|:)[\s:*]*(.+?)(?=[.!?]\s|\n|$)", re.IGNORECASE)
@@ -62,23 +63,29 @@ class Metric:
         name: by which a user asks for it.
         about: what it says, in one sentence.
         takes: whether answers are texts, and truths of each sample the texts of which each is
-            right, or both are lists of boxes: entries with ``bbox_2d``, and perhaps ``label``.
+            right; or both are lists of boxes: entries with ``bbox_2d``, and perhaps ``label``; or
+            answers are the logarithms of the probabilities of choices, by their texts, with truths
+            that are texts.
         compute: from answers, truths, and choices if it needs these, to their scores.
         needs_choices: whether each sample has choices, of which the answer names one.
     """
 
     name: str
     about: str
-    takes: Literal["text", "boxes"]
+    takes: Takes
     compute: Callable[..., Scores]
     needs_choices: bool = False
 
     def check_installed(self) -> None:
         """Raise ``ValueError`` if what it takes is not installed."""
         entry = [{"bbox_2d": [0, 0, 1, 1]}]
-        text = "1"
-        pair = (entry, entry) if self.takes == "boxes" else (text, [text])
-        self.compute(*([value] for value in pair), *([[["1"]]] if self.needs_choices else []))
+        pairs: dict[Takes, tuple[Any, Any]] = {
+            "text": ("1", ["1"]),
+            "boxes": (entry, entry),
+            "logprobs": ({"1": 0.0}, ["1"]),
+        }
+        answers, truths = ([value] for value in pairs[self.takes])
+        self.compute(answers, truths, *([[["1"]]] if self.needs_choices else []))
 
     def scores(
         self,
@@ -94,7 +101,7 @@ class Metric:
         if len({*counts}) > 1:
             needed = "answers, truths and choices" if self.needs_choices else "answers and truths"
             raise ValueError(f"{self.name} needs as many {needed}, not {counts}")
-        for number, references in enumerate(truths if self.takes == "text" else ()):
+        for number, references in enumerate(() if self.takes == "boxes" else truths):
             if not references:
                 raise ValueError(f"sample {number} has no truth")
         return self.compute(*columns)
@@ -152,6 +159,18 @@ def _named(text: str, choices: Sequence[str]) -> set[int]:
     if first := _FIRST_LETTER.match(text):
         named.add(ord(first[1].upper()) - ord("A"))
     return named | {number for number, choice in enumerate(choices) if choice in found}
+
+
+def _choice_likelihood(logprobs: Mapping[str, float], references: References) -> float:
+    """1 if the right choice is the likeliest answer, else 0."""
+    return float(max(logprobs, key=logprobs.__getitem__) in references)
+
+
+def _choice_likelihood_norm(logprobs: Mapping[str, float], references: References) -> float:
+    """1 if the right choice is the likeliest answer for its length in bytes, else 0."""
+    lengths = {text: max(1, len(text.encode())) for text in logprobs}
+    by_byte = {text: logprob / lengths[text] for text, logprob in logprobs.items()}
+    return _choice_likelihood(by_byte, references)
 
 
 def _vqa_accuracy(answer: str, references: References) -> float:
@@ -362,7 +381,8 @@ def _words(text: str) -> list[str]:
 
 def _entry(name: str, rule: Callable[..., Any], compute: Callable[..., Scores]) -> Metric:
     about = (rule.__doc__ or "").partition("\n")[0]
-    takes: Literal["text", "boxes"] = "boxes" if name.startswith("box") else "text"
+    takes: Takes = "boxes" if name.startswith("box") else "text"
+    takes = "logprobs" if name.startswith("choice_likelihood") else takes
     return Metric(name, about, takes, compute, needs_choices=rule is _choice)
 
 
@@ -372,6 +392,10 @@ METRICS = {
     for metric in (
         _entry("exact_match", _exact_match, _best(_exact_match)),
         _entry("choice", _choice, partial(Scores.of_each, _choice)),
+        *(
+            _entry(rule.__name__.lstrip("_"), rule, partial(Scores.of_each, rule))
+            for rule in (_choice_likelihood, _choice_likelihood_norm)
+        ),
         _entry("vqa_accuracy", _vqa_accuracy, partial(Scores.of_each, _vqa_accuracy)),
         _entry("anls", _anls, _best(_anls)),
         _entry("relaxed_accuracy", _relaxed_accuracy, _best(_relaxed_accuracy)),

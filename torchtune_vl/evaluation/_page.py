@@ -31,8 +31,8 @@ def to_html(report: Mapping[str, Any], pictures: Mapping[int, Sequence[Picture]]
 
     Args:
         report: with ``facts`` besides, pairs of a name and a text for the head of the page. Its
-            samples may have ``other_scores``, ``other_boxes`` and ``other_ended``, those of the
-            other answer.
+            samples may have ``other_scores``, ``other_boxes``, ``other_choice_logprobs`` and
+            ``other_ended``, those of the other answer.
         pictures: by the number of a sample, what :func:`picture_of` makes of the media of its
             question, in their order. Boxes are drawn on the last one that is no video.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, Protocol
 
 from torchtune_vl.chat import ChatTransform
@@ -36,13 +37,31 @@ def question_of(sample: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     return {**sample, "messages": messages[:-1] if had_answer else messages}, had_answer
 
 
+def choices_of(
+    sample: Mapping[str, Any], truth: str, transform: ChatTransform
+) -> dict[str, list[int]]:
+    """The choices of a sample as answers, with their ids: letters or texts, as its truth is one.
+
+    There are none if it is neither.
+    """
+    texts = sample.get("choices") or []
+    for answers in (ascii_uppercase[: len(texts)], texts):
+        ids = map(transform.answer_tokens, answers)
+        found = {transform.decode(each[:-1]): each for each in ids}  # as truths are written
+        if truth in found:
+            return found
+    return {}
+
+
 class AnswerFile:
     """JSON Lines of answers, whole under its name, or unfinished in parts beside it.
 
     Each line is of one answer: ``sample``, the number of its conversation, and ``id``;
     ``answer_number``, from 0; ``answer``, its text; ``ended``, by what; ``num_tokens``; ``logprob``
-    of all of them; and ``truth``, the answer that the conversation had, if it had one. Of a
-    conversation that cannot be answered, ``error`` says why.
+    of all of them; and ``truth``, the answer that the conversation had, if it had one. If that is
+    the letter or the text of one of its ``choices``, ``choice_logprobs`` has the logarithm of the
+    probability of each, by letter or by text, as an answer with its end. Of a conversation that
+    cannot be answered, ``error`` says why.
 
     Args:
         path: of the file. ``ValueError`` if it is there.
@@ -134,6 +153,7 @@ def answer_questions(
     ``any_of`` is that of :func:`decode`.
     """
     about: dict[int, Record] = {}
+    choices: dict[int, list[str]] = {}
     bad: list[Record] = []
 
     def prepared(number: int) -> tuple[int, Prompt | None]:
@@ -143,10 +163,13 @@ def answer_questions(
             record["id"] = sample.get("id", number)
             question, had_answer = question_of(sample)
             prompt = transform.to_answer(question)
-            check_room(model, prompt, rules.max_new_tokens)
-            about[number] = record
             if had_answer:
                 record["truth"] = transform.answer_of(sample)
+                if answers := choices_of(sample, record["truth"], transform):
+                    choices[number] = [*answers]
+                    prompt["choices"] = [*answers.values()]
+            check_room(model, prompt, rules.max_new_tokens)
+            about[number] = record
             return number, prompt
         except ValueError as error:
             bad.append({**record, "error": str(error)})
@@ -158,7 +181,7 @@ def answer_questions(
     for number, answer_number, answer in answered:
         while bad:
             yield bad.pop()
-        yield {
+        record = {
             **{key: about[number][key] for key in ("sample", "id")},
             "answer_number": answer_number,
             "answer": answer.text,
@@ -167,6 +190,10 @@ def answer_questions(
             "logprob": sum(answer.logprobs),
             **about[number],
         }
+        if number in choices:
+            pairs = zip(choices[number], answer.choice_logprobs, strict=True)
+            record["choice_logprobs"] = dict(pairs)
+        yield record
     yield from bad
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from torchtune_vl.data._collate import join_media
 from torchtune_vl.generation._sampling import Sampling
-from torchtune_vl.modules.kv_cache import Cache, Prefill, Step
+from torchtune_vl.modules.kv_cache import Cache, Continuations, Prefill, Step
 from torchtune_vl.modules.layout import vision_index
 from torchtune_vl.modules.vision import VisionLanguageModel
 
@@ -27,7 +27,9 @@ PREFILL_TOKENS = 4096
 _REACH = 256
 
 Ended = Literal["stop token", "stop string", "length"]
-Prompt = Mapping[str, Any]  # a conversation as a transform gives it
+# A conversation as a transform gives it, perhaps with ``choices``: lists of ids, each of a whole
+# answer with its end, whose log-probabilities are wanted
+Prompt = Mapping[str, Any]
 
 
 class Tokenizer(Protocol):
@@ -51,12 +53,15 @@ class Answer:
         logprobs: of each token the logarithm of the probability that the model gave it, before
             temperature and whatever else decides what is drawn.
         ended: by a "stop token", a "stop string", or its "length", max_new_tokens.
+        choice_logprobs: of each of the prompt's choices the logarithm of the probability of all of
+            its tokens, if it has choices.
     """
 
     tokens: list[int]
     text: str
     logprobs: list[float]
     ended: Ended
+    choice_logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class ReadPrompt:
         logits: of its next token, float32 [V].
         seen: which tokens occur in it, bool [V], if that matters.
         unwritten: numbers of the answers that are not begun.
+        choice_logprobs: as of :class:`Answer`.
     """
 
     number: int
@@ -106,6 +112,7 @@ class ReadPrompt:
     logits: torch.Tensor
     seen: torch.Tensor | None
     unwritten: list[int]
+    choice_logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -123,7 +130,8 @@ class Draft:
 
     def answer(self) -> Answer:
         """What is written so far."""
-        return Answer(self.tokens, self.text, self.logprobs, self.ended or "length")
+        ended = self.ended or "length"
+        return Answer(self.tokens, self.text, self.logprobs, ended, self.prompt.choice_logprobs)
 
 
 class Decoding:
@@ -181,7 +189,7 @@ class Decoding:
                 break
             check_room(self.model, numbered[1], self.rules.max_new_tokens)
             taken.append(numbered)
-            total += len(numbered[1]["tokens"])
+            total += len(numbered[1]["tokens"]) + sum(map(len, numbered[1].get("choices", ())))
         return taken
 
     def read(self, prompts: Sequence[tuple[int, Prompt]], start: int = 0) -> None:
@@ -212,6 +220,37 @@ class Decoding:
             answers = [*range(self.rules.num_answers)]
             self._begin(slot, ReadPrompt(number, length, position, logits_V, seen_V, answers))
 
+    def score_choices(self, prompts: Sequence[tuple[int, Prompt]]) -> None:
+        """Find the log-probabilities of choices, which some of the prompts have, just read."""
+        first = len(self.drafts) - len(prompts)
+        asked = [
+            (slot, p["choices"]) for slot, (_, p) in enumerate(prompts, first) if "choices" in p
+        ]
+        read = [self.drafts[slot].prompt for slot, _ in asked]
+        each = [(p, ids) for p, (_, choices) in zip(read, asked, strict=True) for ids in choices]
+        # The first token is expected behind the prompt, and nothing behind the last
+        positions = (range(p.position + 1, p.position + len(ids)) for p, ids in each)
+        rows = ((ids[:-1] for _, ids in each), (ids[1:] for _, ids in each), positions)
+        tokens_N, targets_N, positions_N = (
+            torch.tensor([*chain.from_iterable(row)], dtype=torch.int64).to(self._device)
+            for row in rows
+        )
+        lengths = [[len(ids) - 1 for ids in choices] for _, choices in asked]
+        slots, starts = [slot for slot, _ in asked], [prompt.length for prompt in read]
+        losses_N = self.model(
+            tokens_N[None],
+            mask=Continuations(self._cache, lengths, slots, starts),
+            input_pos=positions_N[None],
+            output_positions=torch.arange(len(tokens_N), device=self._device),
+            targets=targets_N,
+        )
+        parts = losses_N.split([*chain.from_iterable(lengths)])
+        for (prompt, ids), losses in zip(each, parts, strict=True):
+            of_first = prompt.logits[ids[0]] - prompt.logits.logsumexp(0)
+            # A sum of many has more digits than float32
+            prompt.choice_logprobs.append(float(of_first - losses.sum(dtype=torch.float64)))
+            _check_finite(prompt.choice_logprobs[-1], prompt)
+
     def step(self) -> None:
         """Write the next token of each draft."""
         lengths = [draft.prompt.length + len(draft.tokens) - 1 for draft in self.drafts]
@@ -239,7 +278,7 @@ class Decoding:
         return taken
 
     def idle(self, reads: bool) -> None:
-        """Run the model as others do who read, or take a step, and keep nothing of it."""
+        """Run the model as others do who read, or else go on, and keep nothing of it."""
         one = torch.ones(1, 1, dtype=torch.int64, device=self._device)
         mask: Prefill | Step = Step(Cache(1), torch.zeros_like(one[0]), 1)
         if reads:
@@ -292,9 +331,7 @@ class Decoding:
         logprobs_B = logits_BV.gather(1, chosen_B[:, None]).squeeze(1) - logits_BV.logsumexp(1)
         each = zip(drafts, chosen_B.tolist(), logprobs_B.tolist(), strict=True)
         for draft, token, logprob in each:
-            if not math.isfinite(logprob):
-                problem = f"the model's logits for prompt {draft.prompt.number} are not finite"
-                raise ValueError(f"{problem}: its weights are damaged, or its dtype is too narrow")
+            _check_finite(logprob, draft.prompt)
             draft.tokens.append(token)
             draft.logprobs.append(logprob)
             self._end(draft, token)
@@ -314,6 +351,12 @@ class Decoding:
         ]
         if found:
             draft.text, draft.ended = draft.text[: min(found)], "stop string"
+
+
+def _check_finite(logprob: float, prompt: ReadPrompt) -> None:
+    if not math.isfinite(logprob):
+        problem = f"the model's logits for prompt {prompt.number} are not finite"
+        raise ValueError(f"{problem}: its weights are damaged, or its dtype is too narrow")
 
 
 def _device_of(weight: torch.Tensor) -> torch.device:
@@ -355,8 +398,9 @@ def _behind(prompt: Prompt, start: int, model: VisionLanguageModel) -> Prompt:
 def check_room(model: VisionLanguageModel, prompt: Prompt, max_new_tokens: int) -> None:
     """Raise ``ValueError`` if a prompt with an answer is longer than a model's sequences."""
     length, most = len(prompt["tokens"]), model.decoder.max_seq_len
-    if length + max_new_tokens > most:
-        wanted = f"{length} tokens of prompt and {max_new_tokens} new ones"
+    new = max([max_new_tokens, *map(len, prompt.get("choices", ()))])
+    if length + new > most:
+        wanted = f"{length} tokens of prompt and {new} new ones"
         raise ValueError(f"{wanted} exceed the model's max_seq_len of {most}")
 
 
@@ -396,6 +440,9 @@ def decode(
             taken = decoding.take(waiting)
             if any_of(bool(taken)):
                 decoding.read(taken) if taken else decoding.idle(reads=True)
+                has_choices = any("choices" in prompt for _, prompt in taken)
+                if any_of(has_choices):
+                    decoding.score_choices(taken) if has_choices else decoding.idle(reads=False)
             decoding.fork()
             decoding.write_first_tokens()
             ended = decoding.take_ended()

@@ -20,14 +20,14 @@ from torchtune_vl._torchtune import TransformerSelfAttentionLayer
 from torchtune_vl.modules import attention
 from torchtune_vl.modules.adapters import MakeLinear
 from torchtune_vl.modules.dimensions import Dimensions
-from torchtune_vl.modules.kv_cache import KVCache, Prefill, Step
+from torchtune_vl.modules.kv_cache import Continuations, KVCache, Prefill, Step
 from torchtune_vl.modules.layout import Segments
 from torchtune_vl.modules.linear import linear
 from torchtune_vl.modules.loss import chunked_cross_entropy
 
 # What attends to what: bool [B, S, M], the documents of a packed row, new tokens of sequences that
 # have others in the cache, or causal attention
-Mask = torch.Tensor | Segments | Prefill | Step | BlockMask | None
+Mask = torch.Tensor | Segments | Prefill | Step | Continuations | BlockMask | None
 
 
 class Decoder(nn.Module):
@@ -72,8 +72,9 @@ class Decoder(nn.Module):
 
         ``mask`` says which token attends to which: bool [B, S, S] (with torchtune's KV cache [B, S,
         length of the cache]), a BlockMask, the :class:`~torchtune_vl.modules.Segments` of the
-        flattened batch, or a ``Prefill`` or ``Step`` of a cache; causal by default. Positions are
-        int64 [B, S, 3] or, equal on all axes, [B, S]; 0, 1, 2, ... by default.
+        flattened batch, or a ``Prefill``, ``Step`` or ``Continuations`` of a cache; causal by
+        default. Positions are int64 [B, S, 3] or, equal on all axes, [B, S]; 0, 1, 2, ... by
+        default.
         ``output_positions``, int64 [P] in the flattened batch, are those whose logits are wanted,
         ``targets``, int64 [P], the right entries there, if it is losses.
 
@@ -81,7 +82,8 @@ class Decoder(nn.Module):
         with ``targets`` the cross-entropy of each, float32 [P]. Raises ``ValueError`` if a sequence
         is longer than ``max_seq_len``, or there is a cache and no mask or positions.
         """
-        if x_BSE.shape[1] > self.max_seq_len and not isinstance(mask, Prefill):
+        is_row = isinstance(mask, Prefill | Continuations)  # of sequences, whose lengths are known
+        if x_BSE.shape[1] > self.max_seq_len and not is_row:
             too_long = f"a sequence of {x_BSE.shape[1]} tokens is longer than max_seq_len"
             raise ValueError(f"{too_long}, {self.max_seq_len}")
         if self.caches_are_setup() and (mask is None or input_pos is None):
@@ -183,7 +185,7 @@ class Attention(nn.Module):
             rows = (x.flatten(0, 1) for x in (q_BSHD, k_BSKD, v_BSKD))
             out = attention.attend_within_segments(*rows, mask, is_causal=True)
             return self.output_proj(out.view_as(q_BSHD).flatten(2))
-        if isinstance(mask, Prefill | Step):
+        if isinstance(mask, Prefill | Step | Continuations):
             q, k, v = (x.flatten(0, 1) for x in (q_BSHD, k_BSKD, v_BSKD))
             out = mask.attend(q, k, v, layer=self)
             return self.output_proj(out.view_as(q_BSHD).flatten(2))

@@ -121,11 +121,58 @@ def _look_back(
     for part_NHD in q_NHD.split(_QUERIES):
         end = start + len(part_NHD)
         mask = torch.ones(len(part_NHD), end, dtype=torch.bool, device=q_NHD.device).tril(start)
-        q, k, v = (x[None] for x in (part_NHD.transpose(0, 1), k_KMD[:, :end], v_KMD[:, :end]))
-        out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-        attended.append(out[0].transpose(0, 1))
+        attended.append(_attend(part_NHD, k_KMD[:, :end], v_KMD[:, :end], mask))
         start = end
     return torch.cat(attended)
+
+
+def _attend(
+    q_NHD: torch.Tensor, k_KMD: torch.Tensor, v_KMD: torch.Tensor, mask_NM: torch.Tensor
+) -> torch.Tensor:
+    q, k, v = (x[None] for x in (q_NHD.transpose(0, 1), k_KMD, v_KMD))
+    return F.scaled_dot_product_attention(q, k, v, mask_NM, enable_gqa=True)[0].transpose(0, 1)
+
+
+class Continuations:
+    """What continuations of prompts attend to, in one row: each to its prompt, and to itself.
+
+    ``lengths`` are, by prompt, those of its continuations, which lie end to end. They share the
+    keys and values of the prompt, which are the ``starts`` first of ``slots`` of the cache; of
+    their own none are kept.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        lengths: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        starts: Sequence[int],
+    ) -> None:
+        self.cache = cache
+        self.lengths = [sum(each) for each in lengths]
+        self.places = [*zip(slots, starts, strict=True)]
+        own = [torch.block_diag(*[torch.ones(n, n).tril() for n in each]) for each in lengths]
+        self.masks = [
+            F.pad(mask.bool(), (start, 0), value=True)
+            for mask, start in zip(own, starts, strict=True)
+        ]
+
+    def attend(
+        self, q_NHD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, layer: nn.Module
+    ) -> torch.Tensor:
+        """Attend to a layer's keys and values; returns [N, H, D]."""
+        self.masks = [mask.to(q_NHD.device) for mask in self.masks]  # once, for all layers
+        kept = self.cache.of(layer).with_room(k_NKD, 0)
+        attended = []
+        new = (x.split(self.lengths) for x in (q_NHD, k_NKD, v_NKD))
+        for q, k, v, (slot, start), mask in zip(*new, self.places, self.masks, strict=True):
+            k_KMD, v_KMD = (
+                torch.cat([had[slot, :, :start], x.transpose(0, 1)], dim=1)
+                for had, x in zip(kept, (k, v), strict=True)
+            )
+            parts = zip(q.split(_QUERIES), mask.split(_QUERIES), strict=True)
+            attended += [_attend(queries, k_KMD, v_KMD, seen) for queries, seen in parts]
+        return torch.cat(attended)
 
 
 class Step:

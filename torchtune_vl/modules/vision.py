@@ -18,7 +18,7 @@ from torchtune_vl.modules import attention
 from torchtune_vl.modules.adapters import MakeLinear
 from torchtune_vl.modules.decoder import Decoder, FeedForward, Mask, TransformerLayer
 from torchtune_vl.modules.dimensions import Dimensions
-from torchtune_vl.modules.kv_cache import Step
+from torchtune_vl.modules.kv_cache import Continuations, Step
 from torchtune_vl.modules.layout import Segments, encoder_index, vision_index
 
 
@@ -92,8 +92,8 @@ class VisionLanguageModel(nn.Module):
             alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() < 2
             return not (alone and any(p.requires_grad for p in self.decoder.parameters()))
         is_sharded = (isinstance(m, FSDPModule) for m in self.encoders["vision"].modules())
-        # No process has media where tokens are decoded
-        return not isinstance(mask, Step) and any(is_sharded)
+        # No process has media behind a prompt
+        return not isinstance(mask, Step | Continuations) and any(is_sharded)
 
     # What torchtune's recipes and generation ask the decoder for
     tok_embeddings = property(lambda self: self.decoder.tok_embeddings)
