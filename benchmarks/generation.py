@@ -1,6 +1,7 @@
-"""Speed of generation on a CPU, ours beside transformers' ``generate``.
+"""Speed of generation, on a CPU ours beside transformers' ``generate``.
 
-Run as ``python -m benchmarks.generation`` (half an hour on one core). It prints Markdown. Both
+Run as ``python -m benchmarks.generation`` (half an hour on one core). It prints Markdown. With
+``--device cuda`` it times steps there instead, captured ones beside those that are not. Both
 sides answer the same prompts by the same random model, greedily, and have to give the same tokens.
 The time of the first token, which reads the prompts, is taken off that of all where steps are
 compared. The floor is the matrix products of these steps alone, with their weights, batch and
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -70,6 +72,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description="Generation beside transformers' generate")
     parser.add_argument("--runs", type=int, default=7, help="paired runs of each case")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -78,6 +81,9 @@ def main() -> None:
         return
     with TemporaryDirectory() as directory:
         write_model(directory)
+        if options.device != "cpu":
+            device_table(directory, options.device, options.runs)
+            return
         reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory).eval()
         ours = load_model(directory)
         torch.manual_seed(0)
@@ -112,6 +118,41 @@ def steps_table(ours: Any, reference: Any, runs: int) -> None:
         tokens = f"{lengths[0]} to {lengths[-1]}" if count > 1 else f"{lengths[0]}"
         faster, floor = ratios(times, "theirs", "ours"), ratios(times, "ours", "floor")
         print(f"| {count} | {tokens} | {spread(faster)} | {spread(floor)} |", flush=True)
+
+
+def device_table(directory: str, device: str, runs: int) -> None:
+    """Decode on a GPU, with steps that are captured and with those of a model in training."""
+    print("| weights | prompts | tokens of each | a step, ms | not captured / captured | replays |")
+    print("|---|---|---|---|---|---|")
+    kinds: dict[str, Any] = {"bfloat16": {"dtype": torch.bfloat16}, "int8": {"quantize": "int8"}}
+    for (weights, how), (count, length) in product(kinds.items(), CASES):
+        model = load_model(directory, **how, device=device)
+        times: dict[str, list[float]] = {"captured": [], "not": []}
+        replays = 0
+        for _, side in product(range(runs), times):
+            model.requires_grad_(side == "not")
+            decoding = Decoding(model, Tokenizer(), Rules(LONGEST), count)
+            times[side].append(step_time(decoding, [text_prompt(length)] * count))
+            if decoding.captured:
+                replays = decoding.captured.num_replays
+        step = spread([1000 * seconds for seconds in times["captured"]])
+        faster = spread(ratios(times, "not", "captured"))
+        print(f"| {weights} | {count} | {length} | {step} | {faster} | {replays} |", flush=True)
+
+
+@torch.no_grad()
+def step_time(decoding: Decoding, prompts: Sequence[Prompt]) -> float:
+    """Seconds of a step, behind the first ones, which are captured."""
+    decoding.read([*enumerate(prompts)])
+    decoding.write_first_tokens()
+    for _ in range(3):
+        decoding.step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(NEW_TOKENS):
+        decoding.step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / NEW_TOKENS
 
 
 def prompts_table(ours: Any, reference: Any, runs: int) -> None:

@@ -35,6 +35,8 @@ from tests.videos import NTSC, Clip, write_clip, x264
 NEW_TOKENS = 32
 PORT = 8471
 _STARTS_WITHIN = 300
+# Of tokens of a medium, too: by default that is the most of an image, which may be small
+_BUDGET = ("--max-num-batched-tokens", "8192")
 # Those of the server, which finds no GPU and no network
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -263,7 +265,7 @@ def serving(python: str, case: Case, log: Path) -> Iterator[None]:
     """Serve a case while the block runs."""
     line = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(case.checkpoint)]
     line += ["--dtype", case.dtype, "--port", str(PORT), "--served-model-name", "base"]
-    line += ["--enforce-eager", "--max-model-len", "8192", *case.serve]
+    line += ["--enforce-eager", "--max-model-len", "8192", *_BUDGET, *case.serve]
     environment = {**os.environ, **_ENVIRONMENT}
     with log.open("w") as file:
         server = subprocess.Popen(

@@ -16,6 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from torchtune_vl.data._collate import join_media
+from torchtune_vl.generation._captured import (
+    CapturedSteps,
+    can_capture,
+    step_logits,
+    to_device,
+)
 from torchtune_vl.generation._sampling import Sampling
 from torchtune_vl.modules.kv_cache import Cache, Continuations, Prefill, Step
 from torchtune_vl.modules.layout import vision_index
@@ -23,7 +29,7 @@ from torchtune_vl.modules.vision import VisionLanguageModel
 
 # Tokens of prompts that are read at once, but for a prompt that is longer
 PREFILL_TOKENS = 4096
-# On a GPU what a step looks at is a multiple of so many tokens, so that few shapes occur
+# What a step looks at is a multiple of so many tokens on a GPU, so that few shapes occur
 _REACH = 256
 
 Ended = Literal["stop token", "stop string", "length"]
@@ -157,6 +163,9 @@ class Decoding:
         self._bytes_of = tokenizer.bytes_of
         self._stop_tokens = frozenset(tokenizer.stop_tokens)
         self._device = _device_of(model.tok_embeddings.weight)
+        self.captured: CapturedSteps | None = None
+        if can_capture(model, self._device):
+            self.captured = CapturedSteps(model, self._cache, self._device)
         # Which tokens occurred, by slot, if that matters
         self._seen_BV: torch.Tensor | None = None
         if rules.sampling.repetition_penalty != 1:
@@ -195,7 +204,8 @@ class Decoding:
     def read(self, prompts: Sequence[tuple[int, Prompt]], start: int = 0) -> None:
         """Read prompts and begin an answer to each, in the next slots.
 
-        If these have the first ``start`` tokens already, only what is behind them is read.
+        If these have the first ``start`` tokens already, only what is behind them is read. They
+        do not after a step with fewer drafts, which may write to free slots.
         """
         slots = range(len(self.drafts), len(self.drafts) + len(prompts))
         unread = [_behind(prompt, start, self.model) for _, prompt in prompts]
@@ -255,16 +265,18 @@ class Decoding:
         """Write the next token of each draft."""
         lengths = [draft.prompt.length + len(draft.tokens) - 1 for draft in self.drafts]
         reach = max(lengths) + 1
-        if self._device.type != "cpu":
+        if self.captured or self._device.type != "cpu":
             reach = -(-reach // _REACH) * _REACH
         last = [
             (draft.tokens[-1], length, draft.prompt.position + len(draft.tokens))
             for draft, length in zip(self.drafts, lengths, strict=True)
         ]
-        tokens, at, positions = torch.tensor(last).to(self._device).T.contiguous().unbind()
-        mask = Step(self._cache, at, reach)
-        logits_B1V = self.model(tokens[:, None], mask=mask, input_pos=positions[:, None])
-        self._extend(range(len(self.drafts)), logits_B1V.squeeze(1))
+        if self.captured:
+            logits_BV = self.captured(last, reach)
+        else:
+            last_B3 = to_device(last, self._device)
+            logits_BV = step_logits(self.model, self._cache, last_B3, reach)
+        self._extend(range(len(self.drafts)), logits_BV)
 
     def take_ended(self) -> list[Draft]:
         """Take drafts that ended out; the next answer to a prompt goes where one of it was."""
@@ -319,7 +331,10 @@ class Decoding:
 
     def _extend(self, slots: Sequence[int], logits_BV: torch.Tensor) -> None:
         sampling, drafts = self.rules.sampling, [self.drafts[slot] for slot in slots]
-        seen_BV = None if self._seen_BV is None else self._seen_BV[[*slots]]
+        seen_BV = None
+        if self._seen_BV is not None:
+            rows_B = to_device([*slots], self._device)
+            seen_BV = self._seen_BV[rows_B]
         noise_BV = None
         if sampling.draws:
             noise_BV = torch.empty_like(logits_BV)
@@ -327,10 +342,12 @@ class Decoding:
                 noise_V.exponential_(generator=draft.chance)
         chosen_B = sampling.choose(sampling.scores(logits_BV, seen_BV), noise_BV)
         if self._seen_BV is not None:
-            self._seen_BV[[*slots], chosen_B] = True
+            # Made on the device, where Python's True would be copied to, and waited for
+            self._seen_BV[rows_B, chosen_B] = torch.ones_like(chosen_B, dtype=torch.bool)
         logprobs_B = logits_BV.gather(1, chosen_B[:, None]).squeeze(1) - logits_BV.logsumexp(1)
-        each = zip(drafts, chosen_B.tolist(), logprobs_B.tolist(), strict=True)
-        for draft, token, logprob in each:
+        # Read together, for each read waits for the device; tokens are exact in float32
+        tokens, logprobs = torch.stack([chosen_B.to(logprobs_B), logprobs_B]).tolist()
+        for draft, token, logprob in zip(drafts, map(int, tokens), logprobs, strict=True):
             _check_finite(logprob, draft.prompt)
             draft.tokens.append(token)
             draft.logprobs.append(logprob)

@@ -40,4 +40,4 @@ def load_model(
     load_weights_into(model, weights, torch.device(device))
     if quantize:
         quantize_layers(model.decoder.layers, quantize)
-    return model.eval()
+    return model.eval().requires_grad_(False)

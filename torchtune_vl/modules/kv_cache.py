@@ -68,6 +68,11 @@ class Cache:
             self._layers[layer] = KVCache(self.num_slots, _MORE)
         return self._layers[layer]
 
+    @property
+    def room(self) -> int:
+        """Tokens that the layers have room for, added up: another number once one has moved."""
+        return sum(x.kept.shape[3] for x in self._layers.values() if x.kept is not None)
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Give a slot what another has of its first tokens."""
         for layer in self._layers.values():
