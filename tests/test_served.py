@@ -279,6 +279,7 @@ def test_what_a_server_refuses_is_told(
     [
         (["--server", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer as OpenAI's"),
         (["--server", "URL", "--served-model", "x"], "serves no x, but tiny, other"),
+        (["--server", "URL", "--adapter", "x"], "give --served-model, too: what the server calls"),
         (["--adapter", "x"], "--served-model and --adapter say what a server has: give --server"),
     ],
 )

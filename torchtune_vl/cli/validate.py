@@ -70,6 +70,8 @@ def _run(options: argparse.Namespace) -> int:
             _check_directory(directory)
     if options.server is None and (options.served_model or options.adapter):
         raise ValueError("--served-model and --adapter say what a server has: give --server, too")
+    if options.adapter and not options.served_model:
+        raise ValueError("give --served-model, too: what the server calls the adapter")
     for path in (options.markdown, options.html):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path.parent}, where {path.name} is to be written, is no directory")

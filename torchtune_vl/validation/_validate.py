@@ -16,6 +16,7 @@ from torchtune_vl.validation._compare_server import ServerComparison, compare_se
 from torchtune_vl.validation._inputs import TEXTS, Inputs, builtin_inputs, conversation_of
 from torchtune_vl.validation._ours_and_reference import Ours, Reference, Track
 from torchtune_vl.validation._report import Report
+from torchtune_vl.validation._server import Server
 
 
 def validate(
@@ -44,6 +45,8 @@ def validate(
         track: shows progress: takes a sequence and what it is of, and returns an iterable of it.
     """
     directory, user = Path(checkpoint_dir), inputs or Inputs()
+    if server is not None:
+        Server(server.url, server.model).model  # noqa: B018  whether it is there, before all else
     reference = Reference(Path(reference_dir or directory), max_pixels)
     run = Comparison(Ours(directory, max_pixels), reference, track)
     with TemporaryDirectory(prefix="tune-vl-") as folder:
