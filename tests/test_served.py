@@ -1,6 +1,7 @@
 """A server's answers beside ours: here one that answers with our own model, or not quite."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,6 +22,7 @@ from torchtune_vl.validation._compare import Comparison
 from torchtune_vl.validation._compare_server import ROWS, compare_server
 from torchtune_vl.validation._inputs import builtin_inputs
 from torchtune_vl.validation._ours_and_reference import Ours, Reference
+from torchtune_vl.validation._server import Server
 
 Reply = dict[str, Any]
 NEW_TOKENS = 6
@@ -148,6 +150,9 @@ def test_the_same_model_answers_the_same(
     # Written alone there, and here among others
     assert 0 < max(case.largest for case in logprobs.cases) < 1e-5
     assert fake.keys == {"Bearer abc"}
+    # Against what a server takes from generation_config.json
+    greedy = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}
+    assert all(asked | greedy == asked for asked in fake.asked)
     assert {asked["model"] for asked in fake.asked} == {"tiny"}
     assert all(asked["messages"][-1]["role"] != "assistant" for asked in fake.asked)
     kinds = [
@@ -155,7 +160,7 @@ def test_the_same_model_answers_the_same(
         for a in fake.asked
         for m in a["messages"]
         for p in m["content"]
-        if m and isinstance(p, dict)
+        if isinstance(p, dict)
     ]
     assert {"image_url", "video_url", "text"} <= {*kinds}
 
@@ -231,7 +236,7 @@ def test_servers_that_tell_less(
     prompts, answers, logprobs = report
     assert status_of(report) == ["pass", "pass", "not compared"]
     assert prompts.compared == answers.compared == len(fake.asked)
-    assert logprobs.skipped == "the server tells none"
+    assert logprobs.skipped == "the server tells none of tokens that agree"
 
     def worse(reply: Reply, asked: Reply) -> Reply:
         if len(fake.asked) == 3:
@@ -320,3 +325,66 @@ def test_a_conversation_too_long_to_answer_is_told(
     (case,) = [case for case in report[0].cases if case.refused]
     assert case.refused == "both"
     assert "exceed the model's max_seq_len of 4096" in case.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "statuses"),
+    [
+        (lambda choice: choice.update(token_ids=choice["token_ids"][:2]), ["fail", "pass"]),
+        (lambda choice: choice.update(token_ids=[*choice["token_ids"], 5]), ["fail", "pass"]),
+        (lambda choice: choice.update(token_ids=[10**6] * 6), ["fail", "not compared"]),
+        (
+            lambda choice: choice.update(
+                token_ids=None, logprobs={"content": []}, message={"content": "another"}
+            ),
+            ["fail", "not compared"],
+        ),
+        (
+            lambda choice: choice["logprobs"]["content"][0].update(logprob=None),
+            ["pass", "not compared"],
+        ),
+        (lambda choice: choice.update(token_ids=["a"]), ["not compared", "not compared"]),
+        (lambda choice: choice.update(token_ids=[-1]), ["not compared", "not compared"]),
+    ],
+)
+def test_odd_replies(
+    change: Callable[[Any], None],
+    statuses: list[str],
+    checkpoint: Path,
+    fake: FakeServer,
+    builtin: list[Conversation],
+) -> None:
+    def changed(reply: Reply, asked: Reply) -> Reply:
+        change(reply["choices"][0])
+        return reply
+
+    fake.change = changed
+    assert status_of(served(checkpoint, fake, builtin[:1]))[1:] == statuses
+
+
+@pytest.mark.parametrize("reply", [{"error": {"message": "overloaded"}}, [], {"choices": []}])
+def test_replies_without_an_answer(
+    reply: Any, checkpoint: Path, fake: FakeServer, builtin: list[Conversation]
+) -> None:
+    fake.change = lambda answered, asked: reply
+    rows = served(checkpoint, fake, builtin[:1])
+    assert status_of(rows) == ["fail", "not compared", "not compared"]
+    assert "the server's reply has no choices: " + json.dumps(reply) in rows[0].failed[0].detail
+
+
+@pytest.mark.parametrize(
+    ("key", "url", "message"),
+    [
+        ("sk-secret\nX: 1", "URL", "OPENAI_API_KEY has characters that no key has"),
+        ("", "", "'' is no address: write it as http://localhost:8000"),
+        ("", "localhost:80", "'localhost:80' is no address"),
+        ("", "http://localhost:port", "does not answer as OpenAI's servers do"),
+    ],
+)
+def test_addresses_and_keys(
+    key: str, url: str, message: str, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        Server(fake.url if url == "URL" else url).model  # noqa: B018
+    assert "secret" not in str(error.value)

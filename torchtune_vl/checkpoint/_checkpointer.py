@@ -21,13 +21,13 @@ from torchtune_vl.models._weights import load_weights
 from torchtune_vl.modules.adapters import is_adapter
 
 # Files that a complete directory has beside the weights: configs, vocabularies, templates
-# The last release with which configs looked as those of the published checkpoints do
-_TRANSFORMERS_VERSION = "4.57.0"
 _COMPANION_SUFFIXES = (".json", ".jinja", ".txt", ".tiktoken")
 # ... but for those that speak of files of weights
 _OWN = (tensor_io.INDEX, directories.MANIFEST, adapters.CONFIG)
 _ADAPTER = "adapter"
 _RECIPE_STATE = "recipe_state.pt"
+# The last release with which configs looked as those of the published checkpoints do
+_TRANSFORMERS_VERSION = "4.57.0"
 _FILES_OF_THEIR_OWN = (MODEL_KEY, ADAPTER_KEY, ADAPTER_CONFIG)
 
 Weights = Mapping[str, torch.Tensor]

@@ -26,27 +26,9 @@ _WEIGHTS = (
 )
 # What the answers depend on, beside checkpoint and data
 _OF_ANSWERS = (
-    *(
-        "checkpoint",
-        "adapter",
-        "dtype",
-        "quantize",
-        "prompt",
-        "system",
-        "images",
-        "stop",
-        "num_answers",
-    ),
-    *(
-        "num_answers",
-        "max_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "seed",
-    ),
+    *("checkpoint", "adapter", "dtype", "quantize", "prompt", "system", "images", "stop"),
+    *("num_answers", "max_new_tokens", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "seed"),
 )
 
 

@@ -129,7 +129,7 @@ def _validate(options: argparse.Namespace) -> Any:
     how = {"reference_dir": options.reference, "inputs": inputs, "track": show}
     how |= {"max_pixels": options.max_pixels, "dtype": getattr(torch, options.dtype)}
     how |= {"weights": options.weights, "logits": options.logits}
-    if options.server:
+    if options.server is not None:
         named = {"model": options.served_model, "adapter": options.adapter}
         named["max_new_tokens"] = options.max_new_tokens
         how["server"] = validation.ServerComparison(options.server, **named)

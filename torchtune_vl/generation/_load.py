@@ -9,7 +9,7 @@ from torchtune_vl.files._safetensors import weight_files
 from torchtune_vl.models._builders import vision_language_model
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import load_weights, load_weights_into
-from torchtune_vl.modules.quantized import Quantized, quantize_layers
+from torchtune_vl.modules.quantized import Quantized, check_dtype, quantize_layers
 from torchtune_vl.modules.vision import VisionLanguageModel
 
 
@@ -28,12 +28,13 @@ def load_model(
     ``"int4"``, after they were loaded in bfloat16. Raises ``ValueError`` if files are missing or
     damaged, the adapter is of another model, or weights cannot be quantized.
     """
+    if quantize:
+        dtype = dtype or torch.bfloat16
+        check_dtype(quantize, dtype)
     directory = Path(checkpoint_dir)
     weights = load_weights(directory, weight_files(directory))
     if adapter is not None:
         weights = merge_adapter(weights, load_adapter(Path(adapter), weights), dtype)
-    if quantize:
-        dtype = dtype or torch.bfloat16
     dtype = dtype or next(iter(weights.values())).dtype
     with torch.device("meta"):
         model = vision_language_model(**family_of(directory).all_dimensions(directory)).to(dtype)

@@ -16,14 +16,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     ``F.linear``, but on a CPU and without gradients by the faster of torch's two libraries.
     """
-    if _by_onednn(x, weight):
+    if _by_onednn(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     return (
-        _HAS_BOTH
+        # Inductor has no such operator, and sizes that it does not know yet have no rows to count
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and _HAS_BOTH
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_grad_enabled()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -32,7 +36,11 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and type(x) is torch.Tensor
         and type(weight) in (torch.Tensor, nn.Parameter)
         and len(weight) >= _MIN_OUTPUTS
+        and x.shape[-1] == weight.shape[1] > 0
         and x.numel() // x.shape[-1] in _ROWS
+        # Its strides are not looked at
+        and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
+        and (bias is None or bias.shape == weight.shape[:1])
     )
 
 

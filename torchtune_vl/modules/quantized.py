@@ -28,7 +28,7 @@ class Int8Linear(nn.Module):
         scales_N = scales_N.to(torch.bfloat16)
         # Scales are rounded, too: what a weight becomes goes by those that it is multiplied with
         rounded_NK = (weight_NK / scales_N.float()[:, None]).round_().clamp_(-127, 127)
-        self.register_buffer("weight", rounded_NK.to(torch.int8))
+        self.register_buffer("weight", rounded_NK.to(torch.int8).contiguous())
         self.register_buffer("scales", scales_N)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
@@ -42,8 +42,8 @@ class Int8Linear(nn.Module):
         if x.device.type == "cpu" and len(rows) <= _FEW_ROWS:
             out = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scales)
         else:
-            out = F.linear(rows, self.weight.to(x.dtype)) * self.scales
-        out = out.view(*x.shape[:-1], -1)
+            out = F.linear(rows, self.weight.to(self.scales.dtype)) * self.scales
+        out = out.view(*x.shape[:-1], len(self.scales))
         return out if self.bias is None else out + self.bias
 
 
@@ -83,7 +83,7 @@ class Int4Linear(nn.Module):
         is_cpu = x.device.type == "cpu"
         multiply = torch._weight_int4pack_mm_for_cpu if is_cpu else torch._weight_int4pack_mm
         out = multiply(rows, self.weight, GROUP_SIZE, self.scales_and_zeros)
-        out = out.view(*x.shape[:-1], -1)
+        out = out.view(*x.shape[:-1], self.scales_and_zeros.shape[1])
         return out if self.bias is None else out + self.bias
 
 
@@ -99,15 +99,20 @@ Quantized = Literal["int8", "int4"]
 _LAYERS: dict[Quantized, type[nn.Module]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
+def check_dtype(how: Quantized, dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` if weights of a dtype cannot be quantized."""
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{how} weights are computed with in bfloat16, not {name}")
+
+
 def quantize_layers(module: nn.Module, how: Quantized) -> None:
-    """Replace the linear layers of a module by quantized ones, one by one.
+    """Replace the linear layers within a module by quantized ones, one by one.
 
     ``ValueError`` if a weight is not bfloat16 or cannot be divided.
     """
     for parent in module.modules():
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Linear):
-                if layer.weight.dtype != torch.bfloat16:
-                    dtype = str(layer.weight.dtype).removeprefix("torch.")
-                    raise ValueError(f"{how} weights are computed with in bfloat16, not {dtype}")
+                check_dtype(how, layer.weight.dtype)
                 setattr(parent, name, _LAYERS[how](layer))

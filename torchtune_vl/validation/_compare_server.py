@@ -82,6 +82,7 @@ def compare_server(
     model = attempt(load)
     if failed(model):
         answers_row.add(compare("our model", model, [], must_read=True, peer=PEER))
+        run.skip("our model does not load", ROWS[0], ROWS[2])
         return
     server, transform = Server(how.url, how.model), run.ours.served_transform
     server.model  # noqa: B018  one that is not there is told of once
@@ -108,7 +109,8 @@ def compare_server(
     if not prompts_row.cases:
         run.skip("the server tells neither ids nor their number", prompts_row.name)
     left = len(chats) - len(asked)
-    prompts_row.note = f"Not compared, for they ask nothing: {left}" if left else ""
+    unasked = "Not compared, for they ask nothing, or cannot be read"
+    prompts_row.note = f"{unasked}: {left}" if left else ""
     _judge(run, pairs, transform)
 
 
@@ -159,12 +161,13 @@ def _pair(
     exact_T1 = logprobs_TV.gather(1, chosen_T1)
     summing = float((logits_TV.log_softmax(-1).gather(1, chosen_T1) - exact_T1).abs().max())
     of_ours = exact_T1[:, 0].tolist()
-    theirs, gap = served.tokens, 0.0
+    theirs, gap = served.tokens, math.inf
     if theirs is None:  # texts alone tell not where tokens differ
-        return _Pair(*named, ours, served, len(ours.tokens), of_ours, summing, math.inf)
+        return _Pair(*named, ours, served, len(ours.tokens), of_ours, summing, gap)
     equal = takewhile(lambda pair: pair[0] == pair[1], zip(ours.tokens, theirs, strict=False))
     agreeing = len([*equal])
-    if agreeing < min(len(ours.tokens), len(theirs)):
+    ends = agreeing >= min(len(ours.tokens), len(theirs))  # one is the beginning of the other
+    if not ends and theirs[agreeing] < logprobs_TV.shape[1]:
         gap = of_ours[agreeing] - float(logprobs_TV[agreeing, theirs[agreeing]])
     return _Pair(*named, ours, served, agreeing, of_ours, summing, gap)
 
@@ -200,7 +203,7 @@ def _judge(run: Comparison, pairs: Sequence[_Pair], transform: Any) -> None:
             case.failed = False
             case.detail = f"as good as equal, {number(pair.gap)} apart, at {pair.agreeing}"
         answers_row.add(case)
-        if pair.served.logprobs is not None and pair.served.tokens is not None:
+        if pair.agreeing and pair.served.logprobs is not None and pair.served.tokens is not None:
             ours, theirs = pair.ours.logprobs, pair.served.logprobs
             sides = (torch.tensor(side[: pair.agreeing]) for side in (ours, theirs))
             logprobs_row.add(compare(pair.name, *sides, tolerance=rounding + summing, peer=PEER))
@@ -210,8 +213,10 @@ def _judge(run: Comparison, pairs: Sequence[_Pair], transform: Any) -> None:
             "All that differ have videos: servers may take other frames of them than "
             "qwen-vl-utils, as many but at other places"
         )
-    if not logprobs_row.cases:
-        run.skip("the server tells none", logprobs_row.name)
+    if not pairs:
+        run.skip("nothing was answered by both sides", answers_row.name, logprobs_row.name)
+    elif not logprobs_row.cases:
+        run.skip("the server tells none of tokens that agree", logprobs_row.name)
 
 
 def _compare_answer(pair: _Pair, transform: Any) -> Case:

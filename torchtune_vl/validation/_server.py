@@ -1,5 +1,6 @@
 """A server that answers conversations by OpenAI's protocol, such as vLLM, SGLang or llama.cpp."""
 
+import http.client
 import json
 import mimetypes
 import os
@@ -48,17 +49,19 @@ class Server:
     """
 
     def __init__(self, url: str, model: str | None = None) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"{url!r} is no address: write it as http://localhost:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._named = model
 
     @cached_property
     def model(self) -> str:
         """The name of the model; ``ValueError`` if the server does not list it."""
-        names = [str(model["id"]) for model in self._request("/v1/models")["data"]]
-        name = self._named or next(iter(names), None)
-        if name not in names:
-            raise ValueError(f"{self.url} serves no {name}, but {', '.join(names) or 'nothing'}")
-        return name
+        names = [str(model["id"]) for model in _list_of(self._request("/v1/models"), "data")]
+        if not names or self._named not in (None, *names):
+            wanted = self._named or "model"
+            raise ValueError(f"{self.url} serves no {wanted}, but {', '.join(names) or 'nothing'}")
+        return self._named or names[0]
 
     def answer(self, conversation: Conversation, max_new_tokens: int) -> Served:
         """Let the server answer greedily; ``ValueError`` if it refuses."""
@@ -79,40 +82,67 @@ class Server:
         if conversation.tools:
             request |= {"tools": conversation.tools, "tool_choice": "none"}
         reply = self._request("/v1/chat/completions", request)
-        (choice,) = reply["choices"]
+        (choice,) = _list_of(reply, "choices", 1)
         entries = (choice.get("logprobs") or {}).get("content")
         return Served(
-            reply.get("prompt_token_ids"),
+            _ids(reply.get("prompt_token_ids")),
             (reply.get("usage") or {}).get("prompt_tokens"),
-            choice.get("token_ids") or _ids_of(entries),
+            _ids(choice.get("token_ids")) or _ids_of(entries),
             choice["message"].get("content") or "",
-            None if entries is None else [entry["logprob"] for entry in entries],
+            _logprobs_of(entries),
         )
 
     def _request(self, path: str, content: Any = None) -> Any:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
+        if key := os.environ.get("OPENAI_API_KEY", "").strip():
+            if not key.isprintable():  # an error of the library would show it
+                raise ValueError("OPENAI_API_KEY has characters that no key has")
             headers["Authorization"] = f"Bearer {key}"
         data = None if content is None else json.dumps(content).encode()
-        request = urllib.request.Request(self.url + path, data, headers)
         try:
+            request = urllib.request.Request(self.url + path, data, headers)
             with urllib.request.urlopen(request, timeout=_PATIENCE) as reply:
                 return json.load(reply)
         except urllib.error.HTTPError as error:
             said = " ".join(error.read().decode("utf-8", "replace").split())
             raise ValueError(f"status {error.code}, {shortened(said)}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ValueError(
                 f"{self.url} does not answer as OpenAI's servers do: {error}"
             ) from error
 
 
+def _list_of(reply: Any, key: str, number: int | None = None) -> list[Any]:
+    """Read a list of a reply; ``ValueError`` with what it has instead."""
+    found = reply.get(key) if isinstance(reply, dict) else None
+    if not isinstance(found, list) or (number is not None and len(found) != number):
+        raise ValueError(f"the server's reply has no {key}: {shortened(json.dumps(reply))}")
+    return found
+
+
+def _ids(found: Any) -> list[int] | None:
+    """Read ids; ``ValueError`` if they are none."""
+    if found is None:
+        return None
+    if not all(isinstance(i, int) and i >= 0 for i in found):
+        raise ValueError(f"the server tells ids that are none: {shortened(json.dumps(found))}")
+    return list(found)
+
+
+def _logprobs_of(entries: Sequence[dict[str, Any]] | None) -> list[float] | None:
+    """Read log-probabilities, if all are told."""
+    told = [entry.get("logprob") for entry in entries or ()]
+    return (
+        None if not told or None in told else [float(value) for value in told if value is not None]
+    )
+
+
 def _ids_of(entries: Sequence[dict[str, Any]] | None) -> list[int] | None:
     """Read the ids that are told with log-probabilities, as vLLM or llama.cpp tells them."""
-    if entries is None:
+    if not entries:
         return None
     if all("id" in entry for entry in entries):
-        return [int(entry["id"]) for entry in entries]
+        return _ids([entry["id"] for entry in entries])
     told = [str(entry.get("token", "")) for entry in entries]
     if all(token.startswith(_TOKEN_ID) for token in told):
         return [int(token.removeprefix(_TOKEN_ID)) for token in told]
