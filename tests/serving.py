@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -31,6 +32,10 @@ from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
 from tests.finetune_runs import command, run, write_config
 from tests.gguf_files import check, fetch_llama_cpp
 from tests.videos import NTSC, Clip, write_clip, x264
+from torchtune_vl.validation import ServerComparison, read_conversations
+from torchtune_vl.validation._compare import Comparison
+from torchtune_vl.validation._compare_server import ROWS, compare_server
+from torchtune_vl.validation._ours_and_reference import Ours, Reference
 
 NEW_TOKENS = 32
 PORT = 8471
@@ -89,6 +94,7 @@ class Case:
         dtype: of both.
         differs: whether answers are known to differ.
         questions: file of the conversations.
+        builtin: whether the built-in ones are asked, too.
     """
 
     name: str
@@ -98,6 +104,7 @@ class Case:
     dtype: str = "float32"
     differs: bool = False
     questions: str = "questions.json"
+    builtin: bool = True
 
 
 def main() -> None:
@@ -108,15 +115,21 @@ def main() -> None:
         write_questions(root)
         failed = []
         print(f"vLLM {served_version(python)}, transformers {version('transformers')}\n")
-        print("| export | prompts | answers | largest difference of a log-probability |")
-        print("|---|---|---|---|")
+        print("| export | prompts | answers | of these | largest difference of a log-probability |")
+        print("|---|---|---|---|---|")
         for case in cases(root, vocabulary):
             with serving(python, case, root / "server.log"):
-                rows = compare(case, root / case.questions, root / "report.md")
+                compare_them = compare if case.builtin else compare_given
+                rows = compare_them(case, root / case.questions, root / "report.md")
             equal = {
                 name: f"{total - fails} of {total}" for name, (total, fails, _) in rows.items()
             }
-            row = [case.name, equal["served prompts"], equal["served answers"]]
+            row = [
+                case.name,
+                equal["served prompts"],
+                equal["served answers"],
+                rows["served answers"][2],
+            ]
             print(f"| {' | '.join(row)} | {rows['served logprobs'][2]} |", flush=True)
             if any(fails for _, fails, _ in rows.values()) != case.differs:
                 failed.append(case.name)
@@ -167,7 +180,9 @@ def cases(root: Path, vocabulary: Path) -> Iterator[Case]:
     yield Case("adapter of all parts, merged", both)
     enabled = ["--enable-lora", "--lora-modules", f"adapter={both / 'adapter'}"]
     tower = "--enable-tower-connector-lora"
-    yield Case(f"adapter of all parts, `{tower}`", full, [*enabled, tower], both / "adapter")
+    # It ends when it encodes images and videos in one step
+    name, stills = f"adapter of all parts, `{tower}`, no videos", "images.json"
+    yield Case(name, full, [*enabled, tower], both / "adapter", questions=stills, builtin=False)
     yield Case("adapter of all parts without it", full, enabled, both / "adapter", differs=True)
 
 
@@ -248,6 +263,8 @@ def write_questions(root: Path) -> None:
     (root / "questions.json").write_text(json.dumps([{"messages": t} for t in conversations]))
     # Of these vLLM takes other frames than qwen-vl-utils
     moving = [[video(rate, (96, 64)), text()] for rate in (8, 12, 24, NTSC, 30)]
+    is_still = [t for t in conversations if '"video"' not in json.dumps(t)]
+    (root / "images.json").write_text(json.dumps([{"messages": turns} for turns in is_still]))
     videos = [{"messages": [{"role": "user", "content": content}]} for content in moving]
     (root / "videos.json").write_text(json.dumps(videos))
     short = [
@@ -308,6 +325,19 @@ def compare(case: Case, questions: Path, report: Path) -> dict[str, tuple[int, i
         fails = re.search(rf"## {name}: ([\d,]+) of", text)
         rows[name] = int(inputs), int(fails[1]) if fails else 0, figure.split(",")[0].strip()
     return rows
+
+
+def compare_given(case: Case, questions: Path, report: Path) -> dict[str, tuple[int, int, str]]:
+    """Compare the conversations of a file alone; as :func:`compare` otherwise."""
+    run = Comparison(Ours(case.checkpoint), Reference(case.checkpoint))
+    how = ServerComparison(f"http://127.0.0.1:{PORT}", "adapter", case.adapter, NEW_TOKENS)
+    compare_server(run, read_conversations(questions), how, getattr(torch, case.dtype))
+    rows = {name: run.rows[name] for name in ROWS}
+    report.write_text("\n".join(map(str, rows.values())))
+    return {
+        name: (len(row.cases), len(row.failed), row.figure.split(",")[0])
+        for name, row in rows.items()
+    }
 
 
 def served_version(python: str) -> str:
