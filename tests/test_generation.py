@@ -435,6 +435,35 @@ def test_a_medium_is_encoded_once_for_all_choices(
     assert len(answer.choice_logprobs) == 3
 
 
+def test_log_probabilities_of_choices_are_those_of_whole_answers(
+    tiny: tuple[VisionLanguageModel, ChatTransform],
+) -> None:
+    model, transform = tiny
+    prompts = [transform.to_answer({"messages": chat}) for chat in questions(5)]
+    texts = (["A", "a dog runs", "10"], None, ["1"], ["B. two", "B"], ["neither of these", "A"])
+    expected: list[list[float]] = []
+    for prompt, choices in zip(prompts, texts, strict=True):
+        expected.append([])
+        if choices is None:
+            continue
+        prompt["choices"] = [transform.answer_tokens(text) for text in choices]
+        for ids in prompt["choices"]:
+            rest = prompt["input_pos"].max() + 1 + torch.arange(len(ids))
+            input_pos = torch.cat([prompt["input_pos"], rest[:, None].expand(-1, 3)])
+            sample = {**prompt, "tokens": prompt["tokens"] + ids, "input_pos": input_pos}
+            sample["labels"] = [-100] * len(prompt["tokens"]) + ids
+            del sample["choices"]
+            with torch.no_grad():
+                losses = model(**packed_collate_vision([sample]))
+            expected[-1].append(-float(losses.sum()))
+    for batch_size in (2, 5):
+        answered = decode(model, transform, enumerate(prompts), Rules(1), batch_size)
+        found = [answer.choice_logprobs for _, _, answer in sorted(answered, key=lambda a: a[0])]
+        assert [*map(len, found)] == [3, 0, 1, 2, 2]
+        for ours, whole in zip(found, expected, strict=True):
+            assert ours == pytest.approx(whole, abs=5e-5)
+
+
 def test_choices_of_no_text(tiny: tuple[VisionLanguageModel, ChatTransform]) -> None:
     model, transform = tiny
     prompt = transform.to_answer({"messages": conversation("text", 0)})
