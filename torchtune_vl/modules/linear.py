@@ -23,21 +23,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     return (
-        # Inductor has no such operator, and sizes that it does not know yet have no rows to count
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        not torch.is_grad_enabled()
         and _HAS_BOTH
-        and bool(torch.backends.mkldnn.enabled)
-        and not torch.is_grad_enabled()
+        # Inductor has no such operator, and sizes that it does not know yet have no rows to count
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and x.shape[-1] == weight.shape[1] > 0
+        and x.numel() // x.shape[-1] in _ROWS
+        and len(weight) >= _MIN_OUTPUTS
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         # Not those that are spread over devices
         and type(x) is torch.Tensor
         and type(weight) in (torch.Tensor, nn.Parameter)
-        and len(weight) >= _MIN_OUTPUTS
-        and x.shape[-1] == weight.shape[1] > 0
-        and x.numel() // x.shape[-1] in _ROWS
         # Its strides are not looked at
         and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
         and (bias is None or bias.shape == weight.shape[:1])

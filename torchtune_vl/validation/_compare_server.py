@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ class ServerComparison:
     model: str | None = None
     adapter: Path | None = None
     max_new_tokens: int = 32
+
+    @cached_property
+    def server(self) -> Server:
+        """The server, whose model is asked for once."""
+        return Server(self.url, self.model)
 
 
 @dataclass
@@ -84,8 +89,7 @@ def compare_server(
         answers_row.add(compare("our model", model, [], must_read=True, peer=PEER))
         run.skip("our model does not load", ROWS[0], ROWS[2])
         return
-    server, transform = Server(how.url, how.model), run.ours.served_transform
-    server.model  # noqa: B018  one that is not there is told of once
+    transform = run.ours.served_transform
     asked = [question for chat in chats if (question := _question(chat)) is not None]
 
     def read(chat: Conversation) -> Any:
@@ -95,12 +99,12 @@ def compare_server(
 
     prompts = [attempt(read, chat) for chat in asked]
     with ThreadPoolExecutor(_AT_A_TIME) as threads:
-        answer = partial(server.answer, max_new_tokens=how.max_new_tokens)
+        answer = partial(how.server.answer, max_new_tokens=how.max_new_tokens)
         replies = threads.map(partial(attempt, answer), asked)
         ours = _answers(model, transform, prompts, how.max_new_tokens)
         pairs = []
-        each = zip(asked, prompts, replies, strict=True)
-        for i, (chat, prompt, served) in enumerate(run.track([*each], "served answers")):
+        each = zip(run.track(asked, "served answers"), prompts, replies, strict=True)
+        for i, (chat, prompt, served) in enumerate(each):
             if (case := _compare_prompt(chat.name, prompt, served, transform)) is not None:
                 prompts_row.add(case)
             if not failed(prompt, served):
@@ -146,8 +150,7 @@ def _compare_prompt(name: str, prompt: Any, served: Any, transform: Any) -> Case
         if served.prompt_length is None:
             return None
         ours, theirs = attempt(lambda p: [len(p["tokens"])], prompt), [served.prompt_length]
-    text_of = lambda token: transform.decode([token])  # noqa: E731
-    return compare(name, ours, theirs, text_of=text_of, peer=PEER)
+    return compare(name, ours, theirs, text_of=lambda t: transform.decode([t]), peer=PEER)
 
 
 @torch.no_grad()
@@ -226,5 +229,4 @@ def _compare_answer(pair: _Pair, transform: Any) -> Case:
     stops = transform.stop_tokens
     sides = [pair.ours.tokens, pair.served.tokens]
     a, b = (side[:-1] if side and side[-1] in stops else side for side in sides)
-    text_of = lambda token: transform.decode([token])  # noqa: E731
-    return compare(pair.name, a, b, text_of=text_of, peer=PEER)
+    return compare(pair.name, a, b, text_of=lambda t: transform.decode([t]), peer=PEER)

@@ -87,15 +87,17 @@ class Ours(_Side):
 
     @attempted
     def transform(self) -> Any:
-        """Read it all; special tokens in texts are tokens, as in transformers."""
-        read = self.family.transform.from_pretrained
-        return read(self.directory, parse_special="all", **self._limits)
+        return self._transform()
 
     @attempted
     def served_transform(self) -> Any:
         """Read it all as servers do, and qwen-vl-utils: what is transparent lies on white."""
+        return self._transform(alpha="white")
+
+    def _transform(self, **settings: Any) -> Any:
+        """Read it all; special tokens in texts are tokens, as in transformers."""
         read = self.family.transform.from_pretrained
-        return read(self.directory, parse_special="all", alpha="white", **self._limits)
+        return read(self.directory, parse_special="all", **settings, **self._limits)
 
     @cached_property
     def image_transforms(self) -> dict[Backend, ImageTransform]:

@@ -16,7 +16,6 @@ from torchtune_vl.validation._compare_server import ServerComparison, compare_se
 from torchtune_vl.validation._inputs import TEXTS, Inputs, builtin_inputs, conversation_of
 from torchtune_vl.validation._ours_and_reference import Ours, Reference, Track
 from torchtune_vl.validation._report import Report
-from torchtune_vl.validation._server import Server
 
 
 def validate(
@@ -46,7 +45,7 @@ def validate(
     """
     directory, user = Path(checkpoint_dir), inputs or Inputs()
     if server is not None:
-        Server(server.url, server.model).model  # noqa: B018  whether it is there, before all else
+        server.server.model  # noqa: B018  whether it is there, before all else
     reference = Reference(Path(reference_dir or directory), max_pixels)
     run = Comparison(Ours(directory, max_pixels), reference, track)
     with TemporaryDirectory(prefix="tune-vl-") as folder:
