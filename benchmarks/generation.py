@@ -1,11 +1,11 @@
 """Speed of generation, on a CPU ours beside transformers' ``generate``.
 
-Run as ``python -m benchmarks.generation`` (half an hour on one core). It prints Markdown. With
+Run as ``python -m benchmarks.generation`` (an hour on one core). It prints Markdown. With
 ``--device cuda`` it times steps there instead, captured ones beside those that are not. Both
 sides answer the same prompts by the same random model, greedily, and have to give the same tokens.
-The time of the first token, which reads the prompts, is taken off that of all where steps are
-compared. The floor is the matrix products of these steps alone, with their weights, batch and
-library.
+The floor of steps is their matrix products alone, with their weights, batch and library. Layers
+have the size of the published model of 3B parameters, for in smaller ones all that is no matrix
+product has a larger part.
 """
 
 import argparse
@@ -32,30 +32,33 @@ from torchtune_vl.modules.adapters import num_bytes
 from torchtune_vl.modules.layout import mrope_positions, vision_index
 from torchtune_vl.modules.linear import linear
 
-NEW_TOKENS = 33
+# Behind the first token, which reads the prompt, and steps in which the cache grows
+STEPS, WARM_UP = 32, 3
+NEW_TOKENS = 1 + WARM_UP + STEPS
 # Prompts, and tokens of the shortest; each next one is nine tokens longer
 CASES = ((1, 40), (1, 600), (8, 40), (8, 600))
 # Of the run with answers of unequal lengths
 PROMPTS, SHORTEST, LONGEST, PEERS_BATCH = 64, 4, 256, 8
 IMAGES = (1, 24, 24)
-# Heads of the published size, four of queries for each of keys and values
+# A twelfth of the layers of 3B parameters, and about as much of their vocabulary
 MODEL = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
+    "hidden_size": 2048,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
     "num_key_value_heads": 2,
-    "vocab_size": 32_000,
-    "bos_token_id": 30_998,
-    "eos_token_id": 30_999,
-    "vision_start_token_id": 31_000,
-    "vision_end_token_id": 31_001,
-    "image_token_id": 31_002,
-    "video_token_id": 31_003,
+    "vocab_size": 16_000,
+    "bos_token_id": 15_000,
+    "eos_token_id": 15_001,
+    "vision_start_token_id": 15_002,
+    "vision_end_token_id": 15_003,
+    "image_token_id": 15_004,
+    "video_token_id": 15_005,
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
 }
 
 Prompt = dict[str, Any]
+Steps = tuple[float, list[list[int]]]  # seconds of a step, and the tokens of each answer
 
 
 class Tokenizer:
@@ -109,12 +112,14 @@ def steps_table(ours: Any, reference: Any, runs: int) -> None:
     for count, shortest in CASES:
         lengths = [shortest + 9 * i for i in range(count)]
         prompts = [text_prompt(length) for length in lengths]
-        sides: dict[str, Callable[[int], object]] = {
-            "ours": partial(answer, ours, prompts),
-            "theirs": partial(answer_by_reference, reference, prompts),
-            "floor": partial(multiply, ours, count),
+        sides: dict[str, Callable[[], Steps]] = {
+            "ours": partial(steps_of, ours, prompts),
+            "theirs": partial(steps_of_reference, reference, prompts),
+            "floor": partial(products_of_steps, ours, count),
         }
-        times = steps_alone(sides, runs)
+        times, answers = paired_steps(sides, runs)
+        if answers["ours"] != answers["theirs"]:
+            raise SystemExit("the answers differ")
         tokens = f"{lengths[0]} to {lengths[-1]}" if count > 1 else f"{lengths[0]}"
         faster, floor = ratios(times, "theirs", "ours"), ratios(times, "ours", "floor")
         print(f"| {count} | {tokens} | {spread(faster)} | {spread(floor)} |", flush=True)
@@ -131,8 +136,8 @@ def device_table(directory: str, device: str, runs: int) -> None:
         replays = 0
         for _, side in product(range(runs), times):
             model.requires_grad_(side == "not")
-            decoding = Decoding(model, Tokenizer(), Rules(LONGEST), count)
-            times[side].append(step_time(decoding, [text_prompt(length)] * count))
+            decoding = Decoding(model, Tokenizer(), Rules(NEW_TOKENS), count)
+            times[side].append(steps_by(decoding, [text_prompt(length)] * count)[0])
             if decoding.captured:
                 replays = decoding.captured.num_replays
         step = spread([1000 * seconds for seconds in times["captured"]])
@@ -140,19 +145,59 @@ def device_table(directory: str, device: str, runs: int) -> None:
         print(f"| {weights} | {count} | {length} | {step} | {faster} | {replays} |", flush=True)
 
 
+def steps_of(model: Any, prompts: Sequence[Prompt]) -> Steps:
+    """Time steps of ours."""
+    return steps_by(Decoding(model, Tokenizer(), Rules(NEW_TOKENS), len(prompts)), prompts)
+
+
 @torch.no_grad()
-def step_time(decoding: Decoding, prompts: Sequence[Prompt]) -> float:
-    """Seconds of a step, behind the first ones, which are captured."""
+def steps_by(decoding: Decoding, prompts: Sequence[Prompt]) -> Steps:
+    """Time the steps that are the same, each of which ends as its tokens come to the host."""
     decoding.read([*enumerate(prompts)])
     decoding.write_first_tokens()
-    for _ in range(3):
+    for _ in range(WARM_UP):
         decoding.step()
-    torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(NEW_TOKENS):
+    for _ in range(STEPS):
         decoding.step()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / NEW_TOKENS
+    seconds = (time.perf_counter() - start) / STEPS
+    return seconds, [draft.tokens for draft in decoding.drafts]
+
+
+def steps_of_reference(model: Any, prompts: Sequence[Prompt]) -> Steps:
+    """Time the same steps of transformers."""
+    times: list[float] = []
+
+    def look(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        times.append(time.perf_counter())
+        return scores
+
+    tokens = answer_by_reference(model, prompts, NEW_TOKENS, logits_processor=[look])
+    return (times[-1] - times[WARM_UP]) / STEPS, tokens
+
+
+@torch.no_grad()
+def products_of_steps(model: Any, count: int) -> Steps:
+    """Time the matrix products of steps of so many sequences."""
+    weights = [weight for weight in model.decoder.parameters() if weight.ndim == 2]
+    inputs = [torch.ones(count, weight.shape[1]) for weight in weights]
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        for x, weight in zip(inputs, weights, strict=True):
+            linear(x, weight)
+    return (time.perf_counter() - start) / STEPS, []
+
+
+def paired_steps(
+    sides: dict[str, Callable[[], Steps]], runs: int
+) -> tuple[dict[str, list[float]], dict[str, list[list[int]]]]:
+    """Return seconds of a step of each side, taken in turns, and the answers."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    answers = {}
+    for _, name in product(range(runs), sides):
+        seconds, answers[name] = sides[name]()
+        times[name].append(seconds)
+    return times, answers
 
 
 def prompts_table(ours: Any, reference: Any, runs: int) -> None:
@@ -195,7 +240,7 @@ def whole_table(ours: Any, reference: Any, runs: int) -> None:
     print("|---|---|")
     sides: dict[str, Callable[[], object]] = {
         f"{size} at a time": partial(answer_to_lengths, ours, prompts, lengths, size)
-        for size in (8, 16, 32)
+        for size in (PEERS_BATCH, 32)
     }
     sides[theirs := f"{PEERS_BATCH} at a time, transformers"] = in_batches
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -221,8 +266,8 @@ def dtypes_table(directory: str, ours: Any, runs: int) -> None:
     for count in (1, 8):
         prompts = [text_prompt(40 + 9 * i) for i in range(count)]
         models = {"float32": ours, **others}
-        sides = {name: partial(answer, model, prompts) for name, model in models.items()}
-        times = steps_alone(sides, runs, equal=False)
+        sides = {name: partial(steps_of, model, prompts) for name, model in models.items()}
+        times, _ = paired_steps(sides, runs)
         for name, model in others.items():
             beside = ratios(times, name, "float32")
             size = sum(num_bytes(t) for t in model.state_dict().values()) / 1e6
@@ -317,7 +362,9 @@ def answer_to_lengths(
     return [found[number] for number in range(len(prompts))]
 
 
-def answer_by_reference(model: Any, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
+def answer_by_reference(
+    model: Any, prompts: Sequence[Prompt], new_tokens: int, **options: Any
+) -> list[list[int]]:
     """Answer with transformers, padded on the left."""
     longest = max(len(prompt["tokens"]) for prompt in prompts)
     padded = [[0] * (longest - len(p["tokens"])) + p["tokens"] for p in prompts]
@@ -332,37 +379,8 @@ def answer_by_reference(model: Any, prompts: Sequence[Prompt], new_tokens: int) 
         inputs["pixel_values"] = torch.cat([medium["patches"] for medium in media])
         inputs["image_grid_thw"] = torch.cat([medium["grid_thw"] for medium in media])
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    output = model.generate(**inputs, max_new_tokens=new_tokens, **settings)
+    output = model.generate(**inputs, max_new_tokens=new_tokens, **settings, **options)
     return output[:, longest:].tolist()
-
-
-@torch.no_grad()
-def multiply(model: Any, count: int, new_tokens: int) -> None:
-    """The matrix products of so many steps of so many sequences."""
-    weights = [weight for weight in model.decoder.parameters() if weight.ndim == 2]
-    inputs = [torch.ones(count, weight.shape[1]) for weight in weights]
-    for _ in range(new_tokens):
-        for x, weight in zip(inputs, weights, strict=True):
-            linear(x, weight)
-
-
-def steps_alone(
-    sides: dict[str, Callable[[int], object]], runs: int, equal: bool = True
-) -> dict[str, list[float]]:
-    """Times of all tokens but the first."""
-    if equal:
-        check_equal({n: partial(side, NEW_TOKENS) for n, side in sides.items() if n != "floor"})
-    calls = {
-        f"{n} {count}": partial(s, count) for n, s in sides.items() for count in (1, NEW_TOKENS)
-    }
-    times = paired_times(calls, runs)
-    return {
-        name: [
-            whole - first
-            for whole, first in zip(times[f"{name} {NEW_TOKENS}"], times[f"{name} 1"], strict=True)
-        ]
-        for name in sides
-    }
 
 
 def check_equal(sides: dict[str, Callable[[], object]]) -> None:

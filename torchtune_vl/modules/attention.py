@@ -26,25 +26,28 @@ def inverse_frequencies(dim: int, base: float, device: torch.device) -> torch.Te
 
 
 def rotary_table(positions: torch.Tensor, frequencies: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Make the cosines and sines, float32 [..., 2, D/2], of positions [..., axes], for all layers.
+    """Make cosines and sines, float32 [..., 2, D], of positions [..., axes], for all layers.
 
     Rotary embeddings (RoFormer, arXiv 2104.09864) whose frequencies turn with several positions,
-    as transformers' ``Qwen2VLRotaryEmbedding`` and ``VisionRotaryEmbedding`` have them.
+    as transformers' ``Qwen2VLRotaryEmbedding`` and ``VisionRotaryEmbedding`` have them. The sines
+    of the first half are negative, as :func:`rotate` takes them.
     """
     axes = zip(positions.unbind(-1), frequencies, strict=True)
     angles = torch.cat([position[..., None].float() * part for position, part in axes], dim=-1)
-    return torch.stack([angles.cos(), angles.sin()], dim=-2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos, -sin, sin], dim=-1).unflatten(-1, (2, -1))
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Rotate each pair (x[i], x[i + D/2]) of heads [..., H, D] by its angle, in float32.
 
-    The pairing of transformers' ``rotate_half``. Returns the dtype of ``x``.
+    The pairing of transformers' ``rotate_half``, in as few passes as there are: in a step of
+    decoding each takes as long as its call does. Returns the dtype of ``x``.
     """
     cos, sin = table.unsqueeze(-3).unbind(-2)
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.to(x.dtype)
+    x_float = x.float()
+    swapped = x_float.roll(x.shape[-1] // 2, dims=-1)
+    return (x_float * cos).add_(swapped.mul_(sin)).to(x.dtype)
 
 
 class _PermuteRows(torch.autograd.Function):

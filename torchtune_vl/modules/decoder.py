@@ -172,7 +172,7 @@ class Attention(nn.Module):
         self.kv_cache: KVCache | None = None
 
     def forward(self, x_BSE: torch.Tensor, *, mask: Mask, rope: torch.Tensor) -> torch.Tensor:
-        """Attend with a mask as in :meth:`Decoder.forward` and a rotary table [B, S, 2, D/2]."""
+        """Attend with a mask as in :meth:`Decoder.forward` and a rotary table [B, S, 2, D]."""
         q_BSHD, k_BSKD, v_BSKD = (
             projection(x_BSE).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)

@@ -192,7 +192,8 @@ class Step:
         self.lengths = lengths
         self.reach = reach
         positions = torch.arange(reach, device=lengths.device)
-        self.mask_B11M = (positions <= lengths[:, None])[:, None, None]
+        self._is_unseen_B11M = (positions > lengths[:, None])[:, None, None]
+        self._bias_B11M: torch.Tensor | None = None
         self.slots = torch.arange(len(lengths), device=lengths.device)
 
     def attend(
@@ -204,4 +205,7 @@ class Step:
         k, v = kept[:, : len(q_BHD), :, : self.reach].unbind()
         # Heads that share keys count as positions of one head: the keys are read once, as they are
         q_BKGD = q_BHD.unflatten(1, (k.shape[1], -1))
-        return F.scaled_dot_product_attention(q_BKGD, k, v, self.mask_B11M).flatten(1, 2)
+        if self._bias_B11M is None:  # once, for all layers: of booleans each would make it anew
+            bias_B11M = torch.zeros_like(self._is_unseen_B11M, dtype=q_BHD.dtype)
+            self._bias_B11M = bias_B11M.masked_fill_(self._is_unseen_B11M, -torch.inf)
+        return F.scaled_dot_product_attention(q_BKGD, k, v, self._bias_B11M).flatten(1, 2)

@@ -158,7 +158,7 @@ class VisionEncoder(nn.Module):
         return attention.permute_rows(self.merger(x_NE), back_U, order_U)
 
     def _rope(self, unit_positions: torch.Tensor) -> torch.Tensor:
-        """Make the rotary table of all patches [N, 2, D/2] from row and column of units [U, 2]."""
+        """Make the rotary table of all patches [N, 2, D] from row and column of units [U, 2]."""
         size, device = self.geometry.merge_size, unit_positions.device
         steps = torch.arange(size, device=device)
         positions = unit_positions[:, None] * size + torch.cartesian_prod(steps, steps)
@@ -227,7 +227,7 @@ class VisionAttention(nn.Module):
         self.head_dim = head_dim
 
     def forward(self, x_NE: torch.Tensor, segments: Segments, rope: torch.Tensor) -> torch.Tensor:
-        """Attend within segments, with a rotary table, float32 [N, 2, D/2]."""
+        """Attend within segments, with a rotary table, float32 [N, 2, D]."""
         q_NHD, k_NHD, v_NHD = self.qkv(x_NE).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         q_NHD, k_NHD = attention.rotate(q_NHD, rope), attention.rotate(k_NHD, rope)
         out_NHD = attention.attend_within_segments(q_NHD, k_NHD, v_NHD, segments)
