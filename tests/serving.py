@@ -109,7 +109,8 @@ class Case:
 
 def main() -> None:
     """Make the checkpoints, serve each, and print the table."""
-    python, vocabulary = sys.argv[1], Path(sys.argv[2])
+    # Not resolved: the link is what makes it the environment's. Servers run elsewhere
+    python, vocabulary = str(Path(sys.argv[1]).absolute()), Path(sys.argv[2])
     with TemporaryDirectory(prefix="serving-") as folder:
         root = Path(folder)
         write_questions(root)

@@ -18,11 +18,34 @@ GROUP_SIZE = 64
 _FEW_ROWS = 32
 
 
-class Int8Linear(nn.Module):
-    """A layer of int8 weights, with a scale for each output."""
+class QuantizedLinear(nn.Module):
+    """A layer with weights of fewer bits than it computes with."""
+
+    bias: torch.Tensor | None
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
+        self.out_features = layer.out_features
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer, bfloat16 [..., K] to [..., N]."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        out = self._multiply(rows).view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class Int8Linear(QuantizedLinear):
+    """A layer of int8 weights, with a scale for each output."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
         weight_NK = layer.weight.detach().float()
         scales_N = (weight_NK.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         scales_N = scales_N.to(torch.bfloat16)
@@ -30,31 +53,24 @@ class Int8Linear(nn.Module):
         rounded_NK = (weight_NK / scales_N.float()[:, None]).round_().clamp_(-127, 127)
         self.register_buffer("weight", rounded_NK.to(torch.int8).contiguous())
         self.register_buffer("scales", scales_N)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
-    weight: torch.Tensor
-    scales: torch.Tensor
-    bias: torch.Tensor | None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the layer, bfloat16 [..., K] to [..., N]."""
-        rows = x.reshape(-1, x.shape[-1])
-        if x.device.type == "cpu" and len(rows) <= _FEW_ROWS:
-            out = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scales)
-        else:
-            out = F.linear(rows, self.weight.to(self.scales.dtype)) * self.scales
-        out = out.view(*x.shape[:-1], len(self.scales))
-        return out if self.bias is None else out + self.bias
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.device.type == "cpu" and len(rows) <= _FEW_ROWS:
+            return torch._weight_int8pack_mm(rows, self.weight, self.scales)
+        return F.linear(rows, self.weight.to(self.scales.dtype)) * self.scales
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(QuantizedLinear):
     """A layer of four-bit weights, of which groups of inputs share a scale and a zero.
 
     ``ValueError`` if inputs do not divide into groups, or outputs into the 16 of the kernel.
     """
 
+    weight: torch.Tensor
+    scales_and_zeros: torch.Tensor
+
     def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
+        super().__init__(layer)
         weight_NK = layer.weight.detach().float()
         num_outputs, num_inputs = weight_NK.shape
         if num_inputs % GROUP_SIZE or num_outputs % 16:
@@ -71,20 +87,11 @@ class Int4Linear(nn.Module):
         self.register_buffer("weight", _packed(numbers_NK))
         pairs_GN2 = torch.stack([scales_NG, zeros_NG], dim=2).transpose(0, 1)
         self.register_buffer("scales_and_zeros", pairs_GN2.contiguous())
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
-    weight: torch.Tensor
-    scales_and_zeros: torch.Tensor
-    bias: torch.Tensor | None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the layer, bfloat16 [..., K] to [..., N]."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        is_cpu = x.device.type == "cpu"
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        is_cpu = rows.device.type == "cpu"
         multiply = torch._weight_int4pack_mm_for_cpu if is_cpu else torch._weight_int4pack_mm
-        out = multiply(rows, self.weight, GROUP_SIZE, self.scales_and_zeros)
-        out = out.view(*x.shape[:-1], self.scales_and_zeros.shape[1])
-        return out if self.bias is None else out + self.bias
+        return multiply(rows, self.weight, GROUP_SIZE, self.scales_and_zeros)
 
 
 def _packed(numbers_NK: torch.Tensor) -> torch.Tensor:
@@ -96,7 +103,7 @@ def _packed(numbers_NK: torch.Tensor) -> torch.Tensor:
 
 
 Quantized = Literal["int8", "int4"]
-_LAYERS: dict[Quantized, type[nn.Module]] = {"int8": Int8Linear, "int4": Int4Linear}
+_LAYERS: dict[Quantized, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
 def check_dtype(how: Quantized, dtype: torch.dtype) -> None:

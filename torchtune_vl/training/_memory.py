@@ -81,12 +81,12 @@ def _activation_bytes(config: DictConfig, model: Any) -> dict[str, int]:
     patches = min(patches, rows.get("max_patches") or patches)
     with FakeTensorMode():
         x_NE = torch.empty(patches, encoder.merger.norm.weight.numel(), requires_grad=True)
-        rope = torch.empty(patches, 2, encoder.layers[0].attn.head_dim // 2, dtype=torch.float32)
+        rope = torch.empty(patches, 2, encoder.layers[0].attn.head_dim, dtype=torch.float32)
         segments = Segments.of([patches])  # how they are cut makes no difference
         vision = _kept_bytes(encoder.layers[0], x_NE, segments=segments, rope=rope)
         merger = _kept_bytes(encoder.merger, x_NE)
         h_BSE = torch.empty(1, tokens, embedding.embedding_dim, requires_grad=True)
-        rope = torch.empty(1, tokens, 2, decoder.layers[0].attn.head_dim // 2, dtype=torch.float32)
+        rope = torch.empty(1, tokens, 2, decoder.layers[0].attn.head_dim, dtype=torch.float32)
         text = _kept_bytes(decoder.layers[0], h_BSE, mask=None, rope=rope)
     # How much of the layers is computed anew
     share = {"none": 0.0, "selective": 0.5, "full": 1.0}[config.activation_checkpointing]
