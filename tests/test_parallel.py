@@ -4,6 +4,8 @@ import torchtune_vl._torchao  # noqa: F401 # isort: skip (before torchtune, in p
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
@@ -32,7 +34,74 @@ from torchtune_vl.training._sharding import (
     clip_grad_norm,
     divide_layers,
     gather,
+    shard,
 )
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 600,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "embed_dim": 128,
+    "intermediate_dim": 96,
+    "mrope_sections": (4, 6, 6),
+    "tie_word_embeddings": False,
+    "vision_intermediate_dim": 32,
+    "vision_embed_dim": 32,
+    "vision_num_layers": 1,
+    "vision_num_heads": 2,
+}
+
+
+@contextmanager
+def divided(rank: int, data: int, tensor: int, **dims: Any) -> Iterator[Any]:
+    """Divide a model on the meta device over devices, of which one is here."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=data * tensor)
+    try:
+        mesh = init_device_mesh("cpu", (data, tensor), mesh_dim_names=("data", "tensor"))
+        with torch.device("meta"):
+            model = qwen2_5_vl(**{**SMALL, **dims})
+        if tensor > 1:
+            divide_layers(model, mesh["tensor"], decoder_tp_plan(model))
+        shard(model, model.decoder.layers, mesh["data"], torch.float32, cpu_offload=False)
+        yield model
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "rank"),
+    [(1, 1, 0), (3, 1, 1), (3, 1, 2), (64, 1, 63), (2, 2, 1), (2, 2, 2), (2, 4, 3), (2, 4, 6)],
+)
+def test_each_device_cuts_its_own_part_on_the_host(
+    data: int, tensor: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    weights = qwen2_5_vl(**SMALL).state_dict()
+    moved = []
+    send = torch.Tensor.to
+
+    def note(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        moved.append(tensor.numel())
+        return send(tensor, *args, **options)
+
+    with divided(rank, data, tensor) as model:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", note)
+            load_weights_into(model, weights, torch.device("cpu"))
+        kept = 0
+        for name, parameter in model.named_parameters():
+            layout = parameter.device_mesh, parameter.placements
+            expected = distribute_tensor(weights[name], *layout, src_data_rank=None).to_local()
+            assert torch.equal(parameter.to_local(), expected), name
+            kept += expected.numel()
+        assert sum(moved) == kept
+
+
+def test_rows_that_devices_cannot_share_twice_are_refused() -> None:
+    expected = r"3 devices share the data.*divide the 128 rows of decoder\.layers\.0\.attn\.q_proj"
+    with pytest.raises(ValueError, match=expected), divided(0, data=3, tensor=2):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -41,20 +110,8 @@ from torchtune_vl.training._sharding import (
 )
 def test_devices_share_heads_equally(queries: int, keys: int, devices: int, fitting: str) -> None:
     with torch.device("meta"):
-        model = qwen2_5_vl(
-            vocab_size=600,
-            num_layers=2,
-            num_heads=queries,
-            num_kv_heads=keys,
-            embed_dim=32 * queries,
-            intermediate_dim=96,
-            mrope_sections=(4, 6, 6),
-            tie_word_embeddings=True,
-            vision_intermediate_dim=32,
-            vision_embed_dim=32,
-            vision_num_layers=1,
-            vision_num_heads=2,
-        )
+        dims = {"num_heads": queries, "num_kv_heads": keys, "embed_dim": 32 * queries}
+        model = qwen2_5_vl(**{**SMALL, **dims, "tie_word_embeddings": True})
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=devices)
     try:
         mesh = init_device_mesh("cpu", (devices,))
@@ -202,7 +259,7 @@ def gather_in_a_group(rank: int, directory: Path) -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     whole = {name: p.detach().clone() for name, p in model.named_parameters()}
     fully_shard(model[0], mesh=init_device_mesh("cpu", (2,)))
-    gathered = gather(dict(model.named_parameters()))
+    gathered = gather(dict(model.named_parameters()), rank=0)
     if rank == 0:
         assert gathered.keys() == whole.keys()
         assert all(torch.equal(gathered[name], tensor) for name, tensor in whole.items())

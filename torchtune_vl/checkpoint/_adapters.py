@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,15 @@ from torch import nn
 from torchtune_vl._torchtune import LoRALinear
 from torchtune_vl.files._directory import check_manifest, write_json, write_manifest
 from torchtune_vl.files._json import JsonObject, read_json_object
-from torchtune_vl.files._safetensors import Stored, read_tensors, save_tensors, stored_tensors
+from torchtune_vl.files._safetensors import (
+    AnyTensors,
+    LazyTensor,
+    Stored,
+    cast_lazily,
+    read_tensors,
+    save_tensors,
+    stored_tensors,
+)
 from torchtune_vl.files._tensor_names import TensorNames, peft_module
 from torchtune_vl.models._registry import families
 from torchtune_vl.modules.adapters import ADAPTER_SUFFIXES, DoRA, is_adapter
@@ -271,19 +280,34 @@ def save_adapter(adapter: Adapter, directory: Path) -> None:
     write_manifest(directory)
 
 
-@torch.no_grad()
 def merge_adapter(weights: Tensors, adapter: Adapter, dtype: torch.dtype | None = None) -> Tensors:
+    """Merge as :func:`merge_lazily`, at once."""
+    merged = merge_lazily(weights, adapter, dtype)
+    return {n: x.make() if isinstance(x, LazyTensor) else x for n, x in merged.items()}
+
+
+def merge_lazily(
+    weights: Tensors, adapter: Adapter, dtype: torch.dtype | None = None
+) -> AnyTensors:
     """Add adapters to the weights of their layers, which they fit, see :func:`load_adapter`.
 
     Products are made in float32 and rounded once. The result has a dtype, or that of each weight.
     """
-    merged = dict(weights)
-    for name, parts in _by_weight(adapter.tensors).items():
-        whole = parts.get("")
-        if whole is None:
-            product = parts[_B].float() @ parts[_A].float()
-            whole = weights[name].float() + adapter.alpha / adapter.rank * product
-            if _MAGNITUDE in parts:
-                whole *= (parts[_MAGNITUDE].float() / torch.linalg.norm(whole, dim=1))[:, None]
-        merged[name] = whole.to(dtype or weights[name].dtype)
-    return {name: weight.to(dtype) for name, weight in merged.items()}
+    by_weight = _by_weight(adapter.tensors)
+    merged: dict[str, torch.Tensor | LazyTensor] = {}
+    for name, weight in weights.items():
+        target, parts = dtype or weight.dtype, by_weight.get(name, {"": weight})
+        if "" in parts:
+            merged[name] = cast_lazily(parts[""], target)
+        else:
+            make = partial(_merge, weight, parts, adapter.alpha / adapter.rank, target)
+            merged[name] = LazyTensor(weight.shape, target, make)
+    return merged
+
+
+@torch.no_grad()
+def _merge(weight: torch.Tensor, parts: Tensors, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    whole = weight.float() + scale * (parts[_B].float() @ parts[_A].float())
+    if _MAGNITUDE in parts:
+        whole *= (parts[_MAGNITUDE].float() / torch.linalg.norm(whole, dim=1))[:, None]
+    return whole.to(dtype)

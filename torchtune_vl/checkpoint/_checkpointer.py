@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from torchtune_vl._torchtune import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY
 from torchtune_vl.checkpoint import _adapters as adapters
+from torchtune_vl.checkpoint._together import Together
 from torchtune_vl.files import _directory as directories
 from torchtune_vl.files import _safetensors as tensor_io
 from torchtune_vl.files._json import read_json_object
@@ -128,6 +130,7 @@ class HubCheckpointer:
         intermediate_checkpoint: bool = False,
         adapter_only: bool = False,
         processor_files: Mapping[str, str] | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         """Write ``epoch_{epoch}``, complete or not at all.
 
@@ -139,6 +142,8 @@ class HubCheckpointer:
             intermediate_checkpoint: whether to write the state of the recipe too, to resume from.
             adapter_only: whether to write adapters alone, without all else that is trained.
             processor_files: texts of files, by name, that go in place of ``checkpoint_dir``'s.
+            group: processes that call this together, with the same names in the same order, and
+                write files of weights in turn; weights may be sharded over them, or lazy.
 
         Raises ``ValueError`` if a tensor is not of the model, ``UnpicklingError`` if the state has
         other than tensors and plain values, ``OSError`` if it cannot be written; all is as before.
@@ -147,21 +152,27 @@ class HubCheckpointer:
             raise ValueError("adapter_only: there are no adapters to save")
         target = self._output_dir / f"epoch_{epoch}"
         source = directories.survivor(self._checkpoint_dir)
-        with directories.new_directory(target) as partial:
+        together = Together(group)
+        place: dict[str, Any] = {"rank": together.rank, "world_size": together.world_size}
+        is_first = together.rank == 0
+        with together.new_directory(target) as partial:
             if not adapter_only:
-                write_weights(state_dict[MODEL_KEY], partial, source)
+                write_weights(state_dict[MODEL_KEY], partial, source, **place)
+            if not adapter_only and is_first:
                 for name, text in (processor_files or {}).items():
                     with directories.new_file(partial / name) as file:
                         file.write_text(text, encoding="utf-8")
                 if template := (processor_files or {}).get("chat_template.jinja"):
                     _state_template(partial / "tokenizer_config.json", template)
-            if ADAPTER_KEY in state_dict:
+            if ADAPTER_KEY in state_dict and is_first:
                 (partial / _ADAPTER).mkdir()
                 adapters.save_adapter(self._adapter(state_dict), partial / _ADAPTER)
-            if intermediate_checkpoint:
+            if intermediate_checkpoint and is_first:
                 rest = {k: v for k, v in state_dict.items() if k not in _FILES_OF_THEIR_OWN}
                 with directories.new_file(partial / _RECIPE_STATE) as file:
                     _save_state(rest, file)
+        if not is_first:
+            return
         if intermediate_checkpoint:  # states take more than weights: one is kept
             for older in directories.numbered(self._output_dir, "epoch"):
                 if older != target and (older / _RECIPE_STATE).is_file():
@@ -174,7 +185,8 @@ class HubCheckpointer:
         in_full = config.get("modules_to_save")
         if in_full is None:
             in_full = self._trained_in_full(weights)
-        tensors = {**state_dict[ADAPTER_KEY], **{name: weights[name] for name in in_full}}
+        # Among the weights they may be sharded, and are whole beside the adapters then
+        tensors = {**{name: weights[name] for name in in_full}, **state_dict[ADAPTER_KEY]}
         base, names = str(self._checkpoint_dir.resolve()), family_of(self._checkpoint_dir).names
         return adapters.Adapter(tensors, config["r"], config["lora_alpha"], base, names)
 
@@ -217,15 +229,25 @@ def adapter_state(adapter: adapters.Adapter) -> dict[str, Any]:
     return {ADAPTER_KEY: matrices, ADAPTER_CONFIG: settings}
 
 
-def write_weights(weights: Weights, directory: Path, source: Path, max_size: str = "5GB") -> None:
+def write_weights(
+    weights: tensor_io.AnyTensors,
+    directory: Path,
+    source: Path,
+    max_size: str = "5GB",
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
     """Write weights as published and ``source``'s other files; ``ValueError`` for unknown names."""
     published = family_of(source).names.to_published(weights)
+    tensor_io.write_shards(published, directory, max_size, rank=rank, world_size=world_size)
+    if rank:
+        return
     for path in source.iterdir():
         if path.suffix in _COMPANION_SUFFIXES and path.name not in _OWN and path.is_file():
             with directories.new_file(directory / path.name) as partial:
                 shutil.copyfile(path, partial)
     _state_weights(directory / "config.json", {tensor.dtype for tensor in weights.values()})
-    tensor_io.write_shards(published, directory, max_size)
 
 
 def _state_template(path: Path, template: str) -> None:
@@ -265,7 +287,7 @@ def merge(
         told = "The adapter of %s was trained on %s: see that %s has the same weights"
         log.warning(told, adapter_dir, adapter.base, base)
     with directories.new_directory(output, may_exist=False) as partial:
-        merged = adapters.merge_adapter(weights, adapter, dtype)
+        merged = adapters.merge_lazily(weights, adapter, dtype)
         write_weights(merged, partial, base, max_shard_size)
 
 
@@ -276,9 +298,10 @@ def export(source: Path, output: Path, dtype: Dtype = None, max_shard_size: str 
     """
     adapter = adapters.load_adapter(source) if (source / adapters.CONFIG).is_file() else None
     weights = adapter.tensors if adapter else load_weights(source, tensor_io.weight_files(source))
-    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     with directories.new_directory(output, may_exist=False) as partial:
         if adapter:
-            adapters.save_adapter(adapter._replace(tensors=weights), partial)
+            tensors = {name: tensor.to(dtype) for name, tensor in weights.items()}
+            adapters.save_adapter(adapter._replace(tensors=tensors), partial)
         else:
-            write_weights(weights, partial, source, max_shard_size)
+            cast = {n: tensor_io.cast_lazily(x, dtype or x.dtype) for n, x in weights.items()}
+            write_weights(cast, partial, source, max_shard_size)

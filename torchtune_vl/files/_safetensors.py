@@ -1,6 +1,8 @@
 """Safetensors files: weights in one or several with an index."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,12 +10,32 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from torchtune_vl.files._directory import is_inside, new_file, write_json
 from torchtune_vl.files._json import read_json_object
 
 INDEX = "model.safetensors.index.json"
 Tensors = Mapping[str, torch.Tensor]
+
+
+class LazyTensor(NamedTuple):
+    """A tensor that is made when it is written."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+
+# Some are sharded over processes, or not made yet
+AnyTensors = Mapping[str, torch.Tensor | LazyTensor]
+
+
+def cast_lazily(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | LazyTensor:
+    """Convert a tensor when it is written, the part that lies here of one that is sharded now."""
+    if isinstance(tensor, DTensor) or tensor.dtype == dtype:
+        return tensor.to(dtype)
+    return LazyTensor(tensor.shape, dtype, partial(tensor.to, dtype))
 
 
 class Stored(NamedTuple):
@@ -72,15 +94,43 @@ def read_tensors(stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
     return {name: files[place.path].get_tensor(place.name) for name, place in stored.items()}
 
 
-def write_shards(weights: Tensors, directory: Path, max_shard_size: str = "5GB") -> None:
+def write_shards(
+    weights: AnyTensors,
+    directory: Path,
+    max_shard_size: str = "5GB",
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
     """Write tensors to ``model.safetensors``, or to several files and then their index.
 
-    Takes memory for one file at most, if tensors are on another device or not contiguous.
+    Takes memory for one file at most, if tensors are sharded, lazy, on another device or not
+    contiguous. Processes that call it together, with the same names in the same order, write files
+    in turn, each while others go on: ``rank`` is the number of this one.
     """
-    plan = split_torch_state_dict_into_shards(dict(weights), max_shard_size=max_shard_size)
-    for filename, names in plan.filename_to_tensors.items():
-        save_tensors({name: weights[name] for name in names}, directory / filename)
-    if plan.is_sharded:
+    like = {n: torch.empty(x.shape, dtype=x.dtype, device="meta") for n, x in weights.items()}
+    plan = split_torch_state_dict_into_shards(like, max_shard_size=max_shard_size)
+    written: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as pool:
+        for number, (filename, names) in enumerate(plan.filename_to_tensors.items()):
+            is_own = number % world_size == rank
+            if is_own:
+                wait(written)
+            # Here, so that those of the file before are let go
+            tensors: dict[str, torch.Tensor] = {}
+            for name in names:
+                found = weights[name]
+                if isinstance(found, DTensor):
+                    found = found.full_tensor()  # for which all have to ask
+                if is_own:
+                    whole = found.make() if isinstance(found, LazyTensor) else found
+                    tensors[name] = whole.detach().cpu()
+            if is_own:
+                written.append(pool.submit(save_tensors, tensors, directory / filename))
+    # What failed is told when nobody waits for this process any more
+    for each in written:
+        each.result()
+    if plan.is_sharded and rank == 0:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(directory / INDEX, index)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from torchtune_vl._torchao import NF4Tensor, to_nf4
 from torchtune_vl._torchtune import DoRALinear, LoRALinear
@@ -72,21 +72,27 @@ def load_weights(directory: Path, files: Sequence[Path]) -> Tensors:
 def load_weights_into(model: nn.Module, weights: Tensors, device: torch.device) -> None:
     """Give a model on the meta device its weights, all of which are on the CPU, and whole.
 
-    Each process takes its own part of them to ``device``, the CPU if they are offloaded.
+    Each process cuts its own part of them on the host, and takes that alone to ``device``, the CPU
+    if they are offloaded.
     """
-    placed = {}
+    placed: Tensors = {}
     for name, parameter in model.named_parameters():
-        weight = weights[name]
+        whole = weights[name]
         if isinstance(parameter, DTensor):
-            # Nothing is sent, since all processes have all weights mapped; a clone, since the part
-            # would keep the whole alive
+            part = whole[_own_part(parameter)].to(device, parameter.dtype, copy=True)
             layout = parameter.device_mesh, parameter.placements
-            part = distribute_tensor(weight.to(parameter.dtype), *layout, src_data_rank=None)
-            placed[name] = part.clone().to(device)
+            size: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
+            placed[name] = DTensor.from_local(part, *layout, run_check=False, **size)
         else:
-            copied = weight.to(device, parameter.dtype, copy=True)
-            placed[name] = _quantized_like(copied, parameter)
+            placed[name] = _quantized_like(whole.to(device, parameter.dtype, copy=True), parameter)
     model.load_state_dict(placed, assign=True)
+
+
+def _own_part(parameter: DTensor) -> tuple[slice, ...]:
+    """Where in the whole of a parameter the part of this process is, as its checkpoints have it."""
+    (chunk,) = parameter.__create_chunk_list__()
+    places = zip(chunk.offsets, chunk.sizes, strict=True)
+    return tuple(slice(offset, offset + size) for offset, size in places)
 
 
 def _quantized_like(weight: torch.Tensor, parameter: Any) -> torch.Tensor:

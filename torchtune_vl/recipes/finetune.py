@@ -10,12 +10,12 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 from torchtune_vl import _torchtune as tune
 from torchtune_vl._torchtune import instantiate
-from torchtune_vl.checkpoint._adapters import Adapter, check_continues, merge_adapter
+from torchtune_vl.checkpoint._adapters import Adapter, check_continues, merge_lazily
 from torchtune_vl.checkpoint._checkpointer import adapter_state
+from torchtune_vl.checkpoint._together import Together
 from torchtune_vl.data import Plan, Planner, Row, StreamedRows, TrainingRows
 from torchtune_vl.data._data_workers import loading
 from torchtune_vl.data._plan import unusable
@@ -59,7 +60,6 @@ from torchtune_vl.training._overview import Overview
 from torchtune_vl.training._saved_steps import SavedStep, Steps, drop_steps_after
 
 log = tune.get_logger("INFO")
-T = TypeVar("T")
 
 # A line of the log comes with each of these
 _TURNS = ("log_every_n_steps", "save_every_n_steps", "eval_every_n_steps")
@@ -99,8 +99,8 @@ class FinetuneRecipe:
         self.pending_save: Future[None] | None = None
         self.saving = ThreadPoolExecutor(1)
         self.fingerprint: dict[str, Any] = {}
-        self.begun = self._on_main(self._find_begun)
-        self._on_main(lambda: self._keep("settings", fingerprint.settings(cfg)))
+        self.begun = self.together.by_first(self._find_begun)
+        self.together.by_first(lambda: self._keep("settings", fingerprint.settings(cfg)))
 
     def _init_process_group(self) -> None:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
@@ -110,19 +110,7 @@ class FinetuneRecipe:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         # Saving goes on beside the steps, and so must not take part in their collectives
         self.save_group = dist.new_group(backend="gloo")
-
-    def _on_main(self, decide: Callable[[], T]) -> T:
-        """Let the first process decide, so that all go on, or end, together."""
-        outcome: list[Any] = [None]
-        if self.is_main:
-            try:
-                outcome = [decide()]
-            except (ValueError, OSError) as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, group=self.save_group)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
+        self.together = Together(self.save_group)
 
     def _find_begun(self) -> SavedStep | None:
         """The step to go on from, if there is one, and no other run beside this."""
@@ -165,7 +153,7 @@ class FinetuneRecipe:
         self.newly_bad: list[BadSample] = []  # since they were listed
         found_before: list[BadSample] = []
         if self.begun:
-            found_before = self._on_main(lambda: self.bad_samples.read_until(self.step))
+            found_before = self.together.by_first(lambda: self.bad_samples.read_until(self.step))
         self.rows = self._make_rows(tokenizer)
         self.validation_rows: TrainingRows | None = None
         self.questions: Sources | None = None
@@ -269,7 +257,10 @@ class FinetuneRecipe:
             trained = [name for name, p in model.named_parameters() if p.requires_grad]
             check_continues(model, trained, going_on, names)
         folder = Path(cfg.checkpoint_dir)
-        self._on_main(lambda: self._keep("model", fingerprint.model_fingerprint(weights, folder)))
+        self.together.by_first(
+            lambda: self._keep("model", fingerprint.model_fingerprint(weights, folder))
+        )
+        self.initial_weights = weights  # mapped from files, which the export takes up again
         weights = {**weights, **initial_adapters(model, weights, cfg.seed)}
         load_weights_into(model, weights, torch.device("cpu") if offload else self.device)
         return model.train()
@@ -311,7 +302,9 @@ class FinetuneRecipe:
             raise ValueError(f"{key} has no known end: read it as a table, without streaming")
         planner = instantiate(self.cfg.rows)
         measured = self._measure(mixture)
-        listed = self._on_main(lambda: self._plan(key, mixture, measured, planner, **order))
+        listed = self.together.by_first(
+            lambda: self._plan(key, mixture, measured, planner, **order)
+        )
         self.bad_samples.add(listed)
         plan = Plan(self._plan_of(key))
         plan.wait()
@@ -596,7 +589,9 @@ class FinetuneRecipe:
         everyone: list[Any] = [None] * self.processes
         dist.all_gather_object(everyone, records)
         joined = {sample: record for part in everyone for sample, record in part.items()}
-        return self._on_main(lambda: self._scored([joined[n] for n in sorted(joined)], questions))
+        return self.together.by_first(
+            lambda: self._scored([joined[n] for n in sorted(joined)], questions)
+        )
 
     def _any_of(self, is_mine: bool) -> bool:
         found = torch.tensor(int(is_mine))
@@ -640,7 +635,7 @@ class FinetuneRecipe:
         progress = {"step": self.step, "max_steps": self.max_steps, "position": self._position()}
         progress |= {"processes": self.processes, "fingerprint": self.fingerprint}
         progress |= self.metrics.history
-        partial = self._on_main(lambda: self.saved.begin(self.step, progress))
+        partial = self.together.by_first(lambda: self.saved.begin(self.step, progress))
         written = dcp.async_save(state, checkpoint_id=partial, process_group=self.save_group)
         self.pending_save = self.saving.submit(self._finish_save, partial, written)
 
@@ -692,7 +687,7 @@ class FinetuneRecipe:
         position = self._position()
         best = self.metrics.history["best"]["step"]
         if self.cfg.export == "best" and best != self.step:
-            saved = self._on_main(lambda: self.saved.read(self.saved.path(best)))
+            saved = self.together.by_first(lambda: self.saved.read(self.saved.path(best)))
             dcp.load({"model": self._state()["model"]}, checkpoint_id=saved.directory)
             position = saved.progress["position"]
             if self.is_main:
@@ -700,19 +695,22 @@ class FinetuneRecipe:
                 log.info(told, best, self.cfg.best_by)
         # The position is that of the next step
         epoch = position["epoch"] - (not position["has_begun"])
-        trained = sharding.gather(self.trained)
-        if not self.is_main:
-            return epoch
-        weights = self.checkpointer.load_checkpoint()[tune.MODEL_KEY] | trained
+        adapters = {name: p.detach() for name, p in self.trained.items() if is_adapter(name)}
+        in_full = {n: p.detach() for n, p in self.trained.items() if n not in adapters}
+        weights = {**self.initial_weights, **in_full}
         weights = {name: tensor for name, tensor in weights.items() if not is_adapter(name)}
-        state = {tune.MODEL_KEY: weights}
-        if any(map(is_adapter, trained)):
+        state: dict[str, Any] = {tune.MODEL_KEY: weights}
+        if adapters:
             layer = next(m for m in self.model.modules() if isinstance(m, tune.LoRALinear | DoRA))
             base = self.cfg.checkpoint_dir
-            adapter = Adapter(trained, layer.rank, layer.alpha, str(base), family_of(base).names)
-            state = {tune.MODEL_KEY: merge_adapter(weights, adapter), **adapter_state(adapter)}
-        files = self.processor_files
-        self.checkpointer.save_checkpoint(state, epoch=epoch, processor_files=files)
+            whole = sharding.gather(adapters)  # in all, of which each merges what it writes
+            adapter = Adapter(whole, layer.rank, layer.alpha, str(base), family_of(base).names)
+            merged = merge_lazily(weights, adapter)
+            tensors = {**whole, **sharding.gather(in_full, rank=0)}
+            state = {**adapter_state(adapter._replace(tensors=tensors)), tune.MODEL_KEY: merged}
+            state[tune.ADAPTER_KEY] = tensors
+        files, group = self.processor_files, self.save_group
+        self.checkpointer.save_checkpoint(state, epoch, processor_files=files, group=group)
         return epoch
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:

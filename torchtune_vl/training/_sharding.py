@@ -60,7 +60,10 @@ def shard(
     Gathered weights, and so the computation, have ``dtype``; gradients are summed in float32.
     Weights, gradients and optimizer states may live in the host's memory (``cpu_offload``).
     Quantized weights, which are frozen and small, stay whole.
+
+    Raises ``ValueError`` if devices that share layers and data cannot share a weight equally.
     """
+    _refuse_unequal_parts(model, mesh)
     # Inputs stay as they are: rotary tables are float32 in any computation
     precision = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     offload = fsdp.CPUOffloadPolicy() if cpu_offload else fsdp.OffloadPolicy()
@@ -68,6 +71,19 @@ def shard(
     whole = {*model.parameters()} - {*plain_parameters(model)}
     for module in (*layers, model):
         fsdp.fully_shard(module, mesh=mesh, ignored_params=whole, **how)
+
+
+def _refuse_unequal_parts(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Refuse rows that layers divide and data would divide again, where torch misplaces a rest."""
+    for name, p in model.named_parameters():
+        if isinstance(p, DTensor) and p.placements[0].is_shard(0):
+            devices = p.device_mesh.size(), mesh.size()
+            if p.shape[0] % math.prod(devices):
+                raise ValueError(
+                    f"parallel.tensor is {devices[0]}, and {devices[1]} devices share the data: "
+                    f"together they do not divide the {p.shape[0]} rows of {name} equally. Take "
+                    "another number of either"
+                )
 
 
 def plain_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -80,12 +96,12 @@ def dtypes_of(model: nn.Module) -> set[torch.dtype]:
     return {p.dtype for p in plain_parameters(model)}
 
 
-def gather(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Collect parameters, sharded or not, whole on the first process' CPU, one after the other."""
+def gather(parameters: Mapping[str, torch.Tensor], rank: int | None = None) -> dict[str, Any]:
+    """Collect tensors, sharded or not, whole on the CPU of a process, or of all, one by one."""
     whole: dict[str, torch.Tensor] = {}
     for name, p in parameters.items():
         tensor = p.full_tensor() if isinstance(p, DTensor) else p
-        if dist.get_rank() == 0:
+        if rank in (None, dist.get_rank()):
             whole[name] = tensor.detach().cpu()
     return whole
 
