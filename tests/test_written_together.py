@@ -2,8 +2,16 @@
 
 import torchtune_vl._torchao  # noqa: F401 # isort: skip (before torchtune, in processes that tests start)
 
+import json
+import os
+import re
+import threading
+import time
 from datetime import timedelta
+from functools import partial
+from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,13 +20,18 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from quickstart.checkpoint import write_tiny_checkpoint
+from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
 from torchtune_vl._torchtune import MODEL_KEY
 from torchtune_vl.checkpoint import HubCheckpointer
-from torchtune_vl.checkpoint._together import Together
 from torchtune_vl.files import _safetensors as tensor_io
-from torchtune_vl.files._directory import checksum
+from torchtune_vl.files import _together
+from torchtune_vl.files._directory import checksum, numbered
 from torchtune_vl.files._safetensors import LazyTensor, cast_lazily, write_shards
+from torchtune_vl.files._together import Together
+from torchtune_vl.models._registry import family_of
+from torchtune_vl.models._weights import load_weights_into
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
+from torchtune_vl.training._sharding import shard
 
 SHARD_SIZE = "1MB"
 
@@ -61,7 +74,7 @@ def save(base: Path, output: Path, weights: Any, group: Any) -> None:
 def cut_small(_: Any = None) -> None:
     """Write several files of a small model."""
     write = write_shards
-    tensor_io.write_shards = lambda w, d, _, **k: write(w, d, SHARD_SIZE, **k)  # type: ignore[assignment]
+    tensor_io.write_shards = lambda w, d, _, group: write(w, d, SHARD_SIZE, group)  # type: ignore[assignment]
 
 
 def save_in_two(rank: int, directory: Path) -> None:
@@ -114,21 +127,135 @@ def test_what_one_cannot_write_fails_in_all(failing: int, vocabulary: Path, tmp_
 def write_apart(rank: int, directory: Path) -> None:
     """Write to disks of two machines, each of which has its own."""
     together = Together(join(rank, directory))
-    target = directory / "epoch_0"
+    together.check_shared(directory)
+    _together._SEEN_WITHIN = 1
     if rank:
-        Path.is_dir = lambda _: False  # type: ignore[method-assign]
+        Path.exists = lambda _: False  # type: ignore[method-assign]
+    with pytest.raises(OSError, match=r"process 1 does not see .*: name a directory on a disk"):
+        together.check_shared(directory)
     expected = r"process 1 does not see .*epoch_0\.partial"
-    with pytest.raises(OSError, match=expected), together.new_directory(target):
+    with pytest.raises(OSError, match=expected), together.new_directory(directory / "epoch_0"):
         raise AssertionError("nobody writes")
     dist.destroy_process_group()
 
 
 def test_disks_that_are_not_shared_are_refused(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(write_apart, (tmp_path,), nprocs=2)
-    assert not [*tmp_path.glob("epoch_0*")]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_error_of_another_kind_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), Together().new_directory(tmp_path / "epoch_0"):
         raise KeyboardInterrupt
     assert not [*tmp_path.iterdir()]
+
+
+def save_until_killed(rank: int, directory: Path) -> None:
+    """Save the same weights, plus the number of the save, again and again."""
+    group = join(rank, directory)
+    cut_small()
+    weights = weights_of(directory / "base")
+    for number in count():
+        changed = {name: tensor + number for name, tensor in weights.items()}
+        save(directory / "base", directory / "two", spread(changed), group)
+        (directory / f"saved_{number}").touch()
+
+
+@pytest.mark.slow
+def test_killed_while_two_write(vocabulary: Path, tmp_path: Path) -> None:
+    """At any moment a checkpoint is whole, and of the last save that ended or the one after."""
+    base = tmp_path / "base"
+    write_tiny_checkpoint(base, vocabulary)
+    weights = weights_of(base)
+    name = next(iter(weights))
+    chance = Random(0)
+    for kill in range(20):
+        for old in (*tmp_path.glob("saved_*"), tmp_path / "store"):
+            old.unlink(missing_ok=True)
+        both = torch.multiprocessing.spawn(save_until_killed, (tmp_path,), nprocs=2, join=False)
+        while not (tmp_path / "saved_1").exists():
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 1.5))
+        for process in both.processes:
+            process.kill()
+        for process in both.processes:
+            process.join()
+        ended = max(int(path.name.removeprefix("saved_")) for path in tmp_path.glob("saved_*"))
+        (epoch,) = numbered(tmp_path / "two", "epoch")
+        found = HubCheckpointer(epoch, tmp_path / "unused").load_checkpoint()[MODEL_KEY]
+        number = round(float((found[name].double() - weights[name].double()).mean()))
+        assert number in (ended, ended + 1), kill
+        assert all(torch.equal(found[n], weights[n] + number) for n in weights), kill
+
+
+def watch(rank: int, directory: Path, act: Any) -> None:
+    """Run something, and note the most anonymous memory that it took."""
+    join(rank, directory)
+    act(directory / "warm_up")  # what libraries take once
+    before, most, is_over = anonymous(), 0, threading.Event()
+
+    def look() -> None:
+        nonlocal most
+        while not is_over.wait(0.005):
+            most = max(most, anonymous() - before)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    act(directory)
+    is_over.set()
+    watcher.join()
+    (directory / f"most_{rank}").write_text(str(most))
+    dist.destroy_process_group()
+
+
+def anonymous() -> int:
+    """Bytes of memory of this process that are no file's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(r"RssAnon:\s+(\d+)", status)[0])
+
+
+def load_and_export(directory: Path) -> None:
+    base = directory / "base"
+    with torch.device("meta"):
+        model: Any = qwen2_5_vl_from_config(base)
+    layers = [*model.decoder.layers, *model.encoders["vision"].layers]
+    shard(model, layers, init_device_mesh("cpu", (2,)), torch.float32, cpu_offload=False)
+    load_weights_into(model, weights_of(base), torch.device("cpu"))
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    save(base, directory / "output", weights, dist.group.WORLD)
+
+
+def write_wide(directory: Path, depth: int) -> None:
+    """Write a model without a tokenizer, of layers of 45 MB, tensor by tensor."""
+    directory.mkdir(parents=True)
+    wide = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": depth}
+    wide |= {"num_attention_heads": 16, "num_key_value_heads": 4}
+    vision = {**CONFIG["vision_config"], "out_hidden_size": 1024}
+    config = {**CONFIG, **wide, "vision_config": vision}
+    (directory / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = qwen2_5_vl_from_config(directory)
+    state = family_of(directory).names.to_published(model.state_dict())
+    write_shards(
+        {n: LazyTensor(x.shape, x.dtype, partial(random, x)) for n, x in state.items()}, directory
+    )
+
+
+def random(like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(like.shape)
+
+
+@pytest.mark.slow
+def test_memory_of_each_process(tmp_path: Path) -> None:
+    """Half of the model, and a tensor; of one, a file of weights beside them."""
+    layers = int(os.environ.get("LAYERS_OF_45_MB", "25"))
+    for directory, depth in ((tmp_path / "warm_up", 1), (tmp_path, layers)):
+        write_wide(directory / "base", depth)
+    size = sum(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
+    torch.multiprocessing.spawn(watch, (tmp_path, load_and_export), nprocs=2)
+    shares = [int((tmp_path / f"most_{rank}").read_text()) / size for rank in range(2)]
+    print(f"\na model of {size / 1e9:.2f} GB: at most {shares[0]:.2f} and {shares[1]:.2f} of it")
+    assert shares[1] <= 0.6
+    (epoch,) = numbered(tmp_path / "output", "epoch")
+    found = weights_of(epoch)
+    assert all(torch.equal(found[n], w) for n, w in weights_of(tmp_path / "base").items())

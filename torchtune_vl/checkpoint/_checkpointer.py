@@ -12,11 +12,11 @@ from torch.distributed import ProcessGroup
 
 from torchtune_vl._torchtune import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY
 from torchtune_vl.checkpoint import _adapters as adapters
-from torchtune_vl.checkpoint._together import Together
 from torchtune_vl.files import _directory as directories
 from torchtune_vl.files import _safetensors as tensor_io
 from torchtune_vl.files._json import read_json_object
 from torchtune_vl.files._tensor_names import published_name
+from torchtune_vl.files._together import Together
 from torchtune_vl.models._builders import part_of
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import load_weights
@@ -153,11 +153,10 @@ class HubCheckpointer:
         target = self._output_dir / f"epoch_{epoch}"
         source = directories.survivor(self._checkpoint_dir)
         together = Together(group)
-        place: dict[str, Any] = {"rank": together.rank, "world_size": together.world_size}
         is_first = together.rank == 0
         with together.new_directory(target) as partial:
             if not adapter_only:
-                write_weights(state_dict[MODEL_KEY], partial, source, **place)
+                write_weights(state_dict[MODEL_KEY], partial, source, group=group)
             if not adapter_only and is_first:
                 for name, text in (processor_files or {}).items():
                     with directories.new_file(partial / name) as file:
@@ -234,14 +233,12 @@ def write_weights(
     directory: Path,
     source: Path,
     max_size: str = "5GB",
-    *,
-    rank: int = 0,
-    world_size: int = 1,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Write weights as published and ``source``'s other files; ``ValueError`` for unknown names."""
     published = family_of(source).names.to_published(weights)
-    tensor_io.write_shards(published, directory, max_size, rank=rank, world_size=world_size)
-    if rank:
+    tensor_io.write_shards(published, directory, max_size, group)
+    if Together(group).rank:
         return
     for path in source.iterdir():
         if path.suffix in _COMPANION_SUFFIXES and path.name not in _OWN and path.is_file():

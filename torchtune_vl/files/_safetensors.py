@@ -10,10 +10,12 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from torchtune_vl.files._directory import is_inside, new_file, write_json
 from torchtune_vl.files._json import read_json_object
+from torchtune_vl.files._together import Together
 
 INDEX = "model.safetensors.index.json"
 Tensors = Mapping[str, torch.Tensor]
@@ -98,31 +100,32 @@ def write_shards(
     weights: AnyTensors,
     directory: Path,
     max_shard_size: str = "5GB",
-    *,
-    rank: int = 0,
-    world_size: int = 1,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Write tensors to ``model.safetensors``, or to several files and then their index.
 
     Takes memory for one file at most, if tensors are sharded, lazy, on another device or not
-    contiguous. Processes that call it together, with the same names in the same order, write files
-    in turn, each while others go on: ``rank`` is the number of this one.
+    contiguous. The processes of a group, which is made of all that there are, call it together,
+    with the same names in the same order, and write files in turn, each while others go on.
     """
+    together = Together(group)
+    parts = together.parts_of(weights)
     like = {n: torch.empty(x.shape, dtype=x.dtype, device="meta") for n, x in weights.items()}
     plan = split_torch_state_dict_into_shards(like, max_shard_size=max_shard_size)
     written: list[Future[None]] = []
     with ThreadPoolExecutor(1) as pool:
         for number, (filename, names) in enumerate(plan.filename_to_tensors.items()):
-            is_own = number % world_size == rank
+            writer = number % together.world_size
+            is_own = writer == together.rank
             if is_own:
                 wait(written)
             # Here, so that those of the file before are let go
             tensors: dict[str, torch.Tensor] = {}
             for name in names:
-                found = weights[name]
+                found: torch.Tensor | LazyTensor | None = weights[name]
                 if isinstance(found, DTensor):
-                    found = found.full_tensor()  # for which all have to ask
-                if is_own:
+                    found = together.collect(found, [each[name] for each in parts], writer)
+                if is_own and found is not None:
                     whole = found.make() if isinstance(found, LazyTensor) else found
                     tensors[name] = whole.detach().cpu()
             if is_own:
@@ -130,7 +133,7 @@ def write_shards(
     # What failed is told when nobody waits for this process any more
     for each in written:
         each.result()
-    if plan.is_sharded and rank == 0:
+    if plan.is_sharded and together.rank == 0:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(directory / INDEX, index)
 

@@ -14,6 +14,7 @@ from torchtune_vl._torchtune import DoRALinear, LoRALinear
 from torchtune_vl.files._directory import check_manifest
 from torchtune_vl.files._safetensors import Stored, read_tensors, stored_tensors, weight_files
 from torchtune_vl.files._tensor_names import published_name
+from torchtune_vl.files._together import Part
 from torchtune_vl.models._builders import vision_language_model
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.modules.vision import VisionLanguageModel
@@ -79,20 +80,13 @@ def load_weights_into(model: nn.Module, weights: Tensors, device: torch.device) 
     for name, parameter in model.named_parameters():
         whole = weights[name]
         if isinstance(parameter, DTensor):
-            part = whole[_own_part(parameter)].to(device, parameter.dtype, copy=True)
+            part = whole[Part.of(parameter).slices].to(device, parameter.dtype, copy=True)
             layout = parameter.device_mesh, parameter.placements
             size: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
             placed[name] = DTensor.from_local(part, *layout, run_check=False, **size)
         else:
             placed[name] = _quantized_like(whole.to(device, parameter.dtype, copy=True), parameter)
     model.load_state_dict(placed, assign=True)
-
-
-def _own_part(parameter: DTensor) -> tuple[slice, ...]:
-    """Where in the whole of a parameter the part of this process is, as its checkpoints have it."""
-    (chunk,) = parameter.__create_chunk_list__()
-    places = zip(chunk.offsets, chunk.sizes, strict=True)
-    return tuple(slice(offset, offset + size) for offset, size in places)
 
 
 def _quantized_like(weight: torch.Tensor, parameter: Any) -> torch.Tensor:

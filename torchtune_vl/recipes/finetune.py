@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig
 from torch import nn
+from torch._dynamo import config as compiler
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -34,13 +35,13 @@ from torchtune_vl import _torchtune as tune
 from torchtune_vl._torchtune import instantiate
 from torchtune_vl.checkpoint._adapters import Adapter, check_continues, merge_lazily
 from torchtune_vl.checkpoint._checkpointer import adapter_state
-from torchtune_vl.checkpoint._together import Together
 from torchtune_vl.data import Plan, Planner, Row, StreamedRows, TrainingRows
 from torchtune_vl.data._data_workers import loading
 from torchtune_vl.data._plan import unusable
 from torchtune_vl.datasets import Measurements, Mixture, SamplesError, measure
 from torchtune_vl.evaluation import Sources, evaluate, metrics_of
 from torchtune_vl.files._directory import numbered, open_locked, remove, write_json
+from torchtune_vl.files._together import Together
 from torchtune_vl.generation import Rules, answer_questions
 from torchtune_vl.models._builders import part_of
 from torchtune_vl.models._registry import family_of
@@ -100,6 +101,7 @@ class FinetuneRecipe:
         self.saving = ThreadPoolExecutor(1)
         self.fingerprint: dict[str, Any] = {}
         self.begun = self.together.by_first(self._find_begun)
+        self.together.check_shared(self.output_dir)
         self.together.by_first(lambda: self._keep("settings", fingerprint.settings(cfg)))
 
     def _init_process_group(self) -> None:
@@ -241,6 +243,9 @@ class FinetuneRecipe:
         is_trained = any(p.requires_grad for layer in encoder_layers for p in layer.parameters())
         frozen = set() if is_trained else {*encoder_layers}
         every = {"none": 0, "selective": 2, "full": 1}[cfg.activation_checkpointing]
+        # Layers of decoder and encoder are one function, which is compiled for each of both, with
+        # gradients and without, for inputs that need them or not, and for fixed and any sizes
+        compiler.recompile_limit = max(compiler.recompile_limit, 32)
         for number, layer in enumerate(layers):
             if cfg.compile:
                 layer.forward = torch.compile(layer.forward)
