@@ -69,15 +69,12 @@ def divided(rank: int, data: int, tensor: int, **dims: Any) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("data", "tensor", "rank"),
-    [(1, 1, 0), (3, 1, 1), (3, 1, 2), (64, 1, 63), (2, 2, 1), (2, 2, 2), (2, 4, 3), (2, 4, 6)],
-)
-def test_each_device_cuts_its_own_part_on_the_host(
-    data: int, tensor: int, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    weights = qwen2_5_vl(**SMALL).state_dict()
+# Devices that share the data, those that share layers, and the rank of the one that is here
+LAYOUTS = [(1, 1, 0), (3, 1, 2), (64, 1, 63), (2, 2, 1), (2, 2, 2), (2, 4, 6), (1, 2, 1)]
+
+
+def cut_in(case: int, weights: dict[str, torch.Tensor]) -> None:
+    data, tensor, rank = LAYOUTS[case]
     moved = []
     send = torch.Tensor.to
 
@@ -86,16 +83,39 @@ def test_each_device_cuts_its_own_part_on_the_host(
         return send(tensor, *args, **options)
 
     with divided(rank, data, tensor) as model:
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "to", note)
             load_weights_into(model, weights, torch.device("cpu"))
         kept = 0
         for name, parameter in model.named_parameters():
             layout = parameter.device_mesh, parameter.placements
+            assert layout[0].get_coordinate()[0] == rank // tensor
             expected = distribute_tensor(weights[name], *layout, src_data_rank=None).to_local()
             assert torch.equal(parameter.to_local(), expected), name
             kept += expected.numel()
         assert sum(moved) == kept
+
+
+def test_each_device_cuts_its_own_part_on_the_host() -> None:
+    torch.manual_seed(0)
+    weights = qwen2_5_vl(**SMALL).state_dict()
+    # Each in a process of its own: torch keeps of a group that is gone where its ranks were
+    torch.multiprocessing.spawn(cut_in, (weights,), nprocs=len(LAYOUTS))
+
+
+def test_offloaded_parts_stay_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the devices of the mesh are others."""
+    weights = qwen2_5_vl(**SMALL).state_dict()
+    with divided(0, 2, 1) as model:
+        parameter = model.get_parameter("decoder.norm.weight")
+        monkeypatch.setattr(type(parameter.device_mesh), "device_type", "meta")
+        monkeypatch.setattr(model, "load_state_dict", lambda placed, assign: placed_are(placed))
+        load_weights_into(model, weights, torch.device("cpu"))
+
+
+def placed_are(placed: dict[str, Any]) -> None:
+    assert {x.device.type for x in placed.values()} == {"cpu"}
+    assert {x.to_local().device.type for x in placed.values()} == {"cpu"}
 
 
 def test_rows_that_devices_cannot_share_twice_are_refused() -> None:

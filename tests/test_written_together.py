@@ -21,25 +21,34 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
+from tests.test_parallel import SMALL
 from torchtune_vl._torchtune import MODEL_KEY
 from torchtune_vl.checkpoint import HubCheckpointer
 from torchtune_vl.files import _safetensors as tensor_io
 from torchtune_vl.files import _together
 from torchtune_vl.files._directory import checksum, numbered
-from torchtune_vl.files._safetensors import LazyTensor, cast_lazily, write_shards
+from torchtune_vl.files._safetensors import (
+    LazyTensor,
+    cast_lazily,
+    read_tensors,
+    stored_tensors,
+    weight_files,
+    write_shards,
+)
 from torchtune_vl.files._together import Together
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import load_weights_into
-from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
-from torchtune_vl.training._sharding import shard
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl, qwen2_5_vl_from_config
+from torchtune_vl.modules.parallelism import decoder_tp_plan
+from torchtune_vl.training._sharding import divide_layers, shard
 
 SHARD_SIZE = "1MB"
 
 
-def join(rank: int, directory: Path) -> Any:
-    store = dist.FileStore(str(directory / "store"), 2)
-    wait = timedelta(seconds=100)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=wait)
+def join(rank: int, directory: Path, world_size: int = 2) -> Any:
+    store = dist.FileStore(str(directory / "store"), world_size)
+    place = {"store": store, "rank": rank, "world_size": world_size}
+    dist.init_process_group("gloo", **place, timeout=timedelta(seconds=100))
     return dist.group.WORLD
 
 
@@ -124,13 +133,70 @@ def test_what_one_cannot_write_fails_in_all(failing: int, vocabulary: Path, tmp_
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["epoch_0"]
 
 
+def disagree(rank: int, directory: Path) -> None:
+    """Do what one process alone does wrong, each of which all are told."""
+    group = join(rank, directory)
+    whole = {"a": torch.ones(400), "b": torch.ones(400)}
+
+    def fail() -> torch.Tensor:
+        raise RuntimeError("no memory")
+
+    lazy = {**whole, "b": LazyTensor(torch.Size([400]), torch.float32, fail)}
+    with (
+        pytest.raises(RuntimeError, match="no memory"),
+        Together(group).new_directory(directory / "c"),
+    ):
+        write_shards(lazy, directory / "c.partial", "1KB", group)
+    reversed_in_one = dict(sorted(whole.items(), reverse=bool(rank)))
+    with pytest.raises(ValueError, match="have other tensors"):
+        write_shards(reversed_in_one, directory, group=group)
+    with pytest.raises(OSError, match="nothing there"):
+        Together(group).by_each(refuse_nothing if rank else list)
+    sharded = {"a": distribute_tensor(whole["a"], init_device_mesh("cpu", (2,)), [Shard(0)])}
+    with pytest.raises(ValueError, match="have to write together"):
+        write_shards(sharded, directory)
+    dist.destroy_process_group()
+
+
+def refuse_nothing() -> None:
+    raise OSError("nothing there")
+
+
+def test_all_are_told_what_one_does_wrong(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(disagree, (tmp_path,), nprocs=2)
+    assert not [*tmp_path.iterdir()]
+
+
+def write_from_a_plane(rank: int, directory: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Load and write a model that is divided by layers and by data."""
+    group = join(rank, directory, world_size=4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    with torch.device("meta"):
+        model: Any = qwen2_5_vl(**SMALL)
+    divide_layers(model, mesh["tensor"], decoder_tp_plan(model))
+    shard(model, model.decoder.layers, mesh["data"], torch.float32, cpu_offload=False)
+    load_weights_into(model, weights, torch.device("cpu"))
+    write_shards({n: p.detach() for n, p in model.named_parameters()}, directory, "50KB", group)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_four_processes_that_share_layers_and_data(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = qwen2_5_vl(**SMALL).state_dict()
+    torch.multiprocessing.spawn(write_from_a_plane, (tmp_path, weights), nprocs=4)
+    found = read_tensors(stored_tensors(weight_files(tmp_path)))
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
 def write_apart(rank: int, directory: Path) -> None:
     """Write to disks of two machines, each of which has its own."""
     together = Together(join(rank, directory))
     together.check_shared(directory)
     _together._SEEN_WITHIN = 1
     if rank:
-        Path.exists = lambda _: False  # type: ignore[method-assign]
+        os.path.exists = lambda _: False
     with pytest.raises(OSError, match=r"process 1 does not see .*: name a directory on a disk"):
         together.check_shared(directory)
     expected = r"process 1 does not see .*epoch_0\.partial"

@@ -294,6 +294,8 @@ def merge_lazily(
     Products are made in float32 and rounded once. The result has a dtype, or that of each weight.
     """
     by_weight = _by_weight(adapter.tensors)
+    if unknown := by_weight.keys() - weights.keys():
+        raise ValueError(f"the adapter has {_listed(sorted(unknown))}, which the model has not")
     merged: dict[str, torch.Tensor | LazyTensor] = {}
     for name, weight in weights.items():
         target, parts = dtype or weight.dtype, by_weight.get(name, {"": weight})

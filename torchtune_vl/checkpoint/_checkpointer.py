@@ -142,8 +142,9 @@ class HubCheckpointer:
             intermediate_checkpoint: whether to write the state of the recipe too, to resume from.
             adapter_only: whether to write adapters alone, without all else that is trained.
             processor_files: texts of files, by name, that go in place of ``checkpoint_dir``'s.
-            group: processes that call this together, with the same names in the same order, and
-                write files of weights in turn; weights may be sharded over them, or lazy.
+            group: processes that call this together, all that there are, with the same names in
+                the same order, and write files of weights in turn. Weights may be sharded over
+                them, or lazy; ``adapter`` is to have what ``modules_to_save`` names, too, then.
 
         Raises ``ValueError`` if a tensor is not of the model, ``UnpicklingError`` if the state has
         other than tensors and plain values, ``OSError`` if it cannot be written; all is as before.
@@ -184,7 +185,6 @@ class HubCheckpointer:
         in_full = config.get("modules_to_save")
         if in_full is None:
             in_full = self._trained_in_full(weights)
-        # Among the weights they may be sharded, and are whole beside the adapters then
         tensors = {**{name: weights[name] for name in in_full}, **state_dict[ADAPTER_KEY]}
         base, names = str(self._checkpoint_dir.resolve()), family_of(self._checkpoint_dir).names
         return adapters.Adapter(tensors, config["r"], config["lora_alpha"], base, names)
@@ -236,9 +236,10 @@ def write_weights(
     group: ProcessGroup | None = None,
 ) -> None:
     """Write weights as published and ``source``'s other files; ``ValueError`` for unknown names."""
-    published = family_of(source).names.to_published(weights)
+    together = Together(group)
+    published = together.by_each(lambda: family_of(source).names.to_published(weights))
     tensor_io.write_shards(published, directory, max_size, group)
-    if Together(group).rank:
+    if together.rank:
         return
     for path in source.iterdir():
         if path.suffix in _COMPANION_SUFFIXES and path.name not in _OWN and path.is_file():

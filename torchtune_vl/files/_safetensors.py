@@ -34,7 +34,10 @@ AnyTensors = Mapping[str, torch.Tensor | LazyTensor]
 
 
 def cast_lazily(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | LazyTensor:
-    """Convert a tensor when it is written, the part that lies here of one that is sharded now."""
+    """Return a tensor that is converted when it is written, if it has another dtype.
+
+    Of one that is sharded, the part of this process is converted at once.
+    """
     if isinstance(tensor, DTensor) or tensor.dtype == dtype:
         return tensor.to(dtype)
     return LazyTensor(tensor.shape, dtype, partial(tensor.to, dtype))
@@ -105,37 +108,46 @@ def write_shards(
     """Write tensors to ``model.safetensors``, or to several files and then their index.
 
     Takes memory for one file at most, if tensors are sharded, lazy, on another device or not
-    contiguous. The processes of a group, which is made of all that there are, call it together,
-    with the same names in the same order, and write files in turn, each while others go on.
+    contiguous. The processes of a group, to which all belong that there are, call it together, and
+    write files in turn, each while others go on.
     """
     together = Together(group)
     parts = together.parts_of(weights)
     like = {n: torch.empty(x.shape, dtype=x.dtype, device="meta") for n, x in weights.items()}
     plan = split_torch_state_dict_into_shards(like, max_shard_size=max_shard_size)
     written: list[Future[None]] = []
+    failed: BaseException | None = None
     with ThreadPoolExecutor(1) as pool:
         for number, (filename, names) in enumerate(plan.filename_to_tensors.items()):
             writer = number % together.world_size
-            is_own = writer == together.rank
-            if is_own:
+            if is_own := writer == together.rank:
                 wait(written)
+                failed = failed or next(filter(None, (x.exception() for x in written)), None)
             # Here, so that those of the file before are let go
             tensors: dict[str, torch.Tensor] = {}
             for name in names:
                 found: torch.Tensor | LazyTensor | None = weights[name]
                 if isinstance(found, DTensor):
                     found = together.collect(found, [each[name] for each in parts], writer)
-                if is_own and found is not None:
-                    whole = found.make() if isinstance(found, LazyTensor) else found
-                    tensors[name] = whole.detach().cpu()
-            if is_own:
+                if is_own and not failed and found is not None:
+                    try:
+                        tensors[name] = _on_cpu(found)
+                    except Exception as error:
+                        failed = error
+            if is_own and not failed:
                 written.append(pool.submit(save_tensors, tensors, directory / filename))
-    # What failed is told when nobody waits for this process any more
-    for each in written:
-        each.result()
+    # Told when no other process waits for this one any more
+    failed = failed or next(filter(None, (x.exception() for x in written)), None)
+    if failed:
+        raise failed
     if plan.is_sharded and together.rank == 0:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(directory / INDEX, index)
+
+
+def _on_cpu(tensor: torch.Tensor | LazyTensor) -> torch.Tensor:
+    made = tensor.make() if isinstance(tensor, LazyTensor) else tensor
+    return made.detach().cpu().contiguous()
 
 
 def save_tensors(tensors: Tensors, path: Path) -> None:

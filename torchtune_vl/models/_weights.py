@@ -81,9 +81,8 @@ def load_weights_into(model: nn.Module, weights: Tensors, device: torch.device) 
         whole = weights[name]
         if isinstance(parameter, DTensor):
             part = whole[Part.of(parameter).slices].to(device, parameter.dtype, copy=True)
-            layout = parameter.device_mesh, parameter.placements
-            size: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
-            placed[name] = DTensor.from_local(part, *layout, run_check=False, **size)
+            # Not by from_local, which sends it to the device of the mesh
+            placed[name] = DTensor(part, parameter._spec, requires_grad=False)
         else:
             placed[name] = _quantized_like(whole.to(device, parameter.dtype, copy=True), parameter)
     model.load_state_dict(placed, assign=True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -23,7 +24,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig
 from torch import nn
-from torch._dynamo import config as compiler
+from torch._dynamo import config as dynamo
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -34,7 +35,6 @@ from tqdm import tqdm
 from torchtune_vl import _torchtune as tune
 from torchtune_vl._torchtune import instantiate
 from torchtune_vl.checkpoint._adapters import Adapter, check_continues, merge_lazily
-from torchtune_vl.checkpoint._checkpointer import adapter_state
 from torchtune_vl.data import Plan, Planner, Row, StreamedRows, TrainingRows
 from torchtune_vl.data._data_workers import loading
 from torchtune_vl.data._plan import unusable
@@ -65,6 +65,8 @@ log = tune.get_logger("INFO")
 # A line of the log comes with each of these
 _TURNS = ("log_every_n_steps", "save_every_n_steps", "eval_every_n_steps")
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# All wait while the first process completes an export, on whatever disk
+_SAVED_WITHIN = timedelta(hours=12)
 
 
 class FinetuneRecipe:
@@ -111,7 +113,7 @@ class FinetuneRecipe:
         else:  # started without torchrun: one process is a group too
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         # Saving goes on beside the steps, and so must not take part in their collectives
-        self.save_group = dist.new_group(backend="gloo")
+        self.save_group = dist.new_group(backend="gloo", timeout=_SAVED_WITHIN)
         self.together = Together(self.save_group)
 
     def _find_begun(self) -> SavedStep | None:
@@ -243,9 +245,10 @@ class FinetuneRecipe:
         is_trained = any(p.requires_grad for layer in encoder_layers for p in layer.parameters())
         frozen = set() if is_trained else {*encoder_layers}
         every = {"none": 0, "selective": 2, "full": 1}[cfg.activation_checkpointing]
-        # Layers of decoder and encoder are one function, which is compiled for each of both, with
-        # gradients and without, for inputs that need them or not, and for fixed and any sizes
-        compiler.recompile_limit = max(compiler.recompile_limit, 32)
+        if cfg.compile:
+            # Layers of decoder and encoder are one function, which is compiled for both, with
+            # gradients and without, for inputs that need them or not, and for fixed and any sizes
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 32)
         for number, layer in enumerate(layers):
             if cfg.compile:
                 layer.forward = torch.compile(layer.forward)
@@ -265,7 +268,6 @@ class FinetuneRecipe:
         self.together.by_first(
             lambda: self._keep("model", fingerprint.model_fingerprint(weights, folder))
         )
-        self.initial_weights = weights  # mapped from files, which the export takes up again
         weights = {**weights, **initial_adapters(model, weights, cfg.seed)}
         load_weights_into(model, weights, torch.device("cpu") if offload else self.device)
         return model.train()
@@ -702,18 +704,25 @@ class FinetuneRecipe:
         epoch = position["epoch"] - (not position["has_begun"])
         adapters = {name: p.detach() for name, p in self.trained.items() if is_adapter(name)}
         in_full = {n: p.detach() for n, p in self.trained.items() if n not in adapters}
-        weights = {**self.initial_weights, **in_full}
-        weights = {name: tensor for name, tensor in weights.items() if not is_adapter(name)}
+        stored = self.together.by_each(self.checkpointer.load_checkpoint)[tune.MODEL_KEY]
+        # In the order of the model, which is the same in all processes
+        names = [name for name, _ in self.model.named_parameters() if not is_adapter(name)]
+        weights = {name: in_full.get(name, stored[name]) for name in names}
         state: dict[str, Any] = {tune.MODEL_KEY: weights}
         if adapters:
             layer = next(m for m in self.model.modules() if isinstance(m, tune.LoRALinear | DoRA))
             base = self.cfg.checkpoint_dir
             whole = sharding.gather(adapters)  # in all, of which each merges what it writes
             adapter = Adapter(whole, layer.rank, layer.alpha, str(base), family_of(base).names)
-            merged = merge_lazily(weights, adapter)
-            tensors = {**whole, **sharding.gather(in_full, rank=0)}
-            state = {**adapter_state(adapter._replace(tensors=tensors)), tune.MODEL_KEY: merged}
-            state[tune.ADAPTER_KEY] = tensors
+            state = {
+                tune.MODEL_KEY: merge_lazily(weights, adapter),
+                tune.ADAPTER_KEY: {**whole, **sharding.gather(in_full, rank=0)},
+                tune.ADAPTER_CONFIG: {
+                    "r": layer.rank,
+                    "lora_alpha": layer.alpha,
+                    "modules_to_save": sorted(in_full),
+                },
+            }
         files, group = self.processor_files, self.save_group
         self.checkpointer.save_checkpoint(state, epoch, processor_files=files, group=group)
         return epoch

@@ -75,6 +75,8 @@ def shard(
 
 def _refuse_unequal_parts(model: nn.Module, mesh: DeviceMesh) -> None:
     """Refuse rows that layers divide and data would divide again, where torch misplaces a rest."""
+    if mesh.size() == 1:
+        return
     for name, p in model.named_parameters():
         if isinstance(p, DTensor) and p.placements[0].is_shard(0):
             devices = p.device_mesh.size(), mesh.size()
@@ -96,7 +98,9 @@ def dtypes_of(model: nn.Module) -> set[torch.dtype]:
     return {p.dtype for p in plain_parameters(model)}
 
 
-def gather(parameters: Mapping[str, torch.Tensor], rank: int | None = None) -> dict[str, Any]:
+def gather(
+    parameters: Mapping[str, torch.Tensor], rank: int | None = None
+) -> dict[str, torch.Tensor]:
     """Collect tensors, sharded or not, whole on the CPU of a process, or of all, one by one."""
     whole: dict[str, torch.Tensor] = {}
     for name, p in parameters.items():
