@@ -2,6 +2,7 @@
 
 import torchtune_vl._torchao  # noqa: F401 # isort: skip (before torchtune, in processes that tests start)
 
+import gc
 import json
 import os
 import re
@@ -258,6 +259,7 @@ def watch(rank: int, directory: Path, act: Any) -> None:
     """Run something, and note the most anonymous memory that it took."""
     join(rank, directory)
     act(directory / "warm_up")  # what libraries take once
+    gc.collect()
     before, most, is_over = anonymous(), 0, threading.Event()
 
     def look() -> None:
