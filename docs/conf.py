@@ -59,6 +59,7 @@ nitpick_ignore = [
         "modules.kv_cache.Continuations",
         "modules.kv_cache.Prefill",
         "modules.kv_cache.Step",
+        "validation._server.Server",
     )
 ]
 
