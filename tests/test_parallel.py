@@ -70,7 +70,7 @@ def divided(rank: int, data: int, tensor: int, **dims: Any) -> Iterator[Any]:
 
 
 # Devices that share the data, those that share layers, and the rank of the one that is here
-LAYOUTS = [(1, 1, 0), (3, 1, 2), (64, 1, 63), (2, 2, 1), (2, 2, 2), (2, 4, 6), (1, 2, 1)]
+LAYOUTS = [(64, 1, 63), (2, 2, 1), (2, 4, 6), (1, 2, 1)]
 
 
 def cut_in(case: int, weights: dict[str, torch.Tensor]) -> None:

@@ -123,6 +123,7 @@ def refuse(*_: Any) -> None:
     raise OSError("the disk is full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_what_one_cannot_write_fails_in_all(failing: int, vocabulary: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
@@ -206,6 +207,7 @@ def write_apart(rank: int, directory: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_disks_that_are_not_shared_are_refused(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(write_apart, (tmp_path,), nprocs=2)
     assert not [*tmp_path.iterdir()]
