@@ -1,6 +1,6 @@
 """Speed of generation, on a CPU ours beside transformers' ``generate``.
 
-Run as ``python -m benchmarks.generation`` (an hour on one core). It prints Markdown. With
+Run as ``python -m benchmarks.generation`` (forty minutes on one core). It prints Markdown. With
 ``--device cuda`` it times steps there instead, captured ones beside those that are not. Both
 sides answer the same prompts by the same random model, greedily, and have to give the same tokens.
 The floor of steps is their matrix products alone, with their weights, batch and library. Layers
@@ -12,7 +12,6 @@ import argparse
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,8 +22,8 @@ from typing import Any
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from benchmarks.checkpoint import anonymous_memory, peak_memory
 from benchmarks.data_path import paired_times, spread
-from benchmarks.growth import anonymous
 from quickstart.checkpoint import CONFIG
 from torchtune_vl.generation import Decoding, Rules, decode, load_model
 from torchtune_vl.models.qwen2_5_vl import GEOMETRY
@@ -295,19 +294,10 @@ def peak_of(side: str, directory: str) -> int:
         call = partial(answer_by_reference, model, prompts, NEW_TOKENS)
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # what is mapped comes into memory now
-    before, most, is_over = anonymous(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not is_over.wait(0.005):
-            most = max(most, anonymous() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    call()
-    is_over.set()
-    watcher.join()
-    return most
+    before = anonymous_memory()
+    with peak_memory() as peak:
+        call()
+    return peak() - before
 
 
 def text_prompt(length: int) -> Prompt:

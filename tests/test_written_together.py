@@ -5,8 +5,6 @@ import torchtune_vl._torchao  # noqa: F401 # isort: skip (before torchtune, in p
 import gc
 import json
 import os
-import re
-import threading
 import time
 from datetime import timedelta
 from functools import partial
@@ -21,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from benchmarks.checkpoint import anonymous_memory, peak_memory
 from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
 from tests.test_parallel import SMALL
 from torchtune_vl._torchtune import MODEL_KEY
@@ -81,7 +80,7 @@ def save(base: Path, output: Path, weights: Any, group: Any) -> None:
     checkpointer.save_checkpoint({MODEL_KEY: weights}, epoch=0, group=group)
 
 
-def cut_small(_: Any = None) -> None:
+def cut_small() -> None:
     """Write several files of a small model."""
     write = write_shards
     tensor_io.write_shards = lambda w, d, _, group: write(w, d, SHARD_SIZE, group)  # type: ignore[assignment]
@@ -262,26 +261,11 @@ def watch(rank: int, directory: Path, act: Any) -> None:
     join(rank, directory)
     act(directory / "warm_up")  # what libraries take once
     gc.collect()
-    before, most, is_over = anonymous(), 0, threading.Event()
-
-    def look() -> None:
-        nonlocal most
-        while not is_over.wait(0.005):
-            most = max(most, anonymous() - before)
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    act(directory)
-    is_over.set()
-    watcher.join()
-    (directory / f"most_{rank}").write_text(str(most))
+    before = anonymous_memory()
+    with peak_memory() as peak:
+        act(directory)
+    (directory / f"most_{rank}").write_text(str(peak() - before))
     dist.destroy_process_group()
-
-
-def anonymous() -> int:
-    """Bytes of memory of this process that are no file's."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.findall(r"RssAnon:\s+(\d+)", status)[0])
 
 
 def load_and_export(directory: Path) -> None:

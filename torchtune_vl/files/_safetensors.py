@@ -1,7 +1,7 @@
 """Safetensors files: weights in one or several with an index."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -121,8 +121,7 @@ def write_shards(
         for number, (filename, names) in enumerate(plan.filename_to_tensors.items()):
             writer = number % together.world_size
             if is_own := writer == together.rank:
-                wait(written)
-                failed = failed or next(filter(None, (x.exception() for x in written)), None)
+                failed = failed or _first_error(written)
             # Here, so that those of the file before are let go
             tensors: dict[str, torch.Tensor] = {}
             for name in names:
@@ -137,12 +136,16 @@ def write_shards(
             if is_own and not failed:
                 written.append(pool.submit(save_tensors, tensors, directory / filename))
     # Told when no other process waits for this one any more
-    failed = failed or next(filter(None, (x.exception() for x in written)), None)
-    if failed:
+    if failed := failed or _first_error(written):
         raise failed
     if plan.is_sharded and together.rank == 0:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(directory / INDEX, index)
+
+
+def _first_error(written: Sequence[Future[None]]) -> BaseException | None:
+    """Wait for files, and return the error of the first that could not be written."""
+    return next(filter(None, (each.exception() for each in written)), None)
 
 
 def _on_cpu(tensor: torch.Tensor | LazyTensor) -> torch.Tensor:
@@ -153,5 +156,5 @@ def _on_cpu(tensor: torch.Tensor | LazyTensor) -> torch.Tensor:
 def save_tensors(tensors: Tensors, path: Path) -> None:
     """Write a file of tensors as :func:`new_file` does, with the metadata transformers wants."""
     with new_file(path) as partial:
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        on_cpu = {name: _on_cpu(tensor) for name, tensor in tensors.items()}
         save_file(on_cpu, partial, metadata={"format": "pt"})
