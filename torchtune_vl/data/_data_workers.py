@@ -35,8 +35,10 @@ def loading(dataset: Any, num_workers: int, **options: Any) -> Iterator[Iterator
     try:
         yield loaded
     except (RuntimeError, OSError, EOFError) as error:  # of torch's handler of SIGCHLD, or its pipe
-        with suppress(RuntimeError):  # of the handler, while we wait for it to end
-            wait([worker.sentinel for worker in workers], timeout=0.2)
+        for worker in workers:
+            with suppress(RuntimeError):  # of the handler, while we wait for it to end
+                # Not only for its pipe to us, which closes before its exit code is known
+                worker.join(timeout=0.2)
         pid, status = next(((w.pid, w.exitcode) for w in workers if w.exitcode), (0, 0))
         if not status:
             raise
