@@ -27,3 +27,4 @@ if not hasattr(torchao.dtypes, "TensorCoreTiledLayout"):
     torchao.dtypes.TensorCoreTiledLayout = _missing
 
 NF4Tensor, to_nf4, linear_nf4 = _nf4.NF4Tensor, _nf4.to_nf4, _nf4.linear_nf4
+SubclassTensorArgs = _nf4.SubclassTensorArgs

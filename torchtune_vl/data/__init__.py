@@ -9,6 +9,7 @@ from torchtune_vl.data._collate import (
 )
 from torchtune_vl.data._packing import PackedRows, PaddedRows, Planner, Size
 from torchtune_vl.data._plan import Draws, Plan
+from torchtune_vl.data._row_shares import RowSharing
 from torchtune_vl.data._streamed_rows import Stream, StreamedRows
 from torchtune_vl.data._training_rows import Row, TrainingRows
 
@@ -20,6 +21,7 @@ __all__ = [
     "Plan",
     "Planner",
     "Row",
+    "RowSharing",
     "Size",
     "Stream",
     "StreamedRows",

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from torchtune_vl.modules import Segments, concatenate_patches, encoder_index, join_vision_indices
+from torchtune_vl.modules.context import RowShare
 
 # Those of a row
 Samples = Sequence[Mapping[str, Any]]
@@ -42,6 +43,8 @@ def _exchanged(value: Any) -> Any:
         return {key: _exchanged(entry) for key, entry in value.items()}
     if isinstance(value, Segments):
         return Segments(value.lengths, _exchanged(value.boundaries))
+    if isinstance(value, RowShare):
+        return value.with_each(_exchanged)
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
     is_small = isinstance(value, torch.Tensor) and value.nbytes <= LARGEST_BY_VALUE

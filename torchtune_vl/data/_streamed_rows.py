@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from torchtune_vl.data._packing import Planner, Size, settings_of
 from torchtune_vl.data._plan import check_identity, evenly, reason_against
+from torchtune_vl.data._row_shares import RowSharing
 from torchtune_vl.data._training_rows import Ingredient, Row, make_row, rows_of_each_rank
 from torchtune_vl.media._errors import naming_sample
 
@@ -85,6 +86,7 @@ class StreamedRows(IterableDataset[Row]):
         position: of :meth:`position_after`, after the last step that was taken; with another
             planner what a lane had planned is planned anew.
         skips_bad: whether samples that cannot be measured or made are left out, and told by a row.
+        sharing: how this device takes its share of a row; by default it has rows of its own.
 
     Raises:
         ValueError: if ranks cannot share a step, or the position is of a run with another seed or
@@ -103,6 +105,7 @@ class StreamedRows(IterableDataset[Row]):
     seed: int = 0
     position: Mapping[str, Any] | None = None
     skips_bad: bool = False
+    sharing: RowSharing | None = None
 
     def __post_init__(self) -> None:
         self._shares = tuple(weight / sum(self.weights) for weight in self.weights)
@@ -131,7 +134,10 @@ class StreamedRows(IterableDataset[Row]):
             found = next(row for row in lanes[lane] if row.state["taken"] == taken + 1)
             position = {"step": self._start["step"] + step + 1, "lane": lane, "state": found.state}
             ingredients = (self._ingredient(sample, lane) for sample in found.samples)
-            yield make_row(ingredients, self.planner, self.skips_bad, position, None, found.bad)
+            yield make_row(
+                *(ingredients, self.planner, self.skips_bad, position, None, found.bad),
+                sharing=self.sharing,
+            )
             number += stride
 
     def position_after(

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchtune_vl.data._collate import Batch
 from torchtune_vl.data._packing import Planner, Size
 from torchtune_vl.data._plan import Plan
+from torchtune_vl.data._row_shares import RowSharing
 from torchtune_vl.media._errors import naming_sample
 from torchtune_vl.modules import IGNORE_INDEX
 
@@ -57,8 +58,12 @@ def make_row(
     position: dict[str, Any],
     step_has_media: bool | None,
     bad: Iterable[tuple[int, str]] = (),
+    sharing: RowSharing | None = None,
 ) -> Row:
-    """Make the samples of a row and its batch; of ``bad`` ones it is known that they cannot be."""
+    """Make the samples of a row and its batch, or this device's share of it.
+
+    Of ``bad`` samples it is known that they cannot be made.
+    """
     row = Row(Batch(), [], [], position, step_has_media, [*bad], [])
     made = []
     for ingredient in ingredients:
@@ -73,7 +78,8 @@ def make_row(
             row.samples.append(ingredient.number)
             row.sizes.append(size)
             row.sources.append(ingredient.source)
-    return row._replace(batch=planner.collate(made))
+    batch = planner.collate(made)
+    return row._replace(batch=sharing(batch) if sharing else batch)
 
 
 def _made(ingredient: Ingredient) -> tuple[Mapping[str, Any], Size]:
@@ -127,6 +133,7 @@ class TrainingRows(IterableDataset[Row]):
         skips_bad: whether samples that cannot be made are left out of their row, and told by it.
         augments: whether to take samples from ``augmented`` of the dataset, of an index and an
             epoch, which may be smaller than they were measured.
+        sharing: how this device takes its share of a row; by default it has rows of its own.
 
     Raises:
         ValueError: from iterating, if ranks cannot share a step equally, or if a sample cannot be
@@ -141,6 +148,7 @@ class TrainingRows(IterableDataset[Row]):
     world_size: int = 1
     skips_bad: bool = False
     augments: bool = False
+    sharing: RowSharing | None = None
 
     def __iter__(self) -> Iterator[Row]:
         """Iterate over the rows of this rank, in a data worker over those that it makes."""
@@ -156,7 +164,10 @@ class TrainingRows(IterableDataset[Row]):
                 planned_step, share, has_media = step, *self._share(step)
                 position = plan.position(step)
             ingredients = self._ingredients(share[place], plan.epoch(step))
-            yield make_row(ingredients, self.planner, self.skips_bad, position, has_media)
+            yield make_row(
+                *(ingredients, self.planner, self.skips_bad, position, has_media),
+                sharing=self.sharing,
+            )
 
     def _ingredients(self, entries: np.ndarray, epoch: int) -> Iterator[Ingredient]:
         for number, *size in entries.tolist():

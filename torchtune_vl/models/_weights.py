@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torchtune_vl._torchao import NF4Tensor, to_nf4
+from torchtune_vl._torchao import NF4Tensor
 from torchtune_vl._torchtune import DoRALinear, LoRALinear
 from torchtune_vl.files._directory import check_manifest
 from torchtune_vl.files._safetensors import Stored, read_tensors, stored_tensors, weight_files
@@ -17,6 +17,7 @@ from torchtune_vl.files._tensor_names import published_name
 from torchtune_vl.files._together import Part
 from torchtune_vl.models._builders import vision_language_model
 from torchtune_vl.models._registry import family_of
+from torchtune_vl.modules.nf4 import NF4Layout, nf4_layout
 from torchtune_vl.modules.vision import VisionLanguageModel
 
 _OUTPUT_LAYER = "lm_head.weight"
@@ -73,25 +74,35 @@ def load_weights(directory: Path, files: Sequence[Path]) -> Tensors:
 def load_weights_into(model: nn.Module, weights: Tensors, device: torch.device) -> None:
     """Give a model on the meta device its weights, all of which are on the CPU, and whole.
 
-    Each process cuts its own part of them on the host, and takes that alone to ``device``, the CPU
-    if they are offloaded.
+    Each process cuts its own part of them on the host, and quantizes it there if need be, and takes
+    that alone to ``device``, the CPU if they are offloaded.
     """
     placed: Tensors = {}
     for name, parameter in model.named_parameters():
-        whole = weights[name]
         if isinstance(parameter, DTensor):
-            part = whole[Part.of(parameter).slices].to(device, parameter.dtype, copy=True)
+            part = _part(model, weights, name, Part.of(parameter).slices)
+            own = part.to(device, parameter.dtype, copy=True)
             # Not by from_local, which sends it to the device of the mesh
-            placed[name] = DTensor(part, parameter._spec, requires_grad=False)
+            placed[name] = DTensor(own, parameter._spec, requires_grad=False)
         else:
-            placed[name] = _quantized_like(whole.to(device, parameter.dtype, copy=True), parameter)
+            nf4 = parameter.data
+            if isinstance(nf4, NF4Tensor):
+                placed[name] = NF4Layout.of(nf4).quantize(weights[name]).to(device)
+            else:
+                placed[name] = weights[name].to(device, parameter.dtype, copy=True)
     model.load_state_dict(placed, assign=True)
 
 
-def _quantized_like(weight: torch.Tensor, parameter: Any) -> torch.Tensor:
-    nf4 = parameter.data
-    is_quantized = isinstance(nf4, NF4Tensor)
-    return to_nf4(weight, nf4.block_size, nf4.scaler_block_size) if is_quantized else weight
+def _part(model: nn.Module, weights: Tensors, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+    """Cut a part of a weight, or of the bytes that it is kept as."""
+    layer_name, _, own_name = name.rpartition(".")
+    layer: Any = model.get_submodule(layer_name)
+    if own_name == "nf4_codes":
+        rows = slices[0]
+        return layer.layout.codes(weights[f"{layer_name}.weight"], rows.start, rows.stop)
+    if own_name == "nf4_scales":
+        return layer.layout.scales(weights[f"{layer_name}.weight"])[slices]
+    return weights[name][slices]
 
 
 def initial_adapters(model: nn.Module, weights: Tensors, seed: int) -> Tensors:
@@ -111,8 +122,9 @@ def initial_adapters(model: nn.Module, weights: Tensors, seed: int) -> Tensors:
         adapters[f"{name}.lora_a.weight"] = a
         adapters[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape)
         if isinstance(module, DoRALinear):
-            base = _quantized_like(weights[f"{name}.weight"], module.weight)
-            base = base.get_original_weight() if isinstance(base, NF4Tensor) else base
+            base = weights[f"{name}.weight"]
+            if layout := nf4_layout(module):
+                base = layout.quantize(base).get_original_weight()
             adapters[f"{name}.magnitude"] = torch.linalg.norm(base.float(), dim=1)
     return {name: tensor for name, tensor in adapters.items() if name not in weights}
 

@@ -13,6 +13,7 @@ from torch import nn
 from torchtune_vl._torchao import linear_nf4
 from torchtune_vl._torchtune import DoRALinear, FrozenNF4Linear, LoRALinear
 from torchtune_vl.modules.linear import Linear
+from torchtune_vl.modules.loss import chunked_cross_entropy
 
 Trainable = Literal["frozen", "lora", "full"]
 
@@ -54,12 +55,14 @@ def build_linear(
     is_quantized = quantize_base and how != "full" and name != "output"
     blocks = _nf4_blocks(name, in_dim, out_dim) if is_quantized else {}
     if how == "lora" and name in adapted:
-        layer = DoRA if use_dora else LoRALinear
+        layer: Any = DoRA if use_dora else LoRALinear
+        if name == "output":
+            layer = OutputDoRA if use_dora else OutputLoRA
         settings = {**adapter, **blocks, "use_bias": bias, "quantize_base": is_quantized}
         return layer(in_dim, out_dim, **settings)
     if is_quantized:
         return FrozenNF4Linear(in_dim, out_dim, bias=bias, **blocks)
-    return Linear(in_dim, out_dim, bias=bias)
+    return (OutputLinear if name == "output" else Linear)(in_dim, out_dim, bias=bias)
 
 
 def _nf4_blocks(name: str, in_dim: int, out_dim: int) -> dict[str, int]:
@@ -113,3 +116,29 @@ class DoRA(DoRALinear):
             low_rank = self.lora_b(self.lora_a(self.dropout(x)))
             out = self.magnitude / norm * (out + self.scaling * low_rank)
         return out if self.bias is None else out + self.bias
+
+
+class _OutputLayer(nn.Module):
+    """Gives logits or, of targets, losses.
+
+    In one call, for where weights are sharded each call gathers them, and processes have to make
+    equally many: the chunks of a loss are not.
+    """
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute logits [..., V] of [..., E], or float32 losses [P] of [P, E] and targets [P]."""
+        if targets is None:
+            return super().forward(x)
+        return chunked_cross_entropy(x, super().forward, targets)
+
+
+class OutputLinear(_OutputLayer, Linear):
+    """The output layer of a decoder."""
+
+
+class OutputLoRA(_OutputLayer, LoRALinear):
+    """The output layer of a decoder, with an adapter."""
+
+
+class OutputDoRA(_OutputLayer, DoRA):
+    """The output layer of a decoder, with an adapter that has magnitudes."""

@@ -1,7 +1,8 @@
 """Attention within the segments of a packed sequence, and rotary position embeddings."""
 
-# Shape suffixes: N rows of the packed sequence, G segments of equal length, L rows of a segment,
-# H heads of queries, K heads of keys and values, D dimension of a head
+# Shape suffixes: N rows of the packed sequence, M rows that are looked at where they are others, G
+# segments of equal length, L rows of a segment, H heads of queries, K heads of keys and values, D
+# dimension of a head
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -83,16 +84,8 @@ def attend_within_segments(
     elsewhere one call of ``scaled_dot_product_attention`` for each length that occurs. Keys and
     values may have fewer heads than queries, which then share them. Returns [N, H, D].
     """
-    if q_NHD.is_cuda and q_NHD.dtype in (torch.float16, torch.bfloat16):
-        options: dict[str, Any] = {"window_size": (-1, 0)} if is_causal else {}
-        groups = q_NHD.shape[1] // k_NKD.shape[1]
-        if groups > 1 and _SHARES_HEADS:
-            options["enable_gqa"] = True
-        elif groups > 1:
-            k_NKD, v_NKD = (x.repeat_interleave(groups, dim=1) for x in (k_NKD, v_NKD))
-        ends, longest = segments.boundaries, max(segments.lengths)
-        out_NHD = varlen_attn(q_NHD, k_NKD, v_NKD, ends, ends, longest, longest, **options)
-        return cast(torch.Tensor, out_NHD)  # a pair only where the log-sum-exp is asked for
+    if _has_kernel(q_NHD):
+        return _by_kernel(q_NHD, k_NKD, v_NKD, segments, segments, is_causal)
     runs, order = segments.by_length
     rows: tuple[torch.Tensor, ...] = (q_NHD, k_NKD, v_NKD)
     if order is not None:
@@ -105,3 +98,53 @@ def attend_within_segments(
         attended.append(out_GHLD.transpose(1, 2).flatten(0, 1))
     joined_NHD = torch.cat(attended) if len(attended) > 1 else attended[0]
     return joined_NHD if order is None else permute_rows(joined_NHD, *reversed(order))
+
+
+def attend_to_ends(
+    q_NHD: torch.Tensor,
+    k_MKD: torch.Tensor,
+    v_MKD: torch.Tensor,
+    queries: Segments,
+    keys: Segments,
+) -> torch.Tensor:
+    """Causal attention of segments of queries, each of which is the end of one of keys.
+
+    Otherwise as :func:`attend_within_segments`. Returns [N, H, D].
+    """
+    if _has_kernel(q_NHD):
+        return _by_kernel(q_NHD, k_MKD, v_MKD, queries, keys, True)
+    pieces = (q_NHD.split(queries.lengths), *(x.split(keys.lengths) for x in (k_MKD, v_MKD)))
+    attended = []
+    for piece in zip(*pieces, strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in piece)
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        mask.tril_(k.shape[2] - q.shape[2])
+        out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        attended.append(out[0].transpose(0, 1))
+    return torch.cat(attended)
+
+
+def _has_kernel(q_NHD: torch.Tensor) -> bool:
+    """Whether there is a kernel for segments of any length."""
+    return q_NHD.is_cuda and q_NHD.dtype in (torch.float16, torch.bfloat16)
+
+
+def _by_kernel(
+    q_NHD: torch.Tensor,
+    k_MKD: torch.Tensor,
+    v_MKD: torch.Tensor,
+    queries: Segments,
+    keys: Segments,
+    is_causal: bool,
+) -> torch.Tensor:
+    # Where segments have fewer queries than keys, both are taken to end together
+    options: dict[str, Any] = {"window_size": (-1, 0)} if is_causal else {}
+    groups = q_NHD.shape[1] // k_MKD.shape[1]
+    if groups > 1 and _SHARES_HEADS:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        k_MKD, v_MKD = (x.repeat_interleave(groups, dim=1) for x in (k_MKD, v_MKD))
+    ends = (queries.boundaries, keys.boundaries)
+    longest = (max(queries.lengths), max(keys.lengths))
+    # A pair only where the log-sum-exp is asked for
+    return cast(torch.Tensor, varlen_attn(q_NHD, k_MKD, v_MKD, *ends, *longest, **options))

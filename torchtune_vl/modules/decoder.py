@@ -19,15 +19,16 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torchtune_vl._torchtune import TransformerSelfAttentionLayer
 from torchtune_vl.modules import attention
 from torchtune_vl.modules.adapters import MakeLinear
+from torchtune_vl.modules.context import RowShare
 from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.kv_cache import Continuations, KVCache, Prefill, Step
 from torchtune_vl.modules.layout import Segments
 from torchtune_vl.modules.linear import linear
 from torchtune_vl.modules.loss import chunked_cross_entropy
 
-# What attends to what: bool [B, S, M], the documents of a packed row, new tokens of sequences that
-# have others in the cache, or causal attention
-Mask = torch.Tensor | Segments | Prefill | Step | Continuations | BlockMask | None
+# What attends to what: bool [B, S, M], the documents of a packed row, a device's share of one, new
+# tokens of sequences that have others in the cache, or causal attention
+Mask = torch.Tensor | Segments | RowShare | Prefill | Step | Continuations | BlockMask | None
 
 
 class Decoder(nn.Module):
@@ -72,9 +73,9 @@ class Decoder(nn.Module):
 
         ``mask`` says which token attends to which: bool [B, S, S] (with torchtune's KV cache [B, S,
         length of the cache]), a BlockMask, the :class:`~torchtune_vl.modules.Segments` of the
-        flattened batch, or a ``Prefill``, ``Step`` or ``Continuations`` of a cache; causal by
-        default. Positions are int64 [B, S, 3] or, equal on all axes, [B, S]; 0, 1, 2, ... by
-        default.
+        flattened batch, a ``RowShare`` where the tokens are those of one of several devices, or a
+        ``Prefill``, ``Step`` or ``Continuations`` of a cache; causal by default. Positions are
+        int64 [B, S, 3] or, equal on all axes, [B, S]; 0, 1, 2, ... by default.
         ``output_positions``, int64 [P] in the flattened batch, are those whose logits are wanted,
         ``targets``, int64 [P], the right entries there, if it is losses.
 
@@ -96,11 +97,16 @@ class Decoder(nn.Module):
         if output_positions is not None:
             x_BSE = x_BSE.flatten(0, 1).index_select(0, output_positions)
         if targets is not None:
-            return chunked_cross_entropy(self.norm(x_BSE), self.logits, targets)
+            return self._losses(self.norm(x_BSE), targets)
         if self.num_output_chunks:
             chunks = self.norm(x_BSE).chunk(self.num_output_chunks, dim=1)
             return [self.logits(chunk) for chunk in chunks]
         return self.logits(self.norm(x_BSE)).float()
+
+    def _losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if self.output is None:
+            return chunked_cross_entropy(x, self.logits, targets)
+        return self.output(x, targets=targets)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Compute logits of normalized hidden states, [..., E] to [..., V]."""
@@ -179,13 +185,13 @@ class Attention(nn.Module):
         )
         q_BSHD, k_BSKD = attention.rotate(q_BSHD, rope), attention.rotate(k_BSKD, rope)
         dropout = self.dropout if self.training else 0.0
+        if isinstance(mask, Segments | RowShare) and dropout:
+            raise ValueError("packed rows have no attn_dropout: set it to 0, or pad instead")
         if isinstance(mask, Segments):
-            if dropout:
-                raise ValueError("packed rows have no attn_dropout: set it to 0, or pad instead")
             rows = (x.flatten(0, 1) for x in (q_BSHD, k_BSKD, v_BSKD))
             out = attention.attend_within_segments(*rows, mask, is_causal=True)
             return self.output_proj(out.view_as(q_BSHD).flatten(2))
-        if isinstance(mask, Prefill | Step | Continuations):
+        if isinstance(mask, RowShare | Prefill | Step | Continuations):
             q, k, v = (x.flatten(0, 1) for x in (q_BSHD, k_BSKD, v_BSKD))
             out = mask.attend(q, k, v, layer=self)
             return self.output_proj(out.view_as(q_BSHD).flatten(2))

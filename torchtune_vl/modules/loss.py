@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 # Rows of logits at a time: enough for a fast product, but small beside the layers' activations
@@ -24,9 +25,13 @@ def chunked_cross_entropy(
     """
 
     def losses(rows: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(output(rows).float(), right, reduction="none")
+        logits = output(rows)
+        if isinstance(logits, DTensor):  # of a layer that devices share
+            logits = logits.full_tensor()
+        return F.cross_entropy(logits.float(), right, reduction="none")
 
-    *chunks, last = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    starts = range(0, max(len(targets), 1), CHUNK)  # also none are a chunk
+    *chunks, last = ((hidden[i : i + CHUNK], targets[i : i + CHUNK]) for i in starts)
     anew = [checkpoint(losses, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
     return torch.cat([*anew, losses(*last)])
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from torchtune_vl.media import CHANNELS, Geometry
 from torchtune_vl.modules import attention
 from torchtune_vl.modules.adapters import MakeLinear
+from torchtune_vl.modules.context import RowShare
 from torchtune_vl.modules.decoder import Decoder, FeedForward, Mask, TransformerLayer
 from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.kv_cache import Continuations, Step
@@ -65,7 +66,10 @@ class VisionLanguageModel(nn.Module):
         if encoder_input is not None:
             if encoder_input.keys() != {"vision"}:
                 raise ValueError(f"encoder_input has {sorted(encoder_input)}, expected ['vision']")
-            x_BSE = self._fuse(tokens, x_BSE, encoder(**encoder_input["vision"]))
+            media = encoder(**encoder_input["vision"])
+            if isinstance(mask, RowShare):
+                media = mask.exchange(media)
+            x_BSE = self._fuse(tokens, x_BSE, media)
         elif self._is_awaited(mask):
             blank = encoder(**_blank(encoder.geometry, tokens.device))
             x_BSE = x_BSE + 0 * blank.sum().to(x_BSE.dtype)

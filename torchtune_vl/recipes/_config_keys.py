@@ -74,10 +74,22 @@ SOURCE_KEYS: dict[str, Any] = {"name": str, "weight": _Above0 | None, "epochs": 
 class Parallel:
     """How devices share the model."""
 
-    tensor: Annotated[
+    replicate: Annotated[
         _Count,
-        "devices that share each decoder layer; without adapters only; the others share the data",
-    ]
+        "copies of the model's weights, each divided over `shard` x `context` devices: hybrid "
+        "sharding",
+    ] = 1
+    shard: Annotated[
+        _Count | None,
+        "devices with rows of their own that share a copy of the weights; null for all that there "
+        "are",
+    ] = None
+    context: Annotated[
+        _Count, "devices that share each packed row: its tokens, and frames of its media"
+    ] = 1
+    tensor: Annotated[
+        _Count, "devices that share each decoder layer; not with quantized weights"
+    ] = 1
     plan: Annotated[Component | None, Given(("model",)), "how they share the layers"] = None
     cpu_offload: Annotated[bool, "weights, gradients and optimizer in the host's memory"]
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from torchtune_vl import _torchtune as tune
 from torchtune_vl._torchtune import instantiate
 from torchtune_vl.checkpoint._adapters import Adapter, check_continues, merge_lazily
-from torchtune_vl.data import Plan, Planner, Row, StreamedRows, TrainingRows
+from torchtune_vl.data import Plan, Planner, Row, RowSharing, StreamedRows, TrainingRows
 from torchtune_vl.data._data_workers import loading
 from torchtune_vl.data._plan import unusable
 from torchtune_vl.datasets import Measurements, Mixture, SamplesError, measure
@@ -48,6 +49,7 @@ from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import initial_adapters, load_weights_into
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import DoRA, is_adapter
+from torchtune_vl.modules.context import RowShare
 from torchtune_vl.recipes._datasets import datasets_of
 from torchtune_vl.recipes._launch import run_recipe
 from torchtune_vl.training import _fingerprint as fingerprint
@@ -56,6 +58,7 @@ from torchtune_vl.training import _sharding as sharding
 from torchtune_vl.training._bad_samples import BadSample, BadSamples
 from torchtune_vl.training._flops import FlopCounter
 from torchtune_vl.training._memory import estimate_memory
+from torchtune_vl.training._mesh import Mesh
 from torchtune_vl.training._metrics import Metrics
 from torchtune_vl.training._overview import Overview
 from torchtune_vl.training._saved_steps import SavedStep, Steps, drop_steps_after
@@ -86,10 +89,10 @@ class FinetuneRecipe:
         self.dtype = sharding.dtype_on(self.device, cfg.dtype)
         self.compute_dtype = sharding.dtype_on(self.device, cfg.compute_dtype or cfg.dtype)
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-        dims = (self.processes // cfg.parallel.tensor, cfg.parallel.tensor)
-        self.mesh = dist.init_device_mesh(self.device.type, dims, mesh_dim_names=("data", "tensor"))
-        self.data_ranks = self.mesh["data"].size()
-        self.data_rank = self.mesh["data"].get_local_rank()
+        self.mesh = Mesh.of(cfg.parallel, self.processes)
+        self.devices = self.mesh.devices(self.device.type)
+        self.row_group = self.mesh.row_group(self.device.type)
+        self.data_ranks, self.data_rank = self.mesh.data, self.rank // self.mesh.copies
         self.is_main = self.rank == 0
         self.output_dir = Path(cfg.output_dir)
         self.saved = Steps(self.output_dir / "steps", cfg.keep_last)
@@ -136,9 +139,10 @@ class FinetuneRecipe:
     def setup(self) -> None:
         """Make model, data, optimizer and schedule, and take up where an earlier run stopped."""
         cfg = self.cfg
-        # The same on devices that share layers, or their copies of the others would drift apart
         for seed in (torch.manual_seed, np.random.seed, random.seed):  # datasets may use any
             seed(cfg.seed + self.data_rank)
+        # The same on devices that share layers, or their copies of the others would drift apart
+        torch.manual_seed(cfg.seed + self.rank // cfg.parallel.tensor)
         tokenizer = instantiate(cfg.tokenizer)
         self.processor_files = tokenizer.processor_files()
         self.checkpointer = instantiate(cfg.checkpointer)
@@ -190,9 +194,8 @@ class FinetuneRecipe:
         if logger:
             logger.log_config(cfg)
         room = getattr(self.rows.planner, "max_tokens", None)
-        copies = cfg.parallel.tensor
         shown = (self.sources, cfg.best_by)
-        self.metrics = Metrics(logger, self.flops, room, self.device, copies, *shown)
+        self.metrics = Metrics(logger, self.flops, room, self.device, self.mesh, *shown)
         if self.begun:
             self._resume(self.begun)
         self.sample_log = self._open_sample_log()
@@ -235,10 +238,12 @@ class FinetuneRecipe:
         cfg = self.cfg
         with sharding.default_dtype(self.dtype), torch.device("meta"):
             model = instantiate(cfg.model)
-        self.flops = FlopCounter(model)
+        self.flops, self.placeholder_ids = FlopCounter(model), model.placeholder_ids
+        # In the order of the model, which is the same in all processes
+        self.base_names = [name for name, _ in model.named_parameters() if not is_adapter(name)]
         if cfg.parallel.tensor > 1:
             plan = instantiate(cfg.parallel.plan, model)
-            sharding.divide_layers(model, self.mesh["tensor"], plan)
+            sharding.divide_layers(model, self.devices["tensor"], plan)
         layers = [m for m in model.modules() if isinstance(m, tune.TransformerSelfAttentionLayer)]
         # No backward comes through a frozen encoder: what it kept for one would never be let go
         encoder_layers = [layer for e in model.encoders.values() for layer in e.layers]
@@ -255,8 +260,9 @@ class FinetuneRecipe:
             if every and number % every == 0 and layer not in frozen:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         offload = cfg.parallel.cpu_offload
-        if self.data_ranks > 1 or sharding.dtypes_of(model) != {self.compute_dtype} or offload:
-            sharding.shard(model, layers, self.mesh["data"], self.compute_dtype, offload)
+        shares_weights = self.processes > cfg.parallel.tensor
+        if shares_weights or sharding.dtypes_of(model) != {self.compute_dtype} or offload:
+            sharding.shard(model, self.devices, self.compute_dtype, offload)
         state = self.checkpointer.load_checkpoint()
         weights = state[tune.MODEL_KEY]
         if tune.ADAPTER_CONFIG in state:
@@ -330,7 +336,12 @@ class FinetuneRecipe:
 
     def _sharing(self) -> dict[str, Any]:
         skips_bad = self.cfg.on_bad_sample == "skip"
-        return {"rank": self.data_rank, "world_size": self.data_ranks, "skips_bad": skips_bad}
+        sharing = None
+        if self.row_group:
+            place = dist.get_rank(self.row_group), self.mesh.context
+            sharing = RowSharing(*place, self.placeholder_ids)
+        order = {"rank": self.data_rank, "world_size": self.data_ranks}
+        return {**order, "skips_bad": skips_bad, "sharing": sharing}
 
     def _measure(self, mixture: Mixture) -> Measurements:
         """What is found of all samples, in the first process; each measures its share of them."""
@@ -442,14 +453,16 @@ class FinetuneRecipe:
         # Made and summed on the device: the host does not wait for it
         count = sum(len(row.batch["targets"]) for row in rows)
         targets = torch.full((), float(count), device=self.device)
-        dist.all_reduce(targets, group=self.mesh["data"].get_group())
+        dist.all_reduce(targets)
+        targets /= self.mesh.tensor  # which have the same ones
         mean_loss = torch.zeros_like(targets)
         self.step += 1
         with self.offloading:
             for row in rows:
                 losses = self.model(**self._to_device(row.batch))
                 loss = losses.sum() / targets
-                (loss * self.data_ranks).backward()  # FSDP averages gradients over ranks
+                # FSDP averages gradients over devices that share weights
+                (loss * (self.processes // self.mesh.tensor)).backward()
                 mean_loss += loss.detach()
                 self.metrics.add_row(row, losses)
                 self._log_samples(row)
@@ -458,10 +471,10 @@ class FinetuneRecipe:
         if not has_media:  # gradients of zero: momentum and decay would act on them
             for p in self.seeing.values():
                 p.grad = None
-        if self.cfg.parallel.tensor > 1:
-            sharding.average_copies(self.trained.values(), self.mesh["tensor"])
+        if self.mesh.tensor > 1:
+            sharding.average_copies(self.trained.values(), self.devices["tensor"])
         dist.all_reduce(mean_loss)
-        mean_loss /= self.mesh["tensor"].size()  # which have the same rows
+        mean_loss /= self.mesh.tensor
         norm = sharding.clip_grad_norm(self.trained.values(), self.cfg.clip_grad_norm or math.inf)
         # The one wait for the device in a step: no optimizer can take a step back
         loss, self.grad_norm = torch.stack([mean_loss, norm.to(mean_loss)]).tolist()
@@ -492,8 +505,13 @@ class FinetuneRecipe:
             self.lanes[row.position["lane"]] = row.position["state"]
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        types = (torch.Tensor, Segments)
-        return tree_map_only(types, lambda x: x.to(self.device, non_blocking=True), dict(batch))
+        types = (torch.Tensor, Segments, RowShare)
+        on_device = tree_map_only(
+            types, lambda x: x.to(self.device, non_blocking=True), dict(batch)
+        )
+        if self.row_group:
+            on_device["mask"] = replace(on_device["mask"], group=self.row_group)
+        return on_device
 
     def _log(self) -> bool:
         """Write a line of the log, and tell whether any process was asked to stop."""
@@ -583,7 +601,9 @@ class FinetuneRecipe:
     def _score_answers(self, questions: Sources) -> dict[str, float]:
         """Let the model answer the questions of the validation set, and score its answers."""
         self._wait_for_save()  # which takes part in other collectives
-        own = range(self.data_rank, len(questions), self.data_ranks)
+        # Whole prompts, on devices that share rows of training too
+        answering = self.processes // self.mesh.tensor
+        own = range(self.rank // self.mesh.tensor, len(questions), answering)
         rules, is_hidden = Rules(self.cfg.max_new_tokens), not self.is_main
         asked = tqdm(own, "answering", unit="question", leave=False, disable=is_hidden)
         # Compiled layers would be compiled anew for each number of answers and tokens
@@ -705,9 +725,7 @@ class FinetuneRecipe:
         adapters = {name: p.detach() for name, p in self.trained.items() if is_adapter(name)}
         in_full = {n: p.detach() for n, p in self.trained.items() if n not in adapters}
         stored = self.together.by_each(self.checkpointer.load_checkpoint)[tune.MODEL_KEY]
-        # In the order of the model, which is the same in all processes
-        names = [name for name, _ in self.model.named_parameters() if not is_adapter(name)]
-        weights = {name: in_full.get(name, stored[name]) for name in names}
+        weights = {name: in_full.get(name, stored[name]) for name in self.base_names}
         state: dict[str, Any] = {tune.MODEL_KEY: weights}
         if adapters:
             layer = next(m for m in self.model.modules() if isinstance(m, tune.LoRALinear | DoRA))
@@ -759,15 +777,15 @@ def _check_settings(cfg: DictConfig) -> None:
     """Refuse what does not fit, and devices that are not there, before anything waits."""
     processes, here = (int(os.environ.get(x, 1)) for x in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     gpus = torch.cuda.device_count() if cfg.device == "cuda" else here
-    tensor, rows = cfg.parallel.tensor, cfg.rows_per_step
-    sharing, left_over = max(1, processes // tensor), processes % tensor
+    mesh, rows = Mesh.of(cfg.parallel, processes), cfg.rows_per_step
     offloads = cfg.activation_offloading
     offloads_on_cpu = offloads and cfg.device == "cpu"
     keeps = cfg.activation_checkpointing != "full"
     has_no_best = cfg.export == "best" and cfg.dataset_val is None
     metrics_of(cfg.metrics or [])
     is_best_known = cfg.best_by in ("loss", *(cfg.metrics or []))
-    has_no_plan = tensor > 1 and cfg.parallel.plan is None
+    has_no_plan = mesh.tensor > 1 and cfg.parallel.plan is None
+    shares_padded = mesh.context > 1 and "batch_size" in cfg.rows
     refusals = {
         "export: best is that of the best validation: set dataset_val": has_no_best,
         "metrics are of answers to the questions of dataset_val: set it": (
@@ -780,10 +798,11 @@ def _check_settings(cfg: DictConfig) -> None:
         "device is cuda, and torch sees no GPU: see what torch.cuda.is_available() says, or set "
         "device=cpu": gpus == 0,
         f"{here} processes cannot share {gpus} GPUs: lower nproc_per_node": here > gpus,
-        f"parallel.tensor is {tensor}, and does not divide the {processes} processes": left_over,
-        f"parallel.tensor is {tensor}, which needs a parallel.plan": has_no_plan,
-        f"{sharing} devices cannot share the {rows} rows of a step equally: set rows_per_step to a "
-        f"multiple of {sharing}": rows % sharing,
+        f"parallel.tensor is {mesh.tensor}, which needs a parallel.plan": has_no_plan,
+        "parallel.context shares packed rows only: set rows._component_ to "
+        "torchtune_vl.data.PackedRows": shares_padded,
+        f"{mesh.data} devices cannot share the {rows} rows of a step equally: set rows_per_step to "
+        f"a multiple of {mesh.data}": rows % mesh.data,
     }
     for sentence, is_wrong in refusals.items():
         if is_wrong:

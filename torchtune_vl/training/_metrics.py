@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from torchtune_vl.data import Row
+from torchtune_vl.modules.context import RowShare
 from torchtune_vl.training._flops import FlopCounter, peak_flops
+from torchtune_vl.training._mesh import Mesh
 from torchtune_vl.training._plot_losses import draw_losses
 
 
@@ -20,9 +22,9 @@ class Metrics:
     """Counts what this process' steps take, and writes a line of the log for all processes.
 
     A new metric is counted in :meth:`add_row` and computed in :meth:`write`. ``room`` is how many
-    tokens have room in a row, None for as many as its batch has; ``copies`` of the processes have
-    the same rows; only the first has a ``logger``. Of several ``sources``, datasets of a mixture,
-    the line has loss, samples and tokens of each.
+    tokens have room in a row, None for as many as its batch has; ``mesh`` tells which processes
+    have the same rows, and which of them the same losses; only the first has a ``logger``. Of
+    several ``sources``, datasets of a mixture, the line has loss, samples and tokens of each.
     """
 
     def __init__(
@@ -31,7 +33,7 @@ class Metrics:
         flops: FlopCounter,
         room: int | None,
         device: torch.device,
-        copies: int,
+        mesh: Mesh,
         sources: Sequence[str],
         best_by: str = "loss",
     ) -> None:
@@ -40,7 +42,7 @@ class Metrics:
         self.flops = flops
         self.room = room
         self.device = device
-        self.copies = copies
+        self.mesh = mesh
         self.sources = sources if len(sources) > 1 else []
         is_gpu = device.type == "cuda"
         self.peak_flops = peak_flops(torch.cuda.get_device_name(device)) if is_gpu else None
@@ -65,10 +67,12 @@ class Metrics:
         self.source_counts = torch.zeros(len(self.sources), 3, dtype=torch.float64)
 
     def add_row(self, row: Row, losses: torch.Tensor) -> None:
-        """Count what a row was; ``losses`` are those of its targets."""
-        media = row.batch.get("encoder_input", {}).get("vision")
+        """Count what a row was; ``losses`` are those of its targets, or of this device's share."""
+        mask = row.batch.get("mask")
+        share = mask if isinstance(mask, RowShare) else None
+        media = share.media if share else row.batch.get("encoder_input", {}).get("vision")
         tokens = [size.tokens for size in row.sizes]
-        targets = len(row.batch["targets"])
+        targets = sum(size.targets for size in row.sizes)
         self.targets += targets
         self.tokens += sum(tokens)
         self.rooms += self.room or row.batch["tokens"].numel()
@@ -82,6 +86,7 @@ class Metrics:
             counts_of_samples = torch.tensor(counts, dtype=torch.float64)
             self.source_counts.index_add_(0, sources, counts_of_samples)
             of_losses = sources.repeat_interleave(counts_of_samples[:, 0].long())
+            of_losses = of_losses[share.targets] if share else of_losses
             of_losses = of_losses.to(self.device, non_blocking=True)
             self.source_losses.index_add_(0, of_losses, losses.detach().float())
 
@@ -104,9 +109,10 @@ class Metrics:
         )
         own = torch.tensor(counts, dtype=torch.float64).to(self.device)
         of_sources = self.source_counts.flatten().to(self.device)
-        totals = torch.cat([own, of_sources, self.source_losses.double().to(self.device)])
+        losses = self.source_losses.double().to(self.device) * self.mesh.context
+        totals = torch.cat([own, of_sources, losses])
         dist.all_reduce(totals)
-        totals /= self.copies
+        totals /= self.mesh.copies
         targets, tokens, room, media, operations, stops, samples, bad = totals[:8].tolist()
         self.history["samples"] += round(samples)
         seconds = time.perf_counter() - self.start

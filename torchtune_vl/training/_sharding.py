@@ -13,6 +13,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from torchtune_vl._torchao import NF4Tensor
+from torchtune_vl.modules.nf4 import pack_nf4
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -52,25 +53,56 @@ def divide_layers(model: Any, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle
     parallelize_module(model, mesh, dict(plan))
 
 
-def shard(
-    model: Any, layers: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype, cpu_offload: bool
-) -> None:
-    """Shard a model on the meta device over data-parallel devices by FSDP2, and layers one by one.
+def shard(model: Any, devices: DeviceMesh, dtype: torch.dtype, cpu_offload: bool) -> None:
+    """Shard a model on the meta device by FSDP2, over ``shard`` of the devices' dimensions.
 
-    Gathered weights, and so the computation, have ``dtype``; gradients are summed in float32.
-    Weights, gradients and optimizer states may live in the host's memory (``cpu_offload``).
-    Quantized weights, which are frozen and small, stay whole.
+    Over ``replicate`` it is copied, where that has several. Gathered weights, and so the
+    computation, have ``dtype``; gradients are summed in float32. Weights, gradients and optimizer
+    states may live in the host's memory (``cpu_offload``).
 
     Raises ``ValueError`` if devices that share layers and data cannot share a weight equally.
     """
-    _refuse_unequal_parts(model, mesh)
+    _refuse_unequal_parts(model, devices["shard"])
     # Inputs stay as they are: rotary tables are float32 in any computation
     precision = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     offload = fsdp.CPUOffloadPolicy() if cpu_offload else fsdp.OffloadPolicy()
+    is_copied = devices["replicate"].size() > 1
     how: dict[str, Any] = {"mp_policy": precision, "offload_policy": offload}
-    whole = {*model.parameters()} - {*plain_parameters(model)}
-    for module in (*layers, model):
-        fsdp.fully_shard(module, mesh=mesh, ignored_params=whole, **how)
+    how["mesh"] = devices["replicate", "shard"] if is_copied else devices["shard"]
+    for layer in [m for m in model.modules() if isinstance(getattr(m, "weight", None), NF4Tensor)]:
+        pack_nf4(layer)
+    for modules in _gathered_together(model):
+        fsdp.fully_shard(modules, **how)
+    if isinstance(model.decoder.tok_embeddings, fsdp.FSDPModule):
+        model.decoder.tok_embeddings.set_unshard_in_backward(False)  # which takes no weights
+    fsdp.fully_shard(model, **how)
+
+
+def _gathered_together(model: Any) -> Iterator[list[nn.Module]]:
+    """List the modules whose weights are gathered at once: about as many as a decoder layer has.
+
+    What is in none of them is gathered from the forward's start to the backward's end: the final
+    norm, and an embedding that is the output layer too.
+    """
+    decoder, encoder = model.decoder, model.encoders["vision"]
+    if decoder.output is not None:
+        yield [decoder.tok_embeddings]
+    enough = _size(decoder.layers[0])
+    group: list[nn.Module] = []
+    for module in (encoder.patch_embed, *encoder.layers, encoder.merger):
+        if group and sum(map(_size, [*group, module])) > enough:
+            yield group
+            group = []
+        group.append(module)
+    yield group
+    for layer in decoder.layers:
+        yield [layer]
+    if decoder.output is not None:
+        yield [decoder.output]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _refuse_unequal_parts(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -82,7 +114,7 @@ def _refuse_unequal_parts(model: nn.Module, mesh: DeviceMesh) -> None:
             devices = p.device_mesh.size(), mesh.size()
             if p.shape[0] % math.prod(devices):
                 raise ValueError(
-                    f"parallel.tensor is {devices[0]}, and {devices[1]} devices share the data: "
+                    f"parallel.tensor is {devices[0]}, and {devices[1]} devices share weights: "
                     f"together they do not divide the {p.shape[0]} rows of {name} equally. Take "
                     "another number of either"
                 )
@@ -121,11 +153,17 @@ def non_finite(parameters: Mapping[str, nn.Parameter], device: torch.device) -> 
 def average_copies(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
     """Average the gradients of what each device of a mesh with one named dimension has a copy of.
 
-    Where a backward is not deterministic to the last bit, the copies would drift apart.
+    Where a backward is not deterministic to the last bit, the copies would drift apart. Of what
+    each device has a summand, as of a norm of its tokens, it gets the sum first.
     """
     (name,) = mesh.mesh_dim_names or ()
-    for gradient in (p.grad for p in parameters if p.grad is not None):
-        if isinstance(gradient, DTensor):
+    for p in parameters:
+        if p.grad is None:
+            continue
+        gradient = p.grad
+        if isinstance(p, DTensor) and isinstance(gradient, DTensor):
+            if gradient.placements != p.placements:
+                p.grad = gradient = gradient.redistribute(placements=p.placements)
             names = gradient.device_mesh.mesh_dim_names or ()
             if name in names and gradient.placements[names.index(name)].is_shard():
                 continue

@@ -1,0 +1,182 @@
+"""Devices that share weights, rows and layers compute what one computes."""
+
+import torchtune_vl._torchao  # noqa: F401 # isort: skip (before torchtune, in processes that tests start)
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from torchtune_vl.data import Batch, RowSharing, packed_collate_vision
+from torchtune_vl.models._weights import load_weights_into
+from torchtune_vl.models.qwen2_5_vl import lora_qwen2_5_vl, qwen2_5_vl
+from torchtune_vl.modules import mrope_positions, vision_index
+from torchtune_vl.modules.context import RowShare
+from torchtune_vl.modules.parallelism import decoder_tp_plan
+from torchtune_vl.training._mesh import Mesh
+from torchtune_vl.training._sharding import average_copies, divide_layers, shard
+
+IMAGE, VIDEO = 590, 591
+DIMS: dict[str, Any] = {
+    "vocab_size": 600,
+    "num_layers": 2,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "embed_dim": 192,
+    "intermediate_dim": 96,
+    "mrope_sections": (4, 6, 6),
+    "tie_word_embeddings": False,
+    "vision_intermediate_dim": 32,
+    "vision_embed_dim": 32,
+    "vision_num_layers": 2,
+    "vision_num_heads": 2,
+    "full_attention_layers": (1,),
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+}
+
+
+def sample(rng: np.random.Generator, geometry: Any, grids: list[tuple[int, int, int]]) -> Any:
+    """A conversation with media of any sizes at random places."""
+    tokens = rng.integers(0, 580, rng.integers(1, 9)).tolist()
+    for t, h, w in grids:
+        tokens += [IMAGE if t == 1 else VIDEO] * (t * h * w // 4)
+        tokens += rng.integers(0, 580, rng.integers(1, 9)).tolist()
+    is_trained = rng.random(len(tokens)) < 0.7
+    trains = zip(tokens, is_trained, strict=True)
+    labels = [t if trained and t < 580 else -100 for t, trained in trains]
+    made = {"tokens": tokens, "labels": labels}
+    thw = torch.tensor(grids, dtype=torch.int64).view(-1, 3)
+    made["input_pos"] = mrope_positions(
+        tokens, thw, [2.0] * len(grids), placeholder_ids=(IMAGE, VIDEO), merge_size=2
+    )
+    if grids:
+        patches = rng.integers(0, 256, (sum(t * h * w for t, h, w in grids), 1176), np.uint8)
+        vision = {"patches": torch.from_numpy(patches), "grid_thw": thw}
+        made["encoder_input"] = {"vision": vision | vision_index(thw, geometry)}
+    return made
+
+
+def rows(count: int, seed: int, geometry: Any) -> list[Batch]:
+    """Packed rows: with one long document, many, media of all kinds, and none."""
+    rng = np.random.default_rng(seed)
+    kinds = [
+        [[(3, 8, 12)]],  # a video, whose frames devices share
+        [[], [(1, 16, 20)], [(1, 2, 2), (2, 4, 6)], []],
+        [[], [], []],
+        [[(1, 10, 18)]],  # an image alone, which one device encodes
+    ]
+    return [
+        packed_collate_vision([sample(rng, geometry, grids) for grids in kinds[n % len(kinds)]])
+        for n in range(count)
+    ]
+
+
+def model_of(method: str) -> Any:
+    if method == "full":
+        return qwen2_5_vl(**DIMS)
+    adapted = ["q_proj", "k_proj", "v_proj", "output_proj", "qkv"]
+    settings: dict[str, Any] = {"encoder_trainable": "lora", "lora_rank": 4, "lora_alpha": 8}
+    settings |= {"apply_lora_to_mlp": True, "apply_lora_to_output": True}
+    settings |= {"use_dora": method == "dora", "quantize_base": method == "qlora"}
+    return lora_qwen2_5_vl(adapted, **settings, **DIMS)
+
+
+def compute(model: Any, batch: Batch, group: Any = None) -> torch.Tensor:
+    if isinstance(batch["mask"], RowShare):
+        batch["mask"].group = group
+    return model(**batch)
+
+
+def random_weights(method: str) -> dict[str, torch.Tensor]:
+    """Weights of a model, not quantized, whose adapters change something."""
+    torch.manual_seed(0)
+    plain = model_of("lora" if method == "qlora" else method)
+    random = {
+        "weight": lambda p: torch.randn_like(p) * 0.1,
+        "magnitude": lambda p: 0.5 + torch.rand_like(p),
+    }
+    return {
+        name: random[name.rpartition(".")[2]](p)
+        if "lora_b" in name or "magnitude" in name
+        else p.detach()
+        for name, p in plain.named_parameters()
+    }
+
+
+def gradients_on(
+    rank: int, store: str, mesh: Mesh, method: str, weights: dict[str, torch.Tensor], out: str
+) -> None:
+    processes = mesh.data * mesh.copies
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
+    devices, row_group = mesh.devices("cpu"), mesh.row_group("cpu")
+    with torch.device("meta"):
+        model = model_of(method)
+    if mesh.tensor > 1:
+        divide_layers(model, devices["tensor"], decoder_tp_plan(model))
+    if processes > mesh.tensor:
+        shard(model, devices, torch.float32, cpu_offload=False)
+    load_weights_into(model, weights, torch.device("cpu"))
+    model.train()
+    own = rows(4, 0, model.encoders["vision"].geometry)[rank // mesh.copies :: mesh.data]
+    losses = []
+    for row in own:
+        if row_group:
+            row = RowSharing(dist.get_rank(row_group), mesh.context, (IMAGE, VIDEO))(row)
+        loss = compute(model, row, row_group).sum()
+        losses.append(loss.detach())
+        (loss * (processes // mesh.tensor)).backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if mesh.tensor > 1:
+        average_copies(trained.values(), devices["tensor"])
+    total = torch.stack(losses).sum()
+    dist.all_reduce(total)
+    found = {n: p.grad for n, p in trained.items()}
+    whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
+    if rank == 0:
+        torch.save({"loss": total / mesh.tensor, "gradients": whole}, out)
+    dist.destroy_process_group()
+
+
+MESHES = {
+    "context 2": Mesh(1, 1, 2, 1),
+    "tensor 2": Mesh(1, 1, 1, 2),
+    "shard 2": Mesh(1, 2, 1, 1),
+    "context 4": Mesh(1, 1, 4, 1),
+    "shard 2, replicate 2": Mesh(2, 2, 1, 1),
+    "context 2, tensor 2": Mesh(1, 1, 2, 2),
+    "shard 2, context 2": Mesh(1, 2, 2, 1),
+    "replicate 2, tensor 2": Mesh(2, 1, 1, 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora", "dora", "qlora"])
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_gradients_are_those_of_one_process(mesh: Mesh, method: str, tmp_path: Path) -> None:
+    if method == "qlora" and mesh.tensor > 1:
+        pytest.skip("quantized weights do not divide")
+    weights = random_weights(method)
+    with torch.device("meta"):
+        model = model_of(method)
+    load_weights_into(model, weights, torch.device("cpu"))
+    total = sum(compute(model, row).sum() for row in rows(4, 0, model.encoders["vision"].geometry))
+    assert isinstance(total, torch.Tensor)
+    total.backward()
+    store, out = tmp_path / "store", tmp_path / "found"
+    processes = mesh.data * mesh.copies
+    args = (str(store), mesh, method, weights, str(out))
+    torch.multiprocessing.spawn(gradients_on, args, nprocs=processes)
+    found = torch.load(out)
+    torch.testing.assert_close(found["loss"], total.detach(), rtol=1e-5, atol=0)
+    expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert found["gradients"].keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient is not None
+        difference = (found["gradients"][name] - gradient).norm() / gradient.norm()
+        assert difference <= 1e-5, (name, difference)

@@ -1,0 +1,139 @@
+"""NF4 weights (QLoRA, arXiv 2305.14314): quantized on the host, and bytes that can be sharded."""
+
+# Shape suffixes: B blocks of weights that share a scale, C codes of a block, two in a byte
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from torchtune_vl._torchao import NF4Tensor, SubclassTensorArgs, to_nf4
+
+_ALL_16_BITS = 2**16
+
+
+class NF4Layout(NamedTuple):
+    """What there is to know of an NF4 weight beside its numbers.
+
+    Args:
+        shape: of the weight.
+        dtype: in which it was, and is computed with.
+        block_size: weights that share a scale.
+        scaler_block_size: scales that share one of their own.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    block_size: int
+    scaler_block_size: int
+
+    @classmethod
+    def of(cls, nf4: Any) -> "NF4Layout":
+        """Return that of a weight."""
+        return cls(nf4.shape, nf4.dtype, nf4.block_size, nf4.scaler_block_size)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return self.shape.numel() // self.block_size
+
+    def quantize(self, weight: torch.Tensor) -> NF4Tensor:
+        """Quantize a weight on the CPU as torchao's ``to_nf4`` does, to the bit."""
+        return self.unpack(self.codes(weight), self.scales(weight))
+
+    def codes(self, weight: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Return the codes of blocks of a weight, by default of all, uint8 [B, C / 2].
+
+        Of 16 bits there are so few numbers that their codes are a table, which is thirty times
+        faster than to compare each weight with all values, as torchao does.
+        """
+        blocks_BC = weight.to(self.dtype).view(-1, self.block_size)[first:last]
+        if self.dtype.itemsize != 2:
+            data = NF4Tensor.convert_to_norm_float_weight(
+                blocks_BC, len(blocks_BC), self.block_size, _values(self.dtype)
+            )
+            return data.view(-1, self.block_size // 2)
+        scaled_BC = blocks_BC / blocks_BC.abs().amax(1, keepdim=True)
+        places = scaled_BC.view(torch.int16).flatten().int() & (_ALL_16_BITS - 1)
+        codes_BC = _codes_of_all(self.dtype).index_select(0, places).view_as(scaled_BC)
+        return codes_BC[:, ::2] << 4 | codes_BC[:, 1::2]
+
+    def scales(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return all that dequantizes codes, as uint8 bytes.
+
+        They are the scales of scales, the mean of scales, the values of codes, and the scales.
+        """
+        scalers, factors, mean = NF4Tensor.double_quantize_scalers(
+            weight.to(self.dtype).flatten(), self.block_size, self.scaler_block_size
+        )
+        numbers = torch.cat([factors, mean.view(1), _values(self.dtype)])
+        return torch.cat([numbers.view(torch.uint8), scalers.view(torch.uint8)])
+
+    def sizes(self) -> tuple[torch.Size, torch.Size]:
+        """Return the shapes of codes and scales."""
+        numbers = self.blocks // self.scaler_block_size + 1 + 16
+        codes = torch.Size((self.blocks, self.block_size // 2))
+        return codes, torch.Size((numbers * self.dtype.itemsize + self.blocks,))
+
+    def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> NF4Tensor:
+        """Return the weight of its codes and scales, whose memory it shares."""
+        factors = self.blocks // self.scaler_block_size
+        numbers, scalers = scales.tensor_split([(factors + 17) * self.dtype.itemsize])
+        of_scales, mean, values = numbers.view(self.dtype).split([factors, 1, 16])
+        stride = (self.shape[1], 1)
+        return NF4Tensor(
+            SubclassTensorArgs(self.shape, stride, 0, self.dtype, codes.device, False),
+            *(self.block_size, self.blocks, self.scaler_block_size),
+            *(scalers.view(torch.int8), of_scales, mean[0], codes.flatten()),
+            nf4=values,
+        )
+
+
+@lru_cache
+def _values(dtype: torch.dtype) -> torch.Tensor:
+    """The values of codes, on the CPU."""
+    return to_nf4(torch.ones(1, 64, dtype=dtype), 64, 1).nf4
+
+
+@lru_cache
+def _codes_of_all(dtype: torch.dtype) -> torch.Tensor:
+    """The code of each number of 16 bits, by its bits."""
+    numbers = torch.arange(_ALL_16_BITS, dtype=torch.int32).to(torch.int16).view(dtype)
+    parts = numbers.split(2**12)
+    codes = [NF4Tensor.quantize_tensor_nearest(part, _values(dtype)) for part in parts]
+    return torch.cat(codes).to(torch.uint8)
+
+
+class PackedNF4:
+    """A layer whose NF4 weight is kept as two parameters of bytes, which FSDP shards as any other.
+
+    torchao's own sharding of NF4 divides scales of scales, and few numbers of devices divide those.
+    """
+
+    layout: NF4Layout
+    nf4_codes: torch.Tensor
+    nf4_scales: torch.Tensor
+
+    @property
+    def weight(self) -> NF4Tensor:
+        """The weight, of bytes that have been gathered."""
+        return self.layout.unpack(self.nf4_codes, self.nf4_scales)
+
+
+def pack_nf4(layer: Any) -> None:
+    """Make a layer on the meta device a :class:`PackedNF4` of its own class."""
+    layer.layout = NF4Layout.of(layer._parameters.pop("weight").data)
+    for name, size in zip(("nf4_codes", "nf4_scales"), layer.layout.sizes(), strict=True):
+        empty = torch.empty(size, dtype=torch.uint8, device="meta")
+        layer.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    kind = type(layer)
+    layer.__class__ = type(f"Packed{kind.__name__}", (PackedNF4, kind), {})
+
+
+def nf4_layout(layer: Any) -> NF4Layout | None:
+    """Return the layout of a layer's weight, None if it is not quantized."""
+    if isinstance(layer, PackedNF4):
+        return layer.layout
+    weight = layer.weight.data
+    return NF4Layout.of(weight) if isinstance(weight, NF4Tensor) else None
