@@ -16,7 +16,7 @@ from torchtune_vl.recipes._config_keys import Config
 
 _PACKAGE = Path(__file__).parents[1]
 # Of gloo and NCCL, in a process whose run is gone
-_BY_ANOTHER = re.compile("gloo.*by peer|ncclRemoteError", re.DOTALL)
+_BY_ANOTHER = re.compile("gloo.*by peer|Gloo connectFullMesh failed|ncclRemoteError", re.DOTALL)
 # What a DataLoader makes of an error of its workers
 _IN_WORKER = re.compile(
     r"Caught (?P<kind>\w+) in DataLoader worker .*"
@@ -80,7 +80,7 @@ def sentence_of(error: Exception) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported yet
         return "the device is out of memory: `tune-vl estimate` computes what takes it"
     if _is_by_another(error):
-        return "another process of this run has ended"
+        return "another process of this run has ended, or cannot be reached"
     frames = traceback.extract_tb(error.__traceback__)
     raised_in = Path(frames[-1].filename) if frames else Path()
     # Sentences of this package are meant for users
