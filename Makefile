@@ -47,6 +47,7 @@ bench: $(INSTALLED) $(VOCABULARY)
 	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.training_options

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,37 @@ def test_faults_of_programs_show_their_traceback_and_others_on_demand(
 
 
 @pytest.mark.parametrize(
+    "message",
+    [
+        "[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:4242",
+        "Gloo connectFullMesh failed with [/gloo/pair.cc:152] timed out connecting: SO_ERROR",
+        "NCCL error in: NCCLUtils.cpp:77, remote process exited, NCCL version 2.29.7\n"
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exit",
+    ],
+)
+def test_another_process_that_has_gone_is_no_error_of_this_one(
+    message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, said = ended(RuntimeError(message), monkeypatch, capsys)
+    assert status == 128 + signal.SIGHUP
+    assert said == "tune-vl run: another process of this run has ended, or cannot be reached\n"
+
+
+def test_machines_that_do_not_come(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    meeting = f"--rdzv_backend c10d --rdzv_endpoint {place} --rdzv_conf join_timeout=1"
+    run = "finetune --config quickstart/digits.yaml"
+    command = f"run --nnodes 2 --nproc_per_node 1 {meeting} {run}"
+    with pytest.raises(SystemExit) as stopped:
+        main(command.split())
+    assert stopped.value.code == 128 + signal.SIGHUP
+    said = "tune-vl run: fewer than 2 machines have come: start this command on each\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
     ("error", "status", "said"),
     [("KeyboardInterrupt", 130, []), ("ValueError('a')", 1, ["Traceback", "ValueError: a"])],
 )
@@ -262,3 +294,23 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_signal_that_torchrun_sends_on_is_not_a_second_one() -> None:
+    program = """
+import os, signal
+from threading import Timer
+from torchtune_vl.recipes.finetune import FinetuneRecipe
+recipe = FinetuneRecipe.__new__(FinetuneRecipe)
+recipe.is_main = False
+signal.signal(signal.SIGTERM, recipe._ask_to_stop)
+sent_on = Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+sent_on.start()
+os.kill(os.getpid(), signal.SIGTERM)
+sent_on.join()
+print("stops by", recipe.stop_signal, flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("goes on")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("stops by 15\n", -signal.SIGTERM)

@@ -31,11 +31,19 @@ def end_with_the_launcher() -> None:
 def torchrun(command: str, options: list[str], arguments: list[str]) -> int:
     """Run a command of ``tune-vl`` in several processes, as torchrun's options say.
 
-    Each has its number and theirs in the environment. The status is that of the first to fail.
+    Each has its number and theirs in the environment. The status is that of the first to fail, and
+    129, as if by SIGHUP, if other machines never came or have gone.
     """
+    # Or else pages of C++ frames tell that the first machine has gone; the next import reads it
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousConnectionError,
+        RendezvousError,
+        RendezvousTimeoutError,
+    )
 
     parser = run.get_args_parser()
     parser.prog = f"tune-vl {command}"
@@ -63,6 +71,14 @@ def torchrun(command: str, options: list[str], arguments: list[str]) -> int:
         by = signal.Signals(-failure.exitcode).name
         print(f"tune-vl {command}: process {rank} was ended by {by}", file=sys.stderr)
         return 128 - failure.exitcode
+    except RendezvousError as error:
+        said = str(error)
+        if isinstance(error, RendezvousTimeoutError):
+            said = f"fewer than {parsed.nnodes} machines have come: start this command on each"
+        if isinstance(error, RendezvousConnectionError):
+            said = f"{parsed.rdzv_endpoint} cannot be reached, or its machine has left the run"
+        print(f"tune-vl {command}: {said}", file=sys.stderr)
+        return 128 + signal.SIGHUP
     finally:
         del os.environ[_LAUNCHED]
     return 0

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from torchtune_vl.recipes._check_config import check_components, read_config
 from torchtune_vl.recipes._config_keys import Config
 
 _PACKAGE = Path(__file__).parents[1]
+# Of gloo and NCCL, in a process whose run is gone
+_BY_ANOTHER = re.compile("gloo.*by peer|Gloo connectFullMesh failed|ncclRemoteError", re.DOTALL)
 # What a DataLoader makes of an error of its workers
 _IN_WORKER = re.compile(
     r"Caught (?P<kind>\w+) in DataLoader worker .*"
@@ -37,8 +40,9 @@ def ended(command: str, start: Callable[[], int], if_interrupted: str = "") -> i
     """Run a command, tell what ended it before its end, and return the exit status.
 
     It is 2 after an error that its user can cause, which is told in a sentence; 1 after any other,
-    told by its traceback; 130 if it was interrupted. ``TORCHTUNE_VL_TRACEBACK=1`` shows all
-    tracebacks. Of a node's processes the first to fail speaks alone: it made the others fail.
+    told by its traceback; 129 if another process of the run has ended, as if by SIGHUP, so that it
+    is neither; 130 if it was interrupted. ``TORCHTUNE_VL_TRACEBACK=1`` shows all tracebacks. Of a
+    node's processes the first to fail speaks alone: it made the others fail.
     """
     try:
         return start()
@@ -58,6 +62,8 @@ def ended(command: str, start: Callable[[], int], if_interrupted: str = "") -> i
                 # Below the progress bar of another process
                 lead = "\n" if "TORCHELASTIC_ERROR_FILE" in os.environ else ""
                 print(f"{lead}tune-vl {command}: {sentence}", file=sys.stderr)
+        if _is_by_another(error):
+            return 128 + signal.SIGHUP
         return 1 if sentence is None else 2
 
 
@@ -73,13 +79,17 @@ def sentence_of(error: Exception) -> str | None:
         return shown(f"{error.filename}: {error.strerror}" if named else str(error))
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported yet
         return "the device is out of memory: `tune-vl estimate` computes what takes it"
-    if isinstance(error, RuntimeError) and re.search("gloo.*by peer", str(error)):
-        return "another process of this run has ended"
+    if _is_by_another(error):
+        return "another process of this run has ended, or cannot be reached"
     frames = traceback.extract_tb(error.__traceback__)
     raised_in = Path(frames[-1].filename) if frames else Path()
     # Sentences of this package are meant for users
     is_told = isinstance(error, ValueError) and raised_in.is_relative_to(_PACKAGE)
     return shown(str(error)) if is_told else None
+
+
+def _is_by_another(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and bool(_BY_ANOTHER.search(str(error)))
 
 
 def _is_first_to_fail() -> bool:

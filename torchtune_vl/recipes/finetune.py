@@ -68,6 +68,8 @@ log = tune.get_logger("INFO")
 # A line of the log comes with each of these
 _TURNS = ("log_every_n_steps", "save_every_n_steps", "eval_every_n_steps")
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds: schedulers send a signal to all processes, and torchrun sends it on to the same ones
+_SIGNALS_ARE_ONE = 1.0
 # All wait while the first process completes an export, on whatever disk
 _SAVED_WITHIN = timedelta(hours=12)
 
@@ -747,6 +749,9 @@ class FinetuneRecipe:
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:
         self.stop_signal = number
+        for each in _STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        time.sleep(_SIGNALS_ARE_ONE)
         for each in _STOP_SIGNALS:  # a second one stops at once
             signal.signal(each, signal.SIG_DFL)
         if self.is_main:
