@@ -105,10 +105,15 @@ def draw(rng: random.Random) -> Drawn:
     mix = rng.choice([*MIXES])
     dtype, compute = rng.choice([("fp32", None), ("fp32", None), ("fp32", "bf16"), ("bf16", None)])
     optimizer = rng.choice([*OPTIMIZERS])
-    processes = rng.choice([1, 2])
+    processes = rng.choice([1, 1, 2, 2, 4])
     model, trained, refused = _draw_model(rng, method, mix)
-    tensor = rng.choice([1, 2]) if processes == 2 and method == "full" else 1
     rows = rng.choice(["packed", "padded"])
+    kinds = ["shard", *["tensor"][: method != "qlora"], *["context"][: rows == "packed"]]
+    mesh = {kind: 1 for kind in ("replicate", "shard", "context", "tensor")}
+    for size in {1: [], 2: [2], 4: [2, 2]}[processes]:
+        mesh[rng.choice([*kinds, "replicate"])] *= size
+    if mesh["tensor"] > 2:  # heads of the tiny model
+        mesh |= {"tensor": 2, "shard": 2}
     settings: dict[str, Any] = {
         **model,
         "max_steps": STEPS,
@@ -117,7 +122,7 @@ def draw(rng: random.Random) -> Drawn:
         "optimizer": {**OPTIMIZERS[optimizer], "lr": 1e-3 if method == "full" else 1e-2},
         "learning_rates.merger": rng.choice([None, 5e-4]),
         "learning_rates.encoder": rng.choice([None, 2e-3]),
-        "parallel.tensor": tensor,
+        **{f"parallel.{kind}": size for kind, size in mesh.items()},
         "num_workers": rng.randrange(3),
         "clip_grad_norm": rng.choice([None, 1.0, 0.05]),
         "activation_checkpointing": rng.choice(["none", "selective", "full"]),
@@ -127,7 +132,7 @@ def draw(rng: random.Random) -> Drawn:
         "keep_last": rng.choice([1, 2]),
         "shuffle": rng.choice([True, True, False]),
         "seed": rng.randrange(100),
-        "rows_per_step": rng.choice([2, 4]),
+        "rows_per_step": max(rng.choice([2, 4]), mesh["replicate"] * mesh["shard"]),
     }
     if rows == "padded":
         settings["rows"] = {"_component_": "torchtune_vl.data.PaddedRows", "batch_size": 2}
@@ -140,7 +145,8 @@ def draw(rng: random.Random) -> Drawn:
         settings["lr_scheduler"] = None
     words = [
         method, trained, mix, f"{dtype}/{compute}", optimizer, rows, f"{processes} processes",
-        f"tensor {tensor}", f"{settings['num_workers']} workers",
+        *(f"{kind} {size}" for kind, size in mesh.items() if size > 1),
+        f"{settings['num_workers']} workers",
         "validation" if "dataset_val" in settings else "no validation",
     ]  # fmt: skip
     name = {"full": "full", "qlora": "qlora"}.get(method, "lora")
@@ -316,8 +322,8 @@ def _look_at_what_it_left(output: Path, drawn: Drawn) -> None:
 
 def _compare_with_plain_loop(config: Path, dataset: Any, drawn: Drawn) -> str:
     output = config.with_suffix("")
-    # Of processes that share each layer, each has written the same
-    copies = drawn.settings["parallel.tensor"]
+    # Of processes that share a row or its layers, each has written the same
+    copies = drawn.settings["parallel.tensor"] * drawn.settings["parallel.context"]
     samples = {
         step: sorted(samples)[::copies] for step, samples in sorted(read_samples(output).items())
     }
