@@ -109,7 +109,7 @@ def draw(rng: random.Random) -> Drawn:
     model, trained, refused = _draw_model(rng, method, mix)
     rows = rng.choice(["packed", "padded"])
     kinds = ["shard", *["tensor"][: method != "qlora"], *["context"][: rows == "packed"]]
-    mesh = {kind: 1 for kind in ("replicate", "shard", "context", "tensor")}
+    mesh = dict.fromkeys(("replicate", "shard", "context", "tensor"), 1)
     for size in {1: [], 2: [2], 4: [2, 2]}[processes]:
         mesh[rng.choice([*kinds, "replicate"])] *= size
     if mesh["tensor"] > 2:  # heads of the tiny model

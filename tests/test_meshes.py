@@ -2,6 +2,7 @@
 
 import torchtune_vl._torchao  # noqa: F401 # isort: skip (before torchtune, in processes that tests start)
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
+from tests.finetune_runs import NARROW, run, write_config, write_inputs
+from tests.test_finetune import ADAPTERS
 from torchtune_vl.data import Batch, RowSharing, packed_collate_vision
 from torchtune_vl.models._weights import load_weights_into
 from torchtune_vl.models.qwen2_5_vl import lora_qwen2_5_vl, qwen2_5_vl
@@ -180,3 +184,95 @@ def test_gradients_are_those_of_one_process(mesh: Mesh, method: str, tmp_path: P
         assert gradient is not None
         difference = (found["gradients"][name] - gradient).norm() / gradient.norm()
         assert difference <= 1e-5, (name, difference)
+
+
+def test_a_row_is_shared_out_whole() -> None:
+    """Each token, target and frame goes to one device, and a device's keys are those it may see."""
+    geometry = model_of("full").encoders["vision"].geometry
+    for devices, row in itertools.product((2, 3, 8), rows(8, 1, geometry)):
+        shares = [RowSharing(n, devices, (IMAGE, VIDEO))(row) for n in range(devices)]
+        count = row["tokens"].numel()
+        padded = shares[0]["tokens"].numel() * devices
+        assert count <= padded < count + 2 * devices
+        gathered = torch.cat([share["tokens"][0] for share in shares])
+        found = sorted(torch.cat([share["mask"].targets for share in shares]).tolist())
+        assert found == [*range(len(row["targets"]))]
+        documents = row["tokens"][0].split(row["mask"].lengths)
+        for share in shares:
+            own, mask = share["tokens"][0], share["mask"]
+            assert torch.equal(share["targets"], row["targets"][mask.targets])
+            pieces = own.split(mask.queries.lengths)
+            seen = gathered[mask.key_rows].split(mask.keys.lengths)
+            for piece, keys in zip(pieces, seen, strict=True):
+                assert torch.equal(keys[-len(piece) :], piece)
+                begins = (torch.equal(keys, d[: len(keys)]) for d in documents)
+                assert any(begins) or not keys.any()  # padding
+        if "encoder_input" in row:
+            media = row["encoder_input"]["vision"]
+            encoded = [share["encoder_input"]["vision"] for share in shares]
+            real = [v for v, s in zip(encoded, shares, strict=True) if sum(s["mask"].sent)]
+            assert torch.equal(torch.cat([v["patches"] for v in real]), media["patches"])
+            assert sum(len(v["grid_thw"]) for v in real) == int(media["grid_thw"][:, 0].sum())
+            placeholders = torch.isin(gathered, torch.tensor([IMAGE, VIDEO])).sum()
+            assert sum(sum(share["mask"].received) for share in shares) == placeholders
+
+
+def test_compiled_layers_break_for_attention_alone() -> None:
+    """Its shapes are those of each row; traced, they would be compiled anew for each."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = qwen2_5_vl(**DIMS)
+    for layer in [*model.decoder.layers, *model.encoders["vision"].layers]:
+        layer.forward = torch.compile(layer.forward, backend="aot_eager")
+    for row in rows(4, 0, model.encoders["vision"].geometry):
+        compute(model, row).sum().backward()
+    (reason,) = counters["graph_break"]
+    assert "attend_within_segments" in reason
+
+
+STAGES = [
+    ("one process", 1, {}),
+    ("context 2", 2, {"parallel.context": 2}),
+    ("shard 2, replicate 2", 4, {"parallel.shard": 2, "parallel.replicate": 2}),
+    ("tensor 2", 2, {"parallel.tensor": 2}),
+    ("context 2, tensor 2", 4, {"parallel.context": 2, "parallel.tensor": 2}),
+    ("shard 2", 2, {}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_goes_on_and_is_exported_on_other_meshes(
+    method: str, vocabulary: Path, tmp_path: Path
+) -> None:
+    write_inputs(tmp_path, vocabulary, 12, config={**NARROW, "tie_word_embeddings": False})
+    settings: dict[str, Any] = {
+        "lr_scheduler": {"_component_": "tests.finetune_runs.constant_rate"},
+        "num_workers": 1,
+        "optimizer.fused": True,
+        "rows_per_step": 4,
+        "rows.max_tokens": 384,
+    }
+    if method == "lora":
+        settings["model"] = {**ADAPTERS, "apply_lora_to_mlp": True}
+    steps = 2 * len(STAGES)
+    whole = run(write_config(tmp_path, tmp_path / "whole", {**settings, "max_steps": steps}))
+    losses: dict[int, float] = {}
+    output = tmp_path / "parts"
+    for number, (_, processes, mesh) in enumerate(STAGES):
+        last = {"max_steps": 2 * number + 2, "resume": True, "parallel.shard": None}
+        losses |= run(write_config(tmp_path, output, {**settings, **last, **mesh}), processes)
+    assert losses.keys() == whole.keys()
+    assert max(abs(losses[step] / loss - 1) for step, loss in whole.items()) <= 1e-5
+    (epoch,) = output.glob("epoch_*")
+    exported = contents(epoch)
+    for name, processes, mesh in STAGES[:-1]:
+        last = {"max_steps": steps, "resume": True, "parallel.shard": None}
+        run(write_config(tmp_path, output, {**settings, **last, **mesh}), processes)
+        assert contents(epoch) == exported, name
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """What the files of an export are."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}

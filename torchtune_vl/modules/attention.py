@@ -6,6 +6,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -126,7 +127,13 @@ def attend_to_ends(
 
 def _has_kernel(q_NHD: torch.Tensor) -> bool:
     """Whether there is a kernel for segments of any length."""
-    return q_NHD.is_cuda and q_NHD.dtype in (torch.float16, torch.bfloat16)
+    is_half = q_NHD.dtype in (torch.float16, torch.bfloat16)
+    return q_NHD.is_cuda and is_half and _runs_flash_attention(q_NHD.device)
+
+
+@lru_cache
+def _runs_flash_attention(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _by_kernel(
@@ -137,14 +144,17 @@ def _by_kernel(
     keys: Segments,
     is_causal: bool,
 ) -> torch.Tensor:
-    # Where segments have fewer queries than keys, both are taken to end together
-    options: dict[str, Any] = {"window_size": (-1, 0)} if is_causal else {}
+    longest = (max(queries.lengths), max(keys.lengths))
+    # Where segments have fewer queries than keys, both are taken to end together. A window of all
+    # is none to FlashAttention; without it torch 2.14 takes cuDNN on Hopper, which builds its graph
+    # anew for each geometry
+    window = (-1, 0) if is_causal else (max(longest), max(longest))
+    options: dict[str, Any] = {"window_size": window}
     groups = q_NHD.shape[1] // k_MKD.shape[1]
     if groups > 1 and _SHARES_HEADS:
         options["enable_gqa"] = True
     elif groups > 1:
         k_MKD, v_MKD = (x.repeat_interleave(groups, dim=1) for x in (k_MKD, v_MKD))
     ends = (queries.boundaries, keys.boundaries)
-    longest = (max(queries.lengths), max(keys.lengths))
     # A pair only where the log-sum-exp is asked for
     return cast(torch.Tensor, varlen_attn(q_NHD, k_MKD, v_MKD, *ends, *longest, **options))

@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig
 from torch import nn
 from torch._dynamo import config as dynamo
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -106,6 +107,9 @@ class FinetuneRecipe:
         )
         self.pending_save: Future[None] | None = None
         self.saving = ThreadPoolExecutor(1)
+        # Steps wait while a GPU's tensors are copied: to pinned memory, kept from save to save
+        kept = StagingOptions(use_shared_memory=False, use_async_staging=False)
+        self.stager = DefaultStager(kept) if self.device.type == "cuda" else None
         self.fingerprint: dict[str, Any] = {}
         self.begun = self.together.by_first(self._find_begun)
         self.together.check_shared(self.output_dir)
@@ -665,7 +669,9 @@ class FinetuneRecipe:
         progress |= {"processes": self.processes, "fingerprint": self.fingerprint}
         progress |= self.metrics.history
         partial = self.together.by_first(lambda: self.saved.begin(self.step, progress))
-        written = dcp.async_save(state, checkpoint_id=partial, process_group=self.save_group)
+        written = dcp.async_save(
+            state, checkpoint_id=partial, process_group=self.save_group, async_stager=self.stager
+        )
         self.pending_save = self.saving.submit(self._finish_save, partial, written)
 
     def _finish_save(self, partial: Path, written: Any) -> None:
@@ -766,6 +772,8 @@ class FinetuneRecipe:
     def cleanup(self) -> None:
         """Close what is open."""
         self.saving.shutdown()
+        if self.stager:
+            self.stager.close()
         self.sample_log.close()
         self.metrics.close()
         dist.destroy_process_group()
