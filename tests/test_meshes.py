@@ -189,7 +189,9 @@ def test_gradients_are_those_of_one_process(mesh: Mesh, method: str, tmp_path: P
 def test_a_row_is_shared_out_whole() -> None:
     """Each token, target and frame goes to one device, and a device's keys are those it may see."""
     geometry = model_of("full").encoders["vision"].geometry
-    for devices, row in itertools.product((2, 3, 8), rows(8, 1, geometry)):
+    for devices, row in itertools.product(
+        (2, 3, 8), [*rows(8, 1, geometry), packed_collate_vision([])]
+    ):
         shares = [RowSharing(n, devices, (IMAGE, VIDEO))(row) for n in range(devices)]
         count = row["tokens"].numel()
         padded = shares[0]["tokens"].numel() * devices

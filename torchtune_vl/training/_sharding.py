@@ -69,8 +69,12 @@ def shard(model: Any, devices: DeviceMesh, dtype: torch.dtype, cpu_offload: bool
     is_copied = devices["replicate"].size() > 1
     how: dict[str, Any] = {"mp_policy": precision, "offload_policy": offload}
     how["mesh"] = devices["replicate", "shard"] if is_copied else devices["shard"]
-    for layer in [m for m in model.modules() if isinstance(getattr(m, "weight", None), NF4Tensor)]:
-        pack_nf4(layer)
+    quantized = [m for m in model.modules() if isinstance(getattr(m, "weight", None), NF4Tensor)]
+    if devices["shard"].size() > 1:
+        for layer in quantized:
+            pack_nf4(layer)
+    else:
+        how["ignored_params"] = {layer.weight for layer in quantized}
     for modules in _gathered_together(model):
         fsdp.fully_shard(modules, **how)
     if isinstance(model.decoder.tok_embeddings, fsdp.FSDPModule):
