@@ -21,9 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torchao.optim
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torchtune.modules import TransformerSelfAttentionLayer
 
 from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
 from quickstart.digits import write_digits
@@ -31,6 +29,7 @@ from quickstart.vocabulary import fetch_vocabulary
 from torchtune_vl.data import packed_collate_vision
 from torchtune_vl.datasets import vision_chat_dataset
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform, qwen2_5_vl_from_config
+from torchtune_vl.training._mesh import Mesh
 from torchtune_vl.training._sharding import shard
 
 STEPS = 300
@@ -137,9 +136,7 @@ def train(
     torch.manual_seed(0)
     model = copy.deepcopy(start).to(setting.weights)
     if setting.compute != setting.weights:  # as the recipe does
-        layers = [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
-        mesh = init_device_mesh("cpu", (1,))
-        shard(model, layers, mesh, setting.compute, cpu_offload=False)
+        shard(model, Mesh(1, 1, 1, 1).devices("cpu"), setting.compute, cpu_offload=False)
     before = weights_of(model)
     optimizer = setting.optimizer(model.parameters(), lr=rate, **setting.options)
     losses = []

@@ -1,15 +1,19 @@
 """The metrics of a line of the log, from rows of known content."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from torchtune_vl.data import Row, Size
+from torchtune_vl.data import Row, RowSharing, Size, packed_collate_vision
 from torchtune_vl.training import _metrics
+from torchtune_vl.training._mesh import Mesh
 from torchtune_vl.training._metrics import Metrics
+
+ONE = Mesh(1, 1, 1, 1)
 
 
 class Flops:
@@ -51,7 +55,7 @@ def row(tokens: list[int], targets: int, images: int) -> Row:
     batch: dict[str, Any] = {"tokens": torch.zeros(2, 50), "targets": torch.zeros(targets)}
     if images:
         batch["encoder_input"] = {"vision": {"grid_thw": torch.zeros(images, 3)}}
-    sizes = [Size(n, 0, 1) for n in tokens]
+    sizes = [Size(n, 0, 0 if i else targets) for i, n in enumerate(tokens)]
     sources = [number % 2 for number in range(len(tokens))]
     return Row(batch, [*range(len(tokens))], sizes, {}, images > 0, [], sources)
 
@@ -64,7 +68,7 @@ def add(metrics: Metrics, *of_row: Any) -> None:
 @pytest.mark.parametrize(("room", "expected"), [(80, 60 / 160), (None, 60 / 200)])
 def test_a_line(clock: list[float], room: int | None, expected: float) -> None:
     logger = Logger()
-    metrics = Metrics(logger, Flops(), room, torch.device("cpu"), copies=1, sources=["0"])  # type: ignore[arg-type]
+    metrics = Metrics(logger, Flops(), room, torch.device("cpu"), ONE, sources=["0"])  # type: ignore[arg-type]
     metrics.peak_flops = 1e6
     add(metrics, [1000], 999, 9)
     metrics.add_loss(9.0)
@@ -103,7 +107,7 @@ def test_a_line(clock: list[float], room: int | None, expected: float) -> None:
 def test_rows_that_several_processes_have_count_once(clock: list[float]) -> None:
     lines = []
     for copies in (1, 2):
-        metrics = Metrics(None, Flops(), 80, torch.device("cpu"), copies, ["0"])  # type: ignore[arg-type]
+        metrics = Metrics(None, Flops(), 80, torch.device("cpu"), Mesh(1, 1, 1, copies), ["0"])  # type: ignore[arg-type]
         add(metrics, [10, 20], 7, 0)
         metrics.add_loss(3.0)
         clock[0] += 1.0
@@ -114,7 +118,9 @@ def test_rows_that_several_processes_have_count_once(clock: list[float]) -> None
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_each_dataset_of_a_mixture_has_its_loss(copies: int) -> None:
-    metrics = Metrics(None, Flops(), 80, torch.device("cpu"), copies, ["a", "b", "none"])  # type: ignore[arg-type]
+    metrics = Metrics(
+        None, Flops(), 80, torch.device("cpu"), Mesh(1, 1, 1, copies), ["a", "b", "none"]
+    )  # type: ignore[arg-type]
     batch: dict[str, Any] = {"tokens": torch.zeros(1, 50), "targets": torch.zeros(6)}
     sizes = [Size(10, 0, 1), Size(20, 0, 3), Size(12, 0, 2)]
     made = Row(batch, [4, 7, 5], sizes, {}, False, [(9, "sample 9: it is torn")], [0, 1, 0])
@@ -131,6 +137,24 @@ def test_each_dataset_of_a_mixture_has_its_loss(copies: int) -> None:
     assert metrics.history["samples"] == 4
 
 
+def test_losses_of_devices_that_share_a_row_are_added() -> None:
+    metrics = Metrics(None, Flops(), 80, torch.device("cpu"), Mesh(1, 1, 2, 1), ["a", "b"])  # type: ignore[arg-type]
+    sizes = [Size(10, 0, 1), Size(20, 0, 3), Size(12, 0, 2)]
+    losses = torch.tensor([1.0, 10.0, 20.0, 30.0, 3.0, 5.0])
+    documents = packed_collate_vision(
+        [{"tokens": [1] * 4, "labels": [1] * 4, "input_pos": torch.zeros(4, 3)}]
+    )
+    for device, own in enumerate(([0, 2, 5], [1, 3, 4])):
+        share = RowSharing(device, 2, ())(documents)["mask"]
+        batch: dict[str, Any] = {"mask": replace(share, targets=torch.tensor(own))}
+        metrics.add_row(Row(batch, [4, 7, 5], sizes, {}, False, [], [0, 1, 0]), losses[own])
+    metrics.add_loss(3.0)
+    line, _ = metrics.write(1, 1.0, [], False)
+    assert line["loss/a"] == pytest.approx((1 + 3 + 5) / 3)
+    assert line["loss/b"] == pytest.approx(20)
+    assert [line[f"tokens/{name}"] for name in "ab"] == [22, 20]
+
+
 def test_the_best_validation() -> None:
     for best_by, is_best in (
         ("loss", [False, True, True, False, False]),
@@ -138,7 +162,7 @@ def test_the_best_validation() -> None:
     ):
         logger = Logger()
         sources = (["0"], best_by)
-        metrics = Metrics(logger, Flops(), None, torch.device("cpu"), 1, *sources)  # type: ignore[arg-type]
+        metrics = Metrics(logger, Flops(), None, torch.device("cpu"), ONE, *sources)  # type: ignore[arg-type]
         assert metrics.history["best"] == {"value": None, "step": None}
         losses = {0: 1.0, 2: 3.0, 4: 2.0, 6: 2.0, 8: 2.5}
         scores = {0: 9.0, 2: 0.2, 4: 0.1, 6: 0.3, 8: 0.3}
@@ -156,6 +180,6 @@ def test_a_gpu_is_asked_for_its_name_and_memory(monkeypatch: pytest.MonkeyPatch)
     device = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", {device: "NVIDIA H100 80GB HBM3"}.get)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", {device: 5}.get)
-    metrics = Metrics(None, Flops(), None, device, 1, ["0"])  # type: ignore[arg-type]
+    metrics = Metrics(None, Flops(), None, device, ONE, ["0"])  # type: ignore[arg-type]
     assert metrics.peak_flops == 989.4e12
     assert metrics._peak_memory() == 5

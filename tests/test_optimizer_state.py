@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import init_device_mesh
 from torchtune import config
@@ -21,7 +22,6 @@ from torchtune_vl.training._optimizer_state import (
     optimizer_state,
     set_plain_values,
 )
-from torchtune_vl.training._sharding import shard
 
 ROOT = Path(__file__).parents[1]
 OPTIMIZERS: list[dict[str, Any]] = [
@@ -72,7 +72,7 @@ def make(settings: dict[str, Any]) -> tuple[Model, torch.optim.Optimizer]:
     model = Model().to(torch.bfloat16 if settings.get("bf16_stochastic_round") else torch.float32)
     if dist.get_world_size() > 1:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        shard(model, [], mesh, model.first.weight.dtype, cpu_offload=False)
+        fsdp.fully_shard(model, mesh=mesh)
     arguments = {key: value for key, value in settings.items() if key != "_component_"}
     component = config._utils._get_component_from_path(settings["_component_"])
     return model, component(model.parameters(), **arguments)

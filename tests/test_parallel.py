@@ -29,11 +29,13 @@ from torchtune_vl.models.qwen2_5_vl import (
 from torchtune_vl.modules.parallelism import decoder_tp_plan
 from torchtune_vl.recipes._check_config import read_config
 from torchtune_vl.recipes.finetune import FinetuneRecipe
+from torchtune_vl.training._mesh import Mesh
 from torchtune_vl.training._sharding import (
     average_copies,
     clip_grad_norm,
     divide_layers,
     gather,
+    multiply_in_float8,
     shard,
 )
 
@@ -58,12 +60,12 @@ def divided(rank: int, data: int, tensor: int, **dims: Any) -> Iterator[Any]:
     """Divide a model on the meta device over devices, of which one is here."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=data * tensor)
     try:
-        mesh = init_device_mesh("cpu", (data, tensor), mesh_dim_names=("data", "tensor"))
+        mesh = Mesh(1, data, 1, tensor).devices("cpu")
         with torch.device("meta"):
             model = qwen2_5_vl(**{**SMALL, **dims})
         if tensor > 1:
             divide_layers(model, mesh["tensor"], decoder_tp_plan(model))
-        shard(model, model.decoder.layers, mesh["data"], torch.float32, cpu_offload=False)
+        shard(model, mesh, torch.float32, cpu_offload=False)
         yield model
     finally:
         dist.destroy_process_group()
@@ -119,7 +121,7 @@ def placed_are(placed: dict[str, Any]) -> None:
 
 
 def test_rows_that_devices_cannot_share_twice_are_refused() -> None:
-    expected = r"3 devices share the data.*divide the 128 rows of decoder\.layers\.0\.attn\.q_proj"
+    expected = r"3 devices share weights.*divide the 128 rows of decoder\.layers\.0\.attn\.q_proj"
     with pytest.raises(ValueError, match=expected), divided(0, data=3, tensor=2):
         pass
 
@@ -153,27 +155,41 @@ def test_devices_share_heads_equally(queries: int, keys: int, devices: int, fitt
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("names", "settings"),
-    [
-        (["v_proj"], {}),
-        (
-            ["qkv"],
-            {
-                "decoder_trainable": "frozen",
-                "encoder_trainable": "lora",
-                "quantize_base": True,
-            },
-        ),
-    ],
-)
-def test_layers_with_adapters_or_quantized_do_not_divide(
-    base: Path, names: list[str], settings: dict[str, Any]
-) -> None:
+def test_quantized_layers_do_not_divide(base: Path) -> None:
     with torch.device("meta"):
-        model = lora_qwen2_5_vl_from_config(base, names, **settings)
-    with pytest.raises(ValueError, match="adapters or quantized weights do not divide"):
+        model = lora_qwen2_5_vl_from_config(base, ["v_proj"], quantize_base=True)
+    with pytest.raises(ValueError, match="quantized weights do not divide"):
         decoder_tp_plan(model)
+
+
+MESHES: dict[str, tuple[dict[str, Any], int, Mesh | str]] = {
+    "one": ({}, 1, Mesh(1, 1, 1, 1)),
+    "all share weights": ({}, 6, Mesh(1, 6, 1, 1)),
+    "the rest shares": ({"replicate": 2, "context": 2}, 12, Mesh(2, 3, 2, 1)),
+    "all named": ({"shard": 2, "tensor": 4}, 8, Mesh(1, 2, 1, 4)),
+    "one alone": ({"shard": 1}, 2, "parallel.shard is 1, and there are 2 processes: leave shard"),
+    "too few": ({"tensor": 3}, 2, "parallel.tensor is 3, and does not divide the 2 processes"),
+    "too many": (
+        {"replicate": 2, "shard": 2},
+        8,
+        "parallel.replicate x parallel.shard is 2 x 2, and there are 8 processes: leave shard",
+    ),
+    "no divisor": (
+        {"context": 2, "tensor": 2},
+        6,
+        "parallel.context x parallel.tensor is 2 x 2, and does not divide the 6 processes",
+    ),
+}
+
+
+@pytest.mark.parametrize(("sizes", "processes", "expected"), MESHES.values(), ids=MESHES)
+def test_meshes(sizes: dict[str, int], processes: int, expected: Mesh | str) -> None:
+    parallel = {"replicate": 1, "shard": None, "context": 1, "tensor": 1, **sizes}
+    if isinstance(expected, Mesh):
+        assert Mesh.of(parallel, processes) == expected
+    else:
+        with pytest.raises(ValueError, match=f"^{expected}"):
+            Mesh.of(parallel, processes)
 
 
 @pytest.mark.parametrize("dtypes", [["dtype=bf16"], ["dtype=fp32", "compute_dtype=bf16"]])
@@ -291,3 +307,35 @@ def gather_in_a_group(rank: int, directory: Path) -> None:
 @pytest.mark.slow
 def test_the_first_process_alone_gathers(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(gather_in_a_group, (tmp_path,), nprocs=2)
+
+
+def test_float8_multiplies_in_the_decoder_alone() -> None:
+    torch.manual_seed(0)
+    dims = {"embed_dim": 128, "intermediate_dim": 96, "vision_embed_dim": 32}
+    model = qwen2_5_vl(**{**SMALL, **dims}).bfloat16()
+    layer, x = model.decoder.layers[0], torch.randn(1, 9, 128, dtype=torch.bfloat16)
+    weight, expected = layer.mlp.w1.weight.clone(), layer.mlp(x)
+    expected.square().sum().backward()
+    gradient = layer.mlp.w1.weight.grad
+    multiply_in_float8(model, torch.device("cpu"))
+    layer.zero_grad()
+    found = layer.mlp(x)
+    found.square().sum().backward()
+    assert torch.equal(layer.mlp.w1.weight, weight)
+    # Three bits of mantissa: a product is off by a sixteenth at most, sums by less
+    for ours, exact in ((found, expected), (layer.mlp.w1.weight.grad, gradient)):
+        assert 1e-3 < (ours - exact).norm() / exact.norm() < 0.15
+    kinds = {
+        type(m).__name__ for part in (model.encoders, model.decoder.output) for m in part.modules()
+    }
+    assert "Float8Linear" not in kinds
+    assert sum(type(m).__name__ == "Float8Linear" for m in model.modules()) == 2 * 7
+
+
+def test_float8_is_refused_where_it_does_not_fit(base: Path) -> None:
+    with torch.device("meta"):
+        adapted = lora_qwen2_5_vl_from_config(base, ["q_proj"])
+        odd = qwen2_5_vl(**{**SMALL, "intermediate_dim": 88})
+    for model in (adapted, odd):
+        with pytest.raises(ValueError, match=r"without adapters, and of sizes that.*float8=False"):
+            multiply_in_float8(model, torch.device("cpu"))

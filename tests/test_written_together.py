@@ -40,6 +40,7 @@ from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import load_weights_into
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl, qwen2_5_vl_from_config
 from torchtune_vl.modules.parallelism import decoder_tp_plan
+from torchtune_vl.training._mesh import Mesh
 from torchtune_vl.training._sharding import divide_layers, shard
 
 SHARD_SIZE = "1MB"
@@ -171,11 +172,11 @@ def test_all_are_told_what_one_does_wrong(tmp_path: Path) -> None:
 def write_from_a_plane(rank: int, directory: Path, weights: dict[str, torch.Tensor]) -> None:
     """Load and write a model that is divided by layers and by data."""
     group = join(rank, directory, world_size=4)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    mesh = Mesh(1, 2, 1, 2).devices("cpu")
     with torch.device("meta"):
         model: Any = qwen2_5_vl(**SMALL)
     divide_layers(model, mesh["tensor"], decoder_tp_plan(model))
-    shard(model, model.decoder.layers, mesh["data"], torch.float32, cpu_offload=False)
+    shard(model, mesh, torch.float32, cpu_offload=False)
     load_weights_into(model, weights, torch.device("cpu"))
     write_shards({n: p.detach() for n, p in model.named_parameters()}, directory, "50KB", group)
     dist.destroy_process_group()
@@ -272,8 +273,7 @@ def load_and_export(directory: Path) -> None:
     base = directory / "base"
     with torch.device("meta"):
         model: Any = qwen2_5_vl_from_config(base)
-    layers = [*model.decoder.layers, *model.encoders["vision"].layers]
-    shard(model, layers, init_device_mesh("cpu", (2,)), torch.float32, cpu_offload=False)
+    shard(model, Mesh(1, 2, 1, 1).devices("cpu"), torch.float32, cpu_offload=False)
     load_weights_into(model, weights_of(base), torch.device("cpu"))
     weights = {name: p.detach() for name, p in model.named_parameters()}
     save(base, directory / "output", weights, dist.group.WORLD)

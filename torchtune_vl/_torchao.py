@@ -9,6 +9,8 @@ from typing import Any
 
 import torchao.dtypes
 import torchao.quantization
+from torchao.float8 import Float8LinearConfig as Float8LinearConfig
+from torchao.float8 import convert_to_float8_training as convert_to_float8_training
 
 
 def _missing(*args: Any, **kwargs: Any) -> None:

@@ -146,6 +146,11 @@ class Config:
         "`model.trained_in_float32`",
     ]
     compute_dtype: Annotated[_DType | None, "of the computation, if it is another"] = None
+    float8: Annotated[
+        bool,
+        "the decoder's linear layers multiply in float8 (torchao), for weights trained in full and "
+        "`compute_dtype: bf16`; from compute capability 8.9",
+    ] = False
     compile: Annotated[bool, "`torch.compile`, layer by layer"]
     activation_checkpointing: Annotated[
         Literal["full", "selective", "none"],

@@ -247,6 +247,8 @@ class FinetuneRecipe:
         self.flops, self.placeholder_ids = FlopCounter(model), model.placeholder_ids
         # In the order of the model, which is the same in all processes
         self.base_names = [name for name, _ in model.named_parameters() if not is_adapter(name)]
+        if cfg.float8:
+            sharding.multiply_in_float8(model, self.device)
         if cfg.parallel.tensor > 1:
             plan = instantiate(cfg.parallel.plan, model)
             sharding.divide_layers(model, self.devices["tensor"], plan)
@@ -798,6 +800,7 @@ def _check_settings(cfg: DictConfig) -> None:
     metrics_of(cfg.metrics or [])
     is_best_known = cfg.best_by in ("loss", *(cfg.metrics or []))
     has_no_plan = mesh.tensor > 1 and cfg.parallel.plan is None
+    cannot_float8 = (cfg.compute_dtype or cfg.dtype) != "bf16" or mesh.tensor > 1
     shares_padded = mesh.context > 1 and "batch_size" in cfg.rows
     refusals = {
         "export: best is that of the best validation: set dataset_val": has_no_best,
@@ -811,6 +814,7 @@ def _check_settings(cfg: DictConfig) -> None:
         "device is cuda, and torch sees no GPU: see what torch.cuda.is_available() says, or set "
         "device=cpu": gpus == 0,
         f"{here} processes cannot share {gpus} GPUs: lower nproc_per_node": here > gpus,
+        "float8 needs compute_dtype: bf16 and parallel.tensor: 1": cfg.float8 and cannot_float8,
         f"parallel.tensor is {mesh.tensor}, which needs a parallel.plan": has_no_plan,
         "parallel.context shares packed rows only: set rows._component_ to "
         "torchtune_vl.data.PackedRows": shares_padded,

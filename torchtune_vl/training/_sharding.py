@@ -12,7 +12,8 @@ from torch.distributed import fsdp
 from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from torchtune_vl._torchao import NF4Tensor
+from torchtune_vl._torchao import Float8LinearConfig, NF4Tensor, convert_to_float8_training
+from torchtune_vl._torchtune import DoRALinear, LoRALinear
 from torchtune_vl.modules.nf4 import pack_nf4
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -25,6 +26,25 @@ def dtype_on(device: torch.device, name: str) -> torch.dtype:
         asked = "which dtype or compute_dtype asks for (bf16)"
         raise ValueError(f"{gpu} has no bfloat16, {asked}: set both to fp32")
     return DTYPES[name]
+
+
+def multiply_in_float8(model: Any, device: torch.device) -> None:
+    """Let linear layers within a decoder's layers multiply in float8, in forward and backward.
+
+    Inputs, weights and gradients are scaled by the largest of each tensor ("FP8 Formats for Deep
+    Learning", arXiv 2209.05433); weights stay as they are. Raises ``ValueError`` if layers have
+    adapters or sizes that are no multiples of 16, or the device has no float8.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(f"{torch.cuda.get_device_name(device)} has no float8: set float8=False")
+    linears = [m for m in model.decoder.layers.modules() if isinstance(m, nn.Linear)]
+    others = [m for m in model.decoder.layers.modules() if isinstance(m, LoRALinear | DoRALinear)]
+    if others or any(size % 16 for m in linears for size in m.weight.shape):
+        fitting = "without adapters, and of sizes that are multiples of 16"
+        raise ValueError(f"float8 is for linear layers {fitting}: set float8=False")
+    # Any number of tokens, which gradients of weights are summed over
+    config = Float8LinearConfig(pad_inner_dim=True)
+    convert_to_float8_training(model.decoder.layers, config=config)
 
 
 @contextmanager
