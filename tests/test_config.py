@@ -168,10 +168,10 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         main(["run", "finetune", "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    keys = re.findall(r"^  ([a-z_.]+): (.+)\n {6}\S", text, re.MULTILINE)
+    keys = re.findall(r"^  ([a-z0-9_.]+): (.+)\n {6}\S", text, re.MULTILINE)
     assert [name for name, _ in keys] == [key.name for key in keys_of(Config)]
     assert {"learning_rates", "parallel", "parallel.plan"} <= {name for name, _ in keys}
-    assert ("parallel.tensor", "a whole number of at least 1") in keys
+    assert ("parallel.tensor", "a whole number of at least 1 (default: 1)") in keys
     assert ("export", "last or best (default: last)") in keys
     assert ("max_steps", "a whole number of at least 1 or null (default: null)") in keys
     assert "rows of a step, over all devices" in text
