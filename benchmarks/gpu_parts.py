@@ -35,6 +35,7 @@ from PIL import Image
 from torch.autograd import DeviceType
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import ConcatDataset, Subset
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 # Before the package, which would look for them
@@ -54,7 +55,8 @@ from tests.reference import (
 from torchtune_vl import _torchtune as tune
 from torchtune_vl.chat import CHAT_TEMPLATE
 from torchtune_vl.data import packed_collate_vision, padded_collate_vision
-from torchtune_vl.datasets import vision_chat_dataset
+from torchtune_vl.datasets import _conversations, vision_chat_dataset
+from torchtune_vl.datasets._json_records import JsonRecords
 from torchtune_vl.files._tensor_names import published_name
 from torchtune_vl.generation import Decoding, Rules, decode
 from torchtune_vl.models import model_from_pretrained, transform_from_pretrained
@@ -371,7 +373,7 @@ def resuming(job: Job) -> Iterator[Row]:
     settings = {
         "output_dir": str(root / "run"),
         "checkpoint_dir": str(root / "base"),
-        "dataset.data_files": str(root / "train.jsonl"),
+        "dataset": dataset_of(root),
         "rows.max_tokens": 1024,
         "rows.max_patches": None,
         "rows_per_step": 2,
@@ -413,6 +415,23 @@ def read_settings(config: str, settings: Mapping[str, Any], root: Path) -> Any:
     path = root / "config.yaml"
     OmegaConf.save(content, path)
     return read_config(["--config", str(path)])
+
+
+def dataset_of(root: Path) -> dict[str, str]:
+    """The dataset of a config."""
+    component = "benchmarks.gpu_parts.conversations"
+    return {"_component_": component, "data_files": str(root / "train.jsonl")}
+
+
+def conversations(tokenizer: Any, data_files: str) -> Any:
+    """`vision_chat_dataset` of JSON Lines, which are found without the package `datasets`."""
+
+    def records(*_: Any, **__: Any) -> tuple[Any, list[str]]:
+        own = JsonRecords([data_files])
+        return ConcatDataset([Subset(own, range(len(own)))]), [data_files]
+
+    with mock.patch.object(_conversations, "load_records", records):
+        return vision_chat_dataset(tokenizer, source="json", data_files=data_files)
 
 
 def vocabulary() -> Path:
@@ -531,7 +550,7 @@ def config_of(size: str, config: str, overrides: Mapping[str, Any]) -> Any:
         "output_dir": mkdtemp(),
         "checkpoint_dir": str(root / "base"),
         "checkpointer._component_": "benchmarks.gpu_parts.NoCheckpoint",
-        "dataset.data_files": str(root / "train.jsonl"),
+        "dataset": dataset_of(root),
         "max_steps": 100_000,
         "shuffle": False,
         "rows_per_step": 1,
@@ -606,7 +625,9 @@ def profile_of(recipe: Any, loader: Iterator[Any]) -> Row:
             recipe._train_step(loader)
         torch.cuda.set_sync_debug_mode("default")
     places = [
-        f"{Path(w.filename).name}:{w.lineno}" for w in warned if "synchroniz" in str(w.message)
+        f"{Path(w.filename).name}:{w.lineno}"
+        for w in warned
+        if "called a synchronizing" in str(w.message)
     ]
     with torch.profiler.profile() as profiled, torch.profiler.record_function("steps"):
         for _ in range(PROFILED_STEPS):
@@ -643,9 +664,7 @@ def peer(job: Job, size: str, dtype: str, like: str) -> Iterator[Row]:
     found = [row["samples"] for row in rows if "samples" in row]
     steps = found[0] if found else [[*range(i, i + 5)] for i in range(0, 5 * STEPS, 5)]
     transform = transform_from_pretrained(root / "base", max_seq_len=MAX_TOKENS)
-    dataset: Any = vision_chat_dataset(
-        transform, source="json", data_files=str(root / "train.jsonl")
-    )
+    dataset = conversations(transform, str(root / "train.jsonl"))
     attention = "flash_attention_2" if find_spec("flash_attn") else "sdpa"
     config = Qwen2_5_VLConfig.from_pretrained(root / "base")
     with DEVICE:

@@ -40,7 +40,8 @@ def main() -> None:
     (directory / "tokenizer").mkdir(parents=True)
     with TemporaryDirectory() as temporary:
         download(Path(temporary))
-        for wheel in sorted(Path(temporary).iterdir()):
+        build(Path(temporary))
+        for wheel in sorted(Path(temporary).glob("*.whl")):
             compress(wheel, directory / wheel.name)
     for name in VOCABULARY:
         shutil.copyfile(fetch_vocabulary(ASSETS) / name, directory / "tokenizer" / name)
@@ -56,6 +57,17 @@ def download(directory: Path) -> None:
     for platform in PLATFORMS:
         command += ["--platform", platform]
     subprocess.run(command, check=True)
+
+
+def build(directory: Path) -> None:
+    """Build this package's wheel, of a copy: builds leave files where they run."""
+    copy = directory / "source"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(name, copy / name)
+    shutil.copytree("torchtune_vl", copy / "torchtune_vl")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", str(copy)]
+    subprocess.run([*command, "--wheel-dir", str(directory)], check=True)
 
 
 def compress(wheel: Path, smaller: Path) -> None:
