@@ -92,6 +92,7 @@ CPU = DeviceType.CPU
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 NEW_TOKENS, DECODING_STEPS, DECODING_WARM_UP, DECODING_RUNS = 41, 32, 6, 3
 PROMPT_TOKENS = 600
+NOT_CAPTURED = "bfloat16, steps not captured"
 
 _PUBLISHED_VISION = {
     **CONFIG["vision_config"],
@@ -771,12 +772,13 @@ def decoding(job: Job) -> Iterator[Row]:
         reference = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     reference.eval().requires_grad_(False)
     weights = names.from_published(published(reference.state_dict()))
-    for kind in ("bfloat16", "int8", "int4"):
+    for kind in ("bfloat16", NOT_CAPTURED, "int8", "int4"):
         for batch in (1, 8):
             row: Row = {"what": "decoding", "weights": kind, "batch": batch}
+            beside = reference if kind in ("bfloat16", NOT_CAPTURED) else None
             try:
                 model = answering_model(root / "base", weights, kind)
-                row |= decoding_times(model, reference if kind == "bfloat16" else None, batch)
+                row |= decoding_times(model, beside, batch)
             except (RuntimeError, ValueError) as error:  # not all kernels are on all devices
                 row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             yield row
@@ -785,14 +787,14 @@ def decoding(job: Job) -> Iterator[Row]:
 
 
 def answering_model(base: Path, weights: Mapping[str, torch.Tensor], kind: str) -> Any:
-    """Our model with these weights, quantized perhaps."""
+    """Our model with these weights, quantized perhaps, or as in training."""
     with torch.device("meta"):
         model = model_from_pretrained(base, weights=False)
     own = {name: weights[name] for name, _ in model.named_parameters()}
     model.load_state_dict(own, assign=True)
-    if kind != "bfloat16":
-        quantize_layers(model.decoder.layers, kind)  # type: ignore[arg-type]
-    return model.eval().requires_grad_(False)
+    if kind in ("int8", "int4"):
+        quantize_layers(model.decoder.layers, kind)
+    return model.eval().requires_grad_(kind == NOT_CAPTURED)
 
 
 @torch.no_grad()
