@@ -52,6 +52,11 @@ def trained(most: float, size: str, config: str, **overrides: Any) -> Part:
     return Part(most, "training", {"size": size, "config": config, "overrides": overrides})
 
 
+def profiled(part: Part) -> Part:
+    """The same, and then a look into some of its steps."""
+    return part._replace(settings={**part.settings, "is_profiled": True})
+
+
 _BF16 = {"dtype": "bf16", "compute_dtype": None}
 _FROZEN = {"model.encoder_trainable": False, "model.fusion_trainable": False}
 _ADAMW8BIT = {"_component_": "torchao.optim.AdamW8bit", "lr": 1e-5}
@@ -90,7 +95,7 @@ PEERS = {_FULL: f"{_FULL}, transformers", _IN_BF16: f"{_IN_BF16}, transformers"}
 PARTS: dict[str, Part] = {
     "correctness": Part(50, "correctness"),
     "resuming": Part(50, "resuming"),
-    _FULL: trained(130, "3B", "full"),
+    _FULL: profiled(trained(130, "3B", "full")),
     PEERS[_FULL]: Part(45, "peer", {"size": "3B", "dtype": "fp32", "like": _FULL}),
     "7B, LoRA": trained(80, "7B", "lora"),
     "decoding": Part(60, "decoding"),

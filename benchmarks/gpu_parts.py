@@ -561,8 +561,10 @@ def config_of(size: str, config: str, overrides: Mapping[str, Any]) -> Any:
     return read_settings(config, settings, Path(settings["output_dir"]))
 
 
-def training(job: Job, size: str, config: str, overrides: Mapping[str, Any]) -> Iterator[Row]:
-    """Train by the recipe, its data workers included, and then look into some steps."""
+def training(
+    job: Job, size: str, config: str, overrides: Mapping[str, Any], is_profiled: bool = False
+) -> Iterator[Row]:
+    """Train by the recipe, its data workers included, and then look into steps, perhaps."""
     settings = config_of(size, config, overrides)
     estimate = estimate_memory(settings)
     total = torch.cuda.get_device_properties(0).total_memory
@@ -580,7 +582,7 @@ def training(job: Job, size: str, config: str, overrides: Mapping[str, Any]) -> 
         warm_up = time.perf_counter() - begun
         torch.cuda.reset_peak_memory_stats()
         yield {**steps_of(recipe, loader, job), "estimate": estimate, "warm_up_seconds": warm_up}
-        if job.has_time():
+        if is_profiled and job.has_time():
             yield profile_of(recipe, loader)
 
 
