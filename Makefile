@@ -6,7 +6,7 @@ SERVER := .venv-vllm/.installed
 VOCABULARY := .assets/tokenizer/vocab.json
 LANGUAGES := .assets/django-5.2.8-py3-none-any.whl
 
-.PHONY: quickstart test test-slow test-serving parity fuzz lint format bench docs
+.PHONY: quickstart test test-slow test-serving parity fuzz lint format bench gpu-wheels docs
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m quickstart.run
@@ -51,6 +51,10 @@ bench: $(INSTALLED) $(VOCABULARY)
 	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.training_options
+
+# What benchmarks.gpu needs on a machine with a GPU and no network
+gpu-wheels: $(INSTALLED) $(VOCABULARY)
+	$(BIN)/python -m benchmarks.gpu_wheels
 
 # The site of docs/, build/docs/index.html. From scratch, for pages that are kept tell no warnings anew
 docs: $(INSTALLED)

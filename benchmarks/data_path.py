@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -35,6 +34,7 @@ from PIL import Image, ImageOps
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import spread
 from quickstart.checkpoint import CONFIG, PREPROCESSOR_CONFIG
 from quickstart.vocabulary import fetch_vocabulary
 from torchtune_vl.chat import CHAT_TEMPLATE
@@ -263,14 +263,6 @@ def row(case: Case, runs: int) -> str:
     target = f">= {case.target}" if case.target else ""
     floor_target = f"<= {case.floor_target}" if case.floor_target else ""
     return f"| {case.name} | {faster} | {target} | {above} | {floor_target} |"
-
-
-def spread(ratios: Sequence[float]) -> str:
-    """Format median and quartiles."""
-    if len(ratios) == 1:
-        return f"{ratios[0]:.2f} (once)"
-    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
-    return f"{median:.2f} ({lower:.2f} to {upper:.2f})"
 
 
 def paired_times(calls: Mapping[str, Call], runs: int) -> dict[str, list[float]]:

@@ -6,19 +6,17 @@ the 3B but for the vocabulary, on the same samples in each step: short questions
 no, one or two images. Ours is the step of the recipe, once with packed rows and once with padded
 batches; theirs pads the same batches to the longest and lets the model compute the loss. Model and
 optimizer are timed alone, and together with what makes batches of files. Memory is that of fresh
-processes. With a GPU, the shapes of the 3B and the 7B follow.
+processes. Of a GPU see `benchmarks.gpu`.
 """
 
 import argparse
 import json
-import math
 import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -29,12 +27,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
-from torch.autograd import DeviceType
-from torch.profiler import profile, record_function
 from torch.utils.data import Subset
 from torchtune.training import set_default_dtype
 
-from benchmarks.data_path import FULL_HD, jpeg, prose, spread, write_settings
+from benchmarks.data_path import jpeg, prose, spread, write_settings
 
 # transformers comes after what makes torchvision known to it
 # isort: split
@@ -49,7 +45,6 @@ from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tu
 from torchtune_vl.recipes import config_path
 from torchtune_vl.recipes._check_config import read_config
 from torchtune_vl.recipes.finetune import FinetuneRecipe
-from torchtune_vl.training._flops import peak_flops
 
 BATCH_SIZE, STEP_SIZE = 8, 8  # samples of a padded batch, and of an optimizer step
 MAX_TOKENS = 2560  # of a packed row: as many as a padded batch has without its padding
@@ -70,12 +65,6 @@ CPU_SETTINGS: dict[str, Any] = {
 }
 PLANNERS: dict[str, Any] = {"packed": PackedRows(MAX_TOKENS), "padded": PaddedRows(BATCH_SIZE)}
 
-GPU_MAX_TOKENS, GPU_ROWS_PER_STEP, GPU_BATCH_SIZE = 16_384, 2, 4
-GPU_WORKERS = 8
-# More rows than the data workers make beforehand
-GPU_WARM_UP, GPU_STEPS, GPU_PROFILED_STEPS = 5, 30, 4
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-
 
 class Mix(NamedTuple):
     """Conversations to make up.
@@ -92,8 +81,6 @@ class Mix(NamedTuple):
     ratios: tuple[float, float]
     question_words: int
 
-
-GPU_MIX = Mix(256, (FULL_HD[0], FULL_HD[0]), (9 / 16, 9 / 16), 600)
 
 # What differs from the tiny model of the quickstart
 CPU_MODEL: dict[str, Any] = {
@@ -112,35 +99,6 @@ CPU_MODEL: dict[str, Any] = {
         "out_hidden_size": 384,
     },
 }
-_PUBLISHED_VISION = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
-_3B: dict[str, Any] = {
-    **CPU_MODEL,
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128_000,
-    "vision_config": {**_PUBLISHED_VISION, "out_hidden_size": 2048},
-}
-_7B: dict[str, Any] = {
-    **_3B,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-    "vocab_size": 152_064,
-    "vision_config": {**_PUBLISHED_VISION, "out_hidden_size": 3584},
-}
-GPU_MODELS = {"3B": _3B, "7B": _7B}
 
 
 def main() -> None:
@@ -155,10 +113,6 @@ def main() -> None:
 
     with TemporaryDirectory() as temporary:
         print_cpu(Path(temporary), arguments.runs)
-    if torch.cuda.is_available():
-        for name, dimensions in GPU_MODELS.items():
-            with TemporaryDirectory() as temporary:
-                print_gpu(Path(temporary), name, dimensions)
 
 
 def print_cpu(root: Path, runs: int) -> None:
@@ -389,106 +343,6 @@ class Theirs:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total
-
-
-def print_gpu(root: Path, name: str, dimensions: dict[str, Any]) -> None:
-    """Print the comparison on a GPU for one model."""
-    # Or else this process would hold memory of the GPU while the others measure
-    apart(write_checkpoint, root, dimensions, torch.bfloat16, "cuda")
-    write_data(root, GPU_MIX)
-    ours: dict[str, Any] = apart(ours_on_gpu, root)
-    theirs: dict[str, Any] = apart(theirs_on_gpu, root, ours["samples"])
-    print(
-        f"\n{name}, {ours['device']}, bfloat16, rows of {GPU_MAX_TOKENS} tokens; "
-        f"transformers with {theirs['attention']}, batches of {GPU_BATCH_SIZE}; both compute "
-        "activations anew\n"
-    )
-    faster = ours["tokens"] / theirs["tokens"]
-    print("| | | aim |\n|---|---|---|")
-    print(f"| MFU | {ours['mfu']:.1%} | >= 50 % |")
-    print(f"| tokens per second | {ours['tokens']:,.0f} | |")
-    print(f"| the same, ours / transformers | {faster:.2f} | >= 1.5 |")
-    print(f"| peak memory, ours / transformers | {ours['memory'] / theirs['memory']:.2f} | |")
-    print(f"| synchronisations in {GPU_PROFILED_STEPS} steps | {ours['waits']} | 0 |")
-    print(
-        f"| waiting for data, {GPU_WORKERS} workers, 1920x1080 px | {ours['waiting']:.1%} | < 2 % |"
-    )
-
-
-def ours_on_gpu(root: Path) -> dict[str, Any]:
-    """Train by the recipe, its own data workers included, and measure."""
-    rows = {
-        "_component_": "torchtune_vl.data.PackedRows",
-        "max_tokens": GPU_MAX_TOKENS,
-        "max_patches": 4 * GPU_MAX_TOKENS,
-    }
-    settings = {"rows": rows, "rows_per_step": GPU_ROWS_PER_STEP, "num_workers": GPU_WORKERS}
-    recipe = Ours(root, settings).recipe
-    with recipe._load(recipe.rows) as loader:
-
-        def train(steps: int) -> None:
-            recipe.metrics.begin()
-            for _ in range(steps):
-                recipe._train_step(loader)
-
-        train(GPU_WARM_UP)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        train(GPU_STEPS)
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        counted = recipe.metrics
-        peak = peak_flops(torch.cuda.get_device_name()) or math.nan
-        measured = {
-            "mfu": counted.operations / seconds / peak,
-            "tokens": counted.tokens / seconds,
-            "waiting": counted.waited / seconds,
-            "memory": torch.cuda.max_memory_allocated(),
-            "device": torch.cuda.get_device_name(),
-            "waits": count_waits(lambda: train(GPU_PROFILED_STEPS)),
-        }
-    lines = (recipe.output_dir / "samples" / "process_0.jsonl").read_text().splitlines()
-    rows_taken = [json.loads(line)["samples"] for line in lines]
-    return {**measured, "samples": rows_taken[GPU_WARM_UP * GPU_ROWS_PER_STEP :]}
-
-
-def theirs_on_gpu(root: Path, rows: list[list[int]]) -> dict[str, Any]:
-    """Train on the samples of these rows in batches made beforehand, and measure."""
-    attention = "flash_attention_2" if find_spec("flash_attn") else "sdpa"
-    theirs = Theirs(root, GPU_BATCH_SIZE, attention, "cuda")
-    theirs.model.gradient_checkpointing_enable()
-    steps = [
-        theirs.batches(sorted(chain.from_iterable(rows[i : i + GPU_ROWS_PER_STEP])))
-        for i in range(0, GPU_ROWS_PER_STEP * GPU_PROFILED_STEPS, GPU_ROWS_PER_STEP)
-    ]
-    theirs.step(steps[0])
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for batches in steps:
-        theirs.step(batches)
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    tokens = sum(int(batch["attention_mask"].sum()) for step in steps for batch in step)
-    return {
-        "tokens": tokens / seconds,
-        "memory": torch.cuda.max_memory_allocated(),
-        "attention": attention,
-    }
-
-
-def count_waits(call: Callable[[], Any]) -> int:
-    """Count how often the host waits for the GPU during a call."""
-    with profile() as profiled, record_function("steps"):
-        call()
-    events = profiled.events() or []
-    (steps,) = (
-        e.time_range for e in events if e.name == "steps" and e.device_type == DeviceType.CPU
-    )
-    return sum(
-        (e.name in WAITS or e.name.startswith("Memcpy DtoH"))
-        and steps.start <= e.time_range.start <= steps.end
-        for e in events
-    )
 
 
 def write_checkpoint(

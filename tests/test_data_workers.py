@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from torchtune_vl.data._data_workers import loading
+from torchtune_vl.data._data_workers import _keeping_threads, loading
 
 
 def runs(process: psutil.Process) -> bool:
@@ -153,3 +154,17 @@ def test_workers_are_gone_soon_after_the_trainer(how: str) -> None:
     while any(runs(worker) for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_the_thread_that_pins_memory_leaves_others_their_number_of_threads() -> None:
+    def loaded() -> Iterator[int]:
+        torch.set_num_threads(1)  # as torch's thread does, for itself and all that begin later
+        yield 0
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert next(_keeping_threads(loaded(), 2)) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

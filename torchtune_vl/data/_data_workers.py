@@ -33,7 +33,7 @@ def loading(dataset: Any, num_workers: int, **options: Any) -> Iterator[Iterator
         gc.unfreeze()
     workers = getattr(loaded, "_workers", [])
     try:
-        yield loaded
+        yield _keeping_threads(loaded, torch.get_num_threads())
     except (RuntimeError, OSError, EOFError) as error:  # of torch's handler of SIGCHLD, or its pipe
         for worker in workers:
             with suppress(RuntimeError):  # of the handler, while we wait for it to end
@@ -54,6 +54,17 @@ def loading(dataset: Any, num_workers: int, **options: Any) -> Iterator[Iterator
         for worker in workers:
             worker.kill()  # those that did not listen
             worker.join()
+
+
+def _keeping_threads(loaded: Iterator[Any], threads: int) -> Iterator[Any]:
+    """Iterate, and set the number of threads, for threads that begin later, to what it was.
+
+    The one that pins memory sets it to 1. Where backward, in a thread of its own, has another than
+    forward had, layers that it computes anew are compiled for it anew, to what may not fit.
+    """
+    for batch in loaded:
+        torch.set_num_threads(threads)
+        yield batch
 
 
 # Kept, since what they hold of the trainer may wait here for threads, too, when it is freed
