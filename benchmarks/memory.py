@@ -33,7 +33,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from benchmarks.scaling import markdown
 from torchtune_vl import _torchtune as tune
 from torchtune_vl._torchtune import instantiate
 from torchtune_vl.data import Row, RowSharing, packed_collate_vision
@@ -54,6 +53,10 @@ STEPS = 3  # the first makes the optimizer's states
 IMAGE_GRID = (1, 32, 32)  # patches along time, height and width: 448 x 448 px, 256 tokens
 IMAGES_OF_DOCUMENT = 4
 VIDEO_GRID = (384, 24, 50)  # 768 frames, an hour at one in 4.7 s: 115,200 tokens
+TITLES = (
+    *("case", "ranks", "tokens", "estimate, GB", "allocated", "ratio", "reserved"),
+    *("sent / kept", "copied to the host, GB", "waits"),
+)
 Grid = tuple[int, int, int]
 
 
@@ -89,31 +92,32 @@ class Case:
         return config
 
 
-VIDEO = ((VIDEO_GRID,),)
+DOCUMENT = (IMAGE_GRID,) * IMAGES_OF_DOCUMENT
+SHORT, VIDEO = (DOCUMENT,) * 4, ((VIDEO_GRID,),)
 NONE, SELECTIVE = ({"activation_checkpointing": kind} for kind in ("none", "selective"))
-OFFLOADED = {"activation_offloading": True}
-ON_HOST = {"parallel.cpu_offload": True}
+FROZEN = {"model.encoder_trainable": False, "model.fusion_trainable": False}
 CASES = (
     Case("full", "3b"),
     Case("full", "3b", 8),
-    Case("full", "3b", 8, SELECTIVE),
-    Case("full", "3b", 8, NONE),
+    Case("full", "3b", 8, FROZEN),
+    Case("full", "3b", 8, SELECTIVE, SHORT),
+    Case("full", "3b", 8, NONE, SHORT),
     Case("full", "7b", 8),
-    Case("full", "7b", 8, OFFLOADED),
+    Case("full", "7b", 8, {"activation_offloading": True}, SHORT),
     Case("full", "7b", 64),
-    Case("full", "7b", 64, ON_HOST),
+    Case("full", "7b", 64, {"parallel.cpu_offload": True}),
     Case("full", "32b", 64),
     Case("full", "72b", 64),
     Case("lora", "3b"),
     Case("lora", "7b"),
+    Case("lora", "7b", 1, SELECTIVE, SHORT),
     Case("lora", "7b", 8),
-    Case("lora", "7b", 8, SELECTIVE),
-    Case("lora", "7b", 8, NONE),
+    Case("lora", "7b", 8, NONE, SHORT),
     Case("lora", "32b", 8),
     Case("lora", "72b", 64),
     Case("qlora", "3b"),
     Case("qlora", "7b"),
-    Case("qlora", "7b", 1, NONE),
+    Case("qlora", "7b", 1, NONE, SHORT),
     Case("qlora", "7b", 8),
     Case("qlora", "32b", 8),
     Case("qlora", "72b", 64),
@@ -225,8 +229,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="cases whose title has this")
     only = parser.parse_args().only
-    titles = ("case", "ranks", "estimate, GB", "allocated", "estimate / allocated", "reserved")
-    print(markdown((*titles, "sent / kept", "copies to the host, GB", "waits"), []))
+    print(markdown(TITLES), markdown(["---"] * len(TITLES)), sep="\n")
     for case in CASES:
         if only in str(case):
             print(line_of(case, apart(case)), flush=True)
@@ -238,13 +241,18 @@ def apart(case: Case) -> dict[str, Any]:
         return pool.submit(measured, case).result()
 
 
+def markdown(cells: Sequence[str]) -> str:
+    """Make a line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
 def line_of(case: Case, found: Mapping[str, Any]) -> str:
     """Make a line of the table."""
     gb = {name: f"{size / 1e9:.1f}" for name, size in found.items()}
     ratio = found["estimate"] / found["allocated"]
     cells = [str(case), str(case.ranks), gb["estimate"], gb["allocated"], f"{ratio:.2f}"]
     cells += [gb["reserved"], f"{found['sent'] / found['kept']:.2f}" if found["kept"] else "-"]
-    return f"| {' | '.join([*cells, gb['received'], str(found['waits'])])} |"
+    return markdown([*cells, gb["received"], str(found["waits"])])
 
 
 def measured(case: Case) -> dict[str, Any]:
