@@ -141,11 +141,14 @@ class MeasuredRecipe(FinetuneRecipe):
         self.together = Together()  # nobody would answer
 
     def setup(self) -> None:
+        """Make what a step takes."""
         self.checkpointer = Zeros(self.cfg.model)
         self.model = self._make_model()
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = instantiate(self.cfg.optimizer, self._parameter_groups())
-        self.offloading = tune.OffloadActivations() if self.cfg.activation_offloading else nullcontext()
+        self.offloading = (
+            tune.OffloadActivations() if self.cfg.activation_offloading else nullcontext()
+        )
         self.step, self.had_media, self.rows, self.sources = 0, True, None, ["dataset"]
         self.seeing, self.newly_bad, self.sample_log = {}, [], io.StringIO()
         self.scheduler = LambdaLR(self.optimizer, lambda step: 1.0)

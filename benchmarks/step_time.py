@@ -220,7 +220,7 @@ class Model:
         """
         memory = self._memory(row.tokens, row.patches, mesh.tensor)
         layers = memory["activations"] + memory["layers at work"]
-        states = memory["weights"] + memory["optimizer"] + memory.get("gradients", 0)
+        states = memory["weights"] + memory["optimizer"] + memory["gradients"]
         at_peak = states * SOME_SHARDS / mesh.shards + layers / mesh.context
         return max(at_peak + memory["gathered layers"], 16 * self.parameters_on(mesh))
 

@@ -126,7 +126,7 @@ def attend_to_ends(
 
 def _has_kernel(q_NHD: torch.Tensor) -> bool:
     """Whether there is a kernel for segments of any length: on the meta device as on CUDA."""
-    return q_NHD.is_meta or q_NHD.is_cuda and q_NHD.dtype in (torch.float16, torch.bfloat16)
+    return q_NHD.is_meta or (q_NHD.is_cuda and q_NHD.dtype in (torch.float16, torch.bfloat16))
 
 
 def _by_kernel(

@@ -8,7 +8,7 @@ imitated here.
 
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -31,6 +31,9 @@ from torchtune_vl.modules.context import RowShare
 from torchtune_vl.modules.layout import vision_index
 from torchtune_vl.training import _sharding as sharding
 from torchtune_vl.training._mesh import Mesh
+
+PURPOSES = ("weights", "gradients", "optimizer", "gathered layers", "activations", "layers at work")
+WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED, ACTIVATIONS, WORK = PURPOSES
 
 _SIDE = 32  # patches of a side of the images of a row
 # torchtune.training.OffloadActivations keeps so many of the last tensors until they are copied
@@ -76,14 +79,16 @@ class _Run:
         if tensor_devices is not None:
             plan = instantiate(config.parallel.plan, self.model)
             sharding.divide_layers(self.model, tensor_devices, plan)
-        for module in self.model.modules():
-            if isinstance(module, nn.RMSNorm):
-                module.forward = partial(_fused_norm, module)
+        norms: list[Any] = [m for m in self.model.modules() if isinstance(m, nn.RMSNorm)]
+        for norm in norms:
+            norm.forward = partial(_fused_norm, norm)
         sharding.recompute_layers(self.model, config.activation_checkpointing)
         is_sharded = sharding.is_sharded(self.model, mesh, dtype, offload)
         if is_sharded:
             sharding.pack_quantized(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not self.trained:
+            raise ValueError("nothing is trained: set one of the keys model.*_trainable")
         states, self.temporary = self._states()
         self.alive = _Alive(states)
         self.sharding: _Sharding | None = None
@@ -93,7 +98,7 @@ class _Run:
             self.sharding = _Sharding(self.model, self.alive, self.shards, stored, offload)
         else:
             for p in self.trained:
-                p.register_post_accumulate_grad_hook(lambda p: self.alive.move(p.grad, "gradients"))
+                p.register_post_accumulate_grad_hook(lambda p: self.alive.move(p.grad, GRADIENTS))
         self.alive.leave_out(self.model.parameters())
 
     def _states(self) -> tuple[dict[str, int], int]:
@@ -105,12 +110,12 @@ class _Run:
         (dtype,) = {p.dtype for p in self.trained}
         optimizer = _OptimizerBytes.of(self.config.optimizer, dtype)
         at_once = sum(sizes) if optimizer.takes_all_at_once else max(sizes)
-        states = {"weights": weights, "optimizer": optimizer.kept * sum(sizes)}
+        states = {WEIGHTS: weights, OPTIMIZER: optimizer.kept * sum(sizes)}
         shared = {name: round(size / self.shards) for name, size in states.items()}
         return shared, round(optimizer.temporary * at_once / self.shards)
 
     def peak(self) -> dict[str, int]:
-        """Take the last row of a step, behind others if it has several, and the optimizer's step."""
+        """Take the last row of a step, behind others if there are, and the optimizer's step."""
         batch = self._row()
         with self.alive:
             if self.config.rows_per_step > self.mesh.data:
@@ -120,8 +125,8 @@ class _Run:
                 losses = self.model(**batch)
                 losses.sum().backward()
             del batch, losses
-            self.alive.take(round(self.temporary), "optimizer")
-        return self.alive.peak
+            self.alive.take(round(self.temporary), OPTIMIZER)
+        return {purpose: self.alive.peak.get(purpose, 0) for purpose in PURPOSES}
 
     def _leave_gradients(self) -> None:
         """Have gradients of earlier rows."""
@@ -130,7 +135,7 @@ class _Run:
         else:
             for p in self.trained:
                 p.grad = torch.empty_like(p)
-                self.alive.move(p.grad, "gradients")
+                self.alive.move(p.grad, GRADIENTS)
 
     def _row(self) -> dict[str, Any]:
         """The largest row, of images of one size, or this device's share of it."""
@@ -138,6 +143,7 @@ class _Run:
         size, placeholder = encoder.merger.unit_size, self.model.placeholder_ids[0]
         if "batch_size" in rows:
             tokens = rows.batch_size * self.config.tokenizer.max_seq_len
+            self.model.decoder.max_seq_len = tokens  # of one row that takes as much
         else:
             tokens = rows.max_tokens
         units = min(tokens, (rows.get("max_patches") or size * tokens) // size)
@@ -185,6 +191,13 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """List the plain tensors that one of NF4, or of an optimizer's few bits, is made of."""
+    own: Any = _local(tensor.data)
+    names, _ = own.__tensor_flatten__() if hasattr(own, "__tensor_flatten__") else ([], None)
+    return [getattr(own, name) for name in names] or [own]
+
+
 class _OptimizerBytes(NamedTuple):
     """What an optimizer keeps of each parameter, and takes in a step, in bytes."""
 
@@ -222,7 +235,7 @@ class _Alive(TorchDispatchMode):
     def __init__(self, fixed: dict[str, int]) -> None:
         super().__init__()
         self.now, self.peak = Counter(fixed), dict(fixed)
-        self.purpose = "layers at work"  # of what is made
+        self.purpose = WORK  # of what is made
         self._storages: dict[int, tuple[str, int]] = {}  # purpose and bytes, by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -230,29 +243,19 @@ class _Alive(TorchDispatchMode):
         if not is_fake and any(kind not in (torch.Tensor, nn.Parameter) for kind in types):
             return NotImplemented  # what it is made of comes here
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.torch_attn._varlen_attn_backward.default:
-            self._take_for_flash_attention(*args)
         for tensor in tree_leaves(out):
             if type(tensor) is torch.Tensor:
-                self._add(tensor.untyped_storage(), self.purpose)
+                self._add(tensor.untyped_storage())
+        if func is torch.ops.torch_attn._varlen_attn_backward.default:
+            self.take(_bytes_within_flash_attention(*args), WORK)
         return out
 
-    def _take_for_flash_attention(self, grad: Any, q: Any, k: Any, *others: Any) -> None:
-        """Count what the kernel takes for itself: sums of queries' gradients in float32, and the
-        gradients of keys and values for each head of queries."""
-        segments = len(others[3]) - 1
-        rows, heads, width = q.shape
-        rounded = -(-width // _FLASH_WIDTH) * _FLASH_WIDTH
-        sums = 4 * (rows + _FLASH_ROWS * segments) * heads * (rounded + 1)
-        is_shared = k.shape[1] != heads
-        self.take(sums + is_shared * 2 * len(k) * heads * width * k.itemsize, self.purpose)
-
-    def _add(self, storage: torch.UntypedStorage, purpose: str) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         address = storage._cdata
         if address in self._storages:
             return
-        self._storages[address] = purpose, storage.nbytes()
-        self.now[purpose] += storage.nbytes()
+        self._storages[address] = self.purpose, storage.nbytes()
+        self.now[self.purpose] += storage.nbytes()
         weakref.finalize(storage, self._remove, address)
         if self.now.total() > sum(self.peak.values()):
             self.peak = dict(self.now)
@@ -263,9 +266,10 @@ class _Alive(TorchDispatchMode):
 
     def take(self, size: int, purpose: str) -> torch.Tensor:
         """Make a tensor of so many bytes."""
+        self.purpose = purpose
         tensor = torch.empty(size, dtype=torch.uint8, device="meta")
-        self._add(tensor.untyped_storage(), purpose)
-        self.move(tensor, purpose)
+        self._add(tensor.untyped_storage())
+        self.purpose = WORK
         return tensor
 
     def move(self, tensor: torch.Tensor, purpose: str) -> None:
@@ -280,13 +284,28 @@ class _Alive(TorchDispatchMode):
     def leave_out(self, tensors: Any) -> None:
         """Do not count tensors, which are counted elsewhere."""
         for tensor in tensors:
-            inner = getattr(tensor.data, "__tensor_flatten__", lambda: ([], None))()[0]
-            for part in [getattr(tensor.data, name) for name in inner] or [tensor]:
+            for part in _parts(tensor):
                 self._storages[part.untyped_storage()._cdata] = "", 0
 
     def is_left_out(self, tensor: torch.Tensor) -> bool:
         """Whether it is one of these, or made of one."""
         return not self._storages.get(_local(tensor).untyped_storage()._cdata, ("", 0))[1]
+
+
+def _bytes_within_flash_attention(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *others: torch.Tensor
+) -> int:
+    """Bytes that the kernel takes in backward beside what it returns.
+
+    They are sums of queries' gradients, float32, and gradients of keys and values for each head of
+    queries, before those of heads that share keys are added.
+    """
+    rows, heads, width = q.shape
+    segments = len(others[3]) - 1
+    rounded = -(-width // _FLASH_WIDTH) * _FLASH_WIDTH
+    sums = 4 * (rows + _FLASH_ROWS * segments) * heads * (rounded + 1)
+    is_shared = k.shape[1] != heads
+    return sums + is_shared * 2 * len(k) * heads * width * k.itemsize
 
 
 def _fused_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
@@ -315,7 +334,7 @@ class _Kept(torch.autograd.graph.saved_tensors_hooks):
         stash: deque[torch.Tensor] = deque(maxlen=_STASHED)
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            alive.move(tensor, "activations")
+            alive.move(tensor, ACTIVATIONS)
             return tensor
 
         def send(tensor: torch.Tensor) -> Any:
@@ -361,14 +380,14 @@ class _Sharding:
             groups[0].is_gathered_in_backward = False  # the embedding
         for p in model.parameters():
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(lambda p: alive.move(p.grad, "gathered layers"))
+                p.register_post_accumulate_grad_hook(lambda p: alive.move(p.grad, GATHERED))
 
     def leave_gradients(self) -> None:
         """Have gradients of an earlier backward."""
         for group in self.groups:
             count = sum(_local(p).numel() for p in group.parameters if p.requires_grad)
             if count and not self.offload:
-                group.kept = self.alive.take(self.stored.itemsize * count // self.shards, "gradients")
+                group.kept = self.alive.take(self.stored.itemsize * count // self.shards, GRADIENTS)
 
     def end_backward(self) -> None:
         """Reduce gradients of modules whose inputs have none, and let go of all."""
@@ -408,7 +427,7 @@ class _Group:
         last.register_forward_hook(behind)
 
     def _take(self, size: float) -> torch.Tensor:
-        return self.shared.alive.take(round(size), "gathered layers")
+        return self.shared.alive.take(round(size), GATHERED)
 
     def _bytes(self) -> int:
         return sum(_local(p.data).nbytes for p in self.parameters)
@@ -456,7 +475,7 @@ class _Group:
         if self.shared.stored != torch.float32:
             own = self._take(self.shared.stored.itemsize * count / self.shared.shards)
         if self.kept is None and not self.shared.offload:
-            self.shared.alive.move(own, "gradients")
+            self.shared.alive.move(own, GRADIENTS)
             self.kept = own
 
 
