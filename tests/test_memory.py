@@ -18,13 +18,18 @@ from torchtune_vl.training._memory import PURPOSES, _Alive, _OptimizerBytes, est
 
 MODELS = "torchtune_vl.models.qwen2_5_vl"
 PARALLEL = {"replicate": 1, "shard": None, "context": 1, "tensor": 1, "cpu_offload": False}
-PLACEHOLDERS = {"image_token_id": 592, "video_token_id": 593, "vocab_size": 600}
+CHANGES = {
+    "num_key_value_heads": 2,
+    "image_token_id": 592,
+    "video_token_id": 593,
+    "vocab_size": 600,
+}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("memory")
-    (directory / "config.json").write_text(json.dumps({**CONFIG, **PLACEHOLDERS}))
+    (directory / "config.json").write_text(json.dumps({**CONFIG, **CHANGES}))
     return directory
 
 
