@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from benchmarks.packing import sizes
 from torchtune_vl.data import PackedRows, Plan
@@ -24,8 +24,7 @@ from torchtune_vl.models import qwen2_5_vl
 from torchtune_vl.modules import encoder_index, vision_index
 from torchtune_vl.recipes import config_path
 from torchtune_vl.training._flops import FlopCounter, peak_flops
-from torchtune_vl.training._memory import _activation_bytes
-from torchtune_vl.training._sharding import default_dtype
+from torchtune_vl.training._memory import estimate_memory
 
 # Of the device: NVIDIA's data sheet of the H100 SXM. The share of the peak is assumed
 PEAK_FLOPS = peak_flops("NVIDIA H100 80GB HBM3") or 0.0
@@ -33,6 +32,7 @@ USED_SHARE_OF_PEAK = 0.5
 MEMORY_BYTES_PER_SECOND = 0.8 * 3.35e12
 MEMORY_BYTES = 80e9  # of 85.5e9: the rest is for the CUDA context, NCCL's buffers and fragments
 DEVICES_OF_A_NODE = 8
+SOME_SHARDS = 64  # of weights, where memory is computed: how many makes little difference
 
 # What a ring moves, nccl-tests' busbw, by the number of nodes with all of their devices and network
 # cards: on one node 362e9 (NVIDIA/nccl issue 1047; NVLink has 450e9), on more issue 1229
@@ -215,24 +215,24 @@ class Model:
     def memory_bytes(self, row: Row, mesh: Mesh) -> float:
         """What training takes on each device at its peak, as `tune-vl estimate` computes it.
 
-        Beyond what that knows, `context` divides activations and `tensor` the inputs of layers,
-        which are kept, but no layer at work.
+        But for how many devices share the weights, which is computed here, and ``context``, which
+        is taken to divide all that layers keep and take.
         """
-        layer, rest = self.layer_parameters / mesh.tensor, self.other_parameters
-        rest += self.output_parameters / mesh.tensor
-        gathered = 2 * (3 * layer + 2 * rest)
-        kept = dict(self._activations(row.tokens // mesh.context, row.patches // mesh.context))
-        inputs = 2 * self.layers * self.width * row.tokens / mesh.context
-        kept["activations"] -= inputs * (1 - 1 / mesh.tensor)
-        return 16 * self.parameters_on(mesh) + gathered + sum(kept.values())
+        memory = self._memory(row.tokens, row.patches, mesh.tensor)
+        layers = memory["activations"] + memory["layers at work"]
+        states = memory["weights"] + memory["optimizer"] + memory["gradients"]
+        at_peak = states * SOME_SHARDS / mesh.shards + layers / mesh.context
+        return max(at_peak + memory["gathered layers"], 16 * self.parameters_on(mesh))
 
     @cache  # noqa: B019 (models are few, and live as long as the process)
-    def _activations(self, tokens: int, patches: int) -> tuple[tuple[str, int], ...]:
-        rows = {"max_tokens": tokens, "max_patches": patches}
-        config = OmegaConf.merge(self.config, {"rows": rows})
-        assert isinstance(config, DictConfig)
-        with default_dtype(torch.bfloat16):
-            return tuple(_activation_bytes(config, self.module).items())
+    def _memory(self, tokens: int, patches: int, tensor: int) -> dict[str, int]:
+        """Bytes by purpose, of weights that some devices share."""
+        settings = {"rows.max_tokens": tokens, "rows.max_patches": patches}
+        config = self.config.copy()
+        for key, value in {**settings, "parallel.tensor": tensor}.items():
+            OmegaConf.update(config, key, value)
+        config.rows_per_step = SOME_SHARDS
+        return estimate_memory(config, SOME_SHARDS * tensor)
 
 
 def parameters_of(module: torch.nn.Module) -> int:

@@ -1,6 +1,7 @@
 """The command line: what it costs to ask for help, its exit status, and what it writes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -165,3 +166,28 @@ def test_fails_with_status_1(
     for row in ("text ids", "positions"):
         assert not re.search(rf"{row}: \d+ of", output)
     assert status("validate", copy) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "nothing"),
+    ],
+)
+def test_run_lets_reserved_memory_grow(given: dict[str, str], told: str, tmp_path: Path) -> None:
+    recipe = "import os\nprint(os.environ.get('PYTORCH_ALLOC_CONF', 'nothing'))\n"
+    (tmp_path / "mine.py").write_text(recipe)
+    command = [sys.executable, "-m", "torchtune_vl.cli", "run", "mine.py"]
+    inherited = {name: x for name, x in os.environ.items() if not name.endswith("_ALLOC_CONF")}
+    inherited["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [*command, "--config", "qwen2_5_vl/full"],
+        env=inherited | given,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == told

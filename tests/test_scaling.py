@@ -107,9 +107,9 @@ def test_memory_is_that_of_the_estimate(case: scaling.Case) -> None:
     config = case.model.config.copy()
     config.rows.update(rows)
     estimated = sum(estimate_memory(config, 16).values())
-    assert case.model.memory_bytes(case.row, Mesh(shard=16)) == pytest.approx(estimated)
+    assert case.model.memory_bytes(case.row, Mesh(shard=16)) == pytest.approx(estimated, rel=0.01)
     copied = case.model.memory_bytes(case.row, Mesh(replicate=2, shard=16))
-    assert copied == pytest.approx(estimated)
+    assert copied == pytest.approx(estimated, rel=0.01)
 
 
 def test_the_slowest_of_more_devices_is_slower(case: scaling.Case) -> None:

@@ -34,6 +34,8 @@ examples:
   tune-vl run --nproc_per_node 8 finetune --config mine.yaml optimizer.lr=2e-5
   tune-vl run full_finetune_single_device --config qwen2_5_vl/stock_full
 """
+# What torch's allocator is told, by the name that torch has since 2.9, and by older ones
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 # The meanings of keys have these for readers of docs/training.md
 _LINK = re.compile(r"\[[^]]+]\(([\w.]*)[^)]*\)")
 
@@ -50,6 +52,7 @@ def _run(options: argparse.Namespace) -> int:
     if {"--help", "-h"} & {*options.arguments}:
         _print_help("finetune" in options.arguments)
         return 0
+    _let_segments_grow()
     launcher, recipe, arguments = _split(options.arguments)
     built_in = recipe_path(recipe)
     is_stock = built_in is not None and is_of_torchtune(built_in)
@@ -73,6 +76,15 @@ def _run(options: argparse.Namespace) -> int:
     else:
         runpy.run_module(module, run_name="__main__")
     return 0
+
+
+def _let_segments_grow() -> None:
+    """Let torch's allocator grow what it has reserved on a GPU, unless its user says how.
+
+    Rows differ in their shapes: what is reserved for one size has no room for another.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def _print_help(has_keys: bool) -> None:

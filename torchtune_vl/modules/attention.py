@@ -126,9 +126,10 @@ def attend_to_ends(
 
 
 def _has_kernel(q_NHD: torch.Tensor) -> bool:
-    """Whether there is a kernel for segments of any length."""
+    """Whether there is a kernel for segments of any length: on the meta device as on CUDA."""
     is_half = q_NHD.dtype in (torch.float16, torch.bfloat16)
-    return q_NHD.is_cuda and is_half and _runs_flash_attention(q_NHD.device)
+    is_ours = q_NHD.is_cuda and is_half and _runs_flash_attention(q_NHD.device)
+    return is_ours or q_NHD.is_meta
 
 
 @lru_cache

@@ -20,7 +20,8 @@ from torch.distributed import ProcessGroup
 from torchtune_vl.modules import attention
 from torchtune_vl.modules.layout import Segments
 
-# As torch 2.13 calls them, and as it did before
+# Nothing is sent on the meta device, where memory is computed. As torch 2.13 calls them, and as it
+# did before
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -71,7 +72,8 @@ class RowShare:
         self, q_NHD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, layer: nn.Module
     ) -> torch.Tensor:
         """Attend causally to the documents of the row; returns [N, H, D]."""
-        both = _GatherRows.apply(torch.cat([k_NKD, v_NKD], dim=1), self.group)
+        both = torch.cat([k_NKD, v_NKD], dim=1)
+        both = _GatherRows.apply(both, len(self.received), self.group)
         k_MKD, v_MKD = both.index_select(0, self.key_rows).chunk(2, dim=1)
         return attention.attend_to_ends(q_NHD, k_MKD, v_MKD, self.queries, self.keys)
 
@@ -83,18 +85,24 @@ class RowShare:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, devices: int, group: ProcessGroup | None
+    ) -> torch.Tensor:
         ctx.group, ctx.count = group, len(x)
-        gathered = x.new_empty(dist.get_world_size(group) * len(x), *x.shape[1:])
-        _all_gather(gathered, x.contiguous(), group=group)
+        gathered = x.new_empty(devices * len(x), *x.shape[1:])
+        x = x.contiguous()
+        if not x.is_meta:
+            _all_gather(gathered, x, group=group)
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         # What devices add to a gradient is rounded once, as where it is added on one
         own = grad.new_empty(ctx.count, *grad.shape[1:], dtype=torch.float32)
-        _reduce_scatter(own, grad.float().contiguous(), group=ctx.group)
-        return own.to(grad.dtype), None
+        whole = grad.float().contiguous()
+        if not whole.is_meta:
+            _reduce_scatter(own, whole, group=ctx.group)
+        return own.to(grad.dtype), None, None
 
 
 class _ExchangeRows(torch.autograd.Function):
@@ -104,7 +112,7 @@ class _ExchangeRows(torch.autograd.Function):
         x: torch.Tensor,
         sent: tuple[int, ...],
         received: tuple[int, ...],
-        group: ProcessGroup,
+        group: ProcessGroup | None,
     ) -> torch.Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group
         return _exchanged(x, sent, received, group)
@@ -115,8 +123,10 @@ class _ExchangeRows(torch.autograd.Function):
 
 
 def _exchanged(
-    x: torch.Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: ProcessGroup
+    x: torch.Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: ProcessGroup | None
 ) -> torch.Tensor:
     out = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), [*received], [*sent], group=group)
+    x = x.contiguous()
+    if not x.is_meta:
+        dist.all_to_all_single(out, x, [*received], [*sent], group=group)
     return out

@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -31,7 +30,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from torchtune_vl import _torchtune as tune
@@ -207,7 +205,9 @@ class FinetuneRecipe:
         self.sample_log = self._open_sample_log()
         if self.is_main:
             # Of the device alone: it takes seconds
-            memory = estimate_memory(cfg, self.processes) if self.device.type == "cuda" else {}
+            memory = {}
+            if self.device.type == "cuda":
+                memory = estimate_memory(cfg, self.processes, self.devices["tensor"])
             self.overview.show(self.max_steps - self.step, sum(memory.values()))
         for number in _STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
@@ -252,24 +252,15 @@ class FinetuneRecipe:
         if cfg.parallel.tensor > 1:
             plan = instantiate(cfg.parallel.plan, model)
             sharding.divide_layers(model, self.devices["tensor"], plan)
-        layers = [m for m in model.modules() if isinstance(m, tune.TransformerSelfAttentionLayer)]
-        # No backward comes through a frozen encoder: what it kept for one would never be let go
-        encoder_layers = [layer for e in model.encoders.values() for layer in e.layers]
-        is_trained = any(p.requires_grad for layer in encoder_layers for p in layer.parameters())
-        frozen = set() if is_trained else {*encoder_layers}
-        every = {"none": 0, "selective": 2, "full": 1}[cfg.activation_checkpointing]
         if cfg.compile:
             # Layers of decoder and encoder are one function, which is compiled for both, with
             # gradients and without, for inputs that need them or not, and for fixed and any sizes
             dynamo.recompile_limit = max(dynamo.recompile_limit, 32)
-        for number, layer in enumerate(layers):
-            if cfg.compile:
+            for layer in sharding.layers_of(model):
                 layer.forward = torch.compile(layer.forward)
-            if every and number % every == 0 and layer not in frozen:
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        sharding.recompute_layers(model, cfg.activation_checkpointing)
         offload = cfg.parallel.cpu_offload
-        shares_weights = self.processes > cfg.parallel.tensor
-        if shares_weights or sharding.dtypes_of(model) != {self.compute_dtype} or offload:
+        if sharding.is_sharded(model, self.mesh, self.compute_dtype, offload):
             sharding.shard(model, self.devices, self.compute_dtype, offload)
         state = self.checkpointer.load_checkpoint()
         weights = state[tune.MODEL_KEY]

@@ -1,123 +1,491 @@
-"""Memory of training on one of several devices, computed from a config."""
+"""Memory of training on one of several devices, computed from a config.
 
-from typing import Any
+A step is taken on the meta device, whose tensors have shapes and no numbers, and the bytes of those
+that are alive are counted: so what layers keep and take is what they do keep and take. Of states
+each device has its share, by arithmetic; how FSDP2 gathers weights and reduces gradients is
+imitated here.
+"""
+
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchtune_vl._torchtune import instantiate
+from torchtune_vl.data import RowSharing, packed_collate_vision
+from torchtune_vl.media import CHANNELS
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import num_bytes
-from torchtune_vl.modules.loss import CHUNK
-from torchtune_vl.training._sharding import DTYPES, default_dtype, dtypes_of, plain_parameters
+from torchtune_vl.modules.context import RowShare
+from torchtune_vl.modules.layout import vision_index
+from torchtune_vl.training import _sharding as sharding
+from torchtune_vl.training._mesh import Mesh
 
-# Logits of a chunk in the dtype of the model and in float32, and the float32 gradient
-_LOGIT_BYTES = 2 + 4 + 4
+PURPOSES = ("weights", "gradients", "optimizer", "gathered layers", "activations", "layers at work")
+WEIGHTS, GRADIENTS, OPTIMIZER, GATHERED, ACTIVATIONS, WORK = PURPOSES
+
+_SIDE = 32  # patches of a side of the images of a row
+# torchtune.training.OffloadActivations keeps so many of the last tensors until they are copied
+_STASHED = 5
+# Flash attention's backward adds so many rows for each segment, and rounds heads up
+_FLASH_ROWS, _FLASH_WIDTH = 128, 32
 
 
-def estimate_memory(config: DictConfig, num_devices: int = 1) -> dict[str, int]:
+def estimate_memory(
+    config: DictConfig, num_devices: int = 1, tensor_devices: DeviceMesh | None = None
+) -> dict[str, int]:
     """Compute the bytes that the recipe ``finetune`` takes on each device, at its peak, by purpose.
 
-    Weights but NF4 ones, gradients and optimizer are sharded over ``num_devices``. Not in it are
-    what the allocator loses to fragments, the CUDA context, about 0.5 GB, buffers of communication,
-    and what compilation saves. Raises ``ValueError`` if the model cannot be built.
+    The row is the largest that the config allows, each of its tokens a target. It is what torch's
+    allocator gives to tensors: not in it are fragments, the CUDA context, what NCCL takes, and what
+    compilation saves. A run that has ``tensor_devices``, which share its layers, passes them.
+    Raises ``ValueError`` if the model cannot be built, or the devices cannot share it.
     """
-    dtype = DTYPES[config.dtype]
-    compute_dtype = DTYPES[config.compute_dtype or config.dtype]
-    with default_dtype(dtype), torch.device("meta"):
-        model = instantiate(config.model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    plain = plain_parameters(model)
-    states = {
-        "weights": sum(map(num_bytes, plain)),
-        "gradients": sum(map(num_bytes, trained)),
-        "optimizer": sum(
-            _optimizer_bytes(config.optimizer, d) * sum(p.numel() for p in trained if p.dtype == d)
-            for d in {p.dtype for p in trained}
-        ),
-    }
-    on_device = 0 if config.parallel.cpu_offload else 1 / num_devices
-    memory = {name: round(size * on_device) for name, size in states.items()}
-    memory["weights"] += sum(map(num_bytes, {*model.parameters()} - {*plain}))
-    is_sharded = num_devices > config.parallel.tensor or config.parallel.cpu_offload
-    if is_sharded or dtypes_of(model) != {compute_dtype}:
-        memory["gathered layers"] = _gathered_bytes(model, compute_dtype)
-    with default_dtype(compute_dtype):
-        memory |= _activation_bytes(config, model)
-    return memory
+    mesh = Mesh.of(config.parallel, num_devices)
+    if mesh.tensor == 1:
+        return _Run(config, mesh, None).peak()
+    if tensor_devices is not None:
+        return _Run(config, mesh, tensor_devices).peak()
+    # Layers are divided as in a run, by a process group that sends nothing
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_devices)
+    try:
+        return _Run(config, mesh, mesh.devices("cpu")["tensor"]).peak()
+    finally:
+        dist.destroy_process_group()
 
 
-def _optimizer_bytes(component: DictConfig, dtype: torch.dtype) -> float:
-    """Bytes of state for each parameter, as the optimizer allots them to one it is given."""
-    parameter = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
-    parameter.grad = torch.zeros_like(parameter)
-    optimizer = instantiate(component, [parameter])
-    with torch.compiler.set_stance("force_eager"):  # torchao compiles the step
-        optimizer.step()
-    states = [x for x in optimizer.state[parameter].values() if isinstance(x, torch.Tensor)]
-    return sum(num_bytes(x) for x in states if x.ndim) / parameter.numel()
+class _Run:
+    """A run of the recipe on the meta device, as one of its processes."""
+
+    def __init__(self, config: DictConfig, mesh: Mesh, tensor_devices: DeviceMesh | None) -> None:
+        self.config, self.mesh, self.shards = config, mesh, mesh.shard * mesh.context
+        dtype = sharding.DTYPES[config.compute_dtype or config.dtype]
+        offload = config.parallel.cpu_offload
+        with sharding.default_dtype(sharding.DTYPES[config.dtype]), torch.device("meta"):
+            self.model: Any = instantiate(config.model)
+        if tensor_devices is not None:
+            plan = instantiate(config.parallel.plan, self.model)
+            sharding.divide_layers(self.model, tensor_devices, plan)
+        norms: list[Any] = [m for m in self.model.modules() if isinstance(m, nn.RMSNorm)]
+        for norm in norms:
+            norm.forward = partial(_fused_norm, norm)
+        sharding.recompute_layers(self.model, config.activation_checkpointing)
+        is_sharded = sharding.is_sharded(self.model, mesh, dtype, offload)
+        if is_sharded:
+            sharding.pack_quantized(self.model)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not self.trained:
+            raise ValueError("nothing is trained: set one of the keys model.*_trainable")
+        states, self.temporary = self._states()
+        self.alive = _Alive(states)
+        self.sharding: _Sharding | None = None
+        if is_sharded:
+            (stored,) = {p.dtype for p in self.trained}
+            _compute_in(self.model, dtype)
+            self.sharding = _Sharding(self.model, self.alive, self.shards, stored, offload)
+        else:
+            for p in self.trained:
+                p.register_post_accumulate_grad_hook(lambda p: self.alive.move(p.grad, GRADIENTS))
+        self.alive.leave_out(self.model.parameters())
+
+    def _states(self) -> tuple[dict[str, int], int]:
+        """Bytes of weights and the optimizer's states, and of what its step takes meanwhile."""
+        if self.config.parallel.cpu_offload:
+            return {}, 0
+        weights = sum(num_bytes(_local(p.data)) for p in self.model.parameters())
+        sizes = [_local(p).numel() for p in self.trained]
+        (dtype,) = {p.dtype for p in self.trained}
+        optimizer = _OptimizerBytes.of(self.config.optimizer, dtype)
+        at_once = sum(sizes) if optimizer.takes_all_at_once else max(sizes)
+        states = {WEIGHTS: weights, OPTIMIZER: optimizer.kept * sum(sizes)}
+        shared = {name: round(size / self.shards) for name, size in states.items()}
+        return shared, round(optimizer.temporary * at_once / self.shards)
+
+    def peak(self) -> dict[str, int]:
+        """Take the last row of a step, behind others if there are, and the optimizer's step."""
+        batch = self._row()
+        with self.alive:
+            if self.config.rows_per_step > self.mesh.data:
+                self._leave_gradients()
+            batch = _mapped(lambda x: x.clone(), batch)
+            with _Kept(self.alive, self.config.activation_offloading):
+                losses = self.model(**batch)
+                losses.sum().backward()
+            del batch, losses
+            self.alive.take(round(self.temporary), OPTIMIZER)
+        return {purpose: self.alive.peak.get(purpose, 0) for purpose in PURPOSES}
+
+    def _leave_gradients(self) -> None:
+        """Have gradients of earlier rows."""
+        if self.sharding:
+            self.sharding.leave_gradients()
+        else:
+            for p in self.trained:
+                p.grad = torch.empty_like(p)
+                self.alive.move(p.grad, GRADIENTS)
+
+    def _row(self) -> dict[str, Any]:
+        """The largest row, of images of one size, or this device's share of it."""
+        rows, encoder = self.config.rows, self.model.encoders["vision"]
+        size, placeholder = encoder.merger.unit_size, self.model.placeholder_ids[0]
+        if "batch_size" in rows:
+            tokens = rows.batch_size * self.config.tokenizer.max_seq_len
+            self.model.decoder.max_seq_len = tokens  # of one row that takes as much
+        else:
+            tokens = rows.max_tokens
+        units = min(tokens, (rows.get("max_patches") or size * tokens) // size)
+        images, rest = divmod(size * units, _SIDE**2)
+        grids = [(1, _SIDE, _SIDE)] * images + [(1, 2, rest // 2)] * (rest > 0)
+        grid_thw = torch.tensor(grids)
+        patch = CHANNELS * encoder.geometry.patch_size**2
+        vision = {
+            "patches": torch.zeros(1, patch, dtype=torch.uint8).expand(size * units, -1),
+            "grid_thw": grid_thw,
+            **vision_index(grid_thw, encoder.geometry),
+        }
+        ids = [placeholder] * units + [placeholder + 1] * (tokens - units)
+        sample = {
+            "tokens": ids,
+            "labels": ids,
+            "input_pos": torch.zeros(tokens, 3, dtype=torch.int64),
+            "encoder_input": {"vision": vision},
+        }
+        row = packed_collate_vision([sample])
+        if self.mesh.context > 1:
+            row = RowSharing(0, self.mesh.context, self.model.placeholder_ids)(row)
+        return _mapped(lambda x: x.to("meta"), row)
 
 
-def _gathered_bytes(model: Any, dtype: torch.dtype) -> int:
-    """What is whole at a time: a layer, the next, what is in no layer, and gradients of these."""
-    layer = plain_parameters(model.decoder.layers[0])
-    rest = {*plain_parameters(model)}
-    for layers in (model.decoder.layers, model.encoders["vision"].layers):
-        rest -= {*layers.parameters()}
-    gradients = sum(p.numel() for p in (*layer, *rest) if p.requires_grad)
-    return dtype.itemsize * (sum(p.numel() for p in (*layer, *layer, *rest)) + gradients)
+def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let a model have the weights that FSDP2 gathers: in the dtype of the computation."""
+    for module in model.modules():
+        for name, p in [*module.named_parameters(recurse=False)]:
+            if p.is_floating_point():
+                gathered = nn.Parameter(p.data.to(dtype), requires_grad=p.requires_grad)
+                module.register_parameter(name, gathered)
 
 
-def _activation_bytes(config: DictConfig, model: Any) -> dict[str, int]:
-    """What layers keep for their gradients, and what one layer takes beside that as it runs."""
-    encoder, decoder = model.encoders["vision"], model.decoder
-    embedding, rows = decoder.tok_embeddings, config.rows
-    is_padded = "batch_size" in rows
-    tokens = rows.batch_size * config.tokenizer.max_seq_len if is_padded else rows.max_tokens
-    patches = encoder.merger.unit_size * tokens
-    patches = min(patches, rows.get("max_patches") or patches)
-    with FakeTensorMode():
-        x_NE = torch.empty(patches, encoder.merger.norm.weight.numel(), requires_grad=True)
-        rope = torch.empty(patches, 2, encoder.layers[0].attn.head_dim, dtype=torch.float32)
-        segments = Segments.of([patches])  # how they are cut makes no difference
-        vision = _kept_bytes(encoder.layers[0], x_NE, segments=segments, rope=rope)
-        merger = _kept_bytes(encoder.merger, x_NE)
-        h_BSE = torch.empty(1, tokens, embedding.embedding_dim, requires_grad=True)
-        rope = torch.empty(1, tokens, 2, decoder.layers[0].attn.head_dim, dtype=torch.float32)
-        text = _kept_bytes(decoder.layers[0], h_BSE, mask=None, rope=rope)
-    # How much of the layers is computed anew
-    share = {"none": 0.0, "selective": 0.5, "full": 1.0}[config.activation_checkpointing]
+def _mapped(change: Callable[[Any], Any], batch: Any) -> Any:
+    def changed(x: Any) -> Any:
+        if isinstance(x, Segments):
+            return Segments(x.lengths, change(x.boundaries))
+        return x.with_each(changed) if isinstance(x, RowShare) else change(x)
 
-    def kept_by(layers: nn.ModuleList, layer_bytes: int, input_bytes: int) -> int:
-        return round(len(layers) * (share * input_bytes + (1 - share) * layer_bytes))
-
-    kept = kept_by(decoder.layers, text, h_BSE.nbytes)
-    if any(p.requires_grad for p in encoder.parameters()):
-        kept += merger
-    if any(p.requires_grad for m in (encoder.patch_embed, encoder.layers) for p in m.parameters()):
-        kept += kept_by(encoder.layers, vision, x_NE.nbytes)
-    return {
-        "activations": 0 if config.activation_offloading else kept,
-        "a layer at work": max(text, vision),
-        "logits": min(CHUNK, tokens) * embedding.num_embeddings * _LOGIT_BYTES,
-    }
+    return tree_map_only((torch.Tensor, Segments, RowShare), changed, dict(batch))
 
 
-def _kept_bytes(layer: nn.Module, x: torch.Tensor, **inputs: Any) -> int:
-    """Bytes that autograd keeps of a layer from forward to backward."""
-    named = layer.named_parameters()
-    weights = {name: torch.empty(p.shape, requires_grad=p.requires_grad) for name, p in named}
-    given = [x for x in (*weights.values(), *inputs.values()) if isinstance(x, torch.Tensor)]
-    kept = []
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """List the plain tensors that one of NF4, or of an optimizer's few bits, is made of."""
+    own: Any = _local(tensor.data)
+    names, _ = own.__tensor_flatten__() if hasattr(own, "__tensor_flatten__") else ([], None)
+    return [getattr(own, name) for name in names] or [own]
+
+
+class _OptimizerBytes(NamedTuple):
+    """What an optimizer keeps of each parameter, and takes in a step, in bytes."""
+
+    kept: float
+    temporary: float
+    takes_all_at_once: bool
+
+    @classmethod
+    def of(cls, component: DictConfig, dtype: torch.dtype) -> "_OptimizerBytes":
+        """Measure it: a step of one parameter, on the CPU as it would be on a GPU."""
+        parameter = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer = instantiate(component, [parameter])
+        (group,) = optimizer.param_groups
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
+        with torch.compiler.set_stance("force_eager"):  # torchao compiles the step
+            optimizer.step()
+            states = [x for x in optimizer.state[parameter].values() if torch.is_tensor(x)]
+            alive = _Alive({})
+            alive.leave_out([parameter, parameter.grad, *states])
+            with alive:
+                optimizer.step()
+        kept = sum(num_bytes(x) for x in states if x.ndim)
+        # Compiled, the step of those with states of few bits takes nothing
+        is_plain = all(type(x) is torch.Tensor for x in states)
+        taken = sum(alive.peak.values()) if is_plain else 0
+        count = parameter.numel()
+        return cls(kept / count, taken / count, bool(group.get("foreach")))
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, by purpose, from ``fixed`` ones on."""
+
+    def __init__(self, fixed: dict[str, int]) -> None:
+        super().__init__()
+        self.now, self.peak = Counter(fixed), dict(fixed)
+        self.purpose = WORK  # of what is made
+        self._storages: dict[int, tuple[str, int]] = {}  # purpose and bytes, by address
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_fake = any(issubclass(kind, FakeTensor) for kind in types)  # shapes of DTensors
+        if not is_fake and any(kind not in (torch.Tensor, nn.Parameter) for kind in types):
+            return NotImplemented  # what it is made of comes here
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if type(tensor) is torch.Tensor:
+                self._add(tensor.untyped_storage())
+        if func is torch.ops.torch_attn._varlen_attn_backward.default:
+            self.take(_bytes_within_flash_attention(*args), WORK)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address in self._storages:
+            return
+        self._storages[address] = self.purpose, storage.nbytes()
+        self.now[self.purpose] += storage.nbytes()
+        weakref.finalize(storage, self._remove, address)
+        if self.now.total() > sum(self.peak.values()):
+            self.peak = dict(self.now)
+
+    def _remove(self, address: int) -> None:
+        purpose, size = self._storages.pop(address)
+        self.now[purpose] -= size
+
+    def take(self, size: int, purpose: str) -> torch.Tensor:
+        """Make a tensor of so many bytes."""
+        self.purpose = purpose
+        tensor = torch.empty(size, dtype=torch.uint8, device="meta")
+        self._add(tensor.untyped_storage())
+        self.purpose = WORK
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        functional_call(layer, weights, (x,), inputs)
-    storages = {x.untyped_storage() for x in kept} - {x.untyped_storage() for x in given}
-    return sum(storage.nbytes() for storage in storages)
+    def move(self, tensor: torch.Tensor, purpose: str) -> None:
+        """Say what a tensor is for, unless it is counted elsewhere."""
+        address = _local(tensor).untyped_storage()._cdata
+        before, size = self._storages.get(address, (purpose, 0))
+        if size:
+            self._storages[address] = purpose, size
+            self.now[before] -= size
+            self.now[purpose] += size
+
+    def leave_out(self, tensors: Any) -> None:
+        """Do not count tensors, which are counted elsewhere."""
+        for tensor in tensors:
+            for part in _parts(tensor):
+                self._storages[part.untyped_storage()._cdata] = "", 0
+
+    def is_left_out(self, tensor: torch.Tensor) -> bool:
+        """Whether it is one of these, or made of one."""
+        return not self._storages.get(_local(tensor).untyped_storage()._cdata, ("", 0))[1]
+
+
+def _bytes_within_flash_attention(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *others: torch.Tensor
+) -> int:
+    """Bytes that the kernel takes in backward beside what it returns.
+
+    They are sums of queries' gradients, float32, and gradients of keys and values for each head of
+    queries, before those of heads that share keys are added.
+    """
+    rows, heads, width = q.shape
+    segments = len(others[3]) - 1
+    rounded = -(-width // _FLASH_WIDTH) * _FLASH_WIDTH
+    sums = 4 * (rows + _FLASH_ROWS * segments) * heads * (rounded + 1)
+    is_shared = k.shape[1] != heads
+    return sums + is_shared * 2 * len(k) * heads * width * k.itemsize
+
+
+def _fused_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Apply a norm as it is on CUDA alone: by one kernel."""
+    return _FusedNorm.apply(x, norm.weight)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Has the shapes of torch's fused norm, which keeps its input and a factor of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, x[..., :1].float())
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+class _Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Tells what is kept for gradients or, if that is offloaded, lets it go."""
+
+    def __init__(self, alive: _Alive, offloads: bool) -> None:
+        stash: deque[torch.Tensor] = deque(maxlen=_STASHED)
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            alive.move(tensor, ACTIVATIONS)
+            return tensor
+
+        def send(tensor: torch.Tensor) -> Any:
+            if alive.is_left_out(tensor):
+                return tensor
+            stash.append(tensor)
+            return tensor.shape, tensor.dtype
+
+        def fetch(sent: Any) -> torch.Tensor:
+            stash.clear()
+            is_here = isinstance(sent, torch.Tensor)
+            return sent if is_here else torch.empty(sent[0], dtype=sent[1], device="meta")
+
+        super().__init__(*((send, fetch) if offloads else (keep, lambda x: x)))
+
+
+class _Sharding:
+    """Imitates how FSDP2 gathers weights and reduces gradients, event by event.
+
+    In forward, weights are gathered in a buffer, which the next gathering replaces, and copied out
+    of it. In backward, the buffer of the layer before is gathered meanwhile, and gradients are
+    copied to a buffer of float32, which is there until those of the layer before follow.
+    """
+
+    def __init__(
+        self, model: Any, alive: _Alive, shards: int, stored: torch.dtype, offload: bool
+    ) -> None:
+        self.alive, self.shards, self.stored, self.offload = alive, shards, stored, offload
+        self.gathered: torch.Tensor | None = None  # the last buffer of forward
+        self.reduced: torch.Tensor | None = None  # the last buffer of backward
+        self.order: list[_Group] = []  # as they ended forward
+        rest = {*model.parameters()}
+        groups = []
+        for modules in sharding.gathered_together(model):
+            parameters = [p for module in modules for p in module.parameters()]
+            groups.append(_Group(self, parameters))
+            groups[-1].watch(modules[0], modules[-1])
+            rest -= {*parameters}
+        self.root = _Group(self, [*rest], is_root=True)
+        self.groups = [self.root, *groups]
+        self.root.watch(model, model)
+        if model.decoder.output is not None:
+            groups[0].is_gathered_in_backward = False  # the embedding
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: alive.move(p.grad, GATHERED))
+
+    def leave_gradients(self) -> None:
+        """Have gradients of an earlier backward."""
+        for group in self.groups:
+            count = sum(_local(p).numel() for p in group.parameters if p.requires_grad)
+            if count and not self.offload:
+                group.kept = self.alive.take(self.stored.itemsize * count // self.shards, GRADIENTS)
+
+    def end_backward(self) -> None:
+        """Reduce gradients of modules whose inputs have none, and let go of all."""
+        for group in self.groups:
+            if not group.has_ended:
+                group.post_backward()
+            group.has_ended, group.buffer = False, None
+        self.order.clear()
+        self.reduced = None
+
+
+class _Group:
+    """Parameters that are gathered together."""
+
+    def __init__(self, shared: _Sharding, parameters: list[nn.Parameter], is_root: bool = False):
+        self.shared, self.parameters, self.is_root = shared, parameters, is_root
+        self.is_gathered_in_backward = True
+        self.has_ended = False
+        self.buffer: torch.Tensor | None = None
+        self.weights: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None  # gradients of this device
+
+    def watch(self, first: nn.Module, last: nn.Module) -> None:
+        """Follow forward and backward of modules that come one after another."""
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            self.pre_forward()
+            is_carried = args and isinstance(args[0], torch.Tensor) and args[0].requires_grad
+            return (_BackwardEnds.apply(args[0], self), *args[1:]) if is_carried else args
+
+        def behind(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            self.post_forward()
+            if output.requires_grad:
+                output.register_hook(lambda grad: self.pre_backward())
+
+        first.register_forward_pre_hook(before, prepend=True)
+        last.register_forward_hook(behind)
+
+    def _take(self, size: float) -> torch.Tensor:
+        return self.shared.alive.take(round(size), GATHERED)
+
+    def _bytes(self) -> int:
+        return sum(_local(p.data).nbytes for p in self.parameters)
+
+    def gather(self) -> None:
+        if self.weights is None and self.buffer is None:
+            self.buffer = self._take(self._bytes() if self.shared.shards > 1 else 0)
+
+    def pre_forward(self) -> None:
+        self.gather()
+        self.shared.gathered = None
+        self.weights = self._take(self._bytes())
+        self.shared.gathered, self.buffer = self.buffer, None
+
+    def post_forward(self) -> None:
+        if self.is_root:
+            self.shared.gathered = None
+        else:
+            self.weights = None
+        self.shared.order.append(self)
+
+    def pre_backward(self) -> None:
+        if self.is_root:
+            torch.autograd.Variable._execution_engine.queue_callback(self.shared.end_backward)
+        if self.is_gathered_in_backward:
+            self.gather()
+            if self.buffer is not None:
+                self.weights, self.buffer = self._take(self._bytes()), None
+        place = self.shared.order.index(self)
+        if place and self.shared.order[place - 1].is_gathered_in_backward:
+            self.shared.order[place - 1].gather()
+
+    def post_backward(self) -> None:
+        self.has_ended = True
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        count = sum(_local(gradient).numel() for gradient in gradients)
+        for p in self.parameters:
+            p.grad = None
+        self.weights = self.shared.reduced = None
+        if not gradients:
+            return
+        self.shared.reduced = self._take(4 * count)
+        gradients.clear()
+        own = self._take(4 * count / self.shared.shards)
+        if self.shared.stored != torch.float32:
+            own = self._take(self.shared.stored.itemsize * count / self.shared.shards)
+        if self.kept is None and not self.shared.offload:
+            self.shared.alive.move(own, GRADIENTS)
+            self.kept = own
+
+
+class _BackwardEnds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: _Group) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.group.post_backward()
+        return grad, None

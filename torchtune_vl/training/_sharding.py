@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -11,10 +12,12 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.utils.checkpoint import checkpoint
 
 from torchtune_vl._torchao import Float8LinearConfig, NF4Tensor, convert_to_float8_training
-from torchtune_vl._torchtune import DoRALinear, LoRALinear
+from torchtune_vl._torchtune import DoRALinear, LoRALinear, TransformerSelfAttentionLayer
 from torchtune_vl.modules.nf4 import pack_nf4
+from torchtune_vl.training._mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -58,6 +61,29 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def layers_of(model: nn.Module) -> list[TransformerSelfAttentionLayer]:
+    """List the layers of decoder and encoders."""
+    return [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
+
+
+def recompute_layers(model: Any, how: Literal["none", "selective", "full"]) -> None:
+    """Let backward compute layers anew, instead of keeping what they keep: each or every other."""
+    # No backward comes through a frozen encoder: what it kept for one would never be let go
+    encoder_layers = [layer for e in model.encoders.values() for layer in e.layers]
+    is_trained = any(p.requires_grad for layer in encoder_layers for p in layer.parameters())
+    frozen = set() if is_trained else {*encoder_layers}
+    every = {"none": 0, "selective": 2, "full": 1}[how]
+    for number, layer in enumerate(layers_of(model)):
+        if every and number % every == 0 and layer not in frozen:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def is_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype, cpu_offload: bool) -> bool:
+    """Whether a model is to be sharded: over devices, or for its weights' dtype or their place."""
+    shares_weights = mesh.replicate * mesh.shard * mesh.context > 1
+    return shares_weights or dtypes_of(model) != {dtype} or cpu_offload
+
+
 def divide_layers(model: Any, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
     """Divide a model's layers over the devices of a mesh with one dimension, by tensor parallelism.
 
@@ -89,20 +115,21 @@ def shard(model: Any, devices: DeviceMesh, dtype: torch.dtype, cpu_offload: bool
     is_copied = devices["replicate"].size() > 1
     how: dict[str, Any] = {"mp_policy": precision, "offload_policy": offload}
     how["mesh"] = devices["replicate", "shard"] if is_copied else devices["shard"]
-    quantized = [m for m in model.modules() if isinstance(getattr(m, "weight", None), NF4Tensor)]
-    if devices["shard"].size() > 1:
-        for layer in quantized:
-            pack_nf4(layer)
-    else:
-        how["ignored_params"] = {layer.weight for layer in quantized}
-    for modules in _gathered_together(model):
+    pack_quantized(model)
+    for modules in gathered_together(model):
         fsdp.fully_shard(modules, **how)
     if isinstance(model.decoder.tok_embeddings, fsdp.FSDPModule):
         model.decoder.tok_embeddings.set_unshard_in_backward(False)  # which takes no weights
     fsdp.fully_shard(model, **how)
 
 
-def _gathered_together(model: Any) -> Iterator[list[nn.Module]]:
+def pack_quantized(model: nn.Module) -> None:
+    """Keep NF4 weights as bytes, which can be sharded."""
+    for layer in [m for m in model.modules() if isinstance(getattr(m, "weight", None), NF4Tensor)]:
+        pack_nf4(layer)
+
+
+def gathered_together(model: Any) -> Iterator[list[nn.Module]]:
     """List the modules whose weights are gathered at once: about as many as a decoder layer has.
 
     What is in none of them is gathered from the forward's start to the backward's end: the final
