@@ -123,7 +123,7 @@ def draw(rng: random.Random) -> Drawn:
         "learning_rates.merger": rng.choice([None, 5e-4]),
         "learning_rates.encoder": rng.choice([None, 2e-3]),
         **{f"parallel.{kind}": size for kind, size in mesh.items()},
-        "num_workers": rng.randrange(3),
+        "num_workers": max(rng.randrange(3), mesh["context"] - 1),
         "clip_grad_norm": rng.choice([None, 1.0, 0.05]),
         "activation_checkpointing": rng.choice(["none", "selective", "full"]),
         "save_every_n_steps": rng.choice([1, 2, 3, None]),

@@ -99,6 +99,7 @@ def listed(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "bad_samples.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_first_is_named(root: Path, tmp_path: Path) -> None:
     config = write_config(root, tmp_path / "run", settings(root, on_bad_sample="raise"))
     process = start(config)

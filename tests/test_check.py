@@ -176,6 +176,7 @@ def test_a_mixture_is_checked_whole(root: Path, tmp_path: Path) -> None:
     assert bad[1]["reason"].startswith("sample 3: b: sample 1: it has no messages")
 
 
+@pytest.mark.slow
 def test_a_killed_check_goes_on(
     root: Path, tmp_path: Path, cache: Path, looked_at: Counter[int]
 ) -> None:

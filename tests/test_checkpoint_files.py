@@ -97,8 +97,9 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("kills", "megabytes"),
-    [(8, 1), pytest.param(50, 1000, marks=pytest.mark.slow)],
+    [(8, 1), (50, 1000)],
 )
+@pytest.mark.slow
 def test_killed_at_any_moment(kills: int, megabytes: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.kill_checkpoint", tmp_path, "--kills", str(kills)]
     command += ["--megabytes", str(megabytes)]

@@ -141,6 +141,7 @@ def test_passes_and_writes_reports(
     assert "14 rows pass" in text.read_text()
 
 
+@pytest.mark.slow
 def test_fails_with_status_1(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

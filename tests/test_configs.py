@@ -24,7 +24,8 @@ KEYS = """
     output_dir checkpoint_dir tokenizer model checkpointer dataset dataset_val rows rows_per_step
     epochs max_steps seed shuffle num_workers optimizer learning_rates lr_scheduler clip_grad_norm
     device dtype compute_dtype float8 compile activation_checkpointing activation_offloading
-    parallel save_every_n_steps keep_last eval_every_n_steps export resume log_every_n_steps metric_logger
+    parallel save_every_n_steps keep_last eval_every_n_steps export resume log_every_n_steps
+    metric_logger
 """
 # What the recipe adds to each component
 GIVEN: dict[str, list[Any]] = {

@@ -139,7 +139,10 @@ with loading(Endless(), 2, batch_size=None) as rows:
 """
 
 
-@pytest.mark.parametrize("how", ["fails", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    "how",
+    ["SIGKILL", *(pytest.param(how, marks=pytest.mark.slow) for how in ("fails", "SIGTERM"))],
+)
 def test_workers_are_gone_soon_after_the_trainer(how: str) -> None:
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER, how], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

@@ -275,6 +275,7 @@ def test_sentences() -> None:
     assert sentence_of(raised(ValueError(worker.replace("torchtune_vl/data", "mine")))) is None
 
 
+@pytest.mark.slow
 def test_signals_at_the_same_moment_are_one(capfd: pytest.CaptureFixture[str]) -> None:
     """The second is dropped by Python when the first has taken its handler away."""
     program = """

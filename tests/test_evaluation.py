@@ -189,6 +189,7 @@ def logprobs_of(records: list[dict[str, Any]]) -> list[Any]:
     return [pytest.approx(record["choice_logprobs"], abs=1e-4) for record in records]
 
 
+@pytest.mark.slow
 def test_choices_by_likelihood_killed_and_given_again(directory: Path, tmp_path: Path) -> None:
     records = write_choices(tmp_path / "vqa.jsonl", directory)
     asked = (directory / "model0", tmp_path / "vqa.jsonl", "--max-new-tokens", 2)

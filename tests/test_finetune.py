@@ -253,6 +253,7 @@ def test_samples_that_teach_nothing_are_listed_before_the_first_step(
     assert not list((tmp_path / "run").glob("steps/step_*"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(root: Path, tmp_path: Path) -> None:
     settings = {
         "optimizer.lr": 1e30,
@@ -295,6 +296,7 @@ def test_two_processes_validate_and_save_as_one(root: Path, tmp_path: Path) -> N
         assert validation.keys() == {0, 2, 3}
 
 
+@pytest.mark.slow
 def test_choices_are_as_likely_on_any_number_of_processes(root: Path, tmp_path: Path) -> None:
     """Of which one has more questions than the other, and some questions have no choices."""
     records = [

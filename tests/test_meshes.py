@@ -20,9 +20,10 @@ from torchtune_vl.models._weights import load_weights_into
 from torchtune_vl.models.qwen2_5_vl import lora_qwen2_5_vl, qwen2_5_vl
 from torchtune_vl.modules import mrope_positions, vision_index
 from torchtune_vl.modules.context import RowShare
+from torchtune_vl.modules.nf4 import PackedNF4
 from torchtune_vl.modules.parallelism import decoder_tp_plan
 from torchtune_vl.training._mesh import Mesh
-from torchtune_vl.training._sharding import average_copies, divide_layers, shard
+from torchtune_vl.training._sharding import average_copies, divide_layers, pack_quantized, shard
 
 IMAGE, VIDEO = 590, 591
 DIMS: dict[str, Any] = {
@@ -230,6 +231,14 @@ def test_compiled_layers_break_for_attention_alone() -> None:
         compute(model, row).sum().backward()
     (reason,) = counters["graph_break"]
     assert "attend_within_segments" in reason
+
+
+def test_layers_of_packed_weights_are_compiled_once() -> None:
+    with torch.device("meta"):
+        model = model_of("qlora")
+    pack_quantized(model)
+    kinds = {type(m) for m in model.modules() if isinstance(m, PackedNF4)}
+    assert sorted(kind.__name__ for kind in kinds) == ["PackedFrozenNF4Linear", "PackedLoRALinear"]
 
 
 STAGES = [

@@ -135,7 +135,8 @@ def in_a_group(rank: int, processes: int, directory: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.slow
 def test_optimizers_go_on_as_if_nothing_had_been(processes: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(in_a_group, (processes, tmp_path), nprocs=processes)
 

@@ -98,6 +98,7 @@ def cut_in(case: int, weights: dict[str, torch.Tensor]) -> None:
         assert sum(moved) == kept
 
 
+@pytest.mark.slow
 def test_each_device_cuts_its_own_part_on_the_host() -> None:
     torch.manual_seed(0)
     weights = qwen2_5_vl(**SMALL).state_dict()
@@ -168,7 +169,11 @@ MESHES: dict[str, tuple[dict[str, Any], int, Mesh | str]] = {
     "the rest shares": ({"replicate": 2, "context": 2}, 12, Mesh(2, 3, 2, 1)),
     "all named": ({"shard": 2, "tensor": 4}, 8, Mesh(1, 2, 1, 4)),
     "one alone": ({"shard": 1}, 2, "parallel.shard is 1, and there are 2 processes: leave shard"),
-    "too few": ({"tensor": 3}, 2, "parallel.tensor is 3, and does not divide the 2 processes"),
+    "too few": (
+        {"tensor": 3},
+        2,
+        "parallel.tensor is 3, and does not divide the 2 processes: lower",
+    ),
     "too many": (
         {"replicate": 2, "shard": 2},
         8,

@@ -217,6 +217,7 @@ def test_all_rows_pass(report: Report) -> None:
     assert report.verdict == "16 rows pass, 0 fail"
 
 
+@pytest.mark.slow
 def test_another_family(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_vocabulary(QwenTokenizer(vocabulary / "tokenizer.json"), tmp_path)
     settings = {**PREPROCESSOR_CONFIG, "processor_class": "Qwen2VLProcessor"}

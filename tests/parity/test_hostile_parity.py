@@ -67,6 +67,7 @@ def _no_leak() -> Any:
     assert open_files() <= files
 
 
+@pytest.mark.slow
 def test_memory(vocabulary: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.hostile", vocabulary / "tokenizer.json", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)

@@ -454,7 +454,9 @@ def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize(
+    "use_dora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["LoRA", "DoRA"]
+)
 @pytest.mark.parametrize("part", PARTS)
 def test_gradients_and_twenty_steps(base: Path, tmp_path: Path, part: str, use_dora: bool) -> None:
     model = our_model(base, use_dora, PARTS[part])

@@ -124,7 +124,7 @@ CHECKPOINTING = {"enable_activation_checkpointing": True}
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({}, id="supervised_loss"),
+        pytest.param({}, id="supervised_loss", marks=pytest.mark.slow),
         pytest.param(STOCK_LOSS, id="stock_loss", marks=pytest.mark.slow),
         pytest.param(
             {"tokenizer.patch_dtype": "uint8"}, id="uint8_patches", marks=pytest.mark.slow

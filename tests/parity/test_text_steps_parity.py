@@ -30,11 +30,12 @@ def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("rows", "processes"),
     [
-        pytest.param("padded", 1, marks=pytest.mark.slow),
+        ("padded", 1),
         ("packed", 1),
-        pytest.param("padded", 2, marks=pytest.mark.slow),
+        ("padded", 2),
     ],
 )
+@pytest.mark.slow
 def test_encoder_and_merger_rest(root: Path, tmp_path: Path, rows: str, processes: int) -> None:
     settings: dict[str, Any] = {
         "rows": ROWS[rows],

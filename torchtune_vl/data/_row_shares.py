@@ -100,7 +100,10 @@ class RowSharing:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What devices exchange, and what this one encodes."""
         if "unit_order" not in media:
-            raise ValueError("devices can share rows of media with an index of the encoder only")
+            raise ValueError(
+                "the transform makes no index of the encoder, without which devices cannot share a "
+                "row: set parallel.context to 1"
+            )
         (frames,), (windows,) = media["frames"], media["windows"]
         patches_of_unit = sum(frames) // len(media["unit_order"])
         bounds = self._frame_bounds(np.array(frames))
@@ -127,7 +130,7 @@ class RowSharing:
             "media": whole,
         }
         if first == last:
-            return exchanged, _blank(media, patches_of_unit)
+            return exchanged, _nothing_to_see(media, patches_of_unit)
         ends = np.cumsum([0, *windows])
         of_windows = slice(*ends.searchsorted([first * patches_of_unit, last * patches_of_unit]))
         of_frames = slice(*bounds[self.device : self.device + 2])
@@ -155,7 +158,7 @@ def _no_media(devices: int) -> dict[str, Any]:
     return {"sent_rows": rows, "sent": nothing, "received": nothing, "media": None}
 
 
-def _blank(media: dict[str, Any], patches_of_unit: int) -> dict[str, Any]:
+def _nothing_to_see(media: dict[str, Any], patches_of_unit: int) -> dict[str, Any]:
     """The smallest image, all zeros: the encoder works where that of another device does."""
     side = math.isqrt(patches_of_unit)
     return {

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from torchtune_vl._torchao import linear_nf4
 from torchtune_vl._torchtune import DoRALinear, FrozenNF4Linear, LoRALinear
@@ -129,7 +130,10 @@ class _OutputLayer(nn.Module):
         """Compute logits [..., V] of [..., E], or float32 losses [P] of [P, E] and targets [P]."""
         if targets is None:
             return super().forward(x)
-        return chunked_cross_entropy(x, super().forward, targets)
+        losses = chunked_cross_entropy(x, super().forward, targets)
+        if isinstance(x, DTensor):  # as styles of tensor parallelism expect of a layer they divide
+            return DTensor.from_local(losses, x.device_mesh, x.placements, run_check=False)
+        return losses
 
 
 class OutputLinear(_OutputLayer, Linear):

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from torchtune_vl.modules.layout import Segments
@@ -118,8 +119,7 @@ def attend_to_ends(
     attended = []
     for piece in zip(*pieces, strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in piece)
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-        mask.tril_(k.shape[2] - q.shape[2])
+        mask = causal_lower_right(q.shape[2], k.shape[2])
         out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
         attended.append(out[0].transpose(0, 1))
     return torch.cat(attended)

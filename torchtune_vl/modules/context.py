@@ -20,8 +20,8 @@ from torch.distributed import ProcessGroup
 from torchtune_vl.modules import attention
 from torchtune_vl.modules.layout import Segments
 
-# Nothing is sent on the meta device, where memory is computed. As torch 2.13 calls them, and as it
-# did before
+# As torch 2.13 calls them, and as it did before. On the meta device, where memory is computed, they
+# send nothing
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -98,8 +98,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         # What devices add to a gradient is rounded once, as where it is added on one
-        own = grad.new_empty(ctx.count, *grad.shape[1:], dtype=torch.float32)
-        whole = grad.float().contiguous()
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        own = grad.new_empty(ctx.count, *grad.shape[1:], dtype=dtype)
+        whole = grad.to(dtype).contiguous()
         if not whole.is_meta:
             _reduce_scatter(own, whole, group=ctx.group)
         return own.to(grad.dtype), None, None
@@ -115,14 +116,14 @@ class _ExchangeRows(torch.autograd.Function):
         group: ProcessGroup | None,
     ) -> torch.Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _exchanged(x, sent, received, group)
+        return _exchange(x, sent, received, group)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _exchanged(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+        return _exchange(grad, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
-def _exchanged(
+def _exchange(
     x: torch.Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: ProcessGroup | None
 ) -> torch.Tensor:
     out = x.new_empty(sum(received), *x.shape[1:])

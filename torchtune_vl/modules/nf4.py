@@ -127,8 +127,12 @@ def pack_nf4(layer: Any) -> None:
     for name, size in zip(("nf4_codes", "nf4_scales"), layer.layout.sizes(), strict=True):
         empty = torch.empty(size, dtype=torch.uint8, device="meta")
         layer.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-    kind = type(layer)
-    layer.__class__ = type(f"Packed{kind.__name__}", (PackedNF4, kind), {})
+    layer.__class__ = _packed(type(layer))  # type: ignore[arg-type]
+
+
+@lru_cache  # one class for all layers of a kind: torch.compile would compile anew for another
+def _packed(kind: Any) -> Any:
+    return type(f"Packed{kind.__name__}", (PackedNF4, kind), {})
 
 
 def nf4_layout(layer: Any) -> NF4Layout | None:

@@ -85,9 +85,7 @@ class Divided(ParallelStyle):
                 x = DTensor.from_local(x, device_mesh, [self.inputs], run_check=False)
             return x, *others
 
-        def give(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            if not isinstance(output, DTensor):  # losses, which are whole already
-                return output
+        def give(module: nn.Module, args: Any, output: DTensor) -> torch.Tensor:
             return output.redistribute(placements=[self.outputs]).to_local()
 
         module.register_forward_pre_hook(take)

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -143,10 +144,11 @@ class FinetuneRecipe:
     def setup(self) -> None:
         """Make model, data, optimizer and schedule, and take up where an earlier run stopped."""
         cfg = self.cfg
-        for seed in (torch.manual_seed, np.random.seed, random.seed):  # datasets may use any
-            seed(cfg.seed + self.data_rank)
-        # The same on devices that share layers, or their copies of the others would drift apart
+        # The same on devices that share layers, or their copies of the others would drift apart;
+        # and for datasets, which may use any, on those that share rows
         torch.manual_seed(cfg.seed + self.rank // cfg.parallel.tensor)
+        for seed in (np.random.seed, random.seed):
+            seed(cfg.seed + self.data_rank)
         tokenizer = instantiate(cfg.tokenizer)
         self.processor_files = tokenizer.processor_files()
         self.checkpointer = instantiate(cfg.checkpointer)
@@ -448,6 +450,7 @@ class FinetuneRecipe:
         start = time.perf_counter()
         rows = [next(loader) for _ in range(self.cfg.rows_per_step // self.data_ranks)]
         self.metrics.waited += time.perf_counter() - start
+        self._refuse_different_rows(rows, "dataset")
 
         # Made and summed on the device: the host does not wait for it
         count = sum(len(row.batch["targets"]) for row in rows)
@@ -482,6 +485,22 @@ class FinetuneRecipe:
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.metrics.add_loss(loss)
+
+    def _refuse_different_rows(self, rows: list[Row], key: str) -> None:
+        """End the run if devices that share rows have made them of other samples."""
+        if self.mesh.copies == 1 or self.cfg.on_bad_sample == "raise":
+            return
+        own = self.data_rank, [row.samples for row in rows]
+        everyone: list[Any] = [None] * self.processes
+        dist.all_gather_object(everyone, own)
+        made = [samples for data_rank, samples in everyone if data_rank == self.data_rank]
+        if any(samples != made[0] for samples in made):
+            read = {*chain.from_iterable(chain.from_iterable(samples) for samples in made)}
+            everywhere = set.intersection(*({*chain.from_iterable(s)} for s in made))
+            self._end(
+                f"{key}: samples {sorted(read - everywhere)} could be read by some of the devices "
+                "that share a row, and not by others: see that all machines can read them"
+            )
 
     def _has_media(self, rows: list[Row]) -> bool:
         """Whether any row of the step, on any process, has images or videos."""
@@ -571,6 +590,7 @@ class FinetuneRecipe:
         count = 0
         with self._load(rows) as loader:
             for row in loader:
+                self._refuse_different_rows([row], "dataset_val")
                 losses = self.model(**self._to_device(row.batch))
                 sums.append((losses.double().sum(), row.samples))
                 count += len(losses)
@@ -659,7 +679,8 @@ class FinetuneRecipe:
         if self.device.type == "cpu":  # would change under the hands of the thread that writes
             state = tree_map_only(torch.Tensor, torch.clone, state)
         progress = {"step": self.step, "max_steps": self.max_steps, "position": self._position()}
-        progress |= {"processes": self.processes, "fingerprint": self.fingerprint}
+        progress |= {"processes": self.processes, "mesh": [*self.mesh]}
+        progress |= {"fingerprint": self.fingerprint}
         progress |= self.metrics.history
         partial = self.together.by_first(lambda: self.saved.begin(self.step, progress))
         written = dcp.async_save(
@@ -693,15 +714,17 @@ class FinetuneRecipe:
         names = {name.partition(".")[2] for name in saved if name.startswith("optimizer.")}
         states.fit(self.optimizer, self.trained, names)
         state = self._state()
-        same_processes = progress["processes"] == self.processes
-        if not same_processes:
+        # Devices that share layers have the same random numbers
+        is_same_mesh = progress.get("mesh", [*self.mesh]) == [*self.mesh]
+        is_same_mesh &= progress["processes"] == self.processes
+        if not is_same_mesh:
             del state["random"]
         dcp.load(state, checkpoint_id=directory)
         states.set_plain_values(self.optimizer, self.trained, state["optimizer"])
         self.metrics.history = {key: progress[key] for key in self.metrics.history}
         for _ in range(self.step):  # towards the end that the run has now
             self.scheduler.step()
-        if same_processes:
+        if is_same_mesh:
             torch.set_rng_state(state["random"][f"cpu_{self.rank}"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["random"][f"cuda_{self.rank}"], self.device)
@@ -793,6 +816,8 @@ def _check_settings(cfg: DictConfig) -> None:
     has_no_plan = mesh.tensor > 1 and cfg.parallel.plan is None
     cannot_float8 = (cfg.compute_dtype or cfg.dtype) != "bf16" or mesh.tensor > 1
     shares_padded = mesh.context > 1 and "batch_size" in cfg.rows
+    compiles_divided = cfg.compile and mesh.tensor > 1
+    draws_apart = mesh.context > 1 and not cfg.num_workers
     refusals = {
         "export: best is that of the best validation: set dataset_val": has_no_best,
         "metrics are of answers to the questions of dataset_val: set it": (
@@ -807,6 +832,12 @@ def _check_settings(cfg: DictConfig) -> None:
         f"{here} processes cannot share {gpus} GPUs: lower nproc_per_node": here > gpus,
         "float8 needs compute_dtype: bf16 and parallel.tensor: 1": cfg.float8 and cannot_float8,
         f"parallel.tensor is {mesh.tensor}, which needs a parallel.plan": has_no_plan,
+        # Sizes that vary are symbols, which DTensor cannot hash
+        "layers that parallel.tensor divides cannot be compiled: set compile=False": (
+            compiles_divided
+        ),
+        # In the trainer, whose random numbers differ, datasets may draw others for the same sample
+        "parallel.context needs data workers: set num_workers to 1 or more": draws_apart,
         "parallel.context shares packed rows only: set rows._component_ to "
         "torchtune_vl.data.PackedRows": shares_padded,
         f"{mesh.data} devices cannot share the {rows} rows of a step equally: set rows_per_step to "

@@ -34,7 +34,8 @@ class Mesh(NamedTuple):
         told = " x ".join(f"parallel.{name}" for name in named)
         told += f" is {' x '.join(map(str, named.values()))}"
         if processes % asked:
-            raise ValueError(f"{told}, and does not divide the {processes} processes")
+            remedy = "lower it, or start a multiple of it by --nproc_per_node and --nnodes"
+            raise ValueError(f"{told}, and does not divide the {processes} processes: {remedy}")
         if sizes["shard"] is None:
             sizes["shard"] = processes // asked
         elif asked != processes:

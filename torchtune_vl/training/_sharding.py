@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchtune_vl._torchao import Float8LinearConfig, NF4Tensor, convert_to_float8_training
 from torchtune_vl._torchtune import DoRALinear, LoRALinear, TransformerSelfAttentionLayer
+from torchtune_vl.modules.adapters import num_bytes
 from torchtune_vl.modules.nf4 import pack_nf4
 from torchtune_vl.training._mesh import Mesh
 
@@ -87,7 +88,7 @@ def is_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype, cpu_offload: bo
 def divide_layers(model: Any, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle]) -> None:
     """Divide a model's layers over the devices of a mesh with one dimension, by tensor parallelism.
 
-    Raises ``ValueError`` if the devices cannot share the decoder's heads equally.
+    Raises ``ValueError`` if they cannot share the decoder's heads or feed-forward equally.
     """
     attn, devices = model.decoder.layers[0].attn, mesh.size()
     queries, keys = (x.weight.shape[0] // attn.head_dim for x in (attn.q_proj, attn.k_proj))
@@ -96,6 +97,10 @@ def divide_layers(model: Any, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle
         fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
         heads = f"the model's {queries} query heads and {keys} key/value heads: set it to one of"
         raise ValueError(f"parallel.tensor is {devices}, and does not divide {heads} {fitting}")
+    width = model.decoder.layers[0].mlp.w1.weight.shape[0]
+    if width % devices:
+        told = f"parallel.tensor is {devices}, and does not divide the feed-forward's width"
+        raise ValueError(f"{told} of {width}: set it to another divisor of {common}")
     parallelize_module(model, mesh, dict(plan))
 
 
@@ -153,7 +158,7 @@ def gathered_together(model: Any) -> Iterator[list[nn.Module]]:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return sum(num_bytes(_local(p)) for p in module.parameters())
 
 
 def _refuse_unequal_parts(model: nn.Module, mesh: DeviceMesh) -> None:
