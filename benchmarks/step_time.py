@@ -25,6 +25,7 @@ from torchtune_vl.modules import encoder_index, vision_index
 from torchtune_vl.recipes import config_path
 from torchtune_vl.training._flops import FlopCounter, peak_flops
 from torchtune_vl.training._memory import estimate_memory
+from torchtune_vl.training._sharding import gathered_together
 
 # Of the device: NVIDIA's data sheet of the H100 SXM. The share of the peak is assumed
 PEAK_FLOPS = peak_flops("NVIDIA H100 80GB HBM3") or 0.0
@@ -197,15 +198,20 @@ class Model:
         self.key_value_width = attn.k_proj.weight.shape[0] + attn.v_proj.weight.shape[0]
         heads = (x.weight.shape[0] // attn.head_dim for x in (attn.q_proj, attn.k_proj))
         self.divisible_by = math.gcd(*heads)
-        self.layers, self.encoder_layers = len(decoder.layers), len(encoder.layers)
-        self.layer_parameters = parameters_of(decoder.layers[0])
-        self.encoder_layer_parameters = parameters_of(encoder.layers[0])
+        self.layers, self.layer_parameters = len(decoder.layers), parameters_of(decoder.layers[0])
         self.parameters = parameters_of(self.module)
-        # In no layer, and so in one group; tensor parallelism divides the output layer of these
         self.output_parameters = parameters_of(decoder.output)
-        in_layers = self.layers * self.layer_parameters
-        in_layers += self.encoder_layers * self.encoder_layer_parameters
-        self.other_parameters = self.parameters - in_layers - self.output_parameters
+        self.embedding_parameters = parameters_of(decoder.tok_embeddings)
+        within = {*encoder.modules()}
+        groups = [group for group in gathered_together(self.module) if group[0] in within]
+        # Of each group of the encoder: its parameters, and its share of the layers
+        self.encoder_groups = [
+            (
+                sum(map(parameters_of, group)),
+                len([m for m in group if m in encoder.layers]) / len(encoder.layers),
+            )
+            for group in groups
+        ]
 
     def parameters_on(self, mesh: Mesh) -> float:
         """Parameters that each device keeps."""
@@ -317,16 +323,16 @@ def step_times(model: Model, row: Row, mesh: Mesh, rows: int, imbalance: float =
             all_reduce_seconds=all_reduce_seconds(copies, 4 * parameters / mesh.shards),
         )
 
-    encoder_layer = stage(encoder / model.encoder_layers, 0.0, model.encoder_layer_parameters)
     layer_parameters = model.layer_parameters / mesh.tensor
     layer = stage(decoder / model.layers, layer_exchange + keys, layer_parameters)
-    last = stage(output, logits_exchange, 0.0)
-    stages = [encoder_layer] * model.encoder_layers + [layer] * model.layers + [last]
-    # In no layer: gathered before all, reduced after all
-    others = stage(0.0, 0.0, model.other_parameters + model.output_parameters / mesh.tensor)
-
+    stages = [
+        stage(0.0, 0.0, model.embedding_parameters),
+        *(stage(encoder * share, 0.0, parameters) for parameters, share in model.encoder_groups),
+        *([layer] * model.layers),
+        stage(output, logits_exchange, model.output_parameters / mesh.tensor),
+    ]
     working = sum(s.forward_seconds + s.backward_seconds for s in stages)
-    moving, shares_links = others.gather_seconds + others.scatter_seconds, fsdp.nodes > 1
+    shares_links = fsdp.nodes > 1
     without_copies = [replace(s, all_reduce_seconds=0.0) for s in stages]
     sharded = stages_seconds(without_copies, shares_links)
     copied = stages_seconds(stages, shares_links)
@@ -336,8 +342,8 @@ def step_times(model: Model, row: Row, mesh: Mesh, rows: int, imbalance: float =
         compute=compute,
         recompute=compute / 3,
         waiting=(imbalance - 1) * compute * 4 / 3,
-        shard=turns * (sharded - working + moving),
-        replicate=turns * (copied - sharded + others.all_reduce_seconds),
+        shard=turns * (sharded - working),
+        replicate=turns * (copied - sharded),
         context=turns * (3 * model.layers * keys + 2 * embeddings),
         tensor=turns * 3 * (model.layers * layer_exchange + logits_exchange),
         optimizer=optimizer_seconds(model, mesh),
