@@ -827,6 +827,9 @@ def _check_settings(cfg: DictConfig) -> None:
         # Views of gathered weights would be offloaded too, which FSDP frees after the forward
         "activation_offloading needs activation_checkpointing: full": offloads and keeps,
         "activation_offloading is for a GPU's memory: leave it at False on a cpu": offloads_on_cpu,
+        "parallel.cpu_offload is for a GPU's memory: leave it at False on a cpu": (
+            cfg.parallel.cpu_offload and cfg.device == "cpu"
+        ),
         "device is cuda, and torch sees no GPU: see what torch.cuda.is_available() says, or set "
         "device=cpu": gpus == 0,
         f"{here} processes cannot share {gpus} GPUs: lower nproc_per_node": here > gpus,
