@@ -8,7 +8,7 @@ enough. The model gets weights of zeros, and takes steps of the largest row that
 Memory is what torch's allocator has given to tensors at its peak, and what it has reserved; it is
 not that of the CUDA context, nor of communication. `sent` is what setup copies to the device,
 beside what a rank keeps. Waits and copies to the host are those of a step; a wait for anything but
-its loss ends the case with an error.
+its loss ends the case with an error, except where the optimizer is on the host.
 """
 
 import argparse
@@ -75,12 +75,16 @@ class Case:
         parts += [f"{key.rpartition('.')[2]} {value}" for key, value in self.changes.items()]
         return ", ".join(parts)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of its row, a quarter of its patches."""
+        return sum(t * h * w for grids in self.documents for t, h, w in grids) // 4
+
     def config(self, directory: str) -> DictConfig:
         """Return its config, of a run in a directory."""
-        tokens = sum(t * h * w for grids in self.documents for t, h, w in grids) // 4
         settings = {"output_dir": directory, "checkpoint_dir": directory, "compile": False}
-        settings |= {"rows.max_tokens": tokens, "rows.max_patches": 4 * tokens, **self.changes}
-        given = [f"{key}={value}" for key, value in settings.items()]
+        settings |= {"rows.max_tokens": self.tokens, "rows.max_patches": 4 * self.tokens}
+        given = [f"{key}={value}" for key, value in {**settings, **self.changes}.items()]
         config = read_config(["--config", f"qwen2_5_vl/{self.method}", *given])
         # Of a published size, without a checkpoint
         kind = "" if self.method == "full" else "lora_"
@@ -251,15 +255,16 @@ def markdown(cells: Sequence[str]) -> str:
 
 def line_of(case: Case, found: Mapping[str, Any]) -> str:
     """Make a line of the table."""
-    gb = {name: f"{size / 1e9:.1f}" for name, size in found.items()}
+    gb = {name: f"{found[name] / 1e9:.1f}" for name in ("estimate", "allocated", "reserved")}
     ratio = found["estimate"] / found["allocated"]
-    cells = [str(case), str(case.ranks), gb["estimate"], gb["allocated"], f"{ratio:.2f}"]
-    cells += [gb["reserved"], f"{found['sent'] / found['kept']:.2f}" if found["kept"] else "-"]
-    return markdown([*cells, gb["received"], str(found["waits"])])
+    sent = f"{found['sent'] / found['kept']:.2f}" if found["kept"] else "-"
+    cells = [str(case), str(case.ranks), f"{case.tokens:,}", gb["estimate"], gb["allocated"]]
+    cells += [f"{ratio:.3f}", gb["reserved"], sent, f"{found['received'] / 1e9:.1f}"]
+    return markdown([*cells, "-" if found["waits"] is None else str(found["waits"])])
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """Return bytes, and waits of a step."""
+    """Return bytes, and the waits of a step, None where they are not counted."""
     os.environ["WORLD_SIZE"] = str(case.ranks)
     with TemporaryDirectory() as directory:
         config = case.config(directory)
@@ -272,9 +277,11 @@ def measured(case: Case) -> dict[str, Any]:
         for _ in range(STEPS - 1):
             recipe._train_step(iter(rows))
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        with Copies() as step, waiting_once() as waits:
+        # An optimizer on the host waits for its gradients
+        watched = nullcontext() if config.parallel.cpu_offload else waiting_once()
+        with Copies() as step, watched as waits:
             recipe._train_step(iter(rows))
-    estimate = sum(estimate_memory(config, case.ranks).values())
+    estimate = sum(estimate_memory(config, case.ranks, recipe.devices["tensor"]).values())
     return {
         "estimate": estimate,
         "allocated": peak,
@@ -282,7 +289,7 @@ def measured(case: Case) -> dict[str, Any]:
         "sent": setup.sent,
         "kept": kept,
         "received": step.received,
-        "waits": len(waits),
+        "waits": None if waits is None else len(waits),
     }
 
 

@@ -12,9 +12,11 @@ from torchtune import config as torchtune_config
 from benchmarks.memory import Case, apart
 from quickstart.checkpoint import CONFIG
 from torchtune_vl.cli import main
+from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import num_bytes
 from torchtune_vl.recipes import config_path
-from torchtune_vl.training._memory import PURPOSES, _Alive, _OptimizerBytes, estimate_memory
+from torchtune_vl.training._memory import PURPOSES, _Alive, _OptimizerBytes, _Run, estimate_memory
+from torchtune_vl.training._mesh import Mesh
 
 MODELS = "torchtune_vl.models.qwen2_5_vl"
 PARALLEL = {"replicate": 1, "shard": None, "context": 1, "tensor": 1, "cpu_offload": False}
@@ -211,6 +213,56 @@ def test_what_is_alive_is_counted_once() -> None:
         del view
     assert alive.now.total() == 7 + y.nbytes
     assert alive.peak == {"weights": 7, "activations": 400, "layers at work": 396}
+
+
+def test_a_layer_keeps_what_cuda_kernels_keep(checkpoint: Path) -> None:
+    tokens, width, hidden, keys, heads = 456, 128, 384, 2 * 64, 2
+    run = _Run(settings(checkpoint, dtype="bf16"), Mesh(1, 1, 1, 1), None)
+    layer = run.model.decoder.layers[0]
+    with torch.device("meta"):
+        x = torch.empty(1, tokens, width, dtype=torch.bfloat16, requires_grad=True)
+        rope = torch.empty(1, tokens, 2, width // heads)
+    documents = Segments.of([tokens]).to(torch.device("meta"))
+    run.alive.leave_out([x, rope, documents.boundaries])
+    states = run.alive.now.total()
+    with run.alive:
+        out = layer(x, mask=documents, rope=rope)
+    # The inputs of projections, attention and feed-forward, both sums, and a factor of each norm
+    kept = 2 * (6 * width + 2 * keys + 4 * hidden) + 4 * heads + 2 * 4
+    small = 16 + documents.boundaries.nbytes  # the state of a dropout that is not there
+    assert run.alive.now.total() - states == pytest.approx(tokens * kept, abs=small)
+    assert out.requires_grad
+
+
+def test_a_group_is_gathered_in_a_buffer_and_copied_out_of_it(checkpoint: Path) -> None:
+    run = _Run(settings(checkpoint), Mesh(1, 4, 1, 1), None)
+    assert run.sharding is not None
+    before, layer = run.sharding.groups[-2:]
+    size = sum(p.nbytes for p in layer.parameters)
+
+    def gathered() -> float:
+        return run.alive.now["gathered layers"] / size
+
+    with run.alive:
+        before.pre_forward()
+        assert gathered() == 2
+        before.post_forward()
+        assert gathered() == 1
+        layer.pre_forward()
+        assert gathered() == 2
+        assert sum(run.alive.peak.values()) - sum(run._states()[0].values()) == 2 * size
+        layer.post_forward()
+        run.sharding.gathered = None  # at the end of forward
+        layer.pre_backward()
+        assert gathered() == 2  # its weights, and the buffer of the one before
+        for p in layer.parameters:
+            p.grad = torch.empty_like(p)
+        layer.post_backward()
+        assert gathered() == 2  # that buffer, and the float32 gradients that are reduced
+        assert run.alive.now["gradients"] == size / 4
+        before.pre_backward()
+        before.post_backward()
+        assert gathered() == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -125,7 +125,7 @@ class _Run:
                 losses = self.model(**batch)
                 losses.sum().backward()
             del batch, losses
-            self.alive.take(round(self.temporary), OPTIMIZER)
+            self.alive.take(self.temporary, OPTIMIZER)
         return {purpose: self.alive.peak.get(purpose, 0) for purpose in PURPOSES}
 
     def _leave_gradients(self) -> None:
@@ -433,16 +433,19 @@ class _Group:
         return sum(_local(p.data).nbytes for p in self.parameters)
 
     def gather(self) -> None:
+        """Begin to gather: in one buffer, of which there is no need if this device has all."""
         if self.weights is None and self.buffer is None:
             self.buffer = self._take(self._bytes() if self.shared.shards > 1 else 0)
 
     def pre_forward(self) -> None:
+        """Gather, and let go of the buffer of the group before."""
         self.gather()
         self.shared.gathered = None
         self.weights = self._take(self._bytes())
         self.shared.gathered, self.buffer = self.buffer, None
 
     def post_forward(self) -> None:
+        """Let go of the weights, but not of the buffer."""
         if self.is_root:
             self.shared.gathered = None
         else:
@@ -450,6 +453,7 @@ class _Group:
         self.shared.order.append(self)
 
     def pre_backward(self) -> None:
+        """Gather, and begin to gather the group that comes next."""
         if self.is_root:
             torch.autograd.Variable._execution_engine.queue_callback(self.shared.end_backward)
         if self.is_gathered_in_backward:
@@ -461,6 +465,7 @@ class _Group:
             self.shared.order[place - 1].gather()
 
     def post_backward(self) -> None:
+        """Let go of the weights, and reduce gradients to what this device keeps."""
         self.has_ended = True
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         count = sum(_local(gradient).numel() for gradient in gradients)
