@@ -116,6 +116,8 @@ class StreamedRows(IterableDataset[Row]):
         self._identity = {"seed": self.seed, "streams": len(self.streams)}
         self._start = dict(self.position or {**start, **self._identity, "lanes": [None] * lanes})
         check_identity(self._start, self._identity)
+        # A plan of nothing: what plans is compiled here and now, and not by each data worker
+        self.planner.plan(np.zeros((0, 3), np.int32), np.zeros(0, np.int32))
 
     def __iter__(self) -> Iterator[Row]:
         """Iterate without end over the rows of this rank, in a worker over those that it makes."""
