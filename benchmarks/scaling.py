@@ -1,8 +1,9 @@
 """The time of a step on 8 to 1,024 H100, computed: which term grows, and what mesh to choose.
 
-Run as ``python -m benchmarks.scaling``, without a GPU. It prints the tables of docs/scaling.md and
-draws docs/pictures/scaling.png; how they are computed is in :mod:`benchmarks.step_time`. At its end
-it measures, on the machine that it runs on, what a data worker takes for a row.
+Run as ``python -m benchmarks.scaling``, some minutes without a GPU. It prints the tables of
+docs/scaling.md and draws docs/pictures/scaling.png; how they are computed is in
+:mod:`benchmarks.step_time`. At its end it measures, on the machine that it runs on, what a data
+worker takes for a row.
 """
 
 import argparse
@@ -60,6 +61,7 @@ SEVERAL = {
     "7b": [(1, 1024), (16, 64), (128, 8), (64, 8, 2), (64, 8, 1, 2), (64, 4, 1, 4)],
     "72b": [(1, 64), (1, 32, 2), (1, 8, 8), (1, 32, 1, 2), (1, 16, 1, 4), (1, 8, 1, 8)],
 }
+STATE_BYTES = 16  # of each parameter: weights, gradients and AdamW in float32
 NEARLY = 0.98  # of the speed of the fastest mesh
 
 
@@ -72,18 +74,24 @@ class Case:
     imbalance: Imbalance | None = None
 
     def meshes(self, devices: int, rows: int) -> Iterator[Mesh]:
-        """All that divide the heads and the rows of a step, and fit in memory."""
+        """All that divide the heads and the rows of a step."""
         for tensor in (n for n in POWERS[:4] if self.model.divisible_by % n == 0):
             for context in POWERS[:5]:
                 for shard in POWERS:
                     replicate, rest = divmod(devices, tensor * context * shard)
                     mesh = Mesh(replicate, shard, context, tensor)
-                    if replicate and not rest and rows % mesh.rows_at_once == 0 and self.fits(mesh):
+                    if replicate and not rest and rows % mesh.rows_at_once == 0:
                         yield mesh
 
-    def fits(self, mesh: Mesh) -> bool:
-        """Whether a device has the memory."""
-        return self.model.memory_bytes(self.row, mesh) <= MEMORY_BYTES
+    def fits(self, mesh: Mesh, rows: int) -> bool:
+        """Whether a device has the memory for a step of so many rows."""
+        states = STATE_BYTES * self.model.parameters_on(mesh)
+        # That is the least that it can be, and takes no time to compute
+        return states <= MEMORY_BYTES and self.memory_bytes(mesh, rows) <= MEMORY_BYTES
+
+    def memory_bytes(self, mesh: Mesh, rows: int) -> int:
+        """What a step of so many rows takes on each device."""
+        return self.model.memory_bytes(self.row, mesh, rows)
 
     def times(self, mesh: Mesh, rows: int) -> Times:
         """Time of a step of so many rows."""
@@ -96,11 +104,13 @@ class Case:
         What it costs to share a row is computed less exactly than the rest: it has to be worth it.
         """
         seconds = {mesh: self.times(mesh, rows).total for mesh in self.meshes(devices, rows)}
-        if not seconds:
+        ordered = sorted(seconds, key=lambda mesh: seconds[mesh])
+        fastest = next((mesh for mesh in ordered if self.fits(mesh, rows)), None)
+        if fastest is None:
             return None
-        enough = min(seconds.values()) / NEARLY
-        near = [mesh for mesh in seconds if seconds[mesh] <= enough]
-        return min(near, key=lambda mesh: (mesh.context * mesh.tensor, seconds[mesh]))
+        near = [mesh for mesh in ordered if seconds[mesh] * NEARLY <= seconds[fastest]]
+        near.sort(key=lambda mesh: mesh.context * mesh.tensor)  # then by seconds
+        return next(mesh for mesh in near if self.fits(mesh, rows))
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ class Line:
 
     mesh: Mesh
     rows: int
-    memory_bytes: float
+    memory_bytes: int
     times: Times
 
     @property
@@ -120,8 +130,7 @@ class Line:
 
 def line_of(case: Case, mesh: Mesh, rows: int) -> Line:
     """Compute a line."""
-    memory_bytes = case.model.memory_bytes(case.row, mesh)
-    return Line(mesh, rows, memory_bytes, case.times(mesh, rows))
+    return Line(mesh, rows, case.memory_bytes(mesh, rows), case.times(mesh, rows))
 
 
 def best(case: Case, rows_of: Iterable[tuple[int, int]]) -> list[Line]:
@@ -141,7 +150,7 @@ def sharded(size: str) -> list[Line]:
     """A row for each device, and weights sharded over all, where they fit."""
     case = case_of_images(size)
     meshes = [Mesh(shard=devices) for devices in COUNTS]
-    return [line_of(case, mesh, mesh.devices) for mesh in meshes if case.fits(mesh)]
+    return [line_of(case, mesh, mesh.devices) for mesh in meshes if case.fits(mesh, mesh.devices)]
 
 
 def growing(size: str) -> list[Line]:
@@ -295,7 +304,9 @@ def _draw_exposed(axes: Any, size: str) -> None:
         for most, style in ((COUNTS[-1], "o-"), (SOME, "x--")):
             shards = [min(devices, most) for devices in COUNTS]
             meshes = [Mesh(n // some, some) for n, some in zip(COUNTS, shards, strict=True)]
-            meshes = [mesh for mesh in meshes if case.fits(mesh)]
+            # What fits some devices fits more
+            least = next(n for n, mesh in enumerate(meshes) if case.fits(mesh, mesh.devices))
+            meshes = meshes[least:]
             places = [COUNTS.index(mesh.devices) for mesh in meshes]
             shares = [100 * exposed(size, mesh, documents) for mesh in meshes]
             label = f"{case.row.tokens:,} tokens, over {'all' if style == 'o-' else most}"

@@ -33,7 +33,6 @@ USED_SHARE_OF_PEAK = 0.5
 MEMORY_BYTES_PER_SECOND = 0.8 * 3.35e12
 MEMORY_BYTES = 80e9  # of 85.5e9: the rest is for the CUDA context, NCCL's buffers and fragments
 DEVICES_OF_A_NODE = 8
-SOME_SHARDS = 64  # of weights, where memory is computed: how many makes little difference
 
 # What a ring moves, nccl-tests' busbw, by the number of nodes with all of their devices and network
 # cards: on one node 362e9 (NVIDIA/nccl issue 1047; NVLink has 450e9), on more issue 1229
@@ -218,27 +217,25 @@ class Model:
         divided = self.layers * self.layer_parameters + self.output_parameters
         return (self.parameters - divided + divided / mesh.tensor) / mesh.shards
 
-    def memory_bytes(self, row: Row, mesh: Mesh) -> float:
-        """What training takes on each device at its peak, as `tune-vl estimate` computes it.
-
-        But for how many devices share the weights, which is computed here, and ``context``, which
-        is taken to divide all that layers keep and take.
-        """
-        memory = self._memory(row.tokens, row.patches, mesh.tensor)
-        layers = memory["activations"] + memory["layers at work"]
-        states = memory["weights"] + memory["optimizer"] + memory["gradients"]
-        at_peak = states * SOME_SHARDS / mesh.shards + layers / mesh.context
-        return max(at_peak + memory["gathered layers"], 16 * self.parameters_on(mesh))
+    def memory_bytes(self, row: Row, mesh: Mesh, rows: int) -> int:
+        """What a step of so many rows takes on each device at its peak, by `tune-vl estimate`."""
+        turns = min(2, rows // mesh.rows_at_once)  # gradients of more rows are summed
+        # Copies take nothing
+        return self._memory(row.tokens, row.patches, replace(mesh, replicate=1), turns)
 
     @cache  # noqa: B019 (models are few, and live as long as the process)
-    def _memory(self, tokens: int, patches: int, tensor: int) -> dict[str, int]:
-        """Bytes by purpose, of weights that some devices share."""
-        settings = {"rows.max_tokens": tokens, "rows.max_patches": patches}
+    def _memory(self, tokens: int, patches: int, mesh: Mesh, turns: int) -> int:
+        settings = {
+            "rows.max_tokens": tokens,
+            "rows.max_patches": patches,
+            "rows_per_step": turns * mesh.rows_at_once,
+            "parallel.context": mesh.context,
+            "parallel.tensor": mesh.tensor,
+        }
         config = self.config.copy()
-        for key, value in {**settings, "parallel.tensor": tensor}.items():
+        for key, value in settings.items():
             OmegaConf.update(config, key, value)
-        config.rows_per_step = SOME_SHARDS
-        return estimate_memory(config, SOME_SHARDS * tensor)
+        return sum(estimate_memory(config, mesh.devices).values())
 
 
 def parameters_of(module: torch.nn.Module) -> int:
@@ -248,13 +245,14 @@ def parameters_of(module: torch.nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """A layer: what it computes and communicates while it does, and what FSDP moves for it."""
+    """What FSDP gathers at once, as a layer: what it computes, and what is moved for it."""
 
     forward_seconds: float
     backward_seconds: float
     gather_seconds: float = 0.0
     scatter_seconds: float = 0.0
     all_reduce_seconds: float = 0.0
+    is_gathered_again: bool = field(default=True, kw_only=True)  # for backward
 
 
 def stages_seconds(stages: Sequence[Stage], shares_links: bool) -> float:
@@ -262,21 +260,22 @@ def stages_seconds(stages: Sequence[Stage], shares_links: bool) -> float:
 
     While a layer computes, the weights of the next are gathered, and in backward the gradients of
     the one before are reduced too: it takes as long as the longer of both. Nothing runs beside the
-    first gather and the last reduction. Gathers and reductions of a group come in turn; sums over
-    copies (HSDP) run beside these, or after them if they share the links.
+    first gather of forward and of backward, and the last reduction. Gathers and reductions of a
+    group come in turn; sums over copies (HSDP) run beside these, or after them if they share the
+    links.
     """
 
-    def moving(gather: float, stage: Stage) -> float:
-        others = gather + stage.scatter_seconds
-        both = (others, stage.all_reduce_seconds)
+    def moving(gathered: Stage, reduced: Stage) -> float:
+        again = gathered.gather_seconds if gathered.is_gathered_again else 0.0
+        both = (again + reduced.scatter_seconds, reduced.all_reduce_seconds)
         return sum(both) if shares_links else max(both)
 
     none = Stage(0.0, 0.0)
     before, behind = [none, *stages[:-1]], [*stages[1:], none]
-    seconds = stages[0].gather_seconds + stages[-1].gather_seconds + moving(0.0, stages[0])
+    seconds = stages[0].gather_seconds + stages[-1].gather_seconds + moving(none, stages[0])
     for stage, earlier, later in zip(stages, before, behind, strict=True):
         seconds += max(stage.forward_seconds, later.gather_seconds)
-        seconds += max(stage.backward_seconds, moving(earlier.gather_seconds, later))
+        seconds += max(stage.backward_seconds, moving(earlier, later))
     return seconds
 
 
@@ -326,7 +325,8 @@ def step_times(model: Model, row: Row, mesh: Mesh, rows: int, imbalance: float =
     layer_parameters = model.layer_parameters / mesh.tensor
     layer = stage(decoder / model.layers, layer_exchange + keys, layer_parameters)
     stages = [
-        stage(0.0, 0.0, model.embedding_parameters),
+        # Backward of the embedding takes no weights
+        replace(stage(0.0, 0.0, model.embedding_parameters), is_gathered_again=False),
         *(stage(encoder * share, 0.0, parameters) for parameters, share in model.encoder_groups),
         *([layer] * model.layers),
         stage(output, logits_exchange, model.output_parameters / mesh.tensor),
