@@ -220,6 +220,19 @@ def test_a_row_is_shared_out_whole() -> None:
             assert sum(sum(share["mask"].received) for share in shares) == placeholders
 
 
+def test_devices_have_equal_work_of_a_long_document() -> None:
+    tokens = 4096
+    sample = {"tokens": [1] * tokens, "labels": [1] * tokens, "input_pos": torch.zeros(tokens, 3)}
+    row = packed_collate_vision([sample])
+    pairs = []
+    for device in range(8):
+        share = RowSharing(device, 8, ())(row)["mask"]
+        lengths = zip(share.queries.lengths, share.keys.lengths, strict=True)
+        pairs.append(sum(q * k - q * (q - 1) // 2 for q, k in lengths))
+    assert sum(pairs) == tokens * (tokens + 1) // 2
+    assert len({*pairs}) == 1
+
+
 def test_compiled_layers_break_for_attention_alone() -> None:
     """Its shapes are those of each row; traced, they would be compiled anew for each."""
     torch._dynamo.reset()

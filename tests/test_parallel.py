@@ -192,6 +192,8 @@ def test_meshes(sizes: dict[str, int], processes: int, expected: Mesh | str) -> 
     parallel = {"replicate": 1, "shard": None, "context": 1, "tensor": 1, **sizes}
     if isinstance(expected, Mesh):
         assert Mesh.of(parallel, processes) == expected
+        assert expected.data * expected.copies == processes
+        assert expected.copies == parallel["context"] * parallel["tensor"]
     else:
         with pytest.raises(ValueError, match=f"^{expected}"):
             Mesh.of(parallel, processes)
