@@ -45,7 +45,7 @@ class NF4Layout(NamedTuple):
     def codes(self, weight: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Return the codes of blocks of a weight, by default of all, uint8 [B, C / 2].
 
-        Of 16 bits there are so few numbers that their codes are a table, which is thirty times
+        Of 16 bits there are so few numbers that their codes are a table, which is eight times
         faster than to compare each weight with all values, as torchao does.
         """
         blocks_BC = weight.to(self.dtype).view(-1, self.block_size)[first:last]
