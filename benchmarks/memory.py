@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,6 +47,7 @@ from torchtune_vl.recipes.finetune import FinetuneRecipe
 from torchtune_vl.training._memory import estimate_memory
 from torchtune_vl.training._mesh import Mesh
 from torchtune_vl.training._metrics import Metrics
+from torchtune_vl.training._sharding import local_part
 
 STEPS = 3  # the first makes the optimizer's states
 IMAGE_GRID = (1, 32, 32)  # patches along time, height and width: 448 x 448 px, 256 tokens
@@ -296,7 +296,7 @@ def measured(case: Case) -> dict[str, Any]:
 def local(parameter: torch.Tensor) -> torch.Tensor:
     """Return the part of a parameter that is on the device of this rank, empty if none is."""
     part = parameter.data
-    part = part.to_local() if isinstance(part, DTensor) else part
+    part = local_part(part)
     return part if part.is_cuda else part[:0]
 
 

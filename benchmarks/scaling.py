@@ -7,6 +7,7 @@ worker takes for a row.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -80,7 +81,7 @@ class Case:
                 for shard in POWERS:
                     replicate, rest = divmod(devices, tensor * context * shard)
                     mesh = Mesh(replicate, shard, context, tensor)
-                    if replicate and not rest and rows % mesh.rows_at_once == 0:
+                    if replicate and not rest and rows % mesh.data == 0:
                         yield mesh
 
     def fits(self, mesh: Mesh, rows: int) -> bool:
@@ -95,7 +96,7 @@ class Case:
 
     def times(self, mesh: Mesh, rows: int) -> Times:
         """Time of a step of so many rows."""
-        ratio = self.imbalance.ratio(rows, mesh.rows_at_once) if self.imbalance else 1.0
+        ratio = self.imbalance.ratio(rows, mesh.data) if self.imbalance else 1.0
         return step_times(self.model, self.row, mesh, rows, ratio)
 
     def best(self, devices: int, rows: int) -> Mesh | None:
@@ -125,7 +126,7 @@ class Line:
     @property
     def device_seconds(self) -> float:
         """Of a row."""
-        return self.times.total * self.mesh.devices / self.rows
+        return self.times.total * math.prod(self.mesh) / self.rows
 
 
 def line_of(case: Case, mesh: Mesh, rows: int) -> Line:
@@ -150,7 +151,9 @@ def sharded(size: str) -> list[Line]:
     """A row for each device, and weights sharded over all, where they fit."""
     case = case_of_images(size)
     meshes = [Mesh(shard=devices) for devices in COUNTS]
-    return [line_of(case, mesh, mesh.devices) for mesh in meshes if case.fits(mesh, mesh.devices)]
+    return [
+        line_of(case, mesh, math.prod(mesh)) for mesh in meshes if case.fits(mesh, math.prod(mesh))
+    ]
 
 
 def growing(size: str) -> list[Line]:
@@ -173,7 +176,7 @@ def several(size: str) -> list[Line]:
     """Several meshes of as many devices, a row for each."""
     case = case_of_images(size)
     meshes = [Mesh(*shape) for shape in SEVERAL[size]]
-    return [line_of(case, mesh, mesh.devices) for mesh in meshes]
+    return [line_of(case, mesh, math.prod(mesh)) for mesh in meshes]
 
 
 TABLES = {
@@ -191,7 +194,7 @@ def table(lines: Sequence[Line]) -> str:
     titles = ["devices", "mesh", "GB", "step, s", *(TITLES[n] for n in used), "efficiency"]
     text = []
     for line in lines:
-        cells = [f"{line.mesh.devices:,}", str(line.mesh), f"{line.memory_bytes / 1e9:.0f}"]
+        cells = [f"{math.prod(line.mesh):,}", str(line.mesh), f"{line.memory_bytes / 1e9:.0f}"]
         cells += [f"{line.times.total:.2f}"]
         cells += [f"{getattr(line.times, n):.3f}" for n in used]
         text.append([*cells, f"{lines[0].device_seconds / line.device_seconds:.0%}"])
@@ -206,7 +209,7 @@ def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def exposed(size: str, mesh: Mesh, documents: int) -> float:
     """What FSDP adds to computing rows of so many documents, one for each device."""
-    times = step_times(case_of_images(size).model, row_of_images(documents), mesh, mesh.devices)
+    times = step_times(case_of_images(size).model, row_of_images(documents), mesh, math.prod(mesh))
     return (times.shard + times.replicate) / (times.compute + times.recompute)
 
 
@@ -285,7 +288,7 @@ def draw() -> Figure:
 
 def _draw_terms(axes: Any, size: str) -> None:
     for lines, shift, hatch in ((sharded(size), -0.2, ""), (growing(size), 0.2, "///")):
-        places = [COUNTS.index(line.mesh.devices) + shift for line in lines]
+        places = [COUNTS.index(math.prod(line.mesh)) + shift for line in lines]
         bottom = np.zeros(len(lines))
         for number, term in enumerate(("waiting", "shard", "replicate", "context", "optimizer")):
             seconds = [(line.times.compute + line.times.recompute, line.times) for line in lines]
@@ -305,9 +308,9 @@ def _draw_exposed(axes: Any, size: str) -> None:
             shards = [min(devices, most) for devices in COUNTS]
             meshes = [Mesh(n // some, some) for n, some in zip(COUNTS, shards, strict=True)]
             # What fits some devices fits more
-            least = next(n for n, mesh in enumerate(meshes) if case.fits(mesh, mesh.devices))
+            least = next(n for n, mesh in enumerate(meshes) if case.fits(mesh, math.prod(mesh)))
             meshes = meshes[least:]
-            places = [COUNTS.index(mesh.devices) for mesh in meshes]
+            places = [COUNTS.index(math.prod(mesh)) for mesh in meshes]
             shares = [100 * exposed(size, mesh, documents) for mesh in meshes]
             label = f"{case.row.tokens:,} tokens, over {'all' if style == 'o-' else most}"
             axes.plot(places, shares, style, color=f"C{color}", label=label)
@@ -321,7 +324,7 @@ def _draw_exposed(axes: Any, size: str) -> None:
 def _draw_efficiency(axes: Any, size: str) -> None:
     for (title, make), style in zip([*TABLES.items()][:3], ("o-", "s-", "^--"), strict=True):
         lines = make(size)
-        places = [COUNTS.index(line.mesh.devices) for line in lines]
+        places = [COUNTS.index(math.prod(line.mesh)) for line in lines]
         shares = [100 * lines[0].device_seconds / line.device_seconds for line in lines]
         axes.plot(places, shares, style, label=title)
     axes.set(title=f"{size.upper()}: throughput of a device, to that of the fewest")

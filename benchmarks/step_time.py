@@ -25,6 +25,7 @@ from torchtune_vl.modules import encoder_index, vision_index
 from torchtune_vl.recipes import config_path
 from torchtune_vl.training._flops import FlopCounter, peak_flops
 from torchtune_vl.training._memory import estimate_memory
+from torchtune_vl.training._mesh import Mesh
 from torchtune_vl.training._sharding import gathered_together
 
 # Of the device: NVIDIA's data sheet of the H100 SXM. The share of the peak is assumed
@@ -57,34 +58,6 @@ VIDEO_STEPS, VIDEO_TOKENS = 160, 115_000
 # Of the simulation of waiting
 PLANNER = PackedRows(max_tokens=16_384, max_patches=65_536)
 DRAWN_SAMPLES, SIMULATED_SAMPLES = 4_000, 100_000
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """How many devices there are along each dimension, the last one within nodes first."""
-
-    replicate: int = 1
-    shard: int = 1
-    context: int = 1
-    tensor: int = 1
-
-    @property
-    def devices(self) -> int:
-        """All of them."""
-        return self.replicate * self.shard * self.context * self.tensor
-
-    @property
-    def rows_at_once(self) -> int:
-        """How many rows are in work, of which `context` x `tensor` devices share each."""
-        return self.replicate * self.shard
-
-    @property
-    def shards(self) -> int:
-        """How many devices share what FSDP divides."""
-        return self.shard * self.context
-
-    def __str__(self) -> str:
-        return f"{self.replicate} x {self.shard} x {self.context} x {self.tensor}"
 
 
 @dataclass(frozen=True)
@@ -219,23 +192,23 @@ class Model:
 
     def memory_bytes(self, row: Row, mesh: Mesh, rows: int) -> int:
         """What a step of so many rows takes on each device at its peak, by `tune-vl estimate`."""
-        turns = min(2, rows // mesh.rows_at_once)  # gradients of more rows are summed
+        turns = min(2, rows // mesh.data)  # gradients of more rows are summed
         # Copies take nothing
-        return self._memory(row.tokens, row.patches, replace(mesh, replicate=1), turns)
+        return self._memory(row.tokens, row.patches, mesh._replace(replicate=1), turns)
 
     @cache  # noqa: B019 (models are few, and live as long as the process)
     def _memory(self, tokens: int, patches: int, mesh: Mesh, turns: int) -> int:
         settings = {
             "rows.max_tokens": tokens,
             "rows.max_patches": patches,
-            "rows_per_step": turns * mesh.rows_at_once,
+            "rows_per_step": turns * mesh.data,
             "parallel.context": mesh.context,
             "parallel.tensor": mesh.tensor,
         }
         config = self.config.copy()
         for key, value in settings.items():
             OmegaConf.update(config, key, value)
-        return sum(estimate_memory(config, mesh.devices).values())
+        return sum(estimate_memory(config, math.prod(mesh)).values())
 
 
 def parameters_of(module: torch.nn.Module) -> int:
@@ -336,7 +309,7 @@ def step_times(model: Model, row: Row, mesh: Mesh, rows: int, imbalance: float =
     without_copies = [replace(s, all_reduce_seconds=0.0) for s in stages]
     sharded = stages_seconds(without_copies, shares_links)
     copied = stages_seconds(stages, shares_links)
-    turns = rows / mesh.rows_at_once
+    turns = rows / mesh.data
     compute = turns * (encoder + decoder + output)
     return Times(
         compute=compute,
@@ -384,7 +357,7 @@ def context_seconds(model: Model, row: Row, mesh: Mesh) -> tuple[float, float]:
 def optimizer_seconds(model: Model, mesh: Mesh) -> float:
     """Clipping, the optimizer, and numbers that all devices sum."""
     moved = OPTIMIZER_BYTES * model.parameters_on(mesh) / MEMORY_BYTES_PER_SECOND
-    return moved + SMALL_ALL_REDUCES * small_all_reduce_seconds(Group.of(mesh.devices, 1))
+    return moved + SMALL_ALL_REDUCES * small_all_reduce_seconds(Group.of(math.prod(mesh), 1))
 
 
 class Imbalance:

@@ -1,5 +1,6 @@
 """The computed time of a step beside numbers by hand, and the page that shows it."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -129,9 +130,9 @@ def test_the_slowest_of_more_devices_is_slower(case: scaling.Case) -> None:
 def test_meshes_fit_and_divide(case: scaling.Case) -> None:
     meshes = [*case.meshes(16, rows=8)]
     assert Mesh(shard=8, tensor=2) in meshes
-    assert {mesh.devices for mesh in meshes} == {16}
+    assert {math.prod(mesh) for mesh in meshes} == {16}
     assert max(mesh.tensor for mesh in meshes) == 4  # of 28 and 4 heads
-    assert max(mesh.rows_at_once for mesh in meshes) == 8
+    assert max(mesh.data for mesh in meshes) == 8
     assert not case.fits(Mesh(), rows=1)  # 16 bytes of each of 8.3e9 parameters
     # With gradients of earlier rows beside what layers take
     assert [case.fits(Mesh(4, 2), rows) for rows in (8, 16)] == [True, False]

@@ -11,6 +11,7 @@ from torch import nn
 from torchtune_vl._torchao import NF4Tensor, SubclassTensorArgs, to_nf4
 
 _ALL_16_BITS = 2**16
+_CODES = 16
 
 
 class NF4Layout(NamedTuple):
@@ -37,6 +38,11 @@ class NF4Layout(NamedTuple):
     def blocks(self) -> int:
         """How many blocks there are."""
         return self.shape.numel() // self.block_size
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers of its dtype: scales of scales, their mean, and values of the codes."""
+        return self.blocks // self.scaler_block_size + 1 + _CODES
 
     def quantize(self, weight: torch.Tensor) -> NF4Tensor:
         """Quantize a weight on the CPU as torchao's ``to_nf4`` does, to the bit."""
@@ -72,20 +78,20 @@ class NF4Layout(NamedTuple):
 
     def sizes(self) -> tuple[torch.Size, torch.Size]:
         """Return the shapes of codes and scales."""
-        numbers = self.blocks // self.scaler_block_size + 1 + 16
         codes = torch.Size((self.blocks, self.block_size // 2))
-        return codes, torch.Size((numbers * self.dtype.itemsize + self.blocks,))
+        return codes, torch.Size((self.numbers * self.dtype.itemsize + self.blocks,))
 
     def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> NF4Tensor:
         """Return the weight of its codes and scales, whose memory it shares."""
-        factors = self.blocks // self.scaler_block_size
-        numbers, scalers = scales.tensor_split([(factors + 17) * self.dtype.itemsize])
-        of_scales, mean, values = numbers.view(self.dtype).split([factors, 1, 16])
+        numbers, scalers = scales.tensor_split([self.numbers * self.dtype.itemsize])
+        factors, mean, values = numbers.view(self.dtype).split(
+            [self.numbers - 1 - _CODES, 1, _CODES]
+        )
         stride = (self.shape[1], 1)
         return NF4Tensor(
             SubclassTensorArgs(self.shape, stride, 0, self.dtype, codes.device, False),
             *(self.block_size, self.blocks, self.scaler_block_size),
-            *(scalers.view(torch.int8), of_scales, mean[0], codes.flatten()),
+            *(scalers.view(torch.int8), factors, mean[0], codes.flatten()),
             nf4=values,
         )
 

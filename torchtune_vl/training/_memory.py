@@ -18,7 +18,6 @@ from omegaconf import DictConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -71,7 +70,7 @@ class _Run:
     """A run of the recipe on the meta device, as one of its processes."""
 
     def __init__(self, config: DictConfig, mesh: Mesh, tensor_devices: DeviceMesh | None) -> None:
-        self.config, self.mesh, self.shards = config, mesh, mesh.shard * mesh.context
+        self.config, self.mesh, self.shards = config, mesh, mesh.shards
         dtype = sharding.DTYPES[config.compute_dtype or config.dtype]
         offload = config.parallel.cpu_offload
         with sharding.default_dtype(sharding.DTYPES[config.dtype]), torch.device("meta"):
@@ -105,8 +104,8 @@ class _Run:
         """Bytes of weights and the optimizer's states, and of what its step takes meanwhile."""
         if self.config.parallel.cpu_offload:
             return {}, 0
-        weights = sum(num_bytes(_local(p.data)) for p in self.model.parameters())
-        sizes = [_local(p).numel() for p in self.trained]
+        weights = sum(num_bytes(sharding.local_part(p.data)) for p in self.model.parameters())
+        sizes = [sharding.local_part(p).numel() for p in self.trained]
         (dtype,) = {p.dtype for p in self.trained}
         optimizer = _OptimizerBytes.of(self.config.optimizer, dtype)
         at_once = sum(sizes) if optimizer.takes_all_at_once else max(sizes)
@@ -187,13 +186,9 @@ def _mapped(change: Callable[[Any], Any], batch: Any) -> Any:
     return tree_map_only((torch.Tensor, Segments, RowShare), changed, dict(batch))
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """List the plain tensors that one of NF4, or of an optimizer's few bits, is made of."""
-    own: Any = _local(tensor.data)
+    own: Any = sharding.local_part(tensor.data)
     names, _ = own.__tensor_flatten__() if hasattr(own, "__tensor_flatten__") else ([], None)
     return [getattr(own, name) for name in names] or [own]
 
@@ -274,7 +269,7 @@ class _Alive(TorchDispatchMode):
 
     def move(self, tensor: torch.Tensor, purpose: str) -> None:
         """Say what a tensor is for, unless it is counted elsewhere."""
-        address = _local(tensor).untyped_storage()._cdata
+        address = sharding.local_part(tensor).untyped_storage()._cdata
         before, size = self._storages.get(address, (purpose, 0))
         if size:
             self._storages[address] = purpose, size
@@ -289,7 +284,9 @@ class _Alive(TorchDispatchMode):
 
     def is_left_out(self, tensor: torch.Tensor) -> bool:
         """Whether it is one of these, or made of one."""
-        return not self._storages.get(_local(tensor).untyped_storage()._cdata, ("", 0))[1]
+        return not self._storages.get(
+            sharding.local_part(tensor).untyped_storage()._cdata, ("", 0)
+        )[1]
 
 
 def _bytes_within_flash_attention(
@@ -385,7 +382,7 @@ class _Sharding:
     def leave_gradients(self) -> None:
         """Have gradients of an earlier backward."""
         for group in self.groups:
-            count = sum(_local(p).numel() for p in group.parameters if p.requires_grad)
+            count = sum(sharding.local_part(p).numel() for p in group.parameters if p.requires_grad)
             if count and not self.offload:
                 group.kept = self.alive.take(self.stored.itemsize * count // self.shards, GRADIENTS)
 
@@ -430,7 +427,7 @@ class _Group:
         return self.shared.alive.take(round(size), GATHERED)
 
     def _bytes(self) -> int:
-        return sum(_local(p.data).nbytes for p in self.parameters)
+        return sum(sharding.local_part(p.data).nbytes for p in self.parameters)
 
     def gather(self) -> None:
         """Begin to gather: in one buffer, of which there is no need if this device has all."""
@@ -468,7 +465,7 @@ class _Group:
         """Let go of the weights, and reduce gradients to what this device keeps."""
         self.has_ended = True
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        count = sum(_local(gradient).numel() for gradient in gradients)
+        count = sum(sharding.local_part(gradient).numel() for gradient in gradients)
         for p in self.parameters:
             p.grad = None
         self.weights = self.shared.reduced = None

@@ -20,10 +20,13 @@ class Mesh(NamedTuple):
         tensor: devices that share each layer, and its rows.
     """
 
-    replicate: int
-    shard: int
-    context: int
-    tensor: int
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def __str__(self) -> str:
+        return " x ".join(map(str, self))
 
     @classmethod
     def of(cls, parallel: Any, processes: int) -> "Mesh":
@@ -50,6 +53,11 @@ class Mesh(NamedTuple):
         return self.replicate * self.shard
 
     @property
+    def shards(self) -> int:
+        """Over how many devices each copy of the weights is divided."""
+        return self.shard * self.context
+
+    @property
     def copies(self) -> int:
         """How many devices have, together or each, the same rows."""
         return self.context * self.tensor
@@ -59,7 +67,7 @@ class Mesh(NamedTuple):
 
         All processes have to call it.
         """
-        dims = (self.replicate, self.shard * self.context, self.tensor)
+        dims = (self.replicate, self.shards, self.tensor)
         names = ("replicate", "shard", "tensor")
         return dist.init_device_mesh(device_type, dims, mesh_dim_names=names)
 

@@ -81,7 +81,7 @@ def recompute_layers(model: Any, how: Literal["none", "selective", "full"]) -> N
 
 def is_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype, cpu_offload: bool) -> bool:
     """Whether a model is to be sharded: over devices, or for its weights' dtype or their place."""
-    shares_weights = mesh.replicate * mesh.shard * mesh.context > 1
+    shares_weights = mesh.replicate * mesh.shards > 1
     return shares_weights or dtypes_of(model) != {dtype} or cpu_offload
 
 
@@ -158,7 +158,7 @@ def gathered_together(model: Any) -> Iterator[list[nn.Module]]:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(num_bytes(_local(p)) for p in module.parameters())
+    return sum(num_bytes(local_part(p)) for p in module.parameters())
 
 
 def _refuse_unequal_parts(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -200,7 +200,7 @@ def gather(
 
 def non_finite(parameters: Mapping[str, nn.Parameter], device: torch.device) -> list[str]:
     """Name the parameters, sharded or not, that are not finite on all processes."""
-    local = [_local(p).detach() for p in parameters.values()]
+    local = [local_part(p).detach() for p in parameters.values()]
     bad = torch.stack([(~p.isfinite()).any().to(device, torch.int32) for p in local])
     dist.all_reduce(bad)
     return [name for name, is_bad in zip(parameters, bad.tolist(), strict=True) if is_bad]
@@ -223,7 +223,7 @@ def average_copies(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None
             names = gradient.device_mesh.mesh_dim_names or ()
             if name in names and gradient.placements[names.index(name)].is_shard():
                 continue
-        own = _local(gradient)
+        own = local_part(gradient)
         dist.all_reduce(own, group=mesh.get_group())
         own /= mesh.size()
 
@@ -247,10 +247,11 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
     if not math.isinf(max_norm):
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for gradients in groups.values():
-            local = [_local(gradient) for gradient in gradients]
+            local = [local_part(gradient) for gradient in gradients]
             torch._foreach_mul_(local, factor.to(local[0].device))
     return total
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this device has of a tensor, all of one that is not divided."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
