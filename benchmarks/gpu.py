@@ -78,6 +78,7 @@ OPTIONS: dict[str, tuple[str, Part]] = {
         _LORA, 60, activation_checkpointing="selective"
     ),
     "LoRA, `activation_checkpointing: none`": option(_LORA, 60, activation_checkpointing="none"),
+    "LoRA, `flash_attention: FA3`, where it is installed": option(_LORA, 60, flash_attention="FA3"),
     "encoder and merger frozen": option(_FULL, 60, **_FROZEN),
     "`optimizer`: `torchao.optim.AdamW8bit`": option(_FULL, 80, optimizer=_ADAMW8BIT),
     "`activation_offloading: True`": option(_FULL, 60, activation_offloading=True),
@@ -104,6 +105,7 @@ PARTS: dict[str, Part] = {
     "data": Part(30, "loading"),
     _LORA: trained(60, "3B", "lora"),
     "7B, QLoRA": trained(80, "7B", "qlora"),
+    "losses": Part(30, "losses"),
     **{name: part for name, (_, part) in OPTIONS.items()},
     "3B, QLoRA": trained(80, "3B", "qlora"),
 }
@@ -229,6 +231,7 @@ def tables(results: Results) -> str:
         training_table(results),
         peers_table(results),
         decoding_table(results),
+        losses_table(results),
         profile_tables(results),
         options_table(results),
     )
@@ -348,6 +351,23 @@ def decoding_table(results: Results) -> str:
         rows.append(["3B", "", why_missing(results, "decoding"), ""])
     heads = ("weights of 3B", "prompts of 600 tokens", "tokens per second")
     return table(*heads, "time of a step, transformers / ours", rows=rows)
+
+
+def losses_table(results: Results) -> str:
+    """The output layer's loss, beside those of torch and Liger."""
+    ours, *others = results.get("losses", {}).get("rows", []) or [{}]
+    rows = []
+    for other in others:
+        if "error" in other:
+            rows.append([other["way"], f"failed: {in_cell(other['error'])}", ""])
+            continue
+        pairs = zip(other["times"], ours["times"], strict=True)
+        memory = f"{other['allocated'] / (ours['allocated'] or 1):.2f}"
+        rows.append([other["way"], spread([a / b for a, b in pairs if b] or [0.0]), memory])
+    if not rows or results["losses"]["error"]:
+        rows.append(["", why_missing(results, "losses"), ""])
+    heads = ("loss of 16,384 tokens of 3B", "time / ours", "memory / ours")
+    return table(*heads, rows=rows)
 
 
 def profile_tables(results: Results) -> str:

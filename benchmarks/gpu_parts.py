@@ -20,18 +20,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from PIL import Image
+from torch import nn
 from torch.autograd import DeviceType
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
@@ -63,6 +66,7 @@ from torchtune_vl.models import model_from_pretrained, transform_from_pretrained
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import load_weights_into
 from torchtune_vl.modules import Segments
+from torchtune_vl.modules.loss import chunked_cross_entropy
 from torchtune_vl.modules.quantized import quantize_layers
 from torchtune_vl.recipes import config_path, finetune
 from torchtune_vl.recipes._check_config import read_config
@@ -92,6 +96,7 @@ CPU = DeviceType.CPU
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 NEW_TOKENS, DECODING_STEPS, DECODING_WARM_UP, DECODING_RUNS = 41, 32, 6, 3
 PROMPT_TOKENS = 600
+LOSS_RUNS = 5
 NOT_CAPTURED = "bfloat16, steps not captured"
 
 _PUBLISHED_VISION = {
@@ -165,7 +170,7 @@ def main() -> None:
     keep(arguments.output, arguments.part, about=about())
     torch.manual_seed(SEED)
     rows: list[Row] = []
-    measure = FUNCTIONS[part.function]
+    measure: Callable[..., Iterator[Row]] = globals()[part.function]
     for row in measure(Job(arguments.output, arguments.until), **part.settings):
         rows.append(row)
         keep(arguments.output, arguments.part, rows=rows)
@@ -761,6 +766,56 @@ def loading(job: Job) -> Iterator[Row]:
     yield {"what": "loading", "tokens_per_second": tokens / seconds, "workers": WORKERS}
 
 
+# Losses
+
+
+def losses(job: Job) -> Iterator[Row]:
+    """Time the output layer's loss and its gradients: ours, torch's and Liger's."""
+    options: dict[str, Any] = {"dtype": DTYPES["bf16"], "device": DEVICE}
+    width, entries = _3B["hidden_size"], _3B["vocab_size"]
+    hidden = torch.randn(MAX_TOKENS, width, **options).requires_grad_()
+    weight = torch.randn(entries, width, **options).mul_(width**-0.5).requires_grad_()
+    targets = torch.randint(entries, (MAX_TOKENS,), device=DEVICE)
+
+    def ours() -> torch.Tensor:
+        return chunked_cross_entropy(hidden, lambda x: F.linear(x, weight), targets).sum()
+
+    def of_torch() -> torch.Tensor:
+        chunked = nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=chunked)
+
+    def of_liger() -> torch.Tensor:
+        liger = import_module("liger_kernel.transformers")
+        loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, targets)
+        return cast(torch.Tensor, loss)
+
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "ours": ours,
+        "torch, `F.linear_cross_entropy`": of_torch,
+        "Liger": of_liger,
+    }
+    for way, loss in ways.items():
+        row: Row = {"what": "loss", "way": way}
+        try:
+            row["times"] = [seconds_of(loss, [hidden, weight]) for _ in range(1 + LOSS_RUNS)][1:]
+            row["allocated"] = torch.cuda.max_memory_allocated()
+        except (ImportError, AttributeError, RuntimeError, ValueError) as error:
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        yield row
+
+
+def seconds_of(loss: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> float:
+    """Seconds of a loss and its gradients, from whose memory the peak is counted."""
+    for x in inputs:
+        x.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    loss().backward()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 # Decoding
 
 
@@ -849,11 +904,6 @@ def their_step(model: Any, ids: torch.Tensor) -> float:
     )
     return (times[-1] - times[DECODING_WARM_UP]) / (len(times) - 1 - DECODING_WARM_UP)
 
-
-FUNCTIONS: dict[str, Callable[..., Iterator[Row]]] = {
-    function.__name__: function
-    for function in (correctness, resuming, training, peer, loading, decoding)
-}
 
 if __name__ == "__main__":
     main()

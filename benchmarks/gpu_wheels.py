@@ -24,8 +24,8 @@ CONSTRAINTS = Path("constraints.txt")
 ASSETS = Path(".assets/tokenizer")
 VOCABULARY = ("vocab.json", "merges.txt", "tokenizer_config.json")
 PACKAGES = (
-    *("llvmlite", "numba", "omegaconf", "pillow", "psutil", "rich", "sentencepiece", "simplejpeg"),
-    *("tiktoken", "torchao", "torchdata", "torchtune", "xxhash"),
+    *("liger-kernel", "llvmlite", "numba", "omegaconf", "pillow", "psutil", "rich"),
+    *("sentencepiece", "simplejpeg", "tiktoken", "torchao", "torchdata", "torchtune", "xxhash"),
 )
 
 

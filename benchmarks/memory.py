@@ -13,6 +13,7 @@ its loss ends the case with an error, except where the optimizer is on the host.
 
 import argparse
 import io
+import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,31 +101,17 @@ DOCUMENT = (IMAGE_GRID,) * IMAGES_OF_DOCUMENT
 SHORT, VIDEO = (DOCUMENT,) * 4, ((VIDEO_GRID,),)
 NONE, SELECTIVE = ({"activation_checkpointing": kind} for kind in ("none", "selective"))
 FROZEN = {"model.encoder_trainable": False, "model.fusion_trainable": False}
+METHODS, SIZES, RANKS = ("full", "lora", "qlora"), ("3b", "7b", "32b", "72b"), (1, 8, 64)
 CASES = (
-    Case("full", "3b"),
-    Case("full", "3b", 8),
+    *(Case(*choice) for choice in itertools.product(METHODS, SIZES, RANKS)),
     Case("full", "3b", 8, FROZEN),
     Case("full", "3b", 8, SELECTIVE, SHORT),
     Case("full", "3b", 8, NONE, SHORT),
-    Case("full", "7b", 8),
     Case("full", "7b", 8, {"activation_offloading": True}, SHORT),
-    Case("full", "7b", 64),
     Case("full", "7b", 64, {"parallel.cpu_offload": True}),
-    Case("full", "32b", 64),
-    Case("full", "72b", 64),
-    Case("lora", "3b"),
-    Case("lora", "7b"),
     Case("lora", "7b", 1, SELECTIVE, SHORT),
-    Case("lora", "7b", 8),
     Case("lora", "7b", 8, NONE, SHORT),
-    Case("lora", "32b", 8),
-    Case("lora", "72b", 64),
-    Case("qlora", "3b"),
-    Case("qlora", "7b"),
     Case("qlora", "7b", 1, NONE, SHORT),
-    Case("qlora", "7b", 8),
-    Case("qlora", "32b", 8),
-    Case("qlora", "72b", 64),
     Case("full", "7b", 64, {"parallel.replicate": 8}),
     Case("full", "7b", 8, {"parallel.context": 2}),
     Case("full", "7b", 64, {"parallel.context": 8}),

@@ -11,8 +11,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtune_vl.models.qwen2_5_vl import GEOMETRY
-from torchtune_vl.modules import Segments, encoder_index, join_vision_indices, vision_index
-from torchtune_vl.modules.attention import attend_within_segments, permute_rows
+from torchtune_vl.modules import (
+    Segments,
+    attention,
+    encoder_index,
+    join_vision_indices,
+    vision_index,
+)
+from torchtune_vl.modules.attention import (
+    attend_within_segments,
+    permute_rows,
+    use_flash_attention,
+)
 
 
 @settings(deadline=None, max_examples=40)
@@ -32,6 +42,28 @@ def test_equals_attention_with_a_mask(lengths: list[int]) -> None:
     expected = torch.autograd.grad((masked * weight).sum(), (q, k, v))
     actual = torch.autograd.grad((ours * weight).sum(), (q, k, v))
     torch.testing.assert_close(actual, expected)
+
+
+def test_an_implementation_of_flash_attention_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match=r"FA3 is not to be had \(No module.*install what it asks"):
+        use_flash_attention("FA3", cpu)
+    tried: list[tuple[int, bool]] = []
+
+    def fail(q: torch.Tensor, *others: Any, is_causal: bool) -> torch.Tensor:
+        tried.append((q.shape[-1], is_causal))
+        if not is_causal:
+            raise RuntimeError("FA3 requires compute capability 9.0")
+        return q
+
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", lambda name: None)
+    use_flash_attention("FA3", cpu)
+    monkeypatch.setattr(attention, "attend_within_segments", fail)
+    with pytest.raises(ValueError, match=r"\(FA3 requires compute.*flash_attention=null"):
+        use_flash_attention("FA3", cpu)
+    assert tried == [(128, True), (80, False)]
 
 
 def test_segments_do_not_see_each_other() -> None:

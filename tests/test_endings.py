@@ -218,6 +218,7 @@ def test_a_killed_process_is_named(root: Path, tmp_path: Path) -> None:
             "activation_offloading needs activation_checkpointing: full",
         ),
         ("activation_offloading=True activation_checkpointing=full", "offloading is for a GPU's"),
+        ("flash_attention=FA3", "flash_attention is for GPUs: set flash_attention=null"),
         ("export=best dataset_val=null", "export: best is that of the best validation"),
         pytest.param(
             "device=cuda",

@@ -132,6 +132,11 @@ def results() -> dict[str, Any]:
             {**decoding, "step": [0.004, 0.004], "theirs": [0.01, 0.01]},
             {**decoding, "weights": "int4", "error": "RuntimeError: no kernel"},
         ],
+        "losses": [
+            {"what": "loss", "way": "ours", "times": [0.1, 0.2], "allocated": 3e9},
+            {"what": "loss", "way": "torch", "times": [0.2, 0.4], "allocated": 6e9},
+            {"what": "loss", "way": "Liger", "error": "ImportError: a|b"},
+        ],
         "data": [{"what": "loading", "tokens_per_second": 123456.0}],
     }
     about = {"GPU": "NVIDIA H200", "torch": "2.11"}
@@ -153,6 +158,8 @@ def test_tables_say_what_was_found_and_what_was_not() -> None:
         "| 3B, full | sdpa | 2.00 (2.00 to 2.00) | 1.00 |",
         "| bfloat16 | 8 | 2,000 | 2.50 (2.50 to 2.50) |",
         "| int4 | 8 | failed: RuntimeError: no kernel | |",
+        "| torch | 2.00 (2.00 to 2.00) | 2.00 |",
+        "| Liger | failed: ImportError: a/b | |",
         "| host waiting for the device | 2.0 |",
         "| `gemm<a/b>` | 25.0% | 7 |",
         "| `compile: False` | 3B, full | 4.00 (4.00 to 4.00) | 1.00 |",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torchtune_vl._torchao import to_nf4
-from torchtune_vl.modules.nf4 import NF4Layout
+from torchtune_vl.modules.nf4 import NF4Layout, quantize
 
 SMALL, MANY = (256, 64), (512, 384)
 WEIGHTS = {
@@ -39,4 +39,17 @@ def test_quantized_as_torchao_does(weight: torch.Tensor, dtype: torch.dtype) -> 
     same(found.get_original_weight(), expected.get_original_weight())
     # A part has the codes that it has in the whole
     assert torch.equal(layout.codes(weight, 3, 11), layout.codes(weight)[3:11])
-    assert [x.shape for x in (layout.codes(weight), layout.scales(weight))] == [*layout.sizes()]
+    ours = (layout.codes(weight), layout.scales(weight))
+    assert [x.shape for x in ours] == [x.shape for x in layout.empty()]
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (96, 160)])
+def test_of_the_meta_device_without_its_computations(shape: tuple[int, int]) -> None:
+    weight = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    blocks = weight.numel() // 64
+    found, expected = quantize(weight, 64, blocks), to_nf4(weight, 64, blocks)
+    assert NF4Layout.of(found) == NF4Layout.of(expected)
+    names, _ = expected.__tensor_flatten__()
+    for name in names:
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), name

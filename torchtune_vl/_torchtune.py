@@ -11,9 +11,6 @@ from torchtune.config import instantiate
 # The type by which its recipes know the layers that they compile, checkpoint and shard
 from torchtune.modules import TransformerSelfAttentionLayer
 
-# Linear layers with frozen NF4 weights
-from torchtune.modules.low_precision import FrozenNF4Linear
-
 # Linear layers with adapters, whose `adapter_params` tell its recipes what to train
 from torchtune.modules.peft import DoRALinear, LoRALinear
 

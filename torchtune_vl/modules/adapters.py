@@ -12,9 +12,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torchtune_vl._torchao import linear_nf4
-from torchtune_vl._torchtune import DoRALinear, FrozenNF4Linear, LoRALinear
+from torchtune_vl._torchtune import DoRALinear, LoRALinear
 from torchtune_vl.modules.linear import Linear
 from torchtune_vl.modules.loss import chunked_cross_entropy
+from torchtune_vl.modules.nf4 import quantize
 
 Trainable = Literal["frozen", "lora", "full"]
 
@@ -56,14 +57,18 @@ def build_linear(
     is_quantized = quantize_base and how != "full" and name != "output"
     blocks = _nf4_blocks(name, in_dim, out_dim) if is_quantized else {}
     if how == "lora" and name in adapted:
-        layer: Any = DoRA if use_dora else LoRALinear
+        kind: Any = DoRA if use_dora else LoRALinear
         if name == "output":
-            layer = OutputDoRA if use_dora else OutputLoRA
-        settings = {**adapter, **blocks, "use_bias": bias, "quantize_base": is_quantized}
-        return layer(in_dim, out_dim, **settings)
+            kind = OutputDoRA if use_dora else OutputLoRA
+        layer = kind(in_dim, out_dim, use_bias=bias, **adapter)
+        layer._quantize_base = is_quantized
+    else:
+        kind = OutputLinear if name == "output" else NF4Linear if is_quantized else Linear
+        layer = kind(in_dim, out_dim, bias=bias)
     if is_quantized:
-        return FrozenNF4Linear(in_dim, out_dim, bias=bias, **blocks)
-    return (OutputLinear if name == "output" else Linear)(in_dim, out_dim, bias=bias)
+        quantized = quantize(layer.weight.detach(), **blocks)
+        layer.weight = nn.Parameter(quantized, requires_grad=False)
+    return layer
 
 
 def _nf4_blocks(name: str, in_dim: int, out_dim: int) -> dict[str, int]:
@@ -82,6 +87,15 @@ def num_bytes(tensor: torch.Tensor) -> int:
         return tensor.nbytes
     inner, _ = tensor.data.__tensor_flatten__()
     return sum(getattr(tensor.data, name).nbytes for name in inner)
+
+
+class NF4Linear(nn.Linear):
+    """A layer without an adapter, whose weight is NF4."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer, from [..., in_dim] to [..., out_dim]."""
+        out = linear_nf4(x, self.weight)
+        return out if self.bias is None else out + self.bias
 
 
 class DoRA(DoRALinear):

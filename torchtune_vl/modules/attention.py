@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import activate_flash_attention_impl
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
@@ -123,6 +124,26 @@ def attend_to_ends(
         out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
         attended.append(out[0].transpose(0, 1))
     return torch.cat(attended)
+
+
+def use_flash_attention(name: str, device: torch.device) -> None:
+    """Let attention on a GPU be by an implementation of FlashAttention that is installed.
+
+    That is ``FA3`` (arXiv 2407.08608) or ``FA4``, by which this process replaces torch's own. They
+    have to give gradients of queries that share keys, with heads as wide as the decoder's and the
+    encoder's: a ``ValueError`` says why one cannot.
+    """
+    remedy = "install what it asks for, or set flash_attention=null"
+    try:
+        activate_flash_attention_impl(name)
+        for width, is_causal in ((128, True), (80, False)):
+            ends = torch.tensor([0, 8], dtype=torch.int32, device=device)
+            options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+            q, k, v = (torch.ones(8, n, width, **options).requires_grad_() for n in (4, 2, 2))
+            out = attend_within_segments(q, k, v, Segments((8,), ends), is_causal=is_causal)
+            out.sum().backward()
+    except (ImportError, RuntimeError, ValueError, AttributeError) as error:
+        raise ValueError(f"flash_attention={name} is not to be had ({error}): {remedy}") from error
 
 
 def _has_kernel(q_NHD: torch.Tensor) -> bool:

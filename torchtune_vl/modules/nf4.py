@@ -76,10 +76,11 @@ class NF4Layout(NamedTuple):
         numbers = torch.cat([factors, mean.view(1), _values(self.dtype)])
         return torch.cat([numbers.view(torch.uint8), scalers.view(torch.uint8)])
 
-    def sizes(self) -> tuple[torch.Size, torch.Size]:
-        """Return the shapes of codes and scales."""
-        codes = torch.Size((self.blocks, self.block_size // 2))
-        return codes, torch.Size((self.numbers * self.dtype.itemsize + self.blocks,))
+    def empty(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes and scales on the meta device, uint8."""
+        options: dict[str, Any] = {"dtype": torch.uint8, "device": "meta"}
+        codes = torch.empty(self.blocks, self.block_size // 2, **options)
+        return codes, torch.empty(self.numbers * self.dtype.itemsize + self.blocks, **options)
 
     def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> NF4Tensor:
         """Return the weight of its codes and scales, whose memory it shares."""
@@ -111,6 +112,14 @@ def _codes_of_all(dtype: torch.dtype) -> torch.Tensor:
     return torch.cat(codes).to(torch.uint8)
 
 
+def quantize(weight: torch.Tensor, block_size: int, scaler_block_size: int) -> NF4Tensor:
+    """Quantize a weight where it is; on the meta device at no cost, where torchao takes seconds."""
+    if not weight.is_meta:
+        return to_nf4(weight, block_size, scaler_block_size)
+    layout = NF4Layout(weight.shape, weight.dtype, block_size, scaler_block_size)
+    return layout.unpack(*layout.empty())
+
+
 class PackedNF4:
     """A layer whose NF4 weight is kept as two parameters of bytes, which FSDP shards as any other.
 
@@ -130,8 +139,7 @@ class PackedNF4:
 def pack_nf4(layer: Any) -> None:
     """Make a layer on the meta device a :class:`PackedNF4` of its own class."""
     layer.layout = NF4Layout.of(layer._parameters.pop("weight").data)
-    for name, size in zip(("nf4_codes", "nf4_scales"), layer.layout.sizes(), strict=True):
-        empty = torch.empty(size, dtype=torch.uint8, device="meta")
+    for name, empty in zip(("nf4_codes", "nf4_scales"), layer.layout.empty(), strict=True):
         layer.register_parameter(name, nn.Parameter(empty, requires_grad=False))
     layer.__class__ = _packed(type(layer))  # type: ignore[arg-type]
 

@@ -151,6 +151,11 @@ class Config:
         "the decoder's linear layers multiply in float8 (torchao), for weights trained in full and "
         "`compute_dtype: bf16`; from compute capability 8.9",
     ] = False
+    flash_attention: Annotated[
+        Literal["FA3", "FA4"] | None,
+        "an implementation of FlashAttention that is installed: `FA3` for Hopper by the package "
+        "`flash_attn_interface`, `FA4` by `flash_attn.cute`; null: torch's own",
+    ] = None
     compile: Annotated[bool, "`torch.compile`, layer by layer"]
     activation_checkpointing: Annotated[
         Literal["full", "selective", "none"],

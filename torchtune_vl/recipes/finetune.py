@@ -49,6 +49,7 @@ from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import initial_adapters, load_weights_into
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import DoRA, is_adapter
+from torchtune_vl.modules.attention import use_flash_attention
 from torchtune_vl.modules.context import RowShare
 from torchtune_vl.recipes._datasets import datasets_of
 from torchtune_vl.recipes._launch import run_recipe
@@ -244,6 +245,8 @@ class FinetuneRecipe:
     def _make_model(self) -> nn.Module:
         """Build on the meta device, divide over devices, and only then load each one's part."""
         cfg = self.cfg
+        if cfg.flash_attention:
+            use_flash_attention(cfg.flash_attention, self.device)
         with sharding.default_dtype(self.dtype), torch.device("meta"):
             model = instantiate(cfg.model)
         self.flops, self.placeholder_ids = FlopCounter(model), model.placeholder_ids
@@ -833,6 +836,9 @@ def _check_settings(cfg: DictConfig) -> None:
         "device is cuda, and torch sees no GPU: see what torch.cuda.is_available() says, or set "
         "device=cpu": gpus == 0,
         f"{here} processes cannot share {gpus} GPUs: lower nproc_per_node": here > gpus,
+        "flash_attention is for GPUs: set flash_attention=null": (
+            cfg.flash_attention and cfg.device == "cpu"
+        ),
         "float8 needs compute_dtype: bf16 and parallel.tensor: 1": cfg.float8 and cannot_float8,
         f"parallel.tensor is {mesh.tensor}, which needs a parallel.plan": has_no_plan,
         # Sizes that vary are symbols, which DTensor cannot hash
