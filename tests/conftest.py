@@ -28,16 +28,16 @@ _read_vocabulary = vocabulary_files.read_vocabulary
 
 
 @cache
-def _read_once(path: Path, merges: Any, special_tokens: Any, state: bytes) -> Any:
-    return _read_vocabulary(path, merges, special_tokens and dict(special_tokens))
+def _read_once(path: Path, merges: Any, special_tokens: Any, more: Any, state: bytes) -> Any:
+    return _read_vocabulary(path, merges, special_tokens and dict(special_tokens), more)
 
 
-def _read(path: Path, merges: Any, special_tokens: Any) -> Any:
+def _read(path: Path, merges: Any, special_tokens: Any, more: Any = ()) -> Any:
     state = state_of(file for file in (path, merges) if file)
     if state is None:
-        return _read_vocabulary(path, merges, special_tokens)
+        return _read_vocabulary(path, merges, special_tokens, more)
     items = special_tokens and tuple(special_tokens.items())
-    tokens, added, plain = _read_once(path, merges, items, state)
+    tokens, added, plain = _read_once(path, merges, items, tuple(more), state)
     return tokens, dict(added), plain
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from quickstart.checkpoint import PREPROCESSOR_CONFIG
 from tests.finetune_runs import NARROW, NARROW_QWEN2_VL
 from tests.pages import Scripts
-from tests.videos import pictures
+from tests.videos import Clip, pictures, write_clip, x264
 from torchtune_vl.chat import ChatTransform
 from torchtune_vl.cli import main
 from torchtune_vl.data import PackedRows, PaddedRows, Plan, Planner, TrainingRows
@@ -35,6 +35,7 @@ from torchtune_vl.datasets._preview_summary import histogram, names
 from torchtune_vl.media._patches import Geometry, normalization_by, patchify, unpatchify
 from torchtune_vl.models import transform_from_pretrained
 from torchtune_vl.models.qwen2_5_vl import GEOMETRY
+from torchtune_vl.models.qwen3_vl import Qwen3_VLTransform
 from torchtune_vl.modules import IGNORE_INDEX
 from torchtune_vl.recipes import config_path
 
@@ -633,3 +634,17 @@ def test_wrong_usage(
     assert status("--config", config, "--output", output, *arguments) == 2
     assert message in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_a_video_of_many_blocks_is_one_medium(build, vocabulary: Path, root: Path) -> None:
+    """Its steps have their times between them."""
+    transform = Qwen3_VLTransform(vocabulary / "qwen.tiktoken")
+    clip = Clip("mp4", frames=30, rate=10, size=(64, 96), options=x264("keyint=9"))
+    video = {"type": "video", "video": str(write_clip(root / "blocks.mp4", clip))}
+    question = {"role": "user", "content": [video, video, {"type": "text", "text": "Same?"}]}
+    dataset = build(transform, [{"messages": [question, {"role": "assistant", "content": "Yes."}]}])
+    (shown,) = page_of(dataset, transform, samples=1)["samples"]
+    assert [medium["name"] for medium in shown["media"]] == ["video 1", "video 2"]
+    assert [medium["grid"] for medium in shown["media"]] == [[3, 4, 6]] * 2
+    media = [run["medium"] for run in shown["runs"] if "medium" in run]
+    assert media == [0, 0, 0, 1, 1, 1]

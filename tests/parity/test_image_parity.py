@@ -837,9 +837,9 @@ def test_resized_sides(height, width):
         expected = vision_process.smart_resize(height, width, factor=28)
     except ValueError:
         with pytest.raises(ValueError, match="more than 200 times"):
-            transform._grid((5, 7), 1, limits)
+            transform._grid((5, 7), 1, 1, limits)
     else:
-        assert transform._grid((5, 7), 1, limits) == (1, *(side // 14 for side in expected))
+        assert transform._grid((5, 7), 1, 1, limits) == (1, *(side // 14 for side in expected))
 
 
 # JPEG in all variations

@@ -259,10 +259,10 @@ def test_rules_of_sizes(frames, height, width, budget):
             expected = reader.size(frames, height, width, budget)
         except (ValueError, AssertionError):
             with pytest.raises(ValueError, match=r"min_pixels|200 times"):
-                transform._grid((height, width), frames // 2, budget)
+                transform._grid((height, width), frames, 2, budget)
         else:
             if min(expected) > 0:  # where qwen-vl-utils leaves no pixels, a square is left
-                steps, rows, columns = transform._grid((height, width), frames // 2, budget)
+                steps, rows, columns = transform._grid((height, width), frames, 2, budget)
                 assert (2 * steps, rows * 14, columns * 14) == (frames, *expected)
 
 

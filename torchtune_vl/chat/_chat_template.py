@@ -1,5 +1,6 @@
-"""Chat templates: the two published ones, followed by code, and any other, run by Jinja."""
+"""Chat templates: two published ones, followed by code, and any other, run by Jinja."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,17 @@ SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
 )
+# Of the second one's text
+_SHA256_WITH_TOOLS = "55b2f4a26ac9ee719330a61a0c39d9e538b0e9322212f048326318cff4f8674a"
 # What that one has around the schemas of tools
 _TOOLS = (_FILES / "tools_prompt.txt").read_text(encoding="utf-8").split("{schemas}")
+
+
+def is_followed(template: str) -> bool:
+    """Whether code follows a template: that without tools or that with tools, as published."""
+    text = template.strip()
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return text == CHAT_TEMPLATE or digest == _SHA256_WITH_TOOLS
 
 
 def call_text(call: Mapping[str, Any]) -> str:
@@ -50,10 +60,20 @@ def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
 
 
 # Noncharacters of Unicode stand for other things while a template is run: for the beginning and the
-# end of what the loss is taken of, and for structural tokens within texts of messages
+# end of what the loss is taken of, or the beginning of an answer that is left out of it, and for
+# structural tokens within texts of messages
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
-START, END = "\ufdd0", "\ufdd1"
+START, END, LEFT_OUT = "\ufdd0", "\ufdd1", "\ufddf"
+# How a template writes these three itself, in its texts
+_ESCAPES = (r"\ufdd0", r"\ufdd1", r"\ufddf")
 STAND_INS = {0xFDD2 + number: token for number, token in enumerate(STRUCTURAL_TOKENS)}
+
+
+def without_marks(template: str) -> str:
+    """A template without the escapes of these characters that were put into its texts."""
+    for escape in _ESCAPES:
+        template = template.replace(escape, "")
+    return template
 
 
 class _Generation(Extension):
@@ -86,8 +106,9 @@ def _hide(value: Any, hides_structure: bool) -> Any:
     if isinstance(value, str):
         if _NONCHARACTERS.search(value):
             raise ValueError("a text has a noncharacter of Unicode (U+FDD0 to U+FDEF): remove it")
-        for stand_in, token in STAND_INS.items() if hides_structure else ():
-            value = value.replace(token, chr(stand_in))
+        if hides_structure and "<|" in value:  # as all of them begin
+            for stand_in, token in STAND_INS.items():
+                value = value.replace(token, chr(stand_in))
         return value
     if isinstance(value, Mapping):
         return {_hide(k, hides_structure): _hide(v, hides_structure) for k, v in value.items()}

@@ -54,7 +54,8 @@ class Medium(NamedTuple):
 class EncodedMedium(NamedTuple):
     """An image or video as the encoder takes it; of an image the size that it had in its file.
 
-    And how it was changed since, if it was.
+    And how it was changed since, if it was; and of a video the text before each of its steps, if it
+    is not one block.
     """
 
     kind: Kind
@@ -64,6 +65,7 @@ class EncodedMedium(NamedTuple):
     seconds_per_step: float | None
     original_size: tuple[int, int]
     change: Change | None
+    step_texts: Sequence[str] = ()
 
 
 class Objects(NamedTuple):

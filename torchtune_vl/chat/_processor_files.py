@@ -1,13 +1,11 @@
 """The processor's files of a checkpoint: settings read from them, and written for servers."""
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchtune_vl.chat._chat_template import CHAT_TEMPLATE
 from torchtune_vl.chat._tokenizer import QwenTokenizer
 from torchtune_vl.files._json import JsonObject, read_json_object
 from torchtune_vl.media import CHANNELS, Geometry, ImageTransform, VideoTransform
@@ -15,8 +13,6 @@ from torchtune_vl.media._transforms import FRAME_FACTOR
 
 # Before a chat template, lets it number media
 NUMBERS_MEDIA = "{% set add_vision_id = true %}"
-# Of the published tokenizer_config.json's template, which code follows too
-_SHA256_WITH_TOOLS = "55b2f4a26ac9ee719330a61a0c39d9e538b0e9322212f048326318cff4f8674a"
 # What our transforms always do; the values that a file may state
 _FIXED_SETTINGS = {
     **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True),
@@ -39,13 +35,17 @@ def sizes_of_patches(geometry: Geometry) -> dict[str, int]:
     return {name: getattr(geometry, name) for name in names}
 
 
-def read_settings(directory: Path, geometry: Geometry) -> dict[str, Any]:
+# From a video processor's settings, and the values that it may state, to those of a transform
+ReadVideos = Callable[[JsonObject, Mapping[str, Any]], dict[str, Any]]
+
+
+def read_settings(directory: Path, geometry: Geometry, videos: ReadVideos) -> dict[str, Any]:
     """Settings of a checkpoint directory, by the names of the transform's arguments."""
     fixed: dict[str, Any] = {**_FIXED_SETTINGS, **sizes_of_patches(geometry)}
     images = _processor(directory, "image_processor", "preprocessor_config.json")
     if images is None:
         raise ValueError(f"{directory} has no preprocessor_config.json: copy the published one")
-    settings: dict[str, Any] = _limits(images, fixed)
+    settings: dict[str, Any] = limits_of(images, fixed)
     settings["chat_template_file"] = _chat_template_file(directory)
     for name, least in (("image_mean", 0), ("image_std", 1e-6)):  # of values from 0 to 1
         if name in images:
@@ -54,20 +54,31 @@ def read_settings(directory: Path, geometry: Geometry) -> dict[str, Any]:
             if len(fixed[name]) != CHANNELS:
                 raise images.error(name, f"{CHANNELS} numbers, one for each colour")
             settings[name] = fixed[name]
-    videos = _processor(directory, "video_processor", "video_preprocessor_config.json")
+    config = _processor(directory, "video_processor", "video_preprocessor_config.json")
+    return settings | (videos(config, fixed) if config is not None else {})
+
+
+def read_limits_of_frames(videos: JsonObject, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of videos in a file that limits the area of each frame, as qwen-vl-utils does."""
     # Others, as of the published checkpoints, hold the limits of images: nothing is taken from them
-    if videos is None or not videos.content.get("cap_pixels_per_frame"):
-        return settings
-    settings |= {f"video_{name}": value for name, value in _limits(videos, fixed).items()}
+    if not videos.content.get("cap_pixels_per_frame"):
+        return {}
+    limits = {f"video_{name}": value for name, value in limits_of(videos, fixed).items()}
+    settings: dict[str, Any] = {**limits, **sampling_of(videos)}
+    if "max_video_tokens" in videos:
+        # Nine tenths of a context of so many tokens, as transformers has it
+        area = videos.whole("max_video_tokens") * (fixed["patch_size"] * fixed["merge_size"]) ** 2
+        settings["video_total_pixels"] = area * 9 // 10
+    return settings
+
+
+def sampling_of(videos: JsonObject) -> dict[str, Any]:
+    """How frames are chosen, as far as a file says it."""
+    settings: dict[str, Any] = {}
     if "fps" in videos:
         settings["fps"] = videos.number("fps", 1e-6, 1e6)
     counts = {"min_frames": 0, "max_frames": 1}
-    settings |= {n: videos.whole(n, least) for n, least in counts.items() if n in videos}
-    if "max_video_tokens" in videos:
-        # Nine tenths of a context of so many tokens, as transformers has it
-        area = videos.whole("max_video_tokens") * geometry.unit**2
-        settings["video_total_pixels"] = area * 9 // 10
-    return settings
+    return settings | {n: videos.whole(n, least) for n, least in counts.items() if n in videos}
 
 
 def _processor(directory: Path, part: str, name: str) -> JsonObject | None:
@@ -78,8 +89,8 @@ def _processor(directory: Path, part: str, name: str) -> JsonObject | None:
     return read_if_there(directory / name)
 
 
-def _limits(config: JsonObject, fixed: Mapping[str, Any]) -> dict[str, int]:
-    """Of the areas of images or frames, by the names of old releases or of new ones."""
+def limits_of(config: JsonObject, fixed: Mapping[str, Any]) -> dict[str, int]:
+    """Limits of the areas of images or frames, by the names of old releases or of new ones."""
     for name, value in fixed.items():
         if config.content.get(name, value) != value:
             raise config.error(name, f"{value!r}: nothing else is supported")
@@ -105,7 +116,7 @@ def _chat_template_file(directory: Path) -> Path | None:
 
 
 def read_chat_template(path: str | Path) -> tuple[str | None, bool]:
-    """A template, None if it is a published one, and whether it numbers media by itself."""
+    """A template, None if the file has none, and whether it numbers media by itself."""
     path = Path(path)
     if path.suffix == ".json":
         config = read_json_object(path)
@@ -118,10 +129,7 @@ def read_chat_template(path: str | Path) -> tuple[str | None, bool]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read as text: {error}") from error
     numbers_media = template.startswith(NUMBERS_MEDIA)
-    template = template.removeprefix(NUMBERS_MEDIA)
-    digest = hashlib.sha256(template.strip().encode()).hexdigest()
-    is_published = template.strip() == CHAT_TEMPLATE or digest == _SHA256_WITH_TOOLS
-    return (None if is_published else template), numbers_media
+    return template.removeprefix(NUMBERS_MEDIA), numbers_media
 
 
 def text_config(config: JsonObject) -> JsonObject:
@@ -149,7 +157,10 @@ def read_if_there(path: Path) -> JsonObject | None:
 
 
 def processor_files(
-    images: ImageTransform, videos: VideoTransform, chat_template: str, classes: ProcessorClasses
+    images: ImageTransform,
+    videos: Mapping[str, Any],
+    chat_template: str,
+    classes: ProcessorClasses,
 ) -> dict[str, str]:
     """Write settings in the files that all releases of transformers read, as text by name.
 
@@ -157,11 +168,26 @@ def processor_files(
     but the processor.
     """
     processor = {"processor_class": classes.processor}
-    of_images = {"image_processor_type": classes.images}
+    limits = {"min_pixels": images.min_pixels, "max_pixels": images.max_pixels}
+    of_images = {**limits, **config_of(images, *limits.values()), **processor}
+    of_videos = {**videos, **processor, "video_processor_type": classes.videos}
+    contents = {
+        "preprocessor_config.json": {**of_images, "image_processor_type": classes.images},
+        "video_preprocessor_config.json": of_videos,
+        "processor_config.json": processor,
+        "chat_template.json": {"chat_template": chat_template},
+    }
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
+
+
+def limits_of_frames(videos: VideoTransform) -> dict[str, Any]:
+    """Write down what :func:`read_limits_of_frames` reads."""
     # qwen-vl-utils' rules. No frames are chosen unless a server asks for it (`do_sample_frames`):
     # it has chosen before, and this would choose among its choice
-    of_videos = {
-        "video_processor_type": classes.videos,
+    limits = {"min_pixels": videos.min_pixels, "max_pixels": videos.max_pixels}
+    return {
+        **limits,
+        **config_of(videos, *limits.values()),
         "cap_pixels_per_frame": True,
         # transformers leaves videos nine tenths of a context of so many tokens
         "max_video_tokens": int(videos.total_pixels * 10) // (9 * videos.geometry.unit**2),
@@ -169,21 +195,11 @@ def processor_files(
         "min_frames": math.ceil(videos.min_frames / FRAME_FACTOR) * FRAME_FACTOR,
         "max_frames": videos.max_frames // FRAME_FACTOR * FRAME_FACTOR,
     }
-    contents = {
-        "preprocessor_config.json": _written(images) | processor | of_images,
-        "video_preprocessor_config.json": _written(videos) | processor | of_videos,
-        "processor_config.json": processor,
-        "chat_template.json": {"chat_template": chat_template},
-    }
-    return {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
 
 
-def _written(transform: ImageTransform | VideoTransform) -> dict[str, Any]:
-    least, most = transform.min_pixels, transform.max_pixels
+def config_of(transform: ImageTransform | VideoTransform, least: int, most: int) -> dict[str, Any]:
+    """Write down limits of areas, by the name of new releases, and what images and videos share."""
     return {
-        # Limits by the names of old releases and of new ones
-        "min_pixels": least,
-        "max_pixels": most,
         "size": {"shortest_edge": least, "longest_edge": most},
         **sizes_of_patches(transform.geometry),
         "image_mean": list(transform.image_mean),

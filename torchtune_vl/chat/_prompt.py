@@ -1,5 +1,6 @@
 """Turns to the token ids of a prompt, each medium's placeholders in their place."""
 
+import logging
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -20,11 +21,12 @@ _Turns = Sequence[EncodedTurn]
 # A text, token or medium, and whether the loss is taken of it; at the end there is none
 _Piece = tuple[str | int | EncodedMedium | None, bool]
 _END: _Piece = None, False
+_log = logging.getLogger(__name__)
 
 _NAMES = {"image": "Picture", "video": "Video"}
 # Where a template puts a medium
 _PLACES = {f"<|vision_start|><|{kind}_pad|><|vision_end|>": kind for kind in _NAMES}
-_MARKS = (*_PLACES, template.START, template.END, *STRUCTURAL_TOKENS)
+_MARKS = (*_PLACES, template.START, template.LEFT_OUT, template.END, *STRUCTURAL_TOKENS)
 _STRUCTURE = re.compile(f"({'|'.join(map(re.escape, _MARKS))})")
 # By what a medium takes fewer tokens
 _MAKES_SMALLER = {
@@ -34,19 +36,21 @@ _MAKES_SMALLER = {
 
 
 class Prompt(NamedTuple):
-    """Token ids, for each whether the loss ignores it, and the media by where they begin.
+    """Token ids, for each whether the loss ignores it, and the media by where they begin and end.
 
-    The tokens of a medium are ``<|vision_start|>``, its placeholders and ``<|vision_end|>``.
+    The tokens of a medium are ``<|vision_start|>``, its placeholders and ``<|vision_end|>``; of a
+    video perhaps so for each step, with the text before it. The first of these may share a token
+    with what stands before the video, which is one of the video's then.
     """
 
     tokens: list[int]
     mask: list[bool]
-    media: dict[int, EncodedMedium]
+    media: dict[tuple[int, int], EncodedMedium]
 
     def part(self, start: int, stop: int) -> "Prompt":
         """The prompt between two positions, neither of them inside of a medium."""
-        media = {place - start: m for place, m in self.media.items() if start <= place < stop}
-        return Prompt(self.tokens[start:stop], self.mask[start:stop], media)
+        spans = {(a - start, b - start): m for (a, b), m in self.media.items() if start <= a < stop}
+        return Prompt(self.tokens[start:stop], self.mask[start:stop], spans)
 
 
 @dataclass(eq=False, repr=False)
@@ -61,6 +65,7 @@ class PromptBuilder:
     def __post_init__(self) -> None:
         self.roles = template.known_roles(self.chat_template)
         (self._line_break,) = self.tokenizer.encode("\n", add_eos=False)
+        self._has_told = False
 
     def build(self, turns: _Turns, tools: Tools, inference: bool) -> Prompt:
         """Apply the chat template to turns, with JSON schemas of functions.
@@ -108,8 +113,7 @@ class PromptBuilder:
         length = len(whole.tokens)
         if by != "turns":
             cut = limit if by == "right" else length - limit
-            for start, medium in whole.media.items():
-                stop = start + medium.num_tokens + 2
+            for start, stop in whole.media:
                 if start < cut < stop:
                     cut = start if by == "right" else stop
             return whole.part(0, cut) if by == "right" else whole.part(cut, length)
@@ -159,7 +163,8 @@ class PromptBuilder:
             add_vision_id=self.add_vision_id,
         )
         without_loss = [turn.masked for turn in turns if turn.role == "assistant"]
-        num_marked, num_answers = text.count(template.START), len(without_loss)
+        num_left_out = text.count(template.LEFT_OUT)
+        num_marked, num_answers = text.count(template.START) + num_left_out, len(without_loss)
         is_unmarked = num_answers and not num_marked and not inference
         if is_unmarked or (any(without_loss) and num_marked != num_answers):
             raise ValueError(
@@ -184,8 +189,13 @@ class PromptBuilder:
         masked_answers = iter(without_loss) if any(without_loss) else repeat(False)
         is_trained = False
         for piece in pieces:
-            if piece in (template.START, template.END):
-                is_trained = piece == template.START and not next(masked_answers)
+            if piece == template.END:
+                is_trained = False
+            elif piece in (template.START, template.LEFT_OUT):
+                is_masked = next(masked_answers)
+                is_trained = piece == template.START and not is_masked
+                if piece == template.LEFT_OUT and not is_masked and not inference:
+                    self._tell_left_out()
             elif piece in _PLACES:
                 yield next(remaining), False
             elif piece in STRUCTURAL_TOKENS:
@@ -193,17 +203,29 @@ class PromptBuilder:
             else:
                 yield piece.translate(template.STAND_INS), is_trained
 
+    def _tell_left_out(self) -> None:
+        if not self._has_told:
+            self._has_told = True
+            _log.warning(
+                "The chat template writes earlier answers otherwise than the model does, without "
+                "their reasoning: these carry no loss. Train on them as samples of their own, each "
+                "with the conversation before it, or set train_on to 'last'. This is said once."
+            )
+
     def _tokenize(self, pieces: Iterable[_Piece]) -> Prompt:
         t, prompt = self.tokenizer, Prompt([], [], {})
         texts: list[str] = []
         trained: list[bool] = []
         for part, is_trained in chain(pieces, [_END]):
-            if isinstance(part, str):
+            steps = part.step_texts if isinstance(part, EncodedMedium) else ()
+            text = part if isinstance(part, str) else "".join(steps[:1])
+            if text or isinstance(part, str):
                 if trained[-1:] == [is_trained]:
-                    texts[-1] += part
+                    texts[-1] += text
                 else:
-                    texts.append(part)
+                    texts.append(text)
                     trained.append(is_trained)
+            if isinstance(part, str):
                 continue
             if texts:
                 ids, mask = self._tokens_of(tuple(texts), tuple(trained))
@@ -214,11 +236,24 @@ class PromptBuilder:
                 prompt.tokens.append(part)
                 prompt.mask.append(not is_trained)
             elif part is not None:
-                prompt.media[len(prompt.tokens)] = part
+                start = len(prompt.tokens) - self._num_last(prompt.tokens, text)
                 pads = [t.special_tokens[f"<|{part.kind}_pad|>"]] * part.num_tokens
+                pads = pads[: part.num_tokens // (len(steps) or 1)]
                 prompt.tokens.extend([t.vision_start_id, *pads, t.vision_end_id])
-                prompt.mask.extend([True] * (part.num_tokens + 2))
+                for step in steps[1:]:
+                    prompt.tokens.extend([*self._encode(step), t.vision_start_id, *pads])
+                    prompt.tokens.append(t.vision_end_id)
+                prompt.mask.extend([True] * (len(prompt.tokens) - len(prompt.mask)))
+                prompt.media[start, len(prompt.tokens)] = part
         return prompt
+
+    def _num_last(self, ids: Sequence[int], text: str) -> int:
+        """How many ids at the end hold a text, which is of ASCII."""
+        count = size = 0
+        while size < len(text):
+            count += 1
+            size += self._num_bytes([ids[-count]])
+        return count
 
     @lru_cache(64)  # noqa: B019 (most samples have the same system prompt, of a tenth of their time)
     def _tokens_of(

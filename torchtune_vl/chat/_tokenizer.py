@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import tiktoken
 from torch import Tensor
@@ -44,13 +45,16 @@ class QwenTokenizer:
         path: ``vocab.json``, ``tokenizer.json`` or a ``.tiktoken`` rank file.
         merges_file: ``merges.txt``; required with ``vocab.json``, and with that alone.
         special_tokens: added tokens and their ids, which follow those of the vocabulary. Default:
-            those of ``tokenizer.json``, or the 22 published ones.
+            those of ``tokenizer.json``, or the published ones of the family.
         max_seq_len: longest sample, for the transforms that use this tokenizer; ``encode`` does
             not truncate.
 
     ``FileNotFoundError`` if a file does not exist, and ``ValueError`` if it is damaged, holds
     another kind of tokenizer, or does not fit ``special_tokens``.
     """
+
+    # Added tokens of a family that follow the 22 of Qwen2.5, none of them special
+    more_tokens: ClassVar[Sequence[str]] = ()
 
     def __init__(
         self,
@@ -60,8 +64,9 @@ class QwenTokenizer:
         special_tokens: dict[str, int] | None = None,
         max_seq_len: int | None = None,
     ) -> None:
-        files = Path(path), merges_file
-        tokens, added, self._plain = vocabulary.read_vocabulary(*files, special_tokens)
+        tokens, added, self._plain = vocabulary.read_vocabulary(
+            Path(path), merges_file, special_tokens, self.more_tokens
+        )
         self._encoding = tiktoken.Encoding(
             "qwen",
             pat_str=vocabulary.FAST_REGEX,

@@ -29,8 +29,9 @@ from torchtune_vl.chat._boxes import (
     to_original,
 )
 from torchtune_vl.chat._changes import draws
-from torchtune_vl.chat._chat_template import CHAT_TEMPLATE
+from torchtune_vl.chat._chat_template import CHAT_TEMPLATE, is_followed, without_marks
 from torchtune_vl.chat._tokenizer import QwenTokenizer, check_surrogates
+from torchtune_vl.files._json import JsonObject
 from torchtune_vl.media import (
     Augmentation,
     Geometry,
@@ -80,7 +81,8 @@ class ChatTransform(QwenTokenizer):
     A ``ModelTokenizer`` and a ``Transform`` by torchtune's protocols. The ids are those of
     transformers' processors' ``apply_chat_template`` with the published template, and with tools
     those of its tokenizer's; pixels and grids are those of its image and video processors,
-    positions those of its models up to release 4.51. A family is a subclass.
+    positions those of its models up to release 4.51. A family is a subclass, which says what its
+    own is: chat templates, how videos are sampled and sized and stand in the text, boxes.
 
     Args:
         path: ``vocab.json``, ``tokenizer.json`` or a ``.tiktoken`` rank file.
@@ -110,6 +112,7 @@ class ChatTransform(QwenTokenizer):
     geometry: ClassVar[Geometry]
     processors: ClassVar[files.ProcessorClasses]
     default_tokens_per_second: ClassVar[int | None] = None
+    videos: ClassVar[type[VideoTransform]] = VideoTransform
 
     def __init__(
         self,
@@ -151,6 +154,7 @@ class ChatTransform(QwenTokenizer):
         if chat_template_file is not None:
             chat_template, numbers_media = files.read_chat_template(chat_template_file)
             add_vision_id |= numbers_media
+        chat_template = self.template_to_run(chat_template)
         super().__init__(path, merges_file, max_seq_len=max_seq_len)
         self.prompts = prompting.PromptBuilder(self, parse_special, add_vision_id, chat_template)
         remote = RemoteLimits() if allow_remote else None
@@ -160,8 +164,8 @@ class ChatTransform(QwenTokenizer):
         self.image_transform = ImageTransform(
             self.geometry, backend=image_backend, alpha=alpha, **limits, **shared
         )
-        self.video_transform = VideoTransform(
-            self.geometry,
+        self.video_transform = self.videos(
+            geometry=self.geometry,
             fps=fps,
             min_frames=min_frames,
             max_frames=max_frames,
@@ -203,13 +207,32 @@ class ChatTransform(QwenTokenizer):
     @classmethod
     def settings_of(cls, directory: Path) -> dict[str, Any]:
         """Read the settings that a checkpoint directory has; ``ValueError`` as on construction."""
-        return files.read_settings(directory, cls.geometry)
+        return files.read_settings(directory, cls.geometry, cls.settings_of_videos)
+
+    @classmethod
+    def settings_of_videos(cls, videos: JsonObject, fixed: Mapping[str, Any]) -> dict[str, Any]:
+        """Read those of videos in ``video_preprocessor_config.json``, without ``fixed`` values."""
+        return files.read_limits_of_frames(videos, fixed)
+
+    def config_of_videos(self) -> dict[str, Any]:
+        """Write down what :meth:`settings_of_videos` reads."""
+        return files.limits_of_frames(self.video_transform)
+
+    @classmethod
+    def template_to_run(cls, chat_template: str | None) -> str | None:
+        """Return the Jinja source that is run for a template, None if code follows it."""
+        return None if chat_template is None or is_followed(chat_template) else chat_template
 
     @property
     def chat_template(self) -> str:
         """Jinja source of the chat template for conversations without tools."""
         template = self.prompts.chat_template or CHAT_TEMPLATE
-        return files.NUMBERS_MEDIA * self.prompts.add_vision_id + template
+        return files.NUMBERS_MEDIA * self.prompts.add_vision_id + without_marks(template)
+
+    @property
+    def has_published_template(self) -> bool:
+        """Whether the chat template is one that the family was published with."""
+        return self.prompts.chat_template is None
 
     def training_on(self, turns: Turns) -> "ChatTransform":
         """The same transform with another setting of ``train_on``."""
@@ -244,7 +267,7 @@ class ChatTransform(QwenTokenizer):
         settings, but for ``max_seq_len``, ``truncation``, ``alpha`` and ``backend`` of images.
         """
         written = files.processor_files(
-            self.image_transform, self.video_transform, self.chat_template, self.processors
+            self.image_transform, self.config_of_videos(), self.chat_template, self.processors
         )
         if self.prompts.chat_template is not None:
             # With tools too, for which the published one is not used
@@ -294,9 +317,10 @@ class ChatTransform(QwenTokenizer):
             ignores the token: everywhere but in the text of answers and their ``<|im_end|>``, and
             there too if the message is ``masked`` or of weight 0; ``input_pos``, M-RoPE positions,
             int64 [s, 3]; if there are media ``encoder_input``, whose ``vision`` has ``patches``,
-            float32 [n, 1176] or uint8 [n, 588] (with videos [n, 1176]), ``grid_thw``, int64 [k, 3],
-            and the index of :func:`~torchtune_vl.modules.vision_index`; and if something was cut
-            ``truncated``, how many ``tokens``, ``images`` and ``videos``.
+            float32 [n, 1176] or uint8 [n, 588] (with videos [n, 1176]) for patches of 14 pixels,
+            ``grid_thw``, int64 [k, 3], and the index of
+            :func:`~torchtune_vl.modules.vision_index`; and if something was cut ``truncated``, how
+            many ``tokens``, ``images`` and ``videos``.
 
         Raises:
             ValueError: if a message or medium cannot be read, media and their places do not match,
@@ -543,8 +567,13 @@ class ChatTransform(QwenTokenizer):
         pixels = made["pixel_values" if kind == "image" else "pixel_values_videos"]
         grid_thw, num_tokens = made[f"{kind}_grid_thw"], made[f"num_{kind}_tokens"]
         seconds, size = made.get("seconds_per_step"), made.get("original_size", (0, 0))
+        texts = self.step_texts(made["step_times"]) if kind == "video" else ()
         change = made.get("change")
-        return chat.EncodedMedium(kind, pixels, grid_thw, num_tokens, seconds, size, change)
+        return chat.EncodedMedium(kind, pixels, grid_thw, num_tokens, seconds, size, change, texts)
+
+    def step_texts(self, times: Sequence[float]) -> Sequence[str]:
+        """Write the ASCII text before each step of a video, or none if a video is one block."""
+        return ()
 
     def _write_item(
         self, item: _EncodedPart, images: Sequence[chat.EncodedMedium]

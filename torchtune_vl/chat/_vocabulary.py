@@ -68,14 +68,21 @@ _Vocabulary = tuple[list[bytes], dict[str, int], frozenset[str]]
 
 
 def read_vocabulary(
-    path: Path, merges_file: str | Path | None, special_tokens: dict[str, int] | None
+    path: Path,
+    merges_file: str | Path | None,
+    special_tokens: dict[str, int] | None,
+    more: Sequence[str] = (),
 ) -> _Vocabulary:
     """Read ``vocab.json`` and ``merges.txt``, ``tokenizer.json`` or a ``.tiktoken`` rank file.
 
-    ``FileNotFoundError`` if a file is not there, and ``ValueError`` if it is damaged, holds another
-    kind of tokenizer, or does not fit the added tokens, given or read.
+    ``tokenizer.json`` states its added tokens. With other files they are the 22 published ones and
+    ``more``, plain ones that follow them. ``FileNotFoundError`` if a file is not there, and
+    ``ValueError`` if it is damaged, holds another kind of tokenizer, or does not fit the added
+    tokens, given or read.
     """
-    added, plain = SPECIAL_TOKENS, frozenset(_PLAIN)
+    behind = range(max(SPECIAL_TOKENS.values()) + 1, 2**31)
+    added = SPECIAL_TOKENS | dict(zip(more, behind, strict=False))
+    plain = frozenset((*_PLAIN, *more))
     try:
         if merges_file is not None:
             merges = Path(merges_file).read_text(encoding="utf-8").splitlines()

@@ -65,7 +65,9 @@ class SampleView:
         pads = self.transform.image_pad_id, self.transform.video_pad_id
         runs = runs_of(tokens, sample["labels"], sample["input_pos"], pads)
         vision = sample.get("encoder_input", {}).get("vision", {"patches": (), "grid_thw": ()})
-        media = [*self._media(vision, [tokens[run["start"]] for run in runs if "medium" in run])]
+        number_media(runs, vision["grid_thw"], self.transform.geometry.merge_size)
+        first = {run["medium"]: tokens[run["start"]] for run in reversed(runs) if "medium" in run}
+        media = [*self._media(vision, [pad for _, pad in sorted(first.items())])]
         size = Size(len(tokens), len(vision["patches"]), sum(run["targets"] for run in runs))
         return {
             **size._asdict(),
@@ -109,7 +111,8 @@ class SampleView:
         pads = [run for run in runs if "medium" in run]
         starts = [0, *(run["start"] + run["count"] for run in pads)]
         stops = [*(run["start"] for run in pads), len(tokens)]
-        for before, start, stop in zip([None, *media], starts, stops, strict=True):
+        before_each = [None, *(media[run["medium"]] for run in pads)]
+        for before, start, stop in zip(before_each, starts, stops, strict=True):
             if before and before["kind"] == "image":
                 image = before
             if image:
@@ -184,7 +187,8 @@ def runs_of(
     Each run has ``start``, the number of its first token; ``position``, where that is on the three
     axes; and ``targets``, how many of its tokens the loss is taken of, all or none. Others than
     placeholders have their ``ids``, and each the position of the one before + 1. Placeholders have
-    the number of their ``medium``, their ``count``, and ``last``, the position of the last.
+    the number of their block as ``medium``, their ``count``, and ``last``, the position of the
+    last.
     """
     ids, place = np.array(tokens), positions.numpy()
     is_target = np.array(labels) != IGNORE_INDEX
@@ -204,6 +208,21 @@ def runs_of(
             run["ids"] = ids[start:stop].tolist()
         runs.append(run)
     return runs
+
+
+def number_media(
+    runs: Sequence[dict[str, Any]], grid_thw: Sequence[torch.Tensor], merge_size: int
+) -> None:
+    """Give runs of placeholders the number of their ``medium``, which may be many blocks."""
+    sizes = [int(grid.prod()) // merge_size**2 for grid in grid_thw]
+    number, left = -1, 0
+    for run in runs:
+        if "medium" in run:
+            if not left:
+                number += 1
+                left = sizes[number]
+            run["medium"] = number
+            left -= run["count"]
 
 
 def picture(pixels_HWC: np.ndarray, bytes_per_pixel: float) -> dict[str, Any]:

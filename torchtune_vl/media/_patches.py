@@ -47,23 +47,27 @@ class Geometry:
         return CHANNELS * self.temporal_patch_size * self.patch_size**2
 
 
-def smart_resize(height: int, width: int, unit: int, min_pixels: float, max_pixels: float) -> Size:
+def smart_resize(
+    height: int, width: int, unit: int, min_pixels: float, max_pixels: float, frames: int = 1
+) -> Size:
     """Find the size that an image is resized to: transformers' ``smart_resize``.
 
     Both sides become multiples of ``unit``, at least one of it, the area moves between
-    ``min_pixels`` and ``max_pixels``, and the aspect ratio stays as near as these allow.
-    ``ValueError`` if one side is more than 200 times the other.
+    ``min_pixels`` and ``max_pixels``, and the aspect ratio stays as near as these allow. Of several
+    frames it is the area of all of them, which an even number counts as. ``ValueError`` if one side
+    is more than 200 times the other.
     """
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         ratio = f"one side is more than {MAX_ASPECT_RATIO} times the other"
         raise ValueError(f"height {height} and width {width}: {ratio}; crop or pad the image")
-    sides, area = (height, width), height * width
+    sides, area = (height, width), frames * height * width
     new = [round(side / unit) * unit for side in sides]
+    new_area = math.prod(new) * (round(frames / 2) * 2 or 1)
     # The order of the float operations decides between two multiples of unit in close cases
-    if math.prod(new) > max_pixels:
+    if new_area > max_pixels:
         shrink = math.sqrt(area / max_pixels)
         new = [max(unit, math.floor(side / shrink / unit) * unit) for side in sides]
-    elif math.prod(new) < min_pixels:
+    elif new_area < min_pixels:
         grow = math.sqrt(min_pixels / area)
         new = [math.ceil(side * grow / unit) * unit for side in sides]
     return new[0], new[1]

@@ -26,7 +26,7 @@ from torchtune_vl.media._videos import open_video
 
 PatchDtype = Literal["float32", "uint8"]
 Grid = tuple[int, int, int]  # patches along time, height and width
-# Frames [C, H, W], into how many steps of how many they go, and what else a call adds
+# Frames [C, H, W], how many there are, how many make a step, and what else a call adds
 Frames = tuple[Iterator[torch.Tensor], int, int, dict[str, Any]]
 Settings = Mapping[str, Any]
 
@@ -81,8 +81,9 @@ class MediumTransform:
         if self.patch_dtype == "uint8" and own != of_model:
             theirs = f"mean and deviation {of_model}, not {own}"
             raise ValueError(f"the model normalizes uint8 patches by {theirs}: use float32")
-        _check_numbers(vars(self), self.geometry.unit)
-        _check_areas(self.min_pixels, self.max_pixels)
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        _check_numbers(given, self.geometry.unit)
+        _check_areas(self.min_pixels, given.get("max_pixels", math.inf))
 
     def _defaults(self) -> dict[str, Any]:
         """The settings that follow from the geometry."""
@@ -113,10 +114,10 @@ class MediumTransform:
         with naming(self._kind, medium), ExitStack() as files:
             given = {name: sample[name] for name in self._settings if sample.get(name) is not None}
             _check_numbers(given, self.geometry.unit)
-            frames_CHW, steps, per_step, facts = self._frames(medium, given, decode, files)
+            frames_CHW, count, per_step, facts = self._frames(medium, given, decode, files)
             first = next(frames_CHW)
             _, height, width = first.shape
-            grid = self._grid((height, width), steps, given)
+            grid = self._grid((height, width), count, per_step, given)
             resize = _patches.resize
             if draw is not None:
                 _, *sides = (count * self.geometry.patch_size for count in grid)
@@ -134,7 +135,13 @@ class MediumTransform:
     def _frames(self, medium: Any, settings: Settings, decode: bool, files: ExitStack) -> Frames:
         raise NotImplementedError
 
-    def _areas(self, settings: Settings, steps: int) -> tuple[float, float]:
+    def _resized(self, size: Size, frames: int, settings: Settings) -> Size:
+        """Height and width of each of so many frames after resizing."""
+        areas = self._areas(settings, frames)
+        _check_areas(*areas)
+        return _patches.smart_resize(*size, self.geometry.unit, *areas)
+
+    def _areas(self, settings: Settings, frames: int) -> tuple[float, float]:
         """Smallest and largest area of a frame after resizing."""
         limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, **settings}
         return limits["min_pixels"], limits["max_pixels"]
@@ -145,7 +152,7 @@ class MediumTransform:
             return to_rgb(image, self.backend, self.alpha, self.remote)
         return torch.empty(CHANNELS, *rgb_size(image, self.remote), device="meta")
 
-    def _grid(self, size: Size, steps: int, settings: Settings) -> Grid:
+    def _grid(self, size: Size, frames: int, per_step: int, settings: Settings) -> Grid:
         """The grid of frames: that of ``fetch_image`` and ``fetch_video`` of qwen-vl-utils."""
         if min(size) < 1:
             raise ValueError(f"has no pixels: height and width are {size}; remove it from the data")
@@ -153,11 +160,11 @@ class MediumTransform:
             raise ValueError("has one of resized_height and resized_width: give both or none")
         if SIDES[0] in settings:
             size = (settings["resized_height"], settings["resized_width"])
-            areas: tuple[float, float] = (self.geometry.min_pixels, self.geometry.max_pixels)
+            areas = self.geometry.min_pixels, self.geometry.max_pixels
+            height, width = _patches.smart_resize(*size, self.geometry.unit, *areas)
         else:
-            areas = self._areas(settings, steps)
-            _check_areas(*areas)
-        height, width = _patches.smart_resize(*size, self.geometry.unit, *areas)
+            height, width = self._resized(size, frames, settings)
+        steps = math.ceil(frames / per_step)
         if steps * height * width > LARGEST_AREA:
             resized = f"resized to {steps} x {height} x {width} pixels"
             raise ValueError(f"{resized} it has more tokens than any context: lower min_pixels")
@@ -273,7 +280,9 @@ class VideoTransform(MediumTransform):
     and patches along height and width); ``num_video_tokens``, of placeholders in the text;
     ``seconds_per_step`` of the grid, transformers' ``second_per_grid_ts``: 2 / ``sample_fps``, of
     files by ``sample_fps`` = frames taken / frames in the part (with "frame_indices" the whole
-    video) * frames per second of the file; and ``frame_indices``.
+    video) * frames per second of the file; ``frame_indices``; and ``step_times``, list[float], the
+    mean of the times of each step's first and last frame, in seconds: their numbers in the file (or
+    among those given) / its frames per second (or ``sample_fps``).
 
     Args:
         fps: frames to take of each second, ``min_frames`` to ``max_frames`` in all.
@@ -309,19 +318,25 @@ class VideoTransform(MediumTransform):
                 raise ValueError("sample_fps is of given frames: for a file, set fps")
         if is_given:
             frames = self._given_frames(medium, decode)
-            indices, fps = list(range(len(medium))), settings.get("sample_fps", FPS)
+            indices = list(range(len(medium)))
+            rate = fps = settings.get("sample_fps", FPS)
         else:
             file = files.enter_context(open_video(medium, self.remote))
-            indices, fps = self._sample(file.num_frames, file.fps, settings)
+            rate = file.fps
+            indices, fps = self._sample(file.num_frames, rate, settings)
             frames = repeat(torch.empty(CHANNELS, *file.size, device="meta"), len(indices))
             if decode:
                 frames = (torch.from_numpy(f).permute(2, 0, 1) for f in file.frames(indices))
         if not indices:
             raise ValueError("has no frames; remove it from the data")
         per_step = self.geometry.temporal_patch_size
-        facts = {"seconds_per_step": per_step / fps, "frame_indices": indices}
-        steps = math.ceil(len(indices) / per_step)
-        return _of_one_size(frames, indices), steps, per_step, facts
+        steps = [indices[start : start + per_step] for start in range(0, len(indices), per_step)]
+        facts = {
+            "seconds_per_step": per_step / fps,
+            "frame_indices": indices,
+            "step_times": [(step[0] / rate + step[-1] / rate) / 2 for step in steps],
+        }
+        return _of_one_size(frames, indices), len(indices), per_step, facts
 
     def _given_frames(self, video: Any, decode: bool) -> Iterator[torch.Tensor]:
         """The frames of a list of images or of an array [C, H, W]."""
@@ -340,7 +355,7 @@ class VideoTransform(MediumTransform):
     def _sample(self, num_frames: int, rate: float, settings: Settings) -> tuple[list[int], float]:
         """Chooses frames of a file, and finds how many of them make a second.
 
-        ``calculate_video_frame_range`` and ``smart_nframes`` of qwen-vl-utils.
+        Of the part that ``calculate_video_frame_range`` of qwen-vl-utils finds.
         """
         for one, others in (("frame_indices", SAMPLING), ("fps", ("nframes",))):
             for other in others:
@@ -365,24 +380,33 @@ class VideoTransform(MediumTransform):
                 "pass an image, or set frame_indices to [0], which repeats it"
             )
         frames = last - first + 1
-        if "nframes" in settings:
-            count = round(settings["nframes"] / FRAME_FACTOR) * FRAME_FACTOR
-        else:
-            names = ("fps", "min_frames", "max_frames")
-            fps, fewest, most = (settings.get(name, getattr(self, name)) for name in names)
-            even = math.ceil(fewest / FRAME_FACTOR) * FRAME_FACTOR
-            count = min(max(frames / rate * fps, even), most, frames)
-            count = math.floor(count / FRAME_FACTOR) * FRAME_FACTOR
+        count = self._count(frames, rate, settings)
         if not FRAME_FACTOR <= count <= frames:
             wanted = f"2 to {frames} by nframes, or by fps, min_frames and max_frames"
             raise ValueError(f"{count} of {frames} frames are asked for: ask for {wanted}")
-        # qwen-vl-utils computes in float32 and rounds halves to even numbers
-        indices = torch.linspace(first, last, count).round().long().tolist()
-        return indices, count / frames * rate
+        return self._spread(first, last, count), count / frames * rate
 
-    def _areas(self, settings: Settings, steps: int) -> tuple[float, float]:
+    def _count(self, frames: int, rate: float, settings: Settings) -> int:
+        """How many of so many frames are taken, an even number: ``smart_nframes``."""
+        if "nframes" in settings:
+            return round(settings["nframes"] / FRAME_FACTOR) * FRAME_FACTOR
+        fps, fewest, most = self._sampling(settings)
+        even = math.ceil(fewest / FRAME_FACTOR) * FRAME_FACTOR
+        count = min(max(frames / rate * fps, even), most, frames)
+        return math.floor(count / FRAME_FACTOR) * FRAME_FACTOR
+
+    def _sampling(self, settings: Settings) -> list[Any]:
+        names = ("fps", "min_frames", "max_frames")
+        return [settings.get(name, getattr(self, name)) for name in names]
+
+    def _spread(self, first: int, last: int, count: int) -> list[int]:
+        """Frames of even distances; qwen-vl-utils computes in float32, halves go to even ones."""
+        return torch.linspace(first, last, count).round().long().tolist()
+
+    def _areas(self, settings: Settings, frames: int) -> tuple[float, float]:
         """Those of ``fetch_video``, where a share of a pixel counts."""
-        frames = steps * self.geometry.temporal_patch_size
+        per_step = self.geometry.temporal_patch_size
+        frames = math.ceil(frames / per_step) * per_step
         share = settings.get("total_pixels", self.total_pixels) / frames * FRAME_FACTOR
         least = settings.get("min_pixels", self.min_pixels)
         allowed = max(min(self.max_pixels, share), int(least * 1.05))

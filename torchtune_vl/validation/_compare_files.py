@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from torchtune_vl.chat import CHAT_TEMPLATE, QwenTokenizer
+from torchtune_vl.chat import QwenTokenizer
 from torchtune_vl.chat._processor_files import sizes_of_patches
 from torchtune_vl.validation._compare import Comparison, brief, compare, unreadable
 from torchtune_vl.validation._ours_and_reference import attempt, failed
@@ -131,7 +131,8 @@ def compare_chat_templates(run: Comparison) -> None:
         row, ours = run.rows["chat template"], run.ours.transform.chat_template
         theirs = run.reference.processor.chat_template or ""
         row.add(compare(_BOTH, ours.strip(), theirs.strip()))
-        row.note = "" if ours == CHAT_TEMPLATE else "This template is not the published one"
+        is_published = run.ours.transform.has_published_template
+        row.note = "" if is_published else "This template is not the published one"
 
 
 def compare_texts(run: Comparison, texts: Mapping[str, Sequence[str]]) -> None:

@@ -42,7 +42,7 @@ def compare_conversations(run: Comparison, chats: list[Conversation], keep: int)
     ids, pixels, positions = (run.rows[n] for n in ("chat ids", "chat pixels", "positions"))
     transform = run.ours.transform
     # A template of another kind need not say where answers are, which training asks for
-    asks = transform.prompts.chat_template is not None
+    asks = not transform.has_published_template
     samples: list[Sample] = []
     problems, moved = [], 0
     for conversation in run.track(chats, "conversations"):

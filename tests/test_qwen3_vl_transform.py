@@ -1,0 +1,306 @@
+"""Qwen3-VL's conversations: loss, thoughts, times of videos, boxes, and settings of files."""
+
+import json
+import logging
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.videos import Clip, write_clip, x264
+from torchtune_vl.chat._chat_template import without_marks
+from torchtune_vl.media import Augmentation
+from torchtune_vl.models import qwen3_vl
+from torchtune_vl.models.qwen3_vl import Qwen3_VLTransform, Qwen3_VLVideoTransform
+
+IM_START, IM_END, VISION_START, VISION_END, VIDEO_PAD = 151644, 151645, 151652, 151653, 151656
+THINKING = without_marks((files(qwen3_vl) / "thinking.jinja").read_text(encoding="utf-8"))
+FILM = {"type": "video", "video": np.zeros((5, 64, 96, 3), np.uint8), "sample_fps": 2}
+IMAGE = {"type": "image", "image": np.zeros((200, 400, 3), np.uint8)}
+FUNCTION = {"function": {"name": "f", "arguments": {"a": 1}}}
+
+
+@pytest.fixture(scope="module")
+def instruct(vocabulary: Path) -> Qwen3_VLTransform:
+    return Qwen3_VLTransform(vocabulary / "qwen.tiktoken")
+
+
+@pytest.fixture
+def thinking(vocabulary: Path) -> Qwen3_VLTransform:
+    return Qwen3_VLTransform(vocabulary / "qwen.tiktoken", chat_template=THINKING)
+
+
+def limited(base: Qwen3_VLTransform, **changed: Any) -> Qwen3_VLTransform:
+    other = Qwen3_VLTransform.__new__(Qwen3_VLTransform)
+    other.__dict__ = {**base.__dict__, **changed}
+    return other
+
+
+def trained(transform: Qwen3_VLTransform, messages: list[Any], **more: Any) -> str:
+    """The text that carries loss."""
+    sample = transform({"messages": messages, **more})
+    pairs = zip(sample["tokens"], sample["mask"], strict=True)
+    return transform.decode([token for token, masked in pairs if not masked])
+
+
+def asked(*items: Any, text: str = "Why?") -> dict[str, Any]:
+    return {"role": "user", "content": [*items, {"type": "text", "text": text}]}
+
+
+def answered(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def test_added_tokens_are_content(instruct: Qwen3_VLTransform) -> None:
+    """Four more than Qwen2.5's, none of them special."""
+    names = "<tool_response>", "</tool_response>", "<think>", "</think>"
+    ids = [151665, 151666, 151667, 151668]
+    assert [instruct.special_tokens[name] for name in names] == ids
+    assert instruct.encode_content("".join(names)) == ids
+    assert instruct.decode([*ids, IM_END], skip_special_tokens=True) == "".join(names)
+    assert instruct.vocab_size == 151669
+
+
+def test_loss_of_instruct(instruct: Qwen3_VLTransform) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        asked(IMAGE),
+        answered("I call", tool_calls=[FUNCTION]),
+        {"role": "tool", "content": [IMAGE, {"type": "text", "text": "2"}]},
+        answered("Two."),
+        asked(FILM),
+        answered("Three.", weight=0),
+        asked(),
+        answered("\n\nFour."),
+    ]
+    call = '\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    # A line break of the last answer is one token with that of its header
+    expected = f"I call{call}<|im_end|>Two.<|im_end|>\n\n\nFour.<|im_end|>"
+    assert trained(instruct, messages, tools=[{"name": "f"}]) == expected
+
+
+def test_loss_of_thoughts(thinking: Qwen3_VLTransform, caplog: pytest.LogCaptureFixture) -> None:
+    """The prompt's <think> and answers without their reasoning carry none."""
+    messages = [
+        asked(),
+        answered("One.", reasoning_content="First"),
+        asked(FILM),
+        answered("<think>\nLook it up\n</think>\n\nI call", tool_calls=[FUNCTION]),
+        {"role": "tool", "content": "2"},
+        answered("No thought.", tool_calls=[FUNCTION]),
+        {"role": "tool", "content": "2"},
+        answered("Two.", reasoning_content="So"),
+    ]
+    call = '\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    expected = f"Look it up\n</think>\n\nI call{call}So\n</think>\n\nTwo.<|im_end|>"
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert trained(thinking, messages) == expected
+    (told,) = caplog.records
+    assert "without their reasoning: these carry no loss" in told.getMessage()
+    text = thinking.decode(thinking({"messages": messages})["tokens"])
+    assert "First" not in text
+    assert "assistant\nOne.<|im_end|>" in text
+    # An answer without a thought has an empty one
+    assert trained(thinking, [asked(), answered("Yes.")]) == "\n\n</think>\n\nYes.<|im_end|>"
+
+
+def test_no_answer_is_left_out_unsaid_or_said_without_need(
+    vocabulary: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = vocabulary / "qwen.tiktoken"
+    last = Qwen3_VLTransform(path, chat_template=THINKING, train_on="last")
+    messages = [asked(), answered("One."), asked(), answered("Two.", reasoning_content="So")]
+    with caplog.at_level(logging.WARNING):
+        assert trained(last, messages) == "So\n</think>\n\nTwo.<|im_end|>"
+        last({"messages": messages}, inference=True)
+        messages[1]["weight"] = 0
+        every = Qwen3_VLTransform(path, chat_template=THINKING)
+        assert trained(every, messages) == "So\n</think>\n\nTwo.<|im_end|>"
+        assert trained(last, [asked(), answered("Yes.")]) == "\n\n</think>\n\nYes.<|im_end|>"
+    assert not caplog.records
+
+
+def test_a_line_break_before_an_answer_that_is_left_out(thinking: Qwen3_VLTransform) -> None:
+    """It is one token with that of the header, which no mark of loss may touch."""
+    messages = [asked(), answered("\nOne."), asked(), answered("Two.", reasoning_content="So")]
+    assert trained(thinking, messages) == "So\n</think>\n\nTwo.<|im_end|>"
+
+
+def test_prompts_and_answers(instruct: Qwen3_VLTransform, thinking: Qwen3_VLTransform) -> None:
+    for transform, end in ((instruct, "assistant\n"), (thinking, "assistant\n<think>\n")):
+        messages = [asked(IMAGE), answered("Yes.", reasoning_content="Hm")]
+        prompt = transform({"messages": messages[:1]}, inference=True)["tokens"]
+        assert transform.decode(prompt).endswith(f"<|im_start|>{end}")
+        answer = transform.answer_of({"messages": messages})
+        assert answer == ("Yes." if transform is instruct else "Hm\n</think>\n\nYes.")
+        whole = transform({"messages": messages})["tokens"]
+        assert [*prompt, *transform.answer_tokens(answer)] == whole[:-1]
+        tokens, mask = transform.tokenize_message(messages[0])
+        assert tokens == whole[: len(tokens)]
+        assert all(mask)
+
+
+def test_what_the_template_drops_is_an_error(instruct: Qwen3_VLTransform) -> None:
+    later = [asked(), {"role": "system", "content": "Be brief."}, answered("Yes.")]
+    with pytest.raises(ValueError, match="left out by the template: move its text"):
+        instruct({"messages": later})
+    for turn in (
+        {"role": "system", "content": [IMAGE]},
+        {"role": "assistant", "content": [IMAGE]},
+    ):
+        messages = [turn, asked(), answered("Yes.")]
+        with pytest.raises(ValueError, match="places are not those of the media"):
+            instruct({"messages": messages})
+
+
+def test_times_of_a_video(instruct: Qwen3_VLTransform) -> None:
+    sample = instruct({"messages": [asked(FILM), answered("Yes.")]})
+    text = instruct.decode(sample["tokens"])
+    ((steps, rows, columns),) = sample["encoder_input"]["vision"]["grid_thw"].tolist()
+    assert steps == 3
+    pads = "<|video_pad|>" * (rows * columns // 4)
+    shown = "".join(
+        f"<{time} seconds><|vision_start|>{pads}<|vision_end|>" for time in ("0.2", "1.2", "2.0")
+    )
+    assert f"user\n{shown}Why?" in text
+    # One position for each step, whose height and width count from it
+    first = sample["tokens"].index(VIDEO_PAD)
+    of_video = sample["input_pos"][[i for i, t in enumerate(sample["tokens"]) if t == VIDEO_PAD]]
+    assert of_video[0].tolist() == [first] * 3
+    assert len(of_video[:, 0].unique()) == steps
+
+
+def test_frames_of_a_file(tmp_path: Path) -> None:
+    clip = Clip("mp4", frames=50, rate=10, size=(64, 96), options=x264("keyint=9"))
+    path = str(write_clip(tmp_path / "clip.mp4", clip))
+    transform = Qwen3_VLVideoTransform()
+    whole = transform({"video": path})
+    assert whole["frame_indices"] == [0, 5, 11, 16, 22, 27, 33, 38, 44, 49]
+    assert whole["step_times"][:2] == [0.25, pytest.approx(1.35)]
+    part = transform({"video": path, "video_start": 1.0, "video_end": 3.0, "nframes": 5})
+    assert part["frame_indices"] == [10, 15, 20, 25, 30]
+    assert part["step_times"] == [1.25, 2.25, 3.0]  # the last is repeated
+    assert part["video_grid_thw"][0, 0] == 3
+    given = transform({"video": path, "frame_indices": [7]})
+    assert given["step_times"] == [0.7]
+    patches = given["pixel_values_videos"].unflatten(1, (3, 2, 256))
+    assert torch.equal(patches[:, :, 0], patches[:, :, 1])
+    # A sample's own limits are of all frames together, and of a frame
+    large = transform({"video": path, "resized_height": 320, "resized_width": 640})
+    assert large["video_grid_thw"].tolist() == [[5, 20, 40]]
+    for name, limit, columns in (("total_pixels", 10 * 2048, 2), ("max_pixels", 6143, 4)):
+        grid = transform({"video": path, name: limit})["video_grid_thw"].tolist()
+        assert grid == [[5, 2, columns]]
+    with pytest.raises(ValueError, match="min_pixels is 5000 and total_pixels 4096"):
+        transform({"video": path, "min_pixels": 5000, "total_pixels": 4096})
+
+
+@pytest.mark.parametrize("truncation", ["right", "left"])
+def test_a_video_is_never_cut(instruct: Qwen3_VLTransform, truncation: str) -> None:
+    """Nor are its times, of which the first may share a token with the text before it."""
+    text = {"type": "text", "text": "look:"}
+    messages = [asked(text, FILM), answered("Yes, this."), asked(FILM), answered("No, that.")]
+    whole = instruct({"messages": messages})
+    tokens = whole["tokens"]
+    cut_off = 0
+    for limit in range(30, len(tokens)):
+        transform = limited(instruct, max_seq_len=limit, truncation=truncation)
+        try:
+            cut = transform({"messages": messages})
+        except ValueError as error:
+            if "max_seq_len" in str(error):
+                continue
+            raise
+        kept = cut["tokens"]
+        assert kept == (tokens[: len(kept)] if truncation == "right" else tokens[-len(kept) :])
+        count = kept.count(VISION_START)
+        assert count % 3 == 0
+        assert kept.count(VISION_END) == count
+        assert transform.decode(kept).count(" seconds>") == count
+        assert "seconds" not in transform.decode(kept[-3:])
+        videos = len(cut.get("encoder_input", {}).get("vision", {"grid_thw": ()})["grid_thw"])
+        assert videos == count // 3
+        assert len(cut["input_pos"]) == len(kept)
+        assert cut["truncated"]["videos"] == 2 - videos
+        assert transform.examine({"messages": messages}).size[0] == len(kept)
+        cut_off += count < 6
+    assert cut_off > 10
+
+
+def test_measuring(instruct: Qwen3_VLTransform, thinking: Qwen3_VLTransform, tmp_path: Path):
+    clip = Clip("mp4", frames=33, rate=10, size=(64, 96), options=x264("keyint=9"))
+    film = {"type": "video", "video": str(write_clip(tmp_path / "clip.mp4", clip))}
+    messages = [
+        asked(IMAGE, film),
+        answered("a", tool_calls=[FUNCTION], reasoning_content="Hm"),
+        {"role": "tool", "content": [FILM, IMAGE]},
+        answered("b", reasoning_content="So"),
+        asked({**film, "max_frames": 5}),
+        answered("c"),
+    ]
+    for transform in (instruct, thinking):
+        for length in range(2, 7, 2):
+            sample = {"messages": messages[:length]}
+            made = transform(sample)
+            sizes = len(made["tokens"]), len(made["encoder_input"]["vision"]["patches"])
+            assert transform.examine(sample).size == (*sizes, made["mask"][1:].count(False))
+
+
+def test_boxes_are_in_thousandths(instruct: Qwen3_VLTransform) -> None:
+    boxes = [{"bbox_2d": [100, 50, 400, 200], "label": "a cat"}, {"point_2d": [200, 100]}]
+    messages = [asked(IMAGE), {"role": "assistant", "content": [{"type": "boxes", "boxes": boxes}]}]
+    written = trained(instruct, messages)
+    assert '{"bbox_2d": [250, 250, 1000, 1000], "label": "a cat"}' in written
+    assert '{"point_2d": [500, 500]}' in written
+    found = instruct.boxes_in_answer({"messages": messages}, written)
+    assert found == [
+        {"bbox_2d": [100.0, 50.0, 400.0, 200.0], "label": "a cat"},
+        {"point_2d": [200.0, 100.0]},
+    ]
+    flipped = instruct.augmented({"messages": messages}, Augmentation(flip=1.0), 0, 0)
+    assert flipped["augmented"][0]["flip"]
+    assert '"bbox_2d": [0, 250, 750, 1000]' in instruct.decode(flipped["tokens"])
+
+
+def test_settings_of_a_directory(tmp_path: Path, vocabulary: Path) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).symlink_to(vocabulary / name)
+    size = {"shortest_edge": 4096, "longest_edge": 25165824}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"patch_size": 16}))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": THINKING}))
+    path = tmp_path / "video_preprocessor_config.json"
+    for written, cap in (
+        ({}, None),
+        ({"cap_pixels_per_frame": False}, None),
+        ({"cap_pixels_per_frame": True}, 768 * 1024),
+        ({"cap_pixels_per_frame": True, "max_video_tokens": 7}, 7 * 1024),
+    ):
+        path.write_text(json.dumps({"size": size, **written}))
+        transform = Qwen3_VLTransform.from_pretrained(tmp_path)
+        videos = transform.video_transform
+        assert (videos.min_pixels, videos.total_pixels) == (4096, 25165824)
+        assert videos.max_pixels == cap
+        again = json.loads(transform.processor_files()["video_preprocessor_config.json"])
+        assert again["size"] == size
+        assert again["cap_pixels_per_frame"] == (cap is not None)
+    assert transform.chat_template == THINKING
+    assert transform.has_published_template
+    path.write_text(json.dumps({"patch_size": 14}))
+    with pytest.raises(ValueError, match=r"patch_size.*16"):
+        Qwen3_VLTransform.from_pretrained(tmp_path)
+
+
+def test_another_template_is_run_as_it_is(vocabulary: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    transform = Qwen3_VLTransform(vocabulary / "qwen.tiktoken", chat_template=template)
+    messages = [{"role": "user", "content": "Why?"}, answered("<think>a</think>b")]
+    assert trained(transform, messages) == "<think>a</think>b"
+    assert transform.chat_template == template
+    assert not transform.has_published_template
