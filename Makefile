@@ -8,8 +8,9 @@ LANGUAGES := .assets/django-5.2.8-py3-none-any.whl
 
 .PHONY: quickstart test test-slow test-serving parity fuzz lint format bench gpu-wheels docs
 
+# Of another family: make quickstart FAMILY=qwen3_vl
 quickstart: $(INSTALLED)
-	$(BIN)/python -m quickstart.run
+	$(BIN)/python -m quickstart.run $(FAMILY)
 
 test: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)
 	$(BIN)/python -m pytest -n 2

@@ -60,7 +60,7 @@ from torchtune_vl.chat import CHAT_TEMPLATE
 from torchtune_vl.data import packed_collate_vision, padded_collate_vision
 from torchtune_vl.datasets import _conversations, vision_chat_dataset
 from torchtune_vl.datasets._json_records import JsonRecords
-from torchtune_vl.files._tensor_names import published_name
+from torchtune_vl.files._tensor_names import flat_name
 from torchtune_vl.generation import Decoding, Rules, decode
 from torchtune_vl.models import model_from_pretrained, transform_from_pretrained
 from torchtune_vl.models._registry import family_of
@@ -317,12 +317,12 @@ def distance(ours: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> flo
 
 def published(gradients: Mapping[str, Any]) -> dict[str, Any]:
     """Transformers' tensors by published names."""
-    return {published_name(name): gradient for name, gradient in gradients.items()}
+    return {flat_name(name): gradient for name, gradient in gradients.items()}
 
 
 def gradients(
     model: Any,
-    by_published_names: Callable[[dict[str, Any]], Mapping[str, Any]],
+    by_flat_names: Callable[[dict[str, Any]], Mapping[str, Any]],
     samples: list[dict[str, Any]],
     logits_of: Callable[..., list[torch.Tensor]],
 ) -> list[torch.Tensor]:
@@ -331,7 +331,7 @@ def gradients(
     logits = torch.cat(logits_of(model, samples)).float()
     generator = torch.Generator().manual_seed(1)
     (logits * torch.randn(logits.shape, generator=generator).to(DEVICE)).sum().backward()
-    found = by_published_names({name: p.grad.clone() for name, p in model.named_parameters()})
+    found = by_flat_names({name: p.grad.clone() for name, p in model.named_parameters()})
     return [found[name] for name in sorted(found)]
 
 

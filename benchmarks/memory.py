@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -38,7 +39,7 @@ from torchtune_vl._torchtune import instantiate
 from torchtune_vl.data import Row, RowSharing, packed_collate_vision
 from torchtune_vl.data._packing import Size
 from torchtune_vl.files._together import Together
-from torchtune_vl.models.qwen2_5_vl import GEOMETRY
+from torchtune_vl.media import Geometry
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import is_adapter, num_bytes
 from torchtune_vl.modules.context import RowShare
@@ -70,11 +71,18 @@ class Case:
     ranks: int = 1
     changes: Mapping[str, Any] = field(default_factory=dict)
     documents: tuple[tuple[Grid, ...], ...] = ((IMAGE_GRID,) * IMAGES_OF_DOCUMENT,) * 16
+    family: str = "qwen2_5_vl"
 
     def __str__(self) -> str:
-        parts = [f"{self.size.upper()} {self.method}"]
+        name = "" if self.family == Case.family else f"{self.package.FAMILY.name} "
+        parts = [f"{name}{self.size.upper()} {self.method}"]
         parts += [f"{key.rpartition('.')[2]} {value}" for key, value in self.changes.items()]
         return ", ".join(parts)
+
+    @property
+    def package(self) -> Any:
+        """The package of its family."""
+        return import_module(f"torchtune_vl.models.{self.family}")
 
     @property
     def tokens(self) -> int:
@@ -86,10 +94,10 @@ class Case:
         settings = {"output_dir": directory, "checkpoint_dir": directory, "compile": False}
         settings |= {"rows.max_tokens": self.tokens, "rows.max_patches": 4 * self.tokens}
         given = [f"{key}={value}" for key, value in {**settings, **self.changes}.items()]
-        config = read_config(["--config", f"qwen2_5_vl/{self.method}", *given])
+        config = read_config(["--config", f"{self.family}/{self.method}", *given])
         # Of a published size, without a checkpoint
         kind = "" if self.method == "full" else "lora_"
-        config.model._component_ = f"torchtune_vl.models.qwen2_5_vl.{kind}qwen2_5_vl_{self.size}"
+        config.model._component_ = f"{self.package.__name__}.{kind}{self.family}_{self.size}"
         for argument in ("checkpoint_dir", "weights"):
             del config.model[argument]
         data = Mesh.of(config.parallel, self.ranks).data
@@ -119,6 +127,12 @@ CASES = (
     Case("full", "32b", 64, {"parallel.tensor": 8}),
     Case("lora", "32b", 8, {"parallel.tensor": 4}),
     Case("lora", "7b", 8, {"parallel.context": 2, "parallel.tensor": 2}),
+    Case("full", "2b", family="qwen3_vl"),
+    Case("full", "8b", 8, family="qwen3_vl"),
+    Case("full", "8b", 8, {"parallel.context": 2}, family="qwen3_vl"),
+    Case("lora", "8b", 1, NONE, SHORT, family="qwen3_vl"),
+    Case("lora", "8b", 8, {"parallel.tensor": 2}, family="qwen3_vl"),
+    Case("qlora", "8b", family="qwen3_vl"),
     Case("full", "7b", 8, {"parallel.context": 8, "tokenizer.max_seq_len": 128000}, VIDEO),
 )
 
@@ -147,7 +161,8 @@ class MeasuredRecipe(FinetuneRecipe):
 
     def row(self, documents: Sequence[Sequence[Grid]]) -> Row:
         """Make a row of documents of media alone, each of whose tokens is a target, pinned."""
-        samples = [sample_of(grids, self.placeholder_ids[0]) for grids in documents]
+        geometry = self.model.encoders["vision"].geometry
+        samples = [sample_of(grids, self.placeholder_ids[0], geometry) for grids in documents]
         batch = packed_collate_vision(samples)
         if self.row_group:
             batch = RowSharing(0, self.mesh.context, self.placeholder_ids)(batch)
@@ -175,7 +190,7 @@ class Zeros:
         return {tune.MODEL_KEY: self.weights}
 
 
-def sample_of(grids: Sequence[Grid], placeholder_id: int) -> dict[str, Any]:
+def sample_of(grids: Sequence[Grid], placeholder_id: int, geometry: Geometry) -> dict[str, Any]:
     """Make a sample of media alone, with blank frames."""
     grid_thw = torch.tensor(grids)
     patches = int(grid_thw.prod(1).sum())
@@ -185,9 +200,9 @@ def sample_of(grids: Sequence[Grid], placeholder_id: int) -> dict[str, Any]:
         tokens, grid_thw, intervals, placeholder_ids=[placeholder_id], merge_size=2
     )
     frames = 1 if all(t == 1 for t, _, _ in grids) else 2
-    values = frames * GEOMETRY.values_per_patch // GEOMETRY.temporal_patch_size
+    values = frames * geometry.values_per_patch // geometry.temporal_patch_size
     vision = {"patches": torch.zeros(patches, values, dtype=torch.uint8), "grid_thw": grid_thw}
-    vision |= vision_index(grid_thw, GEOMETRY)
+    vision |= vision_index(grid_thw, geometry)
     return {
         "tokens": tokens,
         "labels": tokens,

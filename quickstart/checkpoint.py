@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL with random weights, in a directory as the hub has them."""
+"""A tiny model of a family with random weights, in a directory as the hub has them."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from torchtune_vl.chat import CHAT_TEMPLATE
+from quickstart.vocabulary import write_vocabulary
 from torchtune_vl.models import model_from_pretrained
 from torchtune_vl.models._registry import family_of
 
@@ -64,6 +64,61 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 151936,
 }
 
+# Likewise the published 2B config of Qwen3-VL
+QWEN3_VL_CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "image_token_id": 151655,
+    "model_type": "qwen3_vl",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "dtype": "float32",
+        "eos_token_id": 151645,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN_SIZE,
+        "initializer_range": 0.02,
+        "intermediate_size": 384,
+        "max_position_embeddings": 4096,
+        "model_type": "qwen3_vl_text",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "mrope_interleaved": True,
+            "mrope_section": [12, 10, 10],
+            "rope_type": "default",
+        },
+        "rope_theta": 5000000,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": 151936,
+    },
+    "tie_word_embeddings": True,
+    "video_token_id": 151656,
+    "vision_config": {
+        "deepstack_visual_indexes": [0, 2],
+        "depth": 4,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 128,
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "intermediate_size": 256,
+        "model_type": "qwen3_vl",
+        "num_heads": 4,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": HIDDEN_SIZE,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+    "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652,
+}
+CONFIGS = {config["model_type"]: config for config in (CONFIG, QWEN3_VL_CONFIG)}
+
 PREPROCESSOR_CONFIG = {
     "min_pixels": 3136,
     "max_pixels": 12845056,
@@ -74,6 +129,28 @@ PREPROCESSOR_CONFIG = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
+}
+
+# As published, but for the least area of an image: 64 x 64 pixels instead of 256 x 256
+_QWEN3_VL_PROCESSOR = {
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "processor_class": "Qwen3VLProcessor",
+}
+_QWEN3_VL_PROCESSORS = {
+    "preprocessor_config.json": {
+        "size": {"longest_edge": 16777216, "shortest_edge": 4096},
+        **_QWEN3_VL_PROCESSOR,
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    },
+    "video_preprocessor_config.json": {
+        "size": {"longest_edge": 25165824, "shortest_edge": 4096},
+        **_QWEN3_VL_PROCESSOR,
+        "video_processor_type": "Qwen3VLVideoProcessor",
+    },
 }
 
 GENERATION_CONFIG = {
@@ -102,15 +179,21 @@ def write_tiny_checkpoint(
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     family = family_of(directory)
     processor_class = family.transform.processors.processor
+    processors: dict[str, Any] = {
+        "preprocessor_config.json": {**PREPROCESSOR_CONFIG, "processor_class": processor_class}
+    }
+    transform = family.transform(directory / "vocab.json", directory / "merges.txt")
+    if family.transform.more_tokens:
+        processors = _QWEN3_VL_PROCESSORS
+        write_vocabulary(transform, directory)
     for name, content in {
-        "preprocessor_config.json": {**PREPROCESSOR_CONFIG, "processor_class": processor_class},
+        **processors,
         "generation_config.json": GENERATION_CONFIG,
-        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
+        "chat_template.json": {"chat_template": transform.chat_template},
     }.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    weights = family.names.to_published(
-        _random_model(directory, seed, config["hidden_size"]).state_dict()
-    )
+    hidden_size = config.get("text_config", config)["hidden_size"]
+    weights = family.names.to_published(_random_model(directory, seed, hidden_size).state_dict())
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 

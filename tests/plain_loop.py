@@ -17,6 +17,7 @@ from torchtune import config as components
 from transformers import AutoModelForImageTextToText
 
 from tests.reference import reference_inputs
+from torchtune_vl.files._tensor_names import flat_name
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import initial_adapters
 from torchtune_vl.modules.adapters import is_adapter
@@ -112,13 +113,14 @@ def start_of(cfg: DictConfig) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 def _in_memory(published: Mapping[str, T]) -> dict[str, T]:
     """The same values by the names of transformers' module."""
+    flat = {flat_name(name): tensor for name, tensor in published.items()}
     return {
         name.replace("visual.", "model.visual.", 1)
         if name.startswith("visual.")
         else name.replace("model.", "model.language_model.", 1)
         if name.startswith("model.")
         else name: tensor
-        for name, tensor in published.items()
+        for name, tensor in flat.items()
     }
 
 
@@ -163,7 +165,7 @@ def _optimizer(cfg: DictConfig, parameters: Mapping[str, nn.Parameter]) -> torch
     def part_of(name: str) -> str:
         if not name.startswith("encoders."):
             return "decoder"
-        return "merger" if ".merger." in name else "encoder"
+        return "merger" if "merger" in name else "encoder"
 
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():

@@ -36,6 +36,7 @@ from quickstart.vocabulary import fetch_vocabulary
 from tests.finetune_runs import (
     NARROW,
     NARROW_QWEN2_VL,
+    NARROW_QWEN3_VL,
     last_step,
     read_samples,
     start,
@@ -60,7 +61,7 @@ MIXES = {
     "videos": (("video",), ()),
     "all": (("image",), (), ("image", "image", "image"), ("video",), (), ("image", "video")),
 }
-FAMILIES = {"qwen2_5_vl": NARROW, "qwen2_vl": NARROW_QWEN2_VL}
+FAMILIES = {"qwen2_5_vl": NARROW, "qwen2_vl": NARROW_QWEN2_VL, "qwen3_vl": NARROW_QWEN3_VL}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW, fused": {"_component_": "torch.optim.AdamW", "fused": True},
     "AdamW": {"_component_": "torch.optim.AdamW"},
@@ -154,7 +155,7 @@ def draw(rng: random.Random) -> Drawn:
     if "model" in settings:
         settings["model"]["trained_in_float32"] = rng.random() < 0.5
         words.append(f"trained in float32: {settings['model']['trained_in_float32']}")
-    family = rng.choice(["qwen2_5_vl", "qwen2_5_vl", "qwen2_vl"])
+    family = rng.choice(["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
     words.insert(0, family)
     config = f"{family}/{name}"
     return Drawn(config, mix, settings, processes, kill_after, words, refused)

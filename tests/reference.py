@@ -1,18 +1,17 @@
 """Small random models of transformers, and batches for them, to compare with."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2VLConfig,
 )
 
-from torchtune_vl.models.qwen2_5_vl import GEOMETRY
 from torchtune_vl.modules.layout import mrope_positions, vision_index
 
 VOCAB_SIZE = 600
@@ -52,11 +51,34 @@ SHAPES[QWEN2_VL] = {
     "vision": {"embed_dim": 64, "num_heads": 4, "hidden_size": 256, "mlp_ratio": 3},
     "tied": False,
 }
+# Heads that do not divide the width, learned positions that frames have more and fewer of, features
+# into several layers
+QWEN3_VL, QWEN3_VL_TIED = "qwen3_vl", "qwen3_vl_tied"
+_DEEPSTACK = {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]}
+SHAPES[QWEN3_VL] = {
+    "text": {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    "sections": [12, 10, 10],
+    "vision": {"hidden_size": 64, "num_heads": 4, **_DEEPSTACK},
+    "tied": False,
+}
+SHAPES[QWEN3_VL_TIED] = {
+    "text": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
+    "sections": [4, 2, 2],
+    "vision": {"hidden_size": 48, "num_heads": 3, **_DEEPSTACK, "deepstack_visual_indexes": [3]},
+    "tied": True,
+}
+
+
+def family_of_shape(shape: str) -> str:
+    """The family of a shape, as ``config.json`` calls it."""
+    others = {QWEN2_VL: "qwen2_vl", QWEN3_VL: "qwen3_vl", QWEN3_VL_TIED: "qwen3_vl"}
+    return others.get(shape, "qwen2_5_vl")
 
 
 def family_prefix(shape: str) -> str:
     """How rows of the report begin that are of another family than the first."""
-    return "Qwen2-VL, " if shape == QWEN2_VL else ""
+    prefixes = {"qwen2_5_vl": "", "qwen2_vl": "Qwen2-VL, ", "qwen3_vl": "Qwen3-VL, "}
+    return prefixes[family_of_shape(shape)]
 
 
 def reference_config(
@@ -70,10 +92,10 @@ def reference_config(
         "vision_end_token_id": VISION_END,
     }
     vision = {"intermediate_size": 200, "out_hidden_size": dimensions["text"]["hidden_size"]}
-    vision["tokens_per_second"] = 2
-    is_first = shape != QWEN2_VL
-    config_class = Qwen2_5_VLConfig if is_first else Qwen2VLConfig
-    return config_class(
+    family = family_of_shape(shape)
+    if family == "qwen2_5_vl":
+        vision["tokens_per_second"] = 2
+    return CONFIG_MAPPING[family](
         text_config={
             "vocab_size": vocab_size,
             "intermediate_size": 320,
@@ -88,7 +110,11 @@ def reference_config(
             "eos_token_id": None,
             **dimensions["text"],
         },
-        vision_config={"depth": 4, **(vision if is_first else {}), **dimensions["vision"]},
+        vision_config={
+            "depth": 4,
+            **(vision if family != "qwen2_vl" else {}),
+            **dimensions["vision"],
+        },
         tie_word_embeddings=dimensions["tied"],
         **tokens,
     )
@@ -127,29 +153,39 @@ class Conversation:
 
     def sample(self, generator: torch.Generator, shape: str = "") -> dict[str, Any]:
         """The sample as our transform would give it."""
-        is_first = shape != QWEN2_VL
-        intervals = self.intervals if is_first else [1.0] * len(self.grids)
-        geometry = GEOMETRY if is_first else replace(GEOMETRY, window_size=None)
+        family = family_of_shape(shape)
+        intervals = self.intervals if family == "qwen2_5_vl" else [1.0] * len(self.grids)
+        geometry = import_module(f"torchtune_vl.models.{family}").GEOMETRY
         tokens: list[int] = []
+        places: list[tuple[int, int, int]] = []  # of placeholders side by side
         for t, h, w in self.grids:
             pad = IMAGE_PAD if t == 1 else VIDEO_PAD
             tokens += torch.randint(0, 580, (self.text_tokens,), generator=generator).tolist()
-            tokens += [VISION_START, *[pad] * (t * h * w // 4), VISION_END]
+            # Each step of a video of Qwen3-VL stands behind its time
+            steps = [(1, h, w)] * t if family == "qwen3_vl" else [(t, h, w)]
+            for number, (own_t, _, _) in enumerate(steps):
+                if number:
+                    tokens += torch.randint(0, 580, (5,), generator=generator).tolist()
+                tokens += [VISION_START, *[pad] * (own_t * h * w // 4), VISION_END]
+            places += steps
         tokens += torch.randint(0, 580, (self.text_tokens,), generator=generator).tolist()
         grid_thw = torch.tensor(self.grids, dtype=torch.int64).reshape(-1, 3)
+        if family == "qwen3_vl":
+            intervals = [1.0] * len(places)
         sample: dict[str, Any] = {
             "tokens": tokens,
             "labels": tokens,
             "input_pos": mrope_positions(
                 tokens,
-                grid_thw,
+                torch.tensor(places, dtype=torch.int64).reshape(-1, 3),
                 intervals,
                 placeholder_ids=(IMAGE_PAD, VIDEO_PAD),
                 merge_size=2,
             ),
         }
         if self.grids:
-            patches = torch.randn(int(grid_thw.prod(1).sum()), 1176, generator=generator)
+            count, values = int(grid_thw.prod(1).sum()), geometry.values_per_patch
+            patches = torch.randn(count, values, generator=generator)
             vision = {"patches": patches, "grid_thw": grid_thw}
             sample["encoder_input"] = {"vision": {**vision, **vision_index(grid_thw, geometry)}}
         return sample

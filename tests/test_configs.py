@@ -12,13 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config as torchtune_config
 from torchtune.config._utils import _get_component_from_path
 
-from tests.parity.test_sizes import QWEN2_VL_SIZES, SIZES
+from tests.parity.test_sizes import QWEN2_VL_SIZES, QWEN3_VL_SIZES, SIZES
 from torchtune_vl.models._registry import families
 from torchtune_vl.recipes import config_names, config_path
 from torchtune_vl.training._memory import estimate_memory
 
 METHODS = ("full", "lora", "qlora")
-SIZES_OF = {"qwen2_5_vl": SIZES, "qwen2_vl": QWEN2_VL_SIZES}
+SIZES_OF = {"qwen2_5_vl": SIZES, "qwen2_vl": QWEN2_VL_SIZES, "qwen3_vl": QWEN3_VL_SIZES}
 NAMES = [f"{family}/{method}" for family in SIZES_OF for method in METHODS]
 KEYS = """
     output_dir checkpoint_dir tokenizer model checkpointer dataset dataset_val rows rows_per_step

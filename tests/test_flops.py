@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.reference import Conversation
+from tests.reference import QWEN3_VL, Conversation
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.models.qwen2_5_vl import lora_qwen2_5_vl, qwen2_5_vl, qwen2_5_vl_7b
+from torchtune_vl.models.qwen3_vl import lora_qwen3_vl, qwen3_vl
 from torchtune_vl.training._flops import FlopCounter, peak_flops
 
 DIMENSIONS: dict[str, Any] = {
@@ -42,6 +43,13 @@ def lora(**settings: Any) -> nn.Module:
     return lora_qwen2_5_vl(**DIMENSIONS, **{"tie_word_embeddings": False, **LORA, **settings})
 
 
+def deepstack(build: Callable[..., nn.Module], **settings: Any) -> nn.Module:
+    own = {"embed_dim": 96, "head_dim": 64, "position_grid": 5, "deepstack_layers": (0, 2)}
+    left_out = ("embed_dim", "full_attention_layers")
+    dimensions = {k: v for k, v in DIMENSIONS.items() if k not in left_out}
+    return build(**dimensions, **own, tie_word_embeddings=False, **settings)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "full": full,
     "tied": lambda: full(tie_word_embeddings=True),
@@ -53,6 +61,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         encoder_trainable="lora", fusion_trainable="lora", apply_lora_to_output=True
     ),
     "lora and merger": lambda: lora(lora_attn_modules=["q_proj"], fusion_trainable="full"),
+    "deepstack": lambda: deepstack(qwen3_vl),
+    "deepstack, mergers": lambda: deepstack(
+        qwen3_vl, encoder_trainable=False, decoder_trainable=False
+    ),
+    "deepstack, lora everywhere": lambda: deepstack(
+        lora_qwen3_vl, encoder_trainable="lora", fusion_trainable="lora", **LORA
+    ),
     "qlora": lambda: lora(
         lora_attn_modules=["output_proj"], quantize_base=True, apply_lora_to_mlp=False
     ),
@@ -72,7 +87,9 @@ def counted_by_torch(model: nn.Module, batch: dict[str, Any]) -> int:
 @pytest.mark.parametrize("grids", [GRIDS, []], ids=["media", "text"])
 def test_equals_what_torch_counts(name: str, grids: list[tuple[int, int, int]]) -> None:
     model = MODELS[name]().eval()  # in training the encoder runs without media too
-    sample = Conversation(grids, seconds_per_step=[1.0]).sample(torch.Generator().manual_seed(0))
+    shape = QWEN3_VL if name.startswith("deepstack") else ""
+    conversation = Conversation(grids, seconds_per_step=[1.0])
+    sample = conversation.sample(torch.Generator().manual_seed(0), shape)
     batch = padded_collate_vision([sample])
     del batch["labels"]
     batch["output_positions"] = torch.arange(5)

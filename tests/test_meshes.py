@@ -18,6 +18,7 @@ from tests.test_finetune import ADAPTERS
 from torchtune_vl.data import Batch, RowSharing, packed_collate_vision
 from torchtune_vl.models._weights import load_weights_into
 from torchtune_vl.models.qwen2_5_vl import lora_qwen2_5_vl, qwen2_5_vl
+from torchtune_vl.models.qwen3_vl import lora_qwen3_vl, qwen3_vl
 from torchtune_vl.modules import mrope_positions, vision_index
 from torchtune_vl.modules.context import RowShare
 from torchtune_vl.modules.nf4 import PackedNF4
@@ -43,6 +44,16 @@ DIMS: dict[str, Any] = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
 }
+# Features of two layers, learned positions, norms of heads that do not divide the width
+DEEPSTACK_DIMS: dict[str, Any] = {
+    **{name: size for name, size in DIMS.items() if name != "full_attention_layers"},
+    "num_layers": 3,
+    "embed_dim": 96,
+    "mrope_sections": (6, 5, 5),
+    "head_dim": 32,
+    "position_grid": 5,
+    "deepstack_layers": (0, 1),
+}
 
 
 def sample(rng: np.random.Generator, geometry: Any, grids: list[tuple[int, int, int]]) -> Any:
@@ -60,7 +71,8 @@ def sample(rng: np.random.Generator, geometry: Any, grids: list[tuple[int, int, 
         tokens, thw, [2.0] * len(grids), placeholder_ids=(IMAGE, VIDEO), merge_size=2
     )
     if grids:
-        patches = rng.integers(0, 256, (sum(t * h * w for t, h, w in grids), 1176), np.uint8)
+        count = sum(t * h * w for t, h, w in grids)
+        patches = rng.integers(0, 256, (count, geometry.values_per_patch), np.uint8)
         vision = {"patches": torch.from_numpy(patches), "grid_thw": thw}
         made["encoder_input"] = {"vision": vision | vision_index(thw, geometry)}
     return made
@@ -82,13 +94,17 @@ def rows(count: int, seed: int, geometry: Any) -> list[Batch]:
 
 
 def model_of(method: str) -> Any:
+    *others, method = method.split()
+    plain, lora, dims = qwen2_5_vl, lora_qwen2_5_vl, DIMS
+    if others == ["deepstack"]:
+        plain, lora, dims = qwen3_vl, lora_qwen3_vl, DEEPSTACK_DIMS
     if method == "full":
-        return qwen2_5_vl(**DIMS)
+        return plain(**dims)
     adapted = ["q_proj", "k_proj", "v_proj", "output_proj", "qkv"]
     settings: dict[str, Any] = {"encoder_trainable": "lora", "lora_rank": 4, "lora_alpha": 8}
     settings |= {"apply_lora_to_mlp": True, "apply_lora_to_output": True}
     settings |= {"use_dora": method == "dora", "quantize_base": method == "qlora"}
-    return lora_qwen2_5_vl(adapted, **settings, **DIMS)
+    return lora(adapted, **settings, **dims)
 
 
 def compute(model: Any, batch: Batch, group: Any = None) -> torch.Tensor:
@@ -100,7 +116,7 @@ def compute(model: Any, batch: Batch, group: Any = None) -> torch.Tensor:
 def random_weights(method: str) -> dict[str, torch.Tensor]:
     """Weights of a model, not quantized, whose adapters change something."""
     torch.manual_seed(0)
-    plain = model_of("lora" if method == "qlora" else method)
+    plain = model_of(method.replace("qlora", "lora"))
     random = {
         "weight": lambda p: torch.randn_like(p) * 0.1,
         "magnitude": lambda p: 0.5 + torch.rand_like(p),
@@ -161,7 +177,9 @@ MESHES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora", "dora", "qlora"])
+@pytest.mark.parametrize(
+    "method", ["full", "lora", "dora", "qlora", "deepstack full", "deepstack lora"]
+)
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_gradients_are_those_of_one_process(mesh: Mesh, method: str, tmp_path: Path) -> None:
     if method == "qlora" and mesh.tensor > 1:

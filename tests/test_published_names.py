@@ -57,7 +57,7 @@ DECODER_LINEARS = [name for name in DECODER_LAYER if "_proj" in name]
 ENCODER_LINEARS = [name for name in ENCODER_LAYER if not name.startswith("norm")]
 
 
-def published_names(decoder_layers: int, encoder_layers: int, tied: bool) -> set[str]:
+def flat_names(decoder_layers: int, encoder_layers: int, tied: bool) -> set[str]:
     modules = {
         **ELSEWHERE,
         **({} if tied else {"lm_head": ("weight",)}),
@@ -101,7 +101,7 @@ def adapter_names(decoder_layers: int, encoder_layers: int) -> set[str]:
 def test_names_of_the_sizes(builder, layers: int, tied: bool) -> None:
     with torch.device("meta"):
         weights = builder().state_dict()
-    assert qwen2_5_vl_tune_to_hf(weights).keys() == published_names(layers, 32, tied)
+    assert qwen2_5_vl_tune_to_hf(weights).keys() == flat_names(layers, 32, tied)
 
 
 def names_in(directory: Path) -> dict[str, set[str]]:
@@ -137,7 +137,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check_shards(directory: Path) -> None:
     files = names_in(directory)
-    expected = published_names(CONFIG["num_hidden_layers"], CONFIG["vision_config"]["depth"], True)
+    expected = flat_names(CONFIG["num_hidden_layers"], CONFIG["vision_config"]["depth"], True)
     count = len(files)
     assert count > 1
     assert {*files} == {f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from quickstart.checkpoint import PREPROCESSOR_CONFIG, write_tiny_checkpoint
 from quickstart.vocabulary import write_vocabulary
+from tests.finetune_runs import NARROW_QWEN3_VL
 from tests.reference import QWEN2_VL, reference_config, reference_model
 from torchtune_vl.chat import CHAT_TEMPLATE, QwenTokenizer
 from torchtune_vl.chat._vocabulary import SPECIAL_TOKENS
@@ -236,6 +237,19 @@ def test_another_family(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert names == {"Qwen2VLProcessor", "Qwen2-VL"}
     # Of a video, with positions of its own, too
     assert "built-in video" in {case.name for case in row_of(report, "positions").cases}
+
+
+def test_a_family_whose_videos_are_steps_with_times(
+    vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_checkpoint(tmp_path, vocabulary, config=NARROW_QWEN3_VL)
+    monkeypatch.setattr(comparing, "MAX_TOKENS", 60)
+    report = validate(tmp_path, logits=True)
+    assert report.verdict == "16 rows pass, 0 fail"
+    ids = row_of(report, "chat ids")
+    assert "built-in video" in {case.name for case in ids.cases}
+    assert "leaves a pair of <|vision_start|> and <|vision_end|> around each video" in ids.note
+    assert "min_pixels is 4,096, published 65,536" in row_of(report, "image settings").note
 
 
 def test_every_input_is_compared(report: Report, data: Path) -> None:
@@ -562,6 +576,7 @@ def test_wrong_grid(ours: Ours, reference: Reference, monkeypatch: pytest.Monkey
 def test_wrong_id_is_shown(
     ours: Ours, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert ours.tokenizer.vocab_size  # reads its files with what is right
     whole = Qwen2_5_VLTokenizer.encode
 
     def wrong(self, text, add_bos=True, add_eos=True):

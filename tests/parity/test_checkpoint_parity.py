@@ -9,24 +9,36 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from tests.parity.figures import record
-from tests.reference import QWEN2_VL, family_prefix, reference_config, reference_model
+from tests.reference import (
+    QWEN2_VL,
+    QWEN3_VL,
+    QWEN3_VL_TIED,
+    family_prefix,
+    reference_config,
+    reference_model,
+)
+from torchtune_vl.files._tensor_names import flat_name
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config
 from torchtune_vl.training import Qwen2_5_VLCheckpointer
 
 INDEX = "model.safetensors.index.json"
 
 
-def names_in_memory(directory: Path) -> None:
-    """Rename the tensors of a directory to what transformers >= 4.52 calls them in memory."""
+def other_names(directory: Path) -> None:
+    """Rename tensors to what transformers >= 4.52 calls them in memory, or back."""
     path = directory / "model.safetensors"
     weights = {}
-    for name, tensor in load_file(path).items():
-        if name.startswith("visual."):
+    saved = load_file(path)
+    is_nested = any(name.startswith("model.language_model.") for name in saved)
+    for name, tensor in saved.items():
+        if is_nested:
+            name = flat_name(name)
+        elif name.startswith("visual."):
             name = f"model.{name}"
         elif name.startswith("model."):
             name = name.replace("model.", "model.language_model.", 1)
         weights[name] = tensor
-    assert any(name.startswith("model.language_model.") for name in weights)
+    assert any(name.startswith("model.language_model.") for name in weights) != is_nested
     save_file(weights, path, metadata={"format": "pt"})
 
 
@@ -45,8 +57,10 @@ def shards(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", ["head_dim_128", "grouped_untied", QWEN2_VL])
-@pytest.mark.parametrize("alter", [None, names_in_memory, shards])
+@pytest.mark.parametrize(
+    "shape", ["head_dim_128", "grouped_untied", QWEN2_VL, QWEN3_VL, QWEN3_VL_TIED]
+)
+@pytest.mark.parametrize("alter", [None, other_names, shards])
 def test_round_trip(shape: str, alter, dtype: torch.dtype, tmp_path: Path) -> None:
     source, output = tmp_path / "source", tmp_path / "output"
     reference = reference_model(reference_config(shape)).to(dtype)
@@ -74,7 +88,7 @@ def test_round_trip(shape: str, alter, dtype: torch.dtype, tmp_path: Path) -> No
     record(f"{family_prefix(shape)}checkpoints: tensors after a round trip", len(expected), 0)
 
 
-def test_published_names_are_written(tmp_path: Path) -> None:
+def test_flat_names_are_written(tmp_path: Path) -> None:
     reference_model(reference_config("head_dim_128")).save_pretrained(tmp_path / "source")
     checkpointer = Qwen2_5_VLCheckpointer(tmp_path / "source", tmp_path / "output")
     checkpointer.save_checkpoint(checkpointer.load_checkpoint(), epoch=3)

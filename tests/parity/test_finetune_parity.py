@@ -6,23 +6,32 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
-from tests.finetune_runs import read_samples, run, write_config, write_inputs
+from tests.finetune_runs import (
+    NARROW,
+    NARROW_QWEN3_VL,
+    read_samples,
+    run,
+    write_config,
+    write_inputs,
+)
 from tests.parity.figures import record
-from tests.reference import reference_inputs
+from tests.reference import family_prefix, reference_inputs
 from torchtune_vl.datasets import vision_chat_dataset
-from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform, qwen2_5_vl_hf_to_tune
+from torchtune_vl.models import transform_from_pretrained
+from torchtune_vl.models._registry import family_of
 
 STEPS = 30
+FAMILIES = {"qwen2_5_vl": NARROW, "qwen3_vl": NARROW_QWEN3_VL}
 
 
 def reference_run(
     root: Path, samples: dict[int, list[int]]
 ) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
     """Losses of each step, and the final weights, of a plain loop over these samples."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(root / "base").train()
-    transform = Qwen2_5_VLTransform.from_pretrained(root / "base")
+    model = AutoModelForImageTextToText.from_pretrained(root / "base").train()
+    transform = transform_from_pretrained(root / "base")
     dataset = vision_chat_dataset(
         transform, source="json", data_files=str(root / "train.jsonl"), split="train"
     )
@@ -47,10 +56,15 @@ def reference_run(
     return losses, dict(model.state_dict())
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(family: str, vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("finetune")
-    write_inputs(root, vocabulary, 90)
+    write_inputs(root, vocabulary, 90, config=FAMILIES[family])
     return root
 
 
@@ -65,14 +79,14 @@ def root(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
-def test_steps_and_weights(root: Path, tmp_path: Path, rows: dict[str, Any]) -> None:
+def test_steps_and_weights(family: str, root: Path, tmp_path: Path, rows: dict[str, Any]) -> None:
     settings = {
         "max_steps": STEPS,
         "lr_scheduler": {"_component_": "tests.finetune_runs.constant_rate"},
         "activation_checkpointing": "selective",
         **rows,
     }
-    losses = run(write_config(root, tmp_path / "run", settings))
+    losses = run(write_config(root, tmp_path / "run", settings, f"{family}/full"))
     expected, weights = reference_run(root, read_samples(tmp_path / "run"))
     assert losses.keys() == expected.keys()
     assert losses.keys() == {*range(1, STEPS + 1)}
@@ -81,9 +95,10 @@ def test_steps_and_weights(root: Path, tmp_path: Path, rows: dict[str, Any]) -> 
     assert losses[STEPS] < 0.7 * losses[1]
 
     (epoch,) = (tmp_path / "run").glob("epoch_*")
-    ours = qwen2_5_vl_hf_to_tune(load_file(epoch / "model.safetensors"))
-    theirs = qwen2_5_vl_hf_to_tune({n: w for n, w in weights.items() if "lm_head" not in n})
-    start = qwen2_5_vl_hf_to_tune(load_file(root / "base" / "model.safetensors"))
+    read = family_of(root / "base").names.from_published
+    ours = read(load_file(epoch / "model.safetensors"))
+    theirs = read({n: w for n, w in weights.items() if "lm_head" not in n})
+    start = read(load_file(root / "base" / "model.safetensors"))
     assert ours.keys() == theirs.keys()
     distance = sum((ours[n] - w).square().sum() for n, w in theirs.items()).sqrt()
     distance = (distance / sum(w.square().sum() for w in theirs.values()).sqrt()).item()
@@ -94,5 +109,6 @@ def test_steps_and_weights(root: Path, tmp_path: Path, rows: dict[str, Any]) -> 
         if not name.endswith("k_proj.bias"):
             assert (ours[name] - weight).norm() <= 1e-4 * weight.norm(), name
         assert not torch.equal(ours[name], start[name])
-    record("training steps: loss, our recipe, relative", STEPS, difference)
-    record("training steps: final weights, our recipe, relative", len(ours), distance)
+    prefix = family_prefix(family)
+    record(f"{prefix}training steps: loss, our recipe, relative", STEPS, difference)
+    record(f"{prefix}training steps: final weights, our recipe, relative", len(ours), distance)

@@ -22,12 +22,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from quickstart.checkpoint import PREPROCESSOR_CONFIG, write_tiny_checkpoint
+from quickstart.checkpoint import CONFIG, CONFIGS, PREPROCESSOR_CONFIG, write_tiny_checkpoint
 from tests.conversations import TEXTS, images_of
 from tests.parity.figures import record
 from tests.parity.test_mixed_media_parity import LIMITS, VIDEO_SIZE
 from tests.positions import IMAGE, VIDEO
-from tests.reference import QWEN2_VL, family_prefix, reference_config, reference_model
+from tests.reference import QWEN2_VL, QWEN3_VL, family_prefix, reference_config, reference_model
 from torchtune_vl.generation import Rules, Sampling, decode, generate
 from torchtune_vl.models import model_from_pretrained, transform_from_pretrained
 from torchtune_vl.validation._compare_models import continue_behind_media
@@ -79,7 +79,7 @@ def conversation(kind: str, seed: int) -> Chat:
 
 
 # The three random models and the one of the quickstart
-SHAPES = ["head_dim_128", "grouped_untied", "ungrouped", QWEN2_VL, TINY]
+SHAPES = ["head_dim_128", "grouped_untied", "ungrouped", QWEN2_VL, QWEN3_VL, TINY]
 LEFT_OUT = {name: pytest.param(name, marks=pytest.mark.slow) for name in SHAPES[:3:2]}
 
 
@@ -91,7 +91,7 @@ def shape(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def checkpoint(shape: str, vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint")
-    write_tiny_checkpoint(directory, vocabulary)
+    write_tiny_checkpoint(directory, vocabulary, config=CONFIGS.get(shape, CONFIG))
     if shape == QWEN2_VL:
         settings = {**PREPROCESSOR_CONFIG, "processor_class": "Qwen2VLProcessor"}
         (directory / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -101,10 +101,16 @@ def checkpoint(shape: str, vocabulary: Path, tmp_path_factory: pytest.TempPathFa
     return directory
 
 
+def limits_of(shape: str) -> dict[str, Any]:
+    """What our transform is given beside the checkpoint's settings, which Qwen3-VL's are."""
+    return {} if shape == QWEN3_VL else LIMITS
+
+
 class Reference:
     """transformers' processor and model."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, shape: str) -> None:
+        self.shape = shape
         self.processor = AutoProcessor.from_pretrained(directory)
         self.model = AutoModelForImageTextToText.from_pretrained(directory).eval()
         usual = self.model.model.get_rope_index
@@ -124,7 +130,8 @@ class Reference:
         media: dict[str, Any] = {"images": images_of(chat) or None}
         if videos:
             media["videos"] = [torch.from_numpy(v["video"]).permute(0, 3, 1, 2) for v in videos]
-            media["videos_kwargs"] = {"size": VIDEO_SIZE, "do_sample_frames": False}
+            size = {} if self.shape == QWEN3_VL else {"size": VIDEO_SIZE}
+            media["videos_kwargs"] = {**size, "do_sample_frames": False}
             media["video_metadata"] = [
                 {
                     "fps": video["sample_fps"],
@@ -134,6 +141,8 @@ class Reference:
                 for video in videos
             ]
         text = self.processor.apply_chat_template(chat, add_generation_prompt=True) + answer
+        if self.shape == QWEN3_VL:  # whose steps have their own, which alone the weights have seen
+            text = text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
         inputs = self.processor(text=[text], return_tensors="pt", **media)
         return {name: value for name, value in inputs.items() if name != "video_metadata"}
 
@@ -155,11 +164,11 @@ class Reference:
 
 def compare_greedy(shape: str, checkpoint: Path, each: int, new_tokens: int) -> None:
     chats = [conversation(kind, seed) for seed in range(each) for kind in KINDS]
-    reference = Reference(checkpoint)
+    reference = Reference(checkpoint, shape)
     expected = [reference.answer(chat, new_tokens) for chat in chats]
     del reference
     model = model_from_pretrained(checkpoint)
-    transform = transform_from_pretrained(checkpoint, **LIMITS)
+    transform = transform_from_pretrained(checkpoint, **limits_of(shape))
     transform.stop_tokens = []
     together = generate(model, transform, chats, max_new_tokens=new_tokens)
     assert [answer.tokens for answer in together] == expected
@@ -200,14 +209,14 @@ def test_likelihoods_of_choices(shape: str, checkpoint: Path) -> None:
     chats = [conversation(kind, seed) for seed in range(8) for kind in KINDS]
     rng = random.Random(8)
     choices = [rng.sample(CHOICES, rng.randint(2, 6)) for _ in chats]
-    reference = Reference(checkpoint)
+    reference = Reference(checkpoint, shape)
     expected = [
         [reference.logprob(chat, text) for text in texts]
         for chat, texts in zip(chats, choices, strict=True)
     ]
     del reference
     model = model_from_pretrained(checkpoint)
-    transform = transform_from_pretrained(checkpoint, **LIMITS)
+    transform = transform_from_pretrained(checkpoint, **limits_of(shape))
     for number in range(0, len(chats), 7):
         choices[number] = []  # prompts without choices among the others
         expected[number] = []

@@ -19,6 +19,7 @@ from torchtune.modules.peft import get_adapter_params, get_adapter_state_dict
 from tests.parity.figures import record
 from tests.reference import (
     QWEN2_VL,
+    QWEN3_VL,
     Conversation,
     family_prefix,
     reference_config,
@@ -78,7 +79,10 @@ PARTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    bases = {shape: tmp_path_factory.mktemp(shape) for shape in (UNTIED, "head_dim_128", QWEN2_VL)}
+    bases = {
+        shape: tmp_path_factory.mktemp(shape)
+        for shape in (UNTIED, "head_dim_128", QWEN2_VL, QWEN3_VL)
+    }
     for shape, directory in bases.items():
         reference_model(reference_config(shape)).save_pretrained(directory)
     return bases
@@ -147,7 +151,7 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor, inputs: dict[str, Any])
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("shape", [UNTIED, QWEN2_VL])
+@pytest.mark.parametrize("shape", [UNTIED, QWEN2_VL, QWEN3_VL])
 @torch.no_grad()
 def test_peft_loads_our_adapter(
     bases: dict[str, Path], tmp_path: Path, part: str, use_dora: bool, shape: str

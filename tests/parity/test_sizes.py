@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,22 @@ from transformers import (
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
+    Qwen3VLConfig,
 )
 
-from torchtune_vl.files._tensor_names import published_name
-from torchtune_vl.models import model_from_pretrained, qwen2_5_vl, qwen2_vl
+from torchtune_vl.files._tensor_names import flat_name
+from torchtune_vl.models import model_from_pretrained, qwen2_5_vl, qwen2_vl, qwen3_vl
 from torchtune_vl.models._config_json import TEXT_DEFAULTS
 from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_3b,
     qwen2_5_vl_7b,
     qwen2_5_vl_32b,
     qwen2_5_vl_72b,
-    qwen2_5_vl_tune_to_hf,
 )
 from torchtune_vl.models.qwen2_vl import (
     qwen2_vl_2b,
     qwen2_vl_7b,
     qwen2_vl_72b,
-    qwen2_vl_tune_to_hf,
 )
 from torchtune_vl.modules.decoder import FeedForward
 
@@ -132,6 +132,104 @@ SIZES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
 }
 
 
+def qwen3_vl_config(
+    *,
+    hidden: int,
+    layers: int,
+    heads: int,
+    ff: int,
+    tied: bool,
+    vision: tuple[int, int, int, list[int]],
+) -> dict[str, Any]:
+    """Likewise of Qwen3-VL's, whose decoder is a part of its own."""
+    vision_hidden, vision_ff, depth, deepstack = vision
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "image_token_id": 151655,
+        "model_type": "qwen3_vl",
+        "text_config": {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "dtype": "bfloat16",
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": ff,
+            "max_position_embeddings": 262144,
+            "model_type": "qwen3_vl_text",
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {
+                "mrope_interleaved": True,
+                "mrope_section": [24, 20, 20],
+                "rope_type": "default",
+            },
+            "rope_theta": 5000000,
+            # The larger ones say it outside alone
+            **({"tie_word_embeddings": True} if tied else {}),
+            "vocab_size": 151936,
+        },
+        "tie_word_embeddings": tied,
+        "video_token_id": 151656,
+        "vision_config": {
+            "deepstack_visual_indexes": deepstack,
+            "depth": depth,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": vision_hidden,
+            "in_channels": 3,
+            "intermediate_size": vision_ff,
+            "model_type": "qwen3_vl",
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": hidden,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        "vision_end_token_id": 151653,
+        "vision_start_token_id": 151652,
+    }
+
+
+_SMALL_ENCODER = (1024, 4096, 24, [5, 11, 17])
+_LARGE_ENCODER = (1152, 4304, 27, [8, 16, 24])
+QWEN3_VL_SIZES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
+    "2B": (
+        qwen3_vl.qwen3_vl_2b,
+        qwen3_vl_config(
+            hidden=2048, layers=28, heads=16, ff=6144, tied=True, vision=_SMALL_ENCODER
+        ),
+        2_127_532_032,
+        406_957_056,
+    ),
+    "4B": (
+        qwen3_vl.qwen3_vl_4b,
+        qwen3_vl_config(
+            hidden=2560, layers=36, heads=32, ff=9728, tied=True, vision=_SMALL_ENCODER
+        ),
+        4_437_815_808,
+        415_347_712,
+    ),
+    "8B": (
+        qwen3_vl.qwen3_vl_8b,
+        qwen3_vl_config(
+            hidden=4096, layers=36, heads=32, ff=12288, tied=False, vision=_LARGE_ENCODER
+        ),
+        8_767_123_696,
+        576_388_336,
+    ),
+    "32B": (
+        qwen3_vl.qwen3_vl_32b,
+        qwen3_vl_config(
+            hidden=5120, layers=64, heads=64, ff=25600, tied=False, vision=_LARGE_ENCODER
+        ),
+        33_357_390_064,
+        595_266_800,
+    ),
+}
+
 # Qwen2-VL's, likewise
 QWEN2_VL_SIZES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
     "2B": (
@@ -155,7 +253,11 @@ QWEN2_VL_SIZES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, in
 }
 
 
-ALL = {**SIZES, **{f"Qwen2-VL {size}": facts for size, facts in QWEN2_VL_SIZES.items()}}
+ALL = {
+    **SIZES,
+    **{f"Qwen2-VL {size}": facts for size, facts in QWEN2_VL_SIZES.items()},
+    **{f"Qwen3-VL {size}": facts for size, facts in QWEN3_VL_SIZES.items()},
+}
 
 
 def reference_config(config: dict[str, Any]) -> PreTrainedConfig:
@@ -172,6 +274,7 @@ def attributes(model: nn.Module) -> list[str]:
     return [
         repr(model),
         f"{decoder.head_dim} {decoder.rope_base} {decoder.mrope_sections} {decoder.max_seq_len}",
+        f"{decoder.mrope_interleaved} {encoder.deepstack_layers}",
         f"{sorted(encoder.full_attention_layers)} {encoder.head_dim} {model.placeholder_ids}",
         f"{type(decoder.output).__name__} {[mlp.activation for mlp in feed_forwards(model)]}",
     ]
@@ -189,9 +292,15 @@ def test_builder_has_the_published_tensors(size: str) -> None:
         reference = AutoModelForImageTextToText.from_config(reference_config(config))
     assert sum(p.numel() for p in ours.parameters()) == parameters
     assert sum(p.numel() for p in ours.encoders.parameters()) == vision_parameters
-    expected = {published_name(name): p.shape for name, p in reference.named_parameters()}
-    names = qwen2_5_vl_tune_to_hf if size in SIZES else qwen2_vl_tune_to_hf
-    assert names(shapes(ours)) == expected
+    expected = {flat_name(name): p.shape for name, p in reference.named_parameters()}
+    package = import_module(f"torchtune_vl.models.{config['model_type']}")
+    written = package.FAMILY.names.to_published(shapes(ours))
+    assert {flat_name(name): shape for name, shape in written.items()} == expected
+    is_nested = config["model_type"] == "qwen3_vl"
+    assert "model.visual.patch_embed.proj.weight" in written if is_nested else True
+    assert all(name.startswith("model.") or name == "lm_head.weight" for name in written) or (
+        not is_nested
+    )
 
 
 @pytest.mark.parametrize("size", ALL)
@@ -210,11 +319,20 @@ def test_model_from_either_config_is_the_builders(size: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("config", "family"), [(Qwen2_5_VLConfig(), qwen2_5_vl), (Qwen2VLConfig(), qwen2_vl)]
+    ("config", "family"),
+    [
+        (Qwen2_5_VLConfig(), qwen2_5_vl),
+        (Qwen2VLConfig(), qwen2_vl),
+        (Qwen3VLConfig(), qwen3_vl),
+    ],
 )
 def test_defaults_of_missing_keys_are_the_references(config: Any, family: Any) -> None:
+    rope = ("rope_theta", "mrope_section", "mrope_interleaved", "use_sliding_window")
+    text = getattr(family, "_TEXT_DEFAULTS", TEXT_DEFAULTS)
     for part, defaults in (
-        (config.text_config, TEXT_DEFAULTS),
+        (config.text_config, text),
         (config.vision_config, family._VISION_DEFAULTS),
     ):
-        assert {key: getattr(part, key) for key in defaults} == defaults
+        plain = {key: value for key, value in defaults.items() if key not in rope}
+        assert {key: getattr(part, key) for key in plain} == plain
+    assert config.text_config.rope_parameters["rope_theta"] == text["rope_theta"]

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torchtune_vl.chat._tokenizer import QwenTokenizer
@@ -27,6 +28,11 @@ class ProcessorClasses(NamedTuple):
     processor: str
     images: str
     videos: str
+    # What a processor of videos is given where files state no limits of videos: the published
+    # preprocessor_config.json states limits of images, which it would take; none where files do
+    limits_of_videos: Mapping[str, Any] = MappingProxyType(
+        {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28, "cap_pixels_per_frame": True}
+    )
 
 
 def sizes_of_patches(geometry: Geometry) -> dict[str, int]:

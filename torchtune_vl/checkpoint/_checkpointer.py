@@ -15,7 +15,7 @@ from torchtune_vl.checkpoint import _adapters as adapters
 from torchtune_vl.files import _directory as directories
 from torchtune_vl.files import _safetensors as tensor_io
 from torchtune_vl.files._json import read_json_object
-from torchtune_vl.files._tensor_names import published_name
+from torchtune_vl.files._tensor_names import flat_name
 from torchtune_vl.files._together import Together
 from torchtune_vl.models._builders import part_of
 from torchtune_vl.models._registry import family_of
@@ -195,7 +195,7 @@ class HubCheckpointer:
         torchtune's recipes do not tell, but adapters, merged or not, and NF4 change matrices only.
         """
         names = family_of(self._weights_dir).names
-        stored = names.from_published(tensor_io.stored_tensors(self._files, published_name))
+        stored = names.from_published(tensor_io.stored_tensors(self._files, flat_name))
         vectors = {n: at for n, at in stored.items() if n in weights and len(at.shape) == 1}
         changed = {
             part_of(name)

@@ -25,10 +25,14 @@ _DECODER = {
     "model.layers.{}.self_attn.k_proj": "decoder.layers.{}.attn.k_proj",
     "model.layers.{}.self_attn.v_proj": "decoder.layers.{}.attn.v_proj",
     "model.layers.{}.self_attn.o_proj": "decoder.layers.{}.attn.output_proj",
+    "model.layers.{}.self_attn.q_norm": "decoder.layers.{}.attn.q_norm",
+    "model.layers.{}.self_attn.k_norm": "decoder.layers.{}.attn.k_norm",
     "model.layers.{}.mlp.gate_proj": "decoder.layers.{}.mlp.w1",
     "model.layers.{}.mlp.down_proj": "decoder.layers.{}.mlp.w2",
     "model.layers.{}.mlp.up_proj": "decoder.layers.{}.mlp.w3",
 }
+# Modules whose names are followed by an index
+_INDEXED = re.compile(r"\.(layers|blocks|deepstack_merger_list|deepstack_mergers)\.(\d+)\.")
 _WITH_BIAS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
@@ -42,33 +46,43 @@ class TensorNames:
         encoder: from published names of the vision encoder's modules, behind ``visual.``, to ours,
             behind ``encoders.vision.``; ``{}`` stands for the index of a layer.
         without_bias: those of them that have a weight only.
+        is_nested: whether the published names are those that transformers >= 4.52 has in memory.
     """
 
-    def __init__(self, family: str, encoder: Names, without_bias: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        family: str,
+        encoder: Names,
+        without_bias: Collection[str] = (),
+        *,
+        is_nested: bool = False,
+    ) -> None:
         self.family = family
+        self.is_nested = is_nested
         modules = [(theirs, ours, theirs.endswith(_WITH_BIAS)) for theirs, ours in _DECODER.items()]
         modules += [
             (f"visual.{theirs}", f"encoders.vision.{ours}", theirs not in without_bias)
             for theirs, ours in encoder.items()
         ]
-        self._published: dict[str, str] = {}  # by our names
+        self._flat: dict[str, str] = {}  # by our names
         self._in_peft: dict[str, str] = {}
         for theirs, ours, has_bias in modules:
             for kind in ("weight", "bias") if has_bias else ("weight",):
-                self._published[f"{ours}.{kind}"] = f"{theirs}.{kind}"
+                self._flat[f"{ours}.{kind}"] = f"{theirs}.{kind}"
             for kind, kind_in_peft in _ADAPTERS.items():
                 self._in_peft[f"{ours}.{kind}"] = f"{theirs}.{kind_in_peft}"
-        self._in_peft |= self._published
-        self._from_published = {theirs: ours for ours, theirs in self._published.items()}
+        self._in_peft |= self._flat
+        self._from_flat = {theirs: ours for ours, theirs in self._flat.items()}
         self._from_peft = {theirs: ours for ours, theirs in self._in_peft.items()}
 
     def from_published(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename tensors from published names, or those transformers >= 4.52 has in memory."""
-        return self._rename(state_dict, self._from_published, published_name)
+        return self._rename(state_dict, self._from_flat, flat_name)
 
     def to_published(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename our tensors as a checkpoint has them that transformers and servers load."""
-        return self._rename(state_dict, self._published)
+        renamed = self._rename(state_dict, self._flat)
+        return {_nested(n): v for n, v in renamed.items()} if self.is_nested else renamed
 
     def from_peft(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename the tensors of peft's ``adapter_model.safetensors``, of any transformers."""
@@ -77,7 +91,7 @@ class TensorNames:
     def to_peft(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename adapters, and parameters trained in full beside them, as peft saves them."""
         renamed = self._rename(state_dict, self._in_peft)
-        return {_PREFIX_OF_PEFT + _in_memory(name): value for name, value in renamed.items()}
+        return {_PREFIX_OF_PEFT + _nested(name): value for name, value in renamed.items()}
 
     def _rename(
         self, state_dict: Mapping[str, T], templates: Names, simplify: Callable[[str], str] = str
@@ -86,11 +100,11 @@ class TensorNames:
         unknown = []
         for name in state_dict:
             simple = simplify(name)
-            template = templates.get(re.sub(r"\.(layers|blocks)\.\d+\.", r".\1.{}.", simple))
+            template = templates.get(_INDEXED.sub(r".\1.{}.", simple))
             if template is None:
                 unknown.append(name)
                 continue
-            indices = re.findall(r"\.(?:layers|blocks)\.(\d+)\.", simple)
+            indices = (index for _, index in _INDEXED.findall(simple))
             other = names.setdefault(template.format(*indices), name)
             if other != name:
                 raise ValueError(f"{other} and {name} are two names of one tensor: remove one")
@@ -100,8 +114,8 @@ class TensorNames:
         return {new: state_dict[name] for new, name in names.items()}
 
 
-def published_name(name: str) -> str:
-    """Return the published form of a name of transformers, whichever of the two it is."""
+def flat_name(name: str) -> str:
+    """Return the short form of a name of transformers, by which first families are published."""
     name = re.sub(r"^model\.visual\.", "visual.", name)
     return re.sub(r"^model\.language_model\.", "model.", name)
 
@@ -113,11 +127,11 @@ def peft_module(name: str) -> str:
 
 def _name_in_base(name: str) -> str:
     # peft writes the weight of an adapted output layer too, by the name that it has in memory
-    return published_name(name.removeprefix(_PREFIX_OF_PEFT).replace(".base_layer.", "."))
+    return flat_name(name.removeprefix(_PREFIX_OF_PEFT).replace(".base_layer.", "."))
 
 
-def _in_memory(name: str) -> str:
-    """The name that a published tensor has in transformers >= 4.52."""
+def _nested(name: str) -> str:
+    """The name that a tensor of a short name has in transformers >= 4.52."""
     if name.startswith("visual."):
         return f"model.{name}"
     return re.sub(r"^model\.", "model.language_model.", name)

@@ -51,7 +51,7 @@ def vision_language_model(
 
 def part_of(name: str) -> str:
     """Return ``decoder``, ``encoder`` or ``merger``: where a parameter of this name is."""
-    if name.startswith("encoders.vision.merger."):
+    if name.startswith(("encoders.vision.merger.", "encoders.vision.deepstack_mergers.")):
         return "merger"
     return "encoder" if name.startswith("encoders.") else "decoder"
 

@@ -1,5 +1,6 @@
 """A checkpoint's ``config.json`` to the dimensions of its model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "use_sliding_window": False,
     "attention_dropout": 0.0,
+    "rope_theta": 1e6,
+    "mrope_section": (16, 24, 24),
+    "mrope_interleaved": False,
 }
 # Likewise of all families' encoders
 VISION_DEFAULTS: dict[str, Any] = {
@@ -31,7 +35,6 @@ VISION_DEFAULTS: dict[str, Any] = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
-_ROPE_DEFAULTS: dict[str, Any] = {"rope_theta": 1e6, "mrope_section": (16, 24, 24)}
 _SPECIAL_TOKENS = {"image_token_id": 151655, "video_token_id": 151656}
 _UNTIED = {"tie_word_embeddings": False}
 # Ten times what the largest models have: beyond is damage, and could not be built
@@ -49,18 +52,32 @@ def read_config(directory: str | Path) -> JsonObject:
 
 
 def common_dimensions(
-    config: JsonObject, vision: JsonObject, *, width: str, out: str, channels: str = "in_channels"
+    config: JsonObject,
+    vision: JsonObject,
+    defaults: Mapping[str, Any] = TEXT_DEFAULTS,
+    *,
+    width: str,
+    out: str,
+    channels: str = "in_channels",
 ) -> dict[str, Any]:
     """Translate a config, and its ``vision_config``, to what the models of all families have.
 
-    ``width``, ``out`` and ``channels`` are keys of the encoder by which families differ. Raises
-    ``ValueError`` if a value is impossible, or asks for what the model does not have.
+    ``defaults`` are what the decoder's config leaves out; where they have a ``head_dim``, heads
+    need not divide the width. ``width``, ``out`` and ``channels`` are keys of the encoder by which
+    families differ. Raises ``ValueError`` if a value is impossible, or asks for what the model does
+    not have.
     """
     given = text_config(config)
-    text = given.over(TEXT_DEFAULTS)
+    text = given.over(defaults)
     support_only(text, use_sliding_window=False, hidden_act="silu")
-    vocab_size, embed_dim = text.whole("vocab_size", most=WIDEST), text.whole("hidden_size")
-    num_heads = _heads(text, "num_attention_heads", "hidden_size")
+    vocab_size = text.whole("vocab_size", most=WIDEST)
+    embed_dim = text.whole("hidden_size", most=WIDEST)
+    if "head_dim" in defaults:
+        num_heads = text.whole("num_attention_heads", most=WIDEST)
+        head_dim = text.whole("head_dim", most=WIDEST)
+    else:
+        num_heads = _heads(text, "num_attention_heads", "hidden_size")
+        head_dim = embed_dim // num_heads
     kv_heads = text.whole("num_key_value_heads") if "num_key_value_heads" in text else num_heads
     if num_heads % kv_heads:
         raise text.error("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
@@ -73,13 +90,14 @@ def common_dimensions(
         "num_layers": text.whole("num_hidden_layers", most=DEEPEST),
         "num_heads": num_heads,
         "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
         "embed_dim": embed_dim,
         "intermediate_dim": text.whole("intermediate_size", most=WIDEST),
         "tie_word_embeddings": is_tied,
         "max_seq_len": text.whole("max_position_embeddings"),
         "attn_dropout": text.number("attention_dropout", 0, 0.99),
         "norm_eps": text.number("rms_norm_eps", 1e-20, 0.1),
-        **_rope(given, embed_dim // num_heads),
+        **_rope(given, head_dim, defaults),
         **{name: special.whole(name, 0, vocab_size - 1) for name in _SPECIAL_TOKENS},
         "vision_num_heads": _heads(vision, "num_heads", width, axes=2),
         "vision_embed_dim": vision.whole(width, most=WIDEST),
@@ -90,19 +108,20 @@ def common_dimensions(
     }
 
 
-def _rope(text: JsonObject, head_dim: int) -> dict[str, Any]:
+def _rope(text: JsonObject, head_dim: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary parameters from ``rope_parameters`` or from ``rope_theta`` and ``rope_scaling``."""
     given = text.part("rope_parameters" if "rope_parameters" in text.content else "rope_scaling")
     for name in ("rope_type", "type"):
         if given.content.get(name, "default") not in ("default", "mrope"):
             raise given.error(name, "'default' or 'mrope': rotary embeddings are not scaled here")
     theta = given if "rope_theta" in given.content else text
-    rope = given.over(_ROPE_DEFAULTS)
+    rope = given.over(defaults)
+    support_only(rope, mrope_interleaved=defaults["mrope_interleaved"])
     sections = whole_numbers(rope, "mrope_section", 1, head_dim)
     if len(sections) != 3 or 2 * sum(sections) != head_dim:
         expected = f"three numbers whose sum is half of a head's dimension, {head_dim}"
         raise rope.error("mrope_section", expected)
-    rope_base = theta.over(_ROPE_DEFAULTS).number("rope_theta", 1, 1e12)
+    rope_base = float(theta.over(defaults).number("rope_theta", 1, 1e12))
     return {"rope_base": rope_base, "mrope_sections": sections}
 
 

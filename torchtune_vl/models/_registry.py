@@ -14,18 +14,21 @@ from torchtune_vl.media import Geometry
 from torchtune_vl.models import lora_model_from_pretrained, model_from_pretrained
 from torchtune_vl.models._config_json import read_config
 
-# What differs between sizes, in the order of the tables of families
+# What differs between sizes, in the order of the tables of families, which may have fewer
 _COLUMNS = (
     *("num_layers", "num_heads", "num_kv_heads", "embed_dim", "intermediate_dim", "vocab_size"),
-    *("tie_word_embeddings", "vision_intermediate_dim"),
+    *("tie_word_embeddings", "vision_intermediate_dim", "vision_embed_dim", "vision_num_layers"),
+    "deepstack_layers",
 )
 # Modules of all vision encoders, published and ours
-_ENCODER = {
+ENCODER = {
     "patch_embed.proj": "patch_embed.proj",
     "blocks.{}.norm1": "layers.{}.sa_norm",
     "blocks.{}.norm2": "layers.{}.mlp_norm",
     "blocks.{}.attn.qkv": "layers.{}.attn.qkv",
     "blocks.{}.attn.proj": "layers.{}.attn.output_proj",
+}
+_MERGER = {
     "merger.ln_q": "merger.norm",
     "merger.mlp.0": "merger.mlp.w1",
     "merger.mlp.2": "merger.mlp.w2",
@@ -42,7 +45,7 @@ geometry = partial(
     max_pixels=12845056,
 )
 # The model_type of each family's config.json, by which its package here is called too
-_MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl")
+_MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Family:
         plain, lora = partial(builder, "vision_language_model"), partial(builder, "with_adapters")
         qlora = partial(lora, quantize_base=True)
         p = self.package
-        sizes = [(size, dict(zip(_COLUMNS, own, strict=True))) for size, own in self.sizes.items()]
+        sizes = [(size, dict(zip(_COLUMNS, own, strict=False))) for size, own in self.sizes.items()]
         return {
             p: plain(),
             f"lora_{p}": lora(),
@@ -108,7 +111,9 @@ def tensor_names(family: str, *, norm_bias: bool, **mlp: str) -> TensorNames:
     """Name a family's tensors, by its published names of the layers of its encoder's ``mlp``."""
     layers = {f"blocks.{{}}.mlp.{name}": f"layers.{{}}.mlp.{ours}" for name, ours in mlp.items()}
     norms = () if norm_bias else ("blocks.{}.norm1", "blocks.{}.norm2", "merger.ln_q")
-    return TensorNames(family, {**_ENCODER, **layers}, frozenset({"patch_embed.proj", *norms}))
+    return TensorNames(
+        family, {**ENCODER, **_MERGER, **layers}, frozenset({"patch_embed.proj", *norms})
+    )
 
 
 def family_of(directory: str | Path) -> Family:

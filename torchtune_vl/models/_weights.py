@@ -13,7 +13,7 @@ from torchtune_vl._torchao import NF4Tensor
 from torchtune_vl._torchtune import DoRALinear, LoRALinear
 from torchtune_vl.files._directory import check_manifest
 from torchtune_vl.files._safetensors import Stored, read_tensors, stored_tensors, weight_files
-from torchtune_vl.files._tensor_names import published_name
+from torchtune_vl.files._tensor_names import flat_name
 from torchtune_vl.files._together import Part
 from torchtune_vl.models._builders import vision_language_model
 from torchtune_vl.models._registry import family_of
@@ -56,8 +56,9 @@ def load_weights(directory: Path, files: Sequence[Path]) -> Tensors:
     family = family_of(directory)
     with torch.device("meta"):
         model = vision_language_model(**family.all_dimensions(directory))
-    expected = {n: t.shape for n, t in family.names.to_published(model.state_dict()).items()}
-    stored = stored_tensors(files, published_name)
+    published = family.names.to_published(model.state_dict())
+    expected = {flat_name(name): tensor.shape for name, tensor in published.items()}
+    stored = stored_tensors(files, flat_name)
     if _OUTPUT_LAYER not in expected and {_OUTPUT_LAYER, _TOKEN_EMBEDDING} <= stored.keys():
         # Some trainers write an output layer beside tied embeddings
         pair = read_tensors({name: stored[name] for name in (_OUTPUT_LAYER, _TOKEN_EMBEDDING)})

@@ -29,15 +29,40 @@ def inverse_frequencies(dim: int, base: float, device: torch.device) -> torch.Te
     return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
 
 
-def rotary_table(positions: torch.Tensor, frequencies: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Make cosines and sines, float32 [..., 2, D], of positions [..., axes], for all layers.
+def angles_by_sections(
+    positions: torch.Tensor, frequencies: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return angles, float32 [..., D/2], of positions [..., axes] that turn frequencies each.
 
-    Rotary embeddings (RoFormer, arXiv 2104.09864) whose frequencies turn with several positions,
-    as transformers' ``Qwen2VLRotaryEmbedding`` and ``VisionRotaryEmbedding`` have them. The sines
-    of the first half are negative, as :func:`rotate` takes them.
+    Of several axes (M-RoPE, arXiv 2409.12191, section 2.1), side by side, as transformers'
+    ``Qwen2VLRotaryEmbedding`` and ``VisionRotaryEmbedding`` have them.
     """
     axes = zip(positions.unbind(-1), frequencies, strict=True)
-    angles = torch.cat([position[..., None].float() * part for position, part in axes], dim=-1)
+    return torch.cat([position[..., None].float() * part for position, part in axes], dim=-1)
+
+
+def angles_in_turns(
+    positions: torch.Tensor, frequencies: torch.Tensor, sections: Sequence[int]
+) -> torch.Tensor:
+    """Return angles, float32 [..., D/2], of positions [..., axes] that turn frequencies in turns.
+
+    The first axis has those that are left (interleaved M-RoPE, arXiv 2511.21631, section 2;
+    transformers' ``Qwen3VLTextRotaryEmbedding``).
+    """
+    first, *others = (position[..., None].float() for position in positions.unbind(-1))
+    angles, axes = first * frequencies, len(sections)
+    for axis, position in enumerate(others, 1):
+        own = slice(axis, axes * sections[axis], axes)
+        angles[..., own] = position * frequencies[own]
+    return angles
+
+
+def rotary_table(angles: torch.Tensor) -> torch.Tensor:
+    """Make cosines and sines, float32 [..., 2, D], of angles [..., D/2], for all layers.
+
+    Rotary embeddings (RoFormer, arXiv 2104.09864). The sines of the first half are negative, as
+    :func:`rotate` takes them.
+    """
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos, -sin, sin], dim=-1).unflatten(-1, (2, -1))
 

@@ -7,8 +7,9 @@ Parameters have torchtune's names, and layers are its layers by type, for its re
 # the cache), E width, H heads of queries, K heads of keys and values, D dimension of a head, V
 # vocabulary, P positions whose logits or losses are wanted
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -37,12 +38,16 @@ class Decoder(nn.Module):
     def __init__(self, dims: Dimensions, linear: MakeLinear) -> None:
         super().__init__()
         self.head_dim = 2 * sum(dims.mrope_sections)
-        if dims.embed_dim != dims.num_heads * self.head_dim:
+        if dims.embed_dim != dims.num_heads * self.head_dim and dims.head_dim != self.head_dim:
             dim = f"twice the sum of the M-RoPE sections {list(dims.mrope_sections)}"
             heads = f"{dims.num_heads} heads of {dim}"
             raise ValueError(f"a width of {dims.embed_dim} does not divide into {heads}")
+        if len(dims.deepstack_layers) >= dims.num_layers:
+            too_many = f"{len(dims.deepstack_layers)} layers of the encoder have features for it"
+            raise ValueError(f"a decoder of {dims.num_layers} layers is too short: {too_many}")
         self.rope_base = dims.rope_base
         self.mrope_sections = dims.mrope_sections
+        self.mrope_interleaved = dims.mrope_interleaved
         self.max_seq_len = dims.max_seq_len
         self.num_output_chunks = 0
         norm = partial(nn.RMSNorm, dims.embed_dim, eps=dims.norm_eps)
@@ -56,6 +61,7 @@ class Decoder(nn.Module):
             )
             for _ in range(dims.num_layers)
         )
+        self.deepstack = Deepstack()
         self.norm = norm()
         is_tied = dims.tie_word_embeddings
         self.output = None if is_tied else linear("output", dims.embed_dim, dims.vocab_size, False)
@@ -68,6 +74,8 @@ class Decoder(nn.Module):
         input_pos: torch.Tensor | None = None,
         output_positions: torch.Tensor | None = None,
         targets: torch.Tensor | None = None,
+        features: Sequence[torch.Tensor] = (),
+        feature_positions: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """Compute logits, or losses, of embeddings of tokens and media.
 
@@ -77,7 +85,9 @@ class Decoder(nn.Module):
         ``Prefill``, ``Step`` or ``Continuations`` of a cache; causal by default. Positions are
         int64 [B, S, 3] or, equal on all axes, [B, S]; 0, 1, 2, ... by default.
         ``output_positions``, int64 [P] in the flattened batch, are those whose logits are wanted,
-        ``targets``, int64 [P], the right entries there, if it is losses.
+        ``targets``, int64 [P], the right entries there, if it is losses. ``features`` [U, E] of
+        media are added to what the first layers give, one to each, at their ``feature_positions``,
+        int64 [U], likewise in the flattened batch.
 
         Returns logits, float32 [B, S, V] or [P, V], in chunks after :meth:`set_num_output_chunks`;
         with ``targets`` the cross-entropy of each, float32 [P]. Raises ``ValueError`` if a sequence
@@ -90,10 +100,12 @@ class Decoder(nn.Module):
         if self.caches_are_setup() and (mask is None or input_pos is None):
             raise ValueError("with a KV cache the decoder needs a mask and positions")
         positions = _three_axes(input_pos, x_BSE)
-        frequencies = attention.inverse_frequencies(self.head_dim, self.rope_base, x_BSE.device)
-        rope = attention.rotary_table(positions, frequencies.split(self.mrope_sections))
-        for layer in self.layers:
+        rope = attention.rotary_table(self._angles(positions))
+        shape = x_BSE.shape
+        for layer, feature in zip_longest(self.layers, features):
             x_BSE = layer(x_BSE, mask=mask, rope=rope)
+            if feature is not None:
+                x_BSE = x_BSE + self.deepstack(feature, feature_positions, shape).to(x_BSE.dtype)
         if output_positions is not None:
             x_BSE = x_BSE.flatten(0, 1).index_select(0, output_positions)
         if targets is not None:
@@ -102,6 +114,12 @@ class Decoder(nn.Module):
             chunks = self.norm(x_BSE).chunk(self.num_output_chunks, dim=1)
             return [self.logits(chunk) for chunk in chunks]
         return self.logits(self.norm(x_BSE)).float()
+
+    def _angles(self, positions: torch.Tensor) -> torch.Tensor:
+        frequencies = attention.inverse_frequencies(self.head_dim, self.rope_base, positions.device)
+        if self.mrope_interleaved:
+            return attention.angles_in_turns(positions, frequencies, self.mrope_sections)
+        return attention.angles_by_sections(positions, frequencies.split(self.mrope_sections))
 
     def _losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self.output is None:
@@ -154,6 +172,20 @@ def _three_axes(input_pos: torch.Tensor | None, x_BSE: torch.Tensor) -> torch.Te
     return input_pos
 
 
+class Deepstack(nn.Module):
+    """Puts features of media where their tokens are (DeepStack, arXiv 2406.04334).
+
+    A module, for devices that share tokens to take theirs.
+    """
+
+    def forward(
+        self, feature_UE: torch.Tensor, positions_U: torch.Tensor, shape: torch.Size
+    ) -> torch.Tensor:
+        """Return features, and zeros elsewhere, as ``shape`` [B, S, E] says."""
+        zeros = feature_UE.new_zeros(shape[:-1].numel(), shape[-1])
+        return zeros.index_copy(0, positions_U, feature_UE).view(shape)
+
+
 class TransformerLayer(TransformerSelfAttentionLayer):
     """Attention and feed-forward, each with its norm before it, of decoder and encoder."""
 
@@ -168,12 +200,14 @@ class Attention(nn.Module):
 
     def __init__(self, dims: Dimensions, linear: MakeLinear) -> None:
         super().__init__()
-        self.head_dim = dims.embed_dim // dims.num_heads
-        kv_dim = dims.num_kv_heads * self.head_dim
-        self.q_proj = linear("q_proj", dims.embed_dim, dims.embed_dim, True)
-        self.k_proj = linear("k_proj", dims.embed_dim, kv_dim, True)
-        self.v_proj = linear("v_proj", dims.embed_dim, kv_dim, True)
-        self.output_proj = linear("output_proj", dims.embed_dim, dims.embed_dim, False)
+        self.head_dim = 2 * sum(dims.mrope_sections)
+        q_dim, kv_dim = (n * self.head_dim for n in (dims.num_heads, dims.num_kv_heads))
+        self.q_proj = linear("q_proj", dims.embed_dim, q_dim, dims.attn_bias)
+        self.k_proj = linear("k_proj", dims.embed_dim, kv_dim, dims.attn_bias)
+        self.v_proj = linear("v_proj", dims.embed_dim, kv_dim, dims.attn_bias)
+        self.output_proj = linear("output_proj", q_dim, dims.embed_dim, False)
+        norm = partial(nn.RMSNorm, self.head_dim, eps=dims.norm_eps)
+        self.q_norm, self.k_norm = (norm() if dims.qk_norm else None for _ in range(2))
         self.dropout = dims.attn_dropout
         self.kv_cache: KVCache | None = None
 
@@ -183,6 +217,8 @@ class Attention(nn.Module):
             projection(x_BSE).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHD, k_BSKD = self.q_norm(q_BSHD), self.k_norm(k_BSKD)
         q_BSHD, k_BSKD = attention.rotate(q_BSHD, rope), attention.rotate(k_BSKD, rope)
         dropout = self.dropout if self.training else 0.0
         if isinstance(mask, Segments | RowShare) and dropout:

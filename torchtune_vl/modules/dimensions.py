@@ -24,8 +24,13 @@ class Dimensions:
     attn_dropout: float = 0.0
     norm_eps: float = 1e-6
     rope_base: float = 1e6
-    # Numbers of frequencies that turn with the temporal, height and width position
+    # Numbers of frequencies that turn with the temporal, height and width position, side by side or
+    # in turns; twice their sum is the dimension of a head
     mrope_sections: tuple[int, int, int] = (16, 24, 24)
+    mrope_interleaved: bool = False
+    head_dim: int | None = None  # where heads need not divide the width
+    attn_bias: bool = True  # of queries, keys and values
+    qk_norm: bool = False  # of each head of queries and keys
     image_token_id: int = 151655
     video_token_id: int = 151656
     # The encoder's: sizes of units and windows, and how pixels are normalized; and its layers
@@ -40,5 +45,9 @@ class Dimensions:
     vision_in_channels: int = 3
     patch_size: int = 14
     temporal_patch_size: int = 2
+    patch_bias: bool = False
+    position_grid: int = 0  # learned positions along a side of a frame, none if 0
     # Indices of layers that attend over whole frames, where others attend in windows
     full_attention_layers: Sequence[int] = ()
+    # Indices of layers whose hidden states are added to those of the first layers of the decoder
+    deepstack_layers: Sequence[int] = ()

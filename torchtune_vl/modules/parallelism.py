@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torchtune_vl._torchao import NF4Tensor
 from torchtune_vl.modules.vision import VisionLanguageModel
 
-_WHOLE, _TOKENS, _WIDTH = Replicate(), Shard(1), Shard(-1)
+_WHOLE, _TOKENS, _WIDTH, _HEADS = Replicate(), Shard(1), Shard(-1), Shard(2)
 # How parameters of linear layers are divided, with adapters or without; others are copied
 _BY_OUTPUTS = {name: Shard(0) for name in ("weight", "bias", "lora_b.weight", "magnitude")}
 _BY_INPUTS = {name: Shard(1) for name in ("weight", "lora_a.weight")}
@@ -51,6 +51,9 @@ def decoder_tp_plan(model: VisionLanguageModel) -> dict[str, ParallelStyle]:
             plan[f"{layer}.{name}"] = Divided(_BY_OUTPUTS, _WHOLE, _WIDTH)
         for name in ("attn.output_proj", "mlp.w2"):
             plan[f"{layer}.{name}"] = Divided(_BY_INPUTS, _WIDTH, _TOKENS)
+        if model.decoder.layers[i].attn.q_norm is not None:
+            for name in ("attn.q_norm", "attn.k_norm"):
+                plan[f"{layer}.{name}"] = Divided({}, _HEADS, _HEADS)
     if model.decoder.output is not None:
         plan["decoder.output"] = Divided(_BY_OUTPUTS, _WHOLE, _WHOLE)
     return plan
@@ -117,18 +120,25 @@ class _SharedTokens(ParallelStyle):
     """A decoder each of whose devices has as many tokens between its layers, padded if need be."""
 
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
-        def share(layer: nn.Module, args: Any) -> tuple[Any, ...]:
-            padded = F.pad(args[0], (0, 0, 0, -args[0].shape[1] % device_mesh.size()))
+        def own(x: torch.Tensor) -> torch.Tensor:
+            padded = F.pad(x, (0, 0, 0, -x.shape[1] % device_mesh.size()))
             whole = DTensor.from_local(padded, device_mesh, [_WHOLE], run_check=False)
-            return (whole.redistribute(placements=[_TOKENS]).to_local(),)
+            return whole.redistribute(placements=[_TOKENS]).to_local()
+
+        def share(layer: nn.Module, args: Any) -> tuple[Any, ...]:
+            return (own(args[0]),)
+
+        def share_features(deepstack: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            return own(output)
 
         def join(
             layer: nn.Module, args: Any, kwargs: dict[str, Any], output: torch.Tensor
         ) -> torch.Tensor:
-            own = DTensor.from_local(output, device_mesh, [_TOKENS], run_check=False)
-            whole = own.redistribute(placements=[_WHOLE]).to_local()
+            shared = DTensor.from_local(output, device_mesh, [_TOKENS], run_check=False)
+            whole = shared.redistribute(placements=[_WHOLE]).to_local()
             return whole[:, : kwargs["rope"].shape[1]]
 
         module.layers[0].register_forward_pre_hook(share)
+        module.deepstack.register_forward_hook(share_features)
         module.layers[-1].register_forward_hook(join, with_kwargs=True)
         return module

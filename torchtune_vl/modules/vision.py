@@ -62,32 +62,41 @@ class VisionLanguageModel(nn.Module):
         number of embeddings is not that of the placeholders (on a GPU a device-side assert).
         """
         x_BSE = self.decoder.tok_embeddings(tokens)
-        encoder = self.encoders["vision"]
+        encoder, features, positions = self.encoders["vision"], (), None
         if encoder_input is not None:
             if encoder_input.keys() != {"vision"}:
                 raise ValueError(f"encoder_input has {sorted(encoder_input)}, expected ['vision']")
             media = encoder(**encoder_input["vision"])
             if isinstance(mask, RowShare):
                 media = mask.exchange(media)
-            x_BSE = self._fuse(tokens, x_BSE, media)
+            media, *features = media.split(x_BSE.shape[-1], dim=1)
+            positions = self._positions(tokens, len(media))
+            rows = x_BSE.flatten(0, 1).index_copy(0, positions, media.to(x_BSE.dtype))
+            x_BSE = rows.view_as(x_BSE)
         elif self._is_awaited(mask):
             blank = encoder(**_blank(encoder.geometry, tokens.device))
             x_BSE = x_BSE + 0 * blank.sum().to(x_BSE.dtype)
         return self.decoder(
-            x_BSE, mask, input_pos=input_pos, output_positions=output_positions, targets=targets
+            x_BSE,
+            mask,
+            input_pos=input_pos,
+            output_positions=output_positions,
+            targets=targets,
+            features=features,
+            feature_positions=positions,
         )
 
-    def _fuse(self, tokens: torch.Tensor, x_BSE: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
+    def _positions(self, tokens: torch.Tensor, count: int) -> torch.Tensor:
+        """The places of so many embeddings of media in the flattened batch, int64 [U]."""
         is_placeholder = torch.zeros_like(tokens, dtype=torch.bool)
         for token_id in self.placeholder_ids:
             is_placeholder |= tokens == token_id
         torch._assert_async(
-            is_placeholder.sum() == len(media),
+            is_placeholder.sum() == count,
             "the batch does not have one placeholder token for each embedding of its media",
         )
         # The size is known from the media: the positions need no answer from the device
-        positions = torch.nonzero_static(is_placeholder.flatten(), size=len(media)).squeeze(1)
-        return x_BSE.flatten(0, 1).index_copy(0, positions, media.to(x_BSE.dtype)).view_as(x_BSE)
+        return torch.nonzero_static(is_placeholder.flatten(), size=count).squeeze(1)
 
     def _is_awaited(self, mask: Mask) -> bool:
         """Whether the encoder has to run without media."""
@@ -113,8 +122,10 @@ class VisionEncoder(nn.Module):
     """Vision transformer with attention in windows, and over whole frames in some layers.
 
     After "Qwen2.5-VL Technical Report" (arXiv 2502.13923, section 2.1.1) and transformers'
-    ``Qwen2_5_VisionTransformerPretrainedModel``. Cost grows linearly with the number of media.
-    Raises ``ValueError`` if the width does not divide into the heads.
+    ``Qwen2_5_VisionTransformerPretrainedModel``; with learned positions and features of several
+    layers, after "Qwen3-VL Technical Report" (arXiv 2511.21631, section 2) and transformers'
+    ``Qwen3VLVisionModel``. Cost grows linearly with the number of media. Raises ``ValueError`` if
+    the width does not divide into the heads.
     """
 
     def __init__(self, dims: Dimensions, linear: MakeLinear, merger_linear: MakeLinear) -> None:
@@ -127,7 +138,10 @@ class VisionEncoder(nn.Module):
         self.geometry = replace(dims.geometry, patch_size=patch, temporal_patch_size=frames)
         self.head_dim = width // heads
         self.full_attention_layers = frozenset(dims.full_attention_layers)
-        self.patch_embed = PatchEmbedding(self.geometry, dims.vision_in_channels, width)
+        channels = dims.vision_in_channels
+        self.patch_embed = PatchEmbedding(self.geometry, channels, width, dims.patch_bias)
+        grid = dims.position_grid
+        self.pos_embed = LearnedPositions(grid, width, self.geometry) if grid else None
         gated, activation = dims.vision_gated, dims.vision_activation
         mlp = partial(FeedForward, bias=True, gated=gated, activation=activation)
         self.layers = nn.ModuleList(
@@ -140,9 +154,16 @@ class VisionEncoder(nn.Module):
             for _ in range(dims.vision_num_layers)
         )
         self.merger = PatchMerger(dims, merger_linear)
+        self.deepstack_layers = tuple(dims.deepstack_layers)
+        self.deepstack_mergers = nn.ModuleList(
+            DeepstackMerger(dims, merger_linear) for _ in self.deepstack_layers
+        )
 
     def forward(self, patches: torch.Tensor, grid_thw: torch.Tensor, **index: Any) -> torch.Tensor:
-        """Encode media, as [U, width of the decoder] in their order.
+        """Encode media, as embeddings [U, width of the decoder] in their order.
+
+        Where there are deepstack layers, features of these stand behind the embeddings, each as
+        wide.
 
         ``patches`` are those of all, as :class:`PatchEmbedding` takes them, ``grid_thw``, int64
         [k, 3], their numbers along time, height and width. The index is that of
@@ -156,18 +177,30 @@ class VisionEncoder(nn.Module):
         back_U = order_U.argsort()
         x_UNE = self.patch_embed(patches).unflatten(0, (len(order_U), -1))
         x_NE = attention.permute_rows(x_UNE, order_U, back_U).flatten(0, 1)
+        if self.pos_embed is not None:
+            x_NE = x_NE + self.pos_embed(index["unit_positions"], segments["frames"]).to(x_NE.dtype)
+        stacked = []
         for number, layer in enumerate(self.layers):
             kind = "frames" if number in self.full_attention_layers else "windows"
             x_NE = layer(x_NE, segments=segments[kind], rope=rope)
-        return attention.permute_rows(self.merger(x_NE), back_U, order_U)
+            if number in self.deepstack_layers:
+                stacked.append(x_NE)
+        features = [m(x) for m, x in zip(self.deepstack_mergers, stacked, strict=True)]
+        media = torch.cat([self.merger(x_NE), *features], dim=1)
+        return attention.permute_rows(media, back_U, order_U)
 
     def _rope(self, unit_positions: torch.Tensor) -> torch.Tensor:
         """Make the rotary table of all patches [N, 2, D] from row and column of units [U, 2]."""
-        size, device = self.geometry.merge_size, unit_positions.device
-        steps = torch.arange(size, device=device)
-        positions = unit_positions[:, None] * size + torch.cartesian_prod(steps, steps)
-        frequencies = attention.inverse_frequencies(self.head_dim // 2, 10000.0, device)
-        return attention.rotary_table(positions.flatten(0, 1), [frequencies] * 2)
+        positions = _patch_positions(unit_positions, self.geometry.merge_size)
+        frequencies = attention.inverse_frequencies(self.head_dim // 2, 10000.0, positions.device)
+        angles = attention.angles_by_sections(positions, [frequencies] * 2)
+        return attention.rotary_table(angles)
+
+
+def _patch_positions(unit_positions: torch.Tensor, size: int) -> torch.Tensor:
+    """Row and column of all patches [N, 2] from those of units [U, 2]."""
+    steps = torch.arange(size, device=unit_positions.device)
+    return (unit_positions[:, None] * size + torch.cartesian_prod(steps, steps)).flatten(0, 1)
 
 
 def _index(grid_thw: torch.Tensor, geometry: Geometry) -> dict[str, Any]:
@@ -189,11 +222,13 @@ def _blank(geometry: Geometry, device: torch.device) -> dict[str, Any]:
 class PatchEmbedding(nn.Module):
     """Linear embedding of patches (transformers' ``PatchEmbed`` of Qwen2-VL)."""
 
-    def __init__(self, geometry: Geometry, in_channels: int, embed_dim: int) -> None:
+    def __init__(
+        self, geometry: Geometry, in_channels: int, embed_dim: int, bias: bool = False
+    ) -> None:
         super().__init__()
         self.geometry = geometry
         kernel = (geometry.temporal_patch_size, geometry.patch_size, geometry.patch_size)
-        self.proj = nn.Conv3d(in_channels, embed_dim, kernel, stride=kernel, bias=False)
+        self.proj = nn.Conv3d(in_channels, embed_dim, kernel, stride=kernel, bias=bias)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """Embed patches [N, values of a patch] as [N, E] in the dtype of the weights.
@@ -204,7 +239,7 @@ class PatchEmbedding(nn.Module):
             patches = self._normalize(patches)
         # A convolution whose stride is its kernel is a matrix product, and faster as one
         weight = self.proj.weight
-        return F.linear(patches.to(weight.dtype), weight.flatten(1))
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
     def _normalize(self, patches: torch.Tensor) -> torch.Tensor:
         """The float32 operations of the image transform, and an image's copy along time."""
@@ -219,6 +254,42 @@ class PatchEmbedding(nn.Module):
             return normalized.flatten(1)
         frames = self.geometry.temporal_patch_size
         return normalized.unsqueeze(2).expand(-1, -1, frames, -1).flatten(1)
+
+
+class LearnedPositions(nn.Module):
+    """Embeddings of a square grid, interpolated to the patches of each frame.
+
+    Bilinear, the corners of both lie on each other (transformers' ``Qwen3VLVisionModel``, its
+    ``get_vision_interpolation_indices_and_weights``). Units of a frame have to come row by row.
+    """
+
+    def __init__(self, side: int, embed_dim: int, geometry: Geometry) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(side**2, embed_dim))
+        self.side, self.merge_size = side, geometry.merge_size
+
+    def forward(self, unit_positions: torch.Tensor, frames: Segments) -> torch.Tensor:
+        """Interpolate for units at row and column [U, 2]; returns [N, E], at least float32."""
+        unit_size, count = self.merge_size**2, len(unit_positions)
+        ends = frames.boundaries.long() // unit_size
+        # The last unit of a frame is in its last row and column
+        last_F2 = unit_positions.index_select(0, ends[1:] - 1)
+        last_U2 = last_F2.repeat_interleave(ends.diff(), dim=0, output_size=count)
+        last_N2 = ((last_U2 + 1) * self.merge_size - 1).repeat_interleave(unit_size, dim=0)
+        at_N2 = _patch_positions(unit_positions, self.merge_size).float()
+        at_N2 = at_N2 * (self.side - 1) / last_N2
+        before_N2 = at_N2.floor()
+        share_N2 = at_N2 - before_N2
+        lower_N2 = before_N2.long()
+        upper_N2 = (lower_N2 + 1).clamp(max=self.side - 1)
+        parts = [(lower_N2, 1 - share_N2), (upper_N2, share_N2)]
+        corners = [
+            F.embedding(y[:, 0] * self.side + x[:, 1], self.weight)
+            * (of_y[:, 0] * of_x[:, 1])[:, None]
+            for y, of_y in parts
+            for x, of_x in parts
+        ]
+        return torch.stack(corners).sum(0)
 
 
 class VisionAttention(nn.Module):
@@ -252,3 +323,15 @@ class PatchMerger(nn.Module):
     def forward(self, x_NE: torch.Tensor) -> torch.Tensor:
         """Merge hidden states into embeddings [U, width of the decoder]."""
         return self.mlp(self.norm(x_NE).unflatten(0, (-1, self.unit_size)).flatten(1))
+
+
+class DeepstackMerger(PatchMerger):
+    """Joins them as features, with a norm over each unit (``Qwen3VLVisionPatchMerger``)."""
+
+    def __init__(self, dims: Dimensions, linear: MakeLinear) -> None:
+        super().__init__(dims, linear)
+        self.norm = dims.vision_norm(dims.vision_embed_dim * self.unit_size)
+
+    def forward(self, x_NE: torch.Tensor) -> torch.Tensor:
+        """Merge hidden states into features [U, width of the decoder]."""
+        return self.mlp(self.norm(x_NE.unflatten(0, (-1, self.unit_size)).flatten(1)))

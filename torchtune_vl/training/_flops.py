@@ -35,7 +35,7 @@ class FlopCounter:
     """
 
     def __init__(self, model: Any) -> None:
-        encoder, merger = model.encoders["vision"], model.encoders["vision"].merger
+        encoder = model.encoders["vision"]
         trace = _Trace(carries=False)
         self._patch = trace.linear(encoder.patch_embed)
         self._patch_pair = {"windows": 0, "frames": 0}
@@ -44,8 +44,13 @@ class FlopCounter:
             self._patch += row
             kind = "frames" if i in encoder.full_attention_layers else "windows"
             self._patch_pair[kind] += pair
-        unit = sum(map(trace.linear, (merger.norm, merger.mlp.w1, merger.mlp.w2)))
-        self._patch += unit // merger.unit_size  # it works on several patches at once
+        carries, unit = trace.carries, 0
+        traces = [trace]
+        for merger in (encoder.merger, *encoder.deepstack_mergers):
+            traces.append(_Trace(carries))
+            unit += sum(map(traces[-1].linear, (merger.norm, merger.mlp.w1, merger.mlp.w2)))
+        trace.carries = any(one.carries for one in traces)
+        self._patch += unit // encoder.merger.unit_size  # they work on several patches at once
         self._text = _decoder_flops(model.decoder, carries=False)
         self._text_with_media = _decoder_flops(model.decoder, carries=trace.carries)
 

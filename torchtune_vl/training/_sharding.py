@@ -145,7 +145,9 @@ def gathered_together(model: Any) -> Iterator[list[nn.Module]]:
         yield [decoder.tok_embeddings]
     enough = _size(decoder.layers[0])
     group: list[nn.Module] = []
-    for module in (encoder.patch_embed, *encoder.layers, encoder.merger):
+    modules = [encoder.patch_embed, encoder.pos_embed, *encoder.layers]
+    modules += [*encoder.deepstack_mergers, encoder.merger]
+    for module in filter(None, modules):
         if group and sum(map(_size, [*group, module])) > enough:
             yield group
             group = []

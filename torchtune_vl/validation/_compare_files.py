@@ -16,11 +16,11 @@ from torchtune_vl.validation._compare import Comparison, brief, compare, unreada
 from torchtune_vl.validation._ours_and_reference import attempt, failed
 from torchtune_vl.validation._report import Case, Row, package_file
 
-# What is the same in all published checkpoints, not taken from the code that it serves to check: an
-# added token has its id, and whether skip_special_tokens leaves it out; hashes are of the lines
-# "base64(token) id", and of the merges, one in a line. How large images may be is anyone's choice
+# What is the same in all published checkpoints, and what in those of a family, not taken from the
+# code that it serves to check: an added token has its id, and whether skip_special_tokens leaves it
+# out; hashes are of the lines "base64(token) id", and of the merges, one in a line. How large an
+# image may be is anyone's choice
 _PUBLISHED: dict[str, Any] = json.loads(package_file("published_settings.json"))
-_PIXEL_LIMITS, _IMAGE_SETTINGS = _PUBLISHED["pixel_limits"], _PUBLISHED["image_settings"]
 _BOTH = "ours beside transformers"
 
 
@@ -54,6 +54,12 @@ def compare_vocabularies(run: Comparison) -> None:
             if case.failed:
                 case.detail += ": at least one of them is another. Take the published file"
             row.add(case)
+
+
+def _published(run: Comparison, what: str) -> dict[str, Any]:
+    """The published settings of a kind, of the family that is compared."""
+    own = _PUBLISHED["of_families"].get(run.ours.family.package, {})
+    return {**_PUBLISHED[what], **own.get(what, {})}
 
 
 def _tokens(tokenizer: QwenTokenizer) -> list[bytes]:
@@ -97,11 +103,14 @@ def compare_special_tokens(run: Comparison) -> None:
     tokens = {token.content: [i, token.special] for i, token in theirs.added_tokens_decoder.items()}
     used = {**tokens, "end": theirs.eos_token, "padding": theirs.pad_token}
     row = run.rows["special tokens"]
-    _compare_settings(row, attempt(of_ours, ours), used, _PUBLISHED["added_tokens"])
+    _compare_settings(row, attempt(of_ours, ours), used, _published(run, "added_tokens"))
 
 
 def compare_image_settings(run: Comparison) -> None:
     """Compare mean, deviation, sizes of patches and limits of areas."""
+    published, published_limits = (
+        _published(run, what) for what in ("image_settings", "pixel_limits")
+    )
 
     def of_ours(_: Any) -> dict[str, Any]:
         images = run.ours.image_transforms["pil"]
@@ -114,14 +123,16 @@ def compare_image_settings(run: Comparison) -> None:
     def of_reference(p: Any) -> dict[str, Any]:
         limits = {"min_pixels": p.size["shortest_edge"], "max_pixels": p.size["longest_edge"]}
         lists = {"image_mean": [*p.image_mean], "image_std": [*p.image_std]}
-        return {name: getattr(p, name) for name in _IMAGE_SETTINGS} | limits | lists
+        return {name: getattr(p, name) for name in published} | limits | lists
 
     row, processor = run.rows["image settings"], run.reference.image_processors["pil"]
     ours, theirs = attempt(of_ours, run.ours.settings), attempt(of_reference, processor)
-    _compare_settings(row, ours, theirs, _IMAGE_SETTINGS)
+    _compare_settings(row, ours, theirs, published)
     used = {} if failed(ours) else ours
-    changed = [name for name, value in _PIXEL_LIMITS.items() if used.get(name, value) != value]
-    words = [f"{name} is {used[name]:,}, published {_PIXEL_LIMITS[name]:,}" for name in changed]
+    limits = {name: (used.get(name, value), value) for name, value in published_limits.items()}
+    words = [
+        f"{n} is {own:,}, published {value:,}" for n, (own, value) in limits.items() if own != value
+    ]
     row.note = f"Used here: {'; '.join(words)}" if words else ""
 
 

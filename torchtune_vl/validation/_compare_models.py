@@ -9,7 +9,7 @@ import torch
 
 from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
 from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.files._tensor_names import published_name
+from torchtune_vl.files._tensor_names import flat_name
 from torchtune_vl.models import model_from_pretrained
 from torchtune_vl.training._sharding import default_dtype
 from torchtune_vl.validation._compare import Comparison, compare
@@ -43,18 +43,23 @@ def compare_conversations(run: Comparison, chats: list[Conversation], keep: int)
     transform = run.ours.transform
     # A template of another kind need not say where answers are, which training asks for
     asks = not transform.has_published_template
+    has_steps = bool(transform.step_texts([0.0]))
     samples: list[Sample] = []
     problems, moved = [], 0
     for conversation in run.track(chats, "conversations"):
         name, problem = conversation.name, conversation.problem
-        if conversation.tools is not None and not reference.tokenizer.chat_template:
-            problem = "conversations with tools need a chat template in tokenizer_config.json"
+        knows_tools = "tools" in (reference.processor.chat_template or "")
+        if conversation.tools is not None and not knows_tools:
+            if not reference.tokenizer.chat_template:
+                problem = "conversations with tools need a chat template in tokenizer_config.json"
+            elif any(item["type"] != "text" for item in conversation.items):
+                problem = "transformers' template with tools takes no images or videos"
         if problem:
             problems.append(f"{name}: {problem}")
             continue
         frames = [run.ours.frames(path) for path in conversation.values("video")]
         a = attempt(transform, conversation.sample, asks)
-        b = attempt(reference.chat, conversation, frames, asks)
+        b = attempt(reference.chat, conversation, frames, asks, has_steps)
         tokens = attempt(lambda s: s["tokens"], a), attempt(lambda s: s["input_ids"][0].tolist(), b)
         ids.add(compare(name, *tokens, text_of=lambda token: transform.decode([token])))
         if failed(a, b):
@@ -80,6 +85,12 @@ def compare_conversations(run: Comparison, chats: list[Conversation], keep: int)
         notes.append(
             f"With tokens such as <|im_end|> in a text: {forged:,}. They are compared as tokens, "
             'parse_special="all", as in transformers; by default our transform takes them for text'
+        )
+    if has_steps and any(c.values("video") for c in chats) and reference.keeps_pair_around_steps:
+        notes.append(
+            f"transformers {version('transformers')} leaves a pair of <|vision_start|> and "
+            "<|vision_end|> around each video, whose steps have their own; compared is its text "
+            "without, as the weights have learned it"
         )
     ids.note = ". ".join(notes)
     if moved:
@@ -130,8 +141,9 @@ def compare_models(
     if failed(ours, theirs):
         row.add(compare("ours beside transformers", ours, theirs, must_read=True))
         return
-    a = run.ours.family.names.to_published(ours.state_dict())
-    b = {published_name(name): tensor for name, tensor in theirs.state_dict().items()}
+    published = run.ours.family.names.to_published(ours.state_dict())
+    a = {flat_name(name): tensor for name, tensor in published.items()}
+    b = {flat_name(name): tensor for name, tensor in theirs.state_dict().items()}
     if "lm_head.weight" not in a and theirs.config.tie_word_embeddings:
         del b["lm_head.weight"]
     row.add(compare("names of tensors", sorted(a), sorted(b)))

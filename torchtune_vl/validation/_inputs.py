@@ -105,10 +105,8 @@ def conversation_of(name: str, sample: Mapping[str, Any]) -> Conversation:
     read = []
     for turn in turns:
         content: Any = [_item(part) for part in turn.content]
-        if has_tools and any(item["type"] != "text" for item in content):
-            raise ValueError("transformers' template with tools takes no images or videos")
-        # That template knows no items; to others our transform gives a single text as it is
-        if has_tools or [item["type"] for item in content] == ["text"]:
+        # Templates with tools may know no items; others get a single text as it is, as of ours
+        if {item["type"] for item in content} <= {"text"} and (has_tools or len(content) == 1):
             content = "".join(item["text"] for item in content)
         read.append({**turn.given, "content": content})
     nameless = {key: value for key, value in sample.items() if key != "id"}

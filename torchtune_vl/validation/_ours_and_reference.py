@@ -12,7 +12,6 @@ import transformers
 from transformers.image_utils import load_image
 from transformers.video_utils import VideoMetadata
 
-from torchtune_vl.chat import QwenTokenizer
 from torchtune_vl.media import ImageTransform
 from torchtune_vl.media._images import Backend
 from torchtune_vl.models._registry import Family, families, family_of
@@ -26,13 +25,11 @@ MEDIA_KEYS = {
     "image": ("pixel_values", "image_grid_thw"),
     "video": ("pixel_values_videos", "video_grid_thw"),
 }
+_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 # Shows progress: takes a sequence and what is in it, and returns the items one after another
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-# What qwen-vl-utils gives a video, and transformers' class by default: the published
-# preprocessor_config.json states limits of images, which its video processor would take too
-_FRAME_LIMITS: dict[str, Any] = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
 
 
 def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +69,7 @@ class _Side:
 class Ours(_Side):
     """Our side."""
 
-    tokenizer = attempted(lambda self: QwenTokenizer(*self.vocabulary_files))
+    tokenizer = attempted(lambda self: self.family.transform(*self.vocabulary_files))
 
     @property
     def vocabulary_files(self) -> list[Path]:
@@ -126,7 +123,8 @@ class Reference(_Side):
 
     def _processor(self, part: str, suffix: str = "", **settings: Any) -> Any:
         """Read with the class that the family names, whatever the files say."""
-        cls = getattr(transformers, getattr(self.family.transform.processors, part) + suffix)
+        name = getattr(self.family.transform.processors, part).removesuffix("Fast")
+        cls = getattr(transformers, name + suffix)
         return cls.from_pretrained(self.directory, **_LOCAL, **settings)
 
     @attempted
@@ -143,10 +141,21 @@ class Reference(_Side):
         processor = self._processor("processor")
         processor.image_processor = self._processor("images", **self._limits)
         videos = self._processor("videos")
-        if not videos.cap_pixels_per_frame:  # states no limits of videos
-            videos = self._processor("videos", cap_pixels_per_frame=True, **_FRAME_LIMITS)
+        limits = self.family.transform.processors.limits_of_videos
+        if not videos.cap_pixels_per_frame:  # states no limits of videos, perhaps
+            videos = self._processor("videos", **{"cap_pixels_per_frame": False, **limits})
         processor.video_processor = videos
         return processor
+
+    @property
+    def keeps_pair_around_steps(self) -> bool:
+        """Whether it leaves the template's pair of tokens around a video of steps with theirs."""
+        start = self.processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+        frames = np.zeros((2, 64, 64, 3), np.uint8)
+        metadata = VideoMetadata(2, fps=1.0, frames_indices=[0, 1])
+        media: dict[str, Any] = {"videos": [frames], "video_metadata": [metadata]}
+        made = self.processor(text=[_VIDEO], do_sample_frames=False, **media)
+        return made["input_ids"][0].count(start) > 1
 
     @attempted
     def rope(self) -> Any:
@@ -171,12 +180,19 @@ class Reference(_Side):
         return process(frames, do_sample_frames=False, return_tensors="pt")
 
     def chat(
-        self, conversation: Conversation, frames: Sequence[Sequence[int]], asks: bool
+        self,
+        conversation: Conversation,
+        frames: Sequence[Sequence[int]],
+        asks: bool,
+        has_steps: bool,
     ) -> dict[str, torch.Tensor]:
         """Make the model's inputs; the template is the directory's, with tools the tokenizer's."""
         processor, messages, tools = self.processor, conversation.messages, conversation.tools
-        render = (processor if tools is None else processor.tokenizer).apply_chat_template
+        knows_tools = tools is None or "tools" in processor.chat_template
+        render = (processor if knows_tools else processor.tokenizer).apply_chat_template
         text = render(messages, tools=tools or None, tokenize=False, add_generation_prompt=asks)
+        if has_steps:  # which have pairs of their own, the only ones that the weights have seen
+            text = text.replace(_VIDEO, "<|video_pad|>")
         images = [*map(load_image, conversation.values("image"))]
         videos = [*map(_frames, conversation.values("video"), frames)]
         media: dict[str, Any] = {"images": images or None, "do_sample_frames": False}

@@ -30,7 +30,7 @@ _VISION_DEFAULTS: dict[str, Any] = {
 
 def _dimensions(config: JsonObject) -> dict[str, Any]:
     vision = config.part("vision_config").over(_VISION_DEFAULTS)
-    keys = {"width": "hidden_size", "out": "out_hidden_size"}
+    keys: dict[str, Any] = {"width": "hidden_size", "out": "out_hidden_size"}
     dimensions = config_json.common_dimensions(config, vision, **keys)
     size = GEOMETRY.merge_size
     window = (GEOMETRY.window_size or 1) * size * dimensions["patch_size"]

@@ -29,7 +29,7 @@ def _dimensions(config: JsonObject) -> dict[str, Any]:
     vision = config.part("vision_config").over(_VISION_DEFAULTS)
     # The published files say in_chans, transformers' class in_channels
     channels = "in_chans" if "in_chans" in vision else "in_channels"
-    keys = {"width": "embed_dim", "out": "hidden_size", "channels": channels}
+    keys: dict[str, Any] = {"width": "embed_dim", "out": "hidden_size", "channels": channels}
     dimensions = common_dimensions(config, vision, **keys)
     support_only(vision, hidden_act="quick_gelu", spatial_merge_size=GEOMETRY.merge_size)
     hidden = int(dimensions["vision_embed_dim"] * vision.number("mlp_ratio", 0.1, 100))

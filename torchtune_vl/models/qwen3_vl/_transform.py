@@ -126,7 +126,7 @@ class Qwen3_VLTransform(ChatTransform):
 
     geometry = GEOMETRY
     processors = ProcessorClasses(
-        "Qwen3VLProcessor", "Qwen2VLImageProcessorFast", "Qwen3VLVideoProcessor"
+        "Qwen3VLProcessor", "Qwen2VLImageProcessorFast", "Qwen3VLVideoProcessor", {}
     )
     videos = Qwen3_VLVideoTransform
     more_tokens = ("<tool_response>", "</tool_response>", "<think>", "</think>")
@@ -185,7 +185,7 @@ class Qwen3_VLTransform(ChatTransform):
         return super().positions(tokens, steps, [None] * len(steps))
 
     def tokenize_message(self, message: Any, **kwargs: Any) -> tuple[list[int], list[bool]]:
-        """Tokenize one message as :meth:`tokenize_messages` does."""
+        """Tokenize one message as several are."""
         return self.tokenize_messages([message])
 
     def box_extent(self, height: int, width: int) -> Size:
