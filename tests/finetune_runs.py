@@ -82,6 +82,21 @@ NARROW_QWEN3_VL = {
         "out_hidden_size": 48,
     },
 }
+NARROW_QWEN3_VL_MOE = {
+    **NARROW_QWEN3_VL,
+    "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+    "model_type": "qwen3_vl_moe",
+    "text_config": {
+        **NARROW_QWEN3_VL["text_config"],
+        "hidden_size": 80,
+        "model_type": "qwen3_vl_moe_text",
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+    "vision_config": {**NARROW_QWEN3_VL["vision_config"], "out_hidden_size": 80},
+}
 ANSWERS = ("Noise.", "Ein Bild, 3 Farben.", "这是噪声。\nSecond line.", "Yes")
 # What each sample shows, over and over
 MEDIA = (("image",), (), ("image", "image", "image"), ("video",), (), ("image", "video"))

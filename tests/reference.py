@@ -67,18 +67,42 @@ SHAPES[QWEN3_VL_TIED] = {
     "vision": {"hidden_size": 48, "num_heads": 3, **_DEEPSTACK, "deepstack_visual_indexes": [3]},
     "tied": True,
 }
+# Experts that do not divide into the tokens' choices, and a layer without
+QWEN3_VL_MOE = "qwen3_vl_moe"
+SHAPES[QWEN3_VL_MOE] = {
+    "text": {
+        **SHAPES[QWEN3_VL]["text"],
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "mlp_only_layers": [1],
+    },
+    "sections": [12, 10, 10],
+    "vision": {"hidden_size": 64, "num_heads": 4, **_DEEPSTACK},
+    "tied": False,
+}
 
 
 def family_of_shape(shape: str) -> str:
     """The family of a shape, as ``config.json`` calls it."""
-    others = {QWEN2_VL: "qwen2_vl", QWEN3_VL: "qwen3_vl", QWEN3_VL_TIED: "qwen3_vl"}
+    others = {shape: shape for shape in (QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE)}
+    others[QWEN3_VL_TIED] = QWEN3_VL
     return others.get(shape, "qwen2_5_vl")
 
 
 def family_prefix(shape: str) -> str:
     """How rows of the report begin that are of another family than the first."""
-    prefixes = {"qwen2_5_vl": "", "qwen2_vl": "Qwen2-VL, ", "qwen3_vl": "Qwen3-VL, "}
-    return prefixes[family_of_shape(shape)]
+    prefixes = {
+        "qwen2_vl": "Qwen2-VL, ",
+        "qwen3_vl": "Qwen3-VL, ",
+        "qwen3_vl_moe": "Qwen3-VL MoE, ",
+    }
+    return prefixes.get(family_of_shape(shape), "")
+
+
+def has_steps_apart(shape: str) -> bool:
+    """Whether each step of a video stands behind its time, in the family of a shape."""
+    return family_of_shape(shape) in (QWEN3_VL, QWEN3_VL_MOE)
 
 
 def reference_config(
@@ -132,8 +156,9 @@ def reference_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
                 parameter.normal_(0.0, 0.1)
             elif parameter.ndim == 1:
                 parameter.normal_(0.0, 0.2)
-            else:
-                parameter.normal_(0.0, 1.0 / parameter[0].numel() ** 0.5)
+            else:  # those of experts are [experts, outputs, inputs]
+                inputs = parameter[0, 0] if parameter.ndim == 3 else parameter[0]
+                parameter.normal_(0.0, 1.0 / inputs.numel() ** 0.5)
     return model
 
 
@@ -161,8 +186,7 @@ class Conversation:
         for t, h, w in self.grids:
             pad = IMAGE_PAD if t == 1 else VIDEO_PAD
             tokens += torch.randint(0, 580, (self.text_tokens,), generator=generator).tolist()
-            # Each step of a video of Qwen3-VL stands behind its time
-            steps = [(1, h, w)] * t if family == "qwen3_vl" else [(t, h, w)]
+            steps = [(1, h, w)] * t if has_steps_apart(shape) else [(t, h, w)]
             for number, (own_t, _, _) in enumerate(steps):
                 if number:
                     tokens += torch.randint(0, 580, (5,), generator=generator).tolist()
@@ -170,7 +194,7 @@ class Conversation:
             places += steps
         tokens += torch.randint(0, 580, (self.text_tokens,), generator=generator).tolist()
         grid_thw = torch.tensor(self.grids, dtype=torch.int64).reshape(-1, 3)
-        if family == "qwen3_vl":
+        if has_steps_apart(shape):
             intervals = [1.0] * len(places)
         sample: dict[str, Any] = {
             "tokens": tokens,

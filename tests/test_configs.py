@@ -12,14 +12,21 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config as torchtune_config
 from torchtune.config._utils import _get_component_from_path
 
-from tests.parity.test_sizes import QWEN2_VL_SIZES, QWEN3_VL_SIZES, SIZES
+from tests.parity.test_sizes import QWEN2_VL_SIZES, QWEN3_VL_MOE_SIZES, QWEN3_VL_SIZES, SIZES
 from torchtune_vl.models._registry import families
 from torchtune_vl.recipes import config_names, config_path
 from torchtune_vl.training._memory import estimate_memory
 
 METHODS = ("full", "lora", "qlora")
-SIZES_OF = {"qwen2_5_vl": SIZES, "qwen2_vl": QWEN2_VL_SIZES, "qwen3_vl": QWEN3_VL_SIZES}
+SIZES_OF = {
+    "qwen2_5_vl": SIZES,
+    "qwen2_vl": QWEN2_VL_SIZES,
+    "qwen3_vl": QWEN3_VL_SIZES,
+    # A size is called by its first number
+    "qwen3_vl_moe": {name.split("-")[0]: facts for name, facts in QWEN3_VL_MOE_SIZES.items()},
+}
 NAMES = [f"{family}/{method}" for family in SIZES_OF for method in METHODS]
+NAMES.remove("qwen3_vl_moe/qlora")  # experts are not quantized
 KEYS = """
     output_dir checkpoint_dir tokenizer model checkpointer dataset dataset_val rows rows_per_step
     epochs max_steps seed shuffle num_workers optimizer learning_rates lr_scheduler clip_grad_norm
@@ -109,7 +116,7 @@ def test_text_names_its_family_and_method(name: str) -> None:
 
 
 def family_names() -> dict[str, str]:
-    names = {f.transform.__module__.split(".")[2]: f.name for f in families()}
+    names = {f.package: f.name for f in families()}
     assert set(names) == set(SIZES_OF)
     return names
 

@@ -13,6 +13,7 @@ from tests.reference import QWEN3_VL, Conversation
 from torchtune_vl.data import padded_collate_vision
 from torchtune_vl.models.qwen2_5_vl import lora_qwen2_5_vl, qwen2_5_vl, qwen2_5_vl_7b
 from torchtune_vl.models.qwen3_vl import lora_qwen3_vl, qwen3_vl
+from torchtune_vl.models.qwen3_vl_moe import lora_qwen3_vl_moe, qwen3_vl_moe
 from torchtune_vl.training._flops import FlopCounter, peak_flops
 
 DIMENSIONS: dict[str, Any] = {
@@ -50,6 +51,12 @@ def deepstack(build: Callable[..., nn.Module], **settings: Any) -> nn.Module:
     return build(**dimensions, **own, tie_word_embeddings=False, **settings)
 
 
+def experts(build: Callable[..., nn.Module], **settings: Any) -> nn.Module:
+    own = {"num_experts": 7, "num_active_experts": 3, "expert_dim": 40, "dense_layers": (1,)}
+    # torch counts no grouped products, and has none of float64
+    return deepstack(build, **own, **settings).double()
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "full": full,
     "tied": lambda: full(tie_word_embeddings=True),
@@ -68,6 +75,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "deepstack, lora everywhere": lambda: deepstack(
         lora_qwen3_vl, encoder_trainable="lora", fusion_trainable="lora", **LORA
     ),
+    "experts": lambda: experts(qwen3_vl_moe),
+    "experts, mergers": lambda: experts(
+        qwen3_vl_moe, encoder_trainable=False, decoder_trainable=False
+    ),
+    "experts, lora": lambda: experts(lora_qwen3_vl_moe, lora_attn_modules=["q_proj"]),
     "qlora": lambda: lora(
         lora_attn_modules=["output_proj"], quantize_base=True, apply_lora_to_mlp=False
     ),
@@ -87,7 +99,7 @@ def counted_by_torch(model: nn.Module, batch: dict[str, Any]) -> int:
 @pytest.mark.parametrize("grids", [GRIDS, []], ids=["media", "text"])
 def test_equals_what_torch_counts(name: str, grids: list[tuple[int, int, int]]) -> None:
     model = MODELS[name]().eval()  # in training the encoder runs without media too
-    shape = QWEN3_VL if name.startswith("deepstack") else ""
+    shape = QWEN3_VL if name.startswith(("deepstack", "experts")) else ""
     conversation = Conversation(grids, seconds_per_step=[1.0])
     sample = conversation.sample(torch.Generator().manual_seed(0), shape)
     batch = padded_collate_vision([sample])

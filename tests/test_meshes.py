@@ -19,6 +19,7 @@ from torchtune_vl.data import Batch, RowSharing, packed_collate_vision
 from torchtune_vl.models._weights import load_weights_into
 from torchtune_vl.models.qwen2_5_vl import lora_qwen2_5_vl, qwen2_5_vl
 from torchtune_vl.models.qwen3_vl import lora_qwen3_vl, qwen3_vl
+from torchtune_vl.models.qwen3_vl_moe import lora_qwen3_vl_moe, qwen3_vl_moe
 from torchtune_vl.modules import mrope_positions, vision_index
 from torchtune_vl.modules.context import RowShare
 from torchtune_vl.modules.nf4 import PackedNF4
@@ -53,6 +54,14 @@ DEEPSTACK_DIMS: dict[str, Any] = {
     "head_dim": 32,
     "position_grid": 5,
     "deepstack_layers": (0, 1),
+}
+# More experts than devices, of a number that these do not divide, and a layer without
+EXPERTS_DIMS: dict[str, Any] = {
+    **DEEPSTACK_DIMS,
+    "num_experts": 7,
+    "num_active_experts": 3,
+    "expert_dim": 24,
+    "dense_layers": (1,),
 }
 
 
@@ -98,11 +107,15 @@ def model_of(method: str) -> Any:
     plain, lora, dims = qwen2_5_vl, lora_qwen2_5_vl, DIMS
     if others == ["deepstack"]:
         plain, lora, dims = qwen3_vl, lora_qwen3_vl, DEEPSTACK_DIMS
+    if others[:1] == ["experts"]:
+        plain, lora, dims = qwen3_vl_moe, lora_qwen3_vl_moe, EXPERTS_DIMS
+    if "balanced" in others:
+        dims = {**dims, "router_aux_loss_coef": 0.5}
     if method == "full":
         return plain(**dims)
     adapted = ["q_proj", "k_proj", "v_proj", "output_proj", "qkv"]
     settings: dict[str, Any] = {"encoder_trainable": "lora", "lora_rank": 4, "lora_alpha": 8}
-    settings |= {"apply_lora_to_mlp": True, "apply_lora_to_output": True}
+    settings |= {"apply_lora_to_mlp": "experts" not in others, "apply_lora_to_output": True}
     settings |= {"use_dora": method == "dora", "quantize_base": method == "qlora"}
     return lora(adapted, **settings, **dims)
 
@@ -178,12 +191,23 @@ MESHES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", ["full", "lora", "dora", "qlora", "deepstack full", "deepstack lora"]
+    "method",
+    [
+        *("full", "lora", "dora", "qlora"),
+        *("deepstack full", "deepstack lora", "experts full", "experts lora"),
+        "experts balanced full",
+    ],
 )
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_gradients_are_those_of_one_process(mesh: Mesh, method: str, tmp_path: Path) -> None:
     if method == "qlora" and mesh.tensor > 1:
         pytest.skip("quantized weights do not divide")
+    if "experts" in method and mesh.tensor > 1:
+        with torch.device("meta"), pytest.raises(ValueError, match=r"^experts do not"):
+            decoder_tp_plan(model_of(method))
+        return
+    if "balanced" in method and mesh.context > 1:
+        pytest.skip("the balance of a row is known where all of it is: tests/test_experts.py")
     weights = random_weights(method)
     with torch.device("meta"):
         model = model_of(method)

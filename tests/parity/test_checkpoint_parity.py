@@ -12,6 +12,7 @@ from tests.parity.figures import record
 from tests.reference import (
     QWEN2_VL,
     QWEN3_VL,
+    QWEN3_VL_MOE,
     QWEN3_VL_TIED,
     family_prefix,
     reference_config,
@@ -58,7 +59,7 @@ def shards(directory: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "shape", ["head_dim_128", "grouped_untied", QWEN2_VL, QWEN3_VL, QWEN3_VL_TIED]
+    "shape", ["head_dim_128", "grouped_untied", QWEN2_VL, QWEN3_VL, QWEN3_VL_TIED, QWEN3_VL_MOE]
 )
 @pytest.mark.parametrize("alter", [None, other_names, shards])
 def test_round_trip(shape: str, alter, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -108,3 +109,23 @@ def test_the_dtype_of_the_weights_is_stated(tmp_path: Path) -> None:
     norm = loaded.model.language_model.norm.weight
     assert norm.dtype == torch.float32
     assert torch.equal(norm, weights["decoder.norm.weight"])
+
+
+def test_experts_are_read_in_both_layouts_and_written_as_published(tmp_path: Path) -> None:
+    """transformers 5 writes experts the other way round, and reads both by their shapes."""
+    reference_model(reference_config(QWEN3_VL_MOE)).save_pretrained(tmp_path / "source")
+    first = Qwen2_5_VLCheckpointer(tmp_path / "source", tmp_path / "output")
+    first.save_checkpoint(first.load_checkpoint(), epoch=0)
+    experts = {
+        "gate_up_proj": ([7, 80, 96], [7, 96, 80]),
+        "down_proj": ([7, 96, 40], [7, 40, 96]),
+    }
+    for name, (theirs, published) in experts.items():
+        key = f"model.language_model.layers.0.mlp.experts.{name}"
+        for directory, shape in (("source", theirs), ("output/epoch_0", published)):
+            stored = load_file(tmp_path / directory / "model.safetensors")
+            assert [*stored[key].shape] == shape
+    second = Qwen2_5_VLCheckpointer(tmp_path / "output" / "epoch_0", tmp_path / "again")
+    second.save_checkpoint(second.load_checkpoint(), epoch=0)
+    files = (tmp_path / d / "epoch_0" / "model.safetensors" for d in ("output", "again"))
+    assert len({path.read_bytes() for path in files}) == 1

@@ -16,10 +16,11 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2VLConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
 )
 
 from torchtune_vl.files._tensor_names import flat_name
-from torchtune_vl.models import model_from_pretrained, qwen2_5_vl, qwen2_vl, qwen3_vl
+from torchtune_vl.models import model_from_pretrained, qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe
 from torchtune_vl.models._config_json import TEXT_DEFAULTS
 from torchtune_vl.models.qwen2_5_vl import (
     qwen2_5_vl_3b,
@@ -230,6 +231,42 @@ QWEN3_VL_SIZES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, in
     ),
 }
 
+
+def qwen3_vl_moe_config(*, hidden: int, layers: int, heads: int, width: int) -> dict[str, Any]:
+    """Likewise of its experts, whose decoder does not say that it is untied."""
+    config = qwen3_vl_config(
+        hidden=hidden, layers=layers, heads=heads, ff=3 * hidden, tied=False, vision=_LARGE_ENCODER
+    )
+    config |= {"architectures": ["Qwen3VLMoeForConditionalGeneration"]}
+    config["text_config"] |= {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_vl_moe_text",
+        "moe_intermediate_size": width,
+        "norm_topk_prob": True,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_key_value_heads": 4,
+    }
+    config["vision_config"] |= {"model_type": "qwen3_vl_moe"}
+    return config | {"model_type": "qwen3_vl_moe"}
+
+
+QWEN3_VL_MOE_SIZES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
+    "30B-A3B": (
+        qwen3_vl_moe.qwen3_vl_moe_30b_a3b,
+        qwen3_vl_moe_config(hidden=2048, layers=48, heads=32, width=768),
+        31_070_754_032,
+        538_631_408,
+    ),
+    "235B-A22B": (
+        qwen3_vl_moe.qwen3_vl_moe_235b_a22b,
+        qwen3_vl_moe_config(hidden=4096, layers=94, heads=64, width=1536),
+        235_670_022_896,
+        576_388_336,
+    ),
+}
+
 # Qwen2-VL's, likewise
 QWEN2_VL_SIZES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
     "2B": (
@@ -257,6 +294,7 @@ ALL = {
     **SIZES,
     **{f"Qwen2-VL {size}": facts for size, facts in QWEN2_VL_SIZES.items()},
     **{f"Qwen3-VL {size}": facts for size, facts in QWEN3_VL_SIZES.items()},
+    **{f"Qwen3-VL {size}": facts for size, facts in QWEN3_VL_MOE_SIZES.items()},
 }
 
 
@@ -276,6 +314,7 @@ def attributes(model: nn.Module) -> list[str]:
         f"{decoder.head_dim} {decoder.rope_base} {decoder.mrope_sections} {decoder.max_seq_len}",
         f"{decoder.mrope_interleaved} {encoder.deepstack_layers}",
         f"{sorted(encoder.full_attention_layers)} {encoder.head_dim} {model.placeholder_ids}",
+        f"{[layer.mlp.num_active for layer in decoder.layers if hasattr(layer.mlp, 'router')]}",
         f"{type(decoder.output).__name__} {[mlp.activation for mlp in feed_forwards(model)]}",
     ]
 
@@ -295,8 +334,13 @@ def test_builder_has_the_published_tensors(size: str) -> None:
     expected = {flat_name(name): p.shape for name, p in reference.named_parameters()}
     package = import_module(f"torchtune_vl.models.{config['model_type']}")
     written = package.FAMILY.names.to_published(shapes(ours))
-    assert {flat_name(name): shape for name, shape in written.items()} == expected
-    is_nested = config["model_type"] == "qwen3_vl"
+    # transformers has experts' matrices the other way round in memory
+    in_memory = {
+        flat_name(name): (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
+        for name, shape in written.items()
+    }
+    assert in_memory == expected
+    is_nested = config["model_type"].startswith("qwen3_vl")
     assert "model.visual.patch_embed.proj.weight" in written if is_nested else True
     assert all(name.startswith("model.") or name == "lm_head.weight" for name in written) or (
         not is_nested
@@ -324,6 +368,7 @@ def test_model_from_either_config_is_the_builders(size: str, tmp_path: Path) -> 
         (Qwen2_5_VLConfig(), qwen2_5_vl),
         (Qwen2VLConfig(), qwen2_vl),
         (Qwen3VLConfig(), qwen3_vl),
+        (Qwen3VLMoeConfig(), qwen3_vl_moe),
     ],
 )
 def test_defaults_of_missing_keys_are_the_references(config: Any, family: Any) -> None:
@@ -336,3 +381,63 @@ def test_defaults_of_missing_keys_are_the_references(config: Any, family: Any) -
         plain = {key: value for key, value in defaults.items() if key not in rope}
         assert {key: getattr(part, key) for key in plain} == plain
     assert config.text_config.rope_parameters["rope_theta"] == text["rope_theta"]
+
+
+def moe_dimensions(tmp_path: Path, **text: Any) -> dict[str, Any]:
+    config = qwen3_vl_moe_config(hidden=2048, layers=6, heads=32, width=768)
+    config["text_config"] |= text
+    config["text_config"] = {k: v for k, v in config["text_config"].items() if v != "absent"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return qwen3_vl_moe.FAMILY.all_dimensions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"decoder_sparse_step": 2},
+        {"decoder_sparse_step": 3, "mlp_only_layers": [2]},
+        {"mlp_only_layers": [0, 5]},
+        {"mlp_only_layers": None, "decoder_sparse_step": "absent"},
+        {"num_experts": "absent", "num_experts_per_tok": "absent", "moe_intermediate_size": 32},
+        {
+            "head_dim": "absent",
+            "rope_scaling": {"mrope_section": [12, 10, 10], "mrope_interleaved": True},
+        },
+        {"tie_word_embeddings": True},
+    ],
+)
+def test_experts_are_where_the_reference_has_them(text: dict[str, Any], tmp_path: Path) -> None:
+    moe_dimensions(tmp_path, **text)
+    with torch.device("meta"):
+        ours = model_from_pretrained(tmp_path, weights=False)
+        config = json.loads((tmp_path / "config.json").read_text())
+        reference = AutoModelForImageTextToText.from_config(reference_config(config))
+    names = qwen3_vl_moe.FAMILY.names.to_published(shapes(ours))
+    assert names.keys() == reference.state_dict().keys()
+    sparse = [layer.mlp for layer in ours.decoder.layers if hasattr(layer.mlp, "router")]
+    expected = [
+        layer.mlp.gate
+        for layer in reference.model.language_model.layers
+        if hasattr(layer.mlp, "gate")
+    ]
+    assert [(len(mlp.gate_up_proj), mlp.num_active) for mlp in sparse] == [
+        (gate.num_experts, gate.top_k) for gate in expected
+    ]
+    head_dim = reference.config.text_config.head_dim
+    assert ours.decoder.head_dim == head_dim
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ({"norm_topk_prob": False}, "norm_topk_prob is False, expected True: nothing else is"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok is 129, expected a whole number from"),
+        ({"mlp_only_layers": [6]}, "mlp_only_layers.0 is 6, expected a whole number from 0 to 5"),
+        ({"moe_intermediate_size": 1024}, "moe_intermediate_size is 1024, expected neither"),
+        ({"moe_intermediate_size": 2048}, "moe_intermediate_size is 2048, expected neither"),
+    ],
+)
+def test_other_experts_are_refused(text: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=expected) as error:
+        moe_dimensions(tmp_path, **text)
+    assert "\n" not in str(error.value)

@@ -48,7 +48,13 @@ class Stored(NamedTuple):
 
     path: Path
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # as it is read
+    is_transposed: bool = False  # in the file, in its last two dimensions
+
+    def transposed(self) -> "Stored":
+        """Return it as it is read the other way round."""
+        *others, rows, columns = self.shape
+        return self._replace(shape=(*others, columns, rows), is_transposed=not self.is_transposed)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -96,7 +102,8 @@ def read_tensors(stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
     """Map tensors on the CPU: they take no memory until they are written to, files stay as is."""
     paths = {place.path for place in stored.values()}
     files = {path: safe_open(path, framework="pt") for path in paths}
-    return {name: files[place.path].get_tensor(place.name) for name, place in stored.items()}
+    tensors = {name: files[place.path].get_tensor(place.name) for name, place in stored.items()}
+    return {name: x.mT if stored[name].is_transposed else x for name, x in tensors.items()}
 
 
 def write_shards(

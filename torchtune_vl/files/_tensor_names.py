@@ -30,6 +30,12 @@ _DECODER = {
     "model.layers.{}.mlp.gate_proj": "decoder.layers.{}.mlp.w1",
     "model.layers.{}.mlp.down_proj": "decoder.layers.{}.mlp.w2",
     "model.layers.{}.mlp.up_proj": "decoder.layers.{}.mlp.w3",
+    "model.layers.{}.mlp.gate": "decoder.layers.{}.mlp.router",
+}
+# Tensors that are no weight or bias of a module
+_EXPERTS = {
+    "model.layers.{}.mlp.experts.gate_up_proj": "decoder.layers.{}.mlp.gate_up_proj",
+    "model.layers.{}.mlp.experts.down_proj": "decoder.layers.{}.mlp.down_proj",
 }
 # Modules whose names are followed by an index
 _INDEXED = re.compile(r"\.(layers|blocks|deepstack_merger_list|deepstack_mergers)\.(\d+)\.")
@@ -64,7 +70,7 @@ class TensorNames:
             (f"visual.{theirs}", f"encoders.vision.{ours}", theirs not in without_bias)
             for theirs, ours in encoder.items()
         ]
-        self._flat: dict[str, str] = {}  # by our names
+        self._flat = {ours: theirs for theirs, ours in _EXPERTS.items()}  # by our names
         self._in_peft: dict[str, str] = {}
         for theirs, ours, has_bias in modules:
             for kind in ("weight", "bias") if has_bias else ("weight",):

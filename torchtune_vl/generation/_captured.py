@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchtune_vl.modules.experts import Experts, has_grouped_product
 from torchtune_vl.modules.kv_cache import Cache, Step
 from torchtune_vl.modules.vision import VisionLanguageModel
 
@@ -34,10 +35,13 @@ def to_device(values: Sequence[Any], device: torch.device) -> torch.Tensor:
 def can_capture(model: VisionLanguageModel, device: torch.device) -> bool:
     """Whether steps may be captured: on CUDA, with plain weights that nobody trains.
 
-    Those of a model in training move between steps, or are gathered in each.
+    Those of a model in training move between steps, or are gathered in each. Experts without a
+    kernel that multiplies them at once are waited for.
     """
     plain = (type(p) is nn.Parameter and not p.requires_grad for p in model.parameters())
-    return device.type == "cuda" and all(plain)
+    experts = (m for m in model.modules() if isinstance(m, Experts))
+    at_once = all(has_grouped_product(w) for m in experts for w in (m.gate_up_proj, m.down_proj))
+    return device.type == "cuda" and all(plain) and at_once
 
 
 class CapturedSteps:

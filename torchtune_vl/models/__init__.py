@@ -19,12 +19,15 @@ def model_from_pretrained(
     decoder_trainable: bool = True,
     encoder_trainable: bool = True,
     fusion_trainable: bool = True,
+    router_aux_loss_coef: float = 0.0,
 ) -> "VisionLanguageModel":
     """Build the model that a checkpoint's ``config.json`` describes, and load its weights.
 
     Without ``weights``, whose dtype is the default one, they are fresh: recipes say so, whose
     checkpointers load them. Each part is trained or not: the decoder, with its token embedding, the
-    encoder without its merger, and the merger (``fusion``). Raises ``ValueError`` if a file is
+    encoder without its merger, and the merger (``fusion``). In training ``router_aux_loss_coef`` x
+    the balance of a row's experts is added to its loss: transformers does so where a config says
+    ``output_router_logits``, which counts for nothing here. Raises ``ValueError`` if a file is
     missing or damaged, describes another architecture, or asks for what this model does not have.
     """
     from torchtune_vl.models._builders import vision_language_model
@@ -37,6 +40,7 @@ def model_from_pretrained(
         decoder_trainable=decoder_trainable,
         encoder_trainable=encoder_trainable,
         fusion_trainable=fusion_trainable,
+        router_aux_loss_coef=router_aux_loss_coef,
     )
 
 

@@ -88,12 +88,15 @@ def with_adapters(
     computes with in one, and torchtune's recipes do not.
 
     Raises ``ValueError`` if nothing would be trained, a name matches no layer of a part with
-    adapters, a part gets none, or the output layer is the token embedding and is to get one.
+    adapters, a part gets none, the output layer is the token embedding and is to get one, or a
+    decoder's experts are to be adapted, quantized or trained beside adapters.
     """
     parts = {"decoder": decoder_trainable, "encoder": encoder_trainable, "fusion": fusion_trainable}
     names = {*lora_attn_modules, *(_MLP if apply_lora_to_mlp else ())}
     names |= {"output"} if apply_lora_to_output else set()
     _check_adapters(names, parts)
+    if dimensions.get("num_experts"):
+        _check_experts(quantize_base, apply_lora_to_mlp, decoder_trainable)
     if apply_lora_to_output and dimensions["tie_word_embeddings"]:
         problem = "the output layer of this size is its token embedding: no adapter can be merged"
         raise ValueError(f"{problem}; leave apply_lora_to_output out")
@@ -140,6 +143,19 @@ def _check_adapters(names: set[str], parts: Mapping[str, Trainable]) -> None:
         layers = "; ".join(f"{part}: {', '.join(sorted(_LAYERS[part]))}" for part in _LAYERS)
         problem = f"adapters on {sorted(names)}: {'; '.join(problems)}. Name others, or make parts"
         raise ValueError(f"{problem} 'lora', 'frozen' or 'full'. There are {layers}")
+
+
+def _check_experts(quantized: bool, adapted: bool, how: Trainable) -> None:
+    refusals = {
+        "experts are not quantized: leave quantize_base out": quantized,
+        "experts get no adapters: leave apply_lora_to_mlp out": adapted and how == "lora",
+        # Files of adapters would have them in the layout of transformers 5
+        "experts are not trained beside adapters: make decoder_trainable 'lora' or 'frozen', or "
+        "train without adapters": how == "full",
+    }
+    for sentence, is_wrong in refusals.items():
+        if is_wrong:
+            raise ValueError(sentence)
 
 
 def _dequantize(model: nn.Module, state_dict: dict[str, Any], *args: Any) -> None:

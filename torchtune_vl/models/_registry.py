@@ -18,7 +18,7 @@ from torchtune_vl.models._config_json import read_config
 _COLUMNS = (
     *("num_layers", "num_heads", "num_kv_heads", "embed_dim", "intermediate_dim", "vocab_size"),
     *("tie_word_embeddings", "vision_intermediate_dim", "vision_embed_dim", "vision_num_layers"),
-    "deepstack_layers",
+    *("deepstack_layers", "expert_dim"),
 )
 # Modules of all vision encoders, published and ours
 ENCODER = {
@@ -45,7 +45,7 @@ geometry = partial(
     max_pixels=12845056,
 )
 # The model_type of each family's config.json, by which its package here is called too
-_MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+_MODEL_TYPES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torchtune_vl.modules.vision import VisionLanguageModel
 
 _OUTPUT_LAYER = "lm_head.weight"
 _TOKEN_EMBEDDING = "model.embed_tokens.weight"
+_CONTIGUOUS = torch.contiguous_format  # also where a weight is read transposed
 _LISTED = 60  # tensors in an error
 Tensors = dict[str, torch.Tensor]
 
@@ -68,6 +69,10 @@ def load_weights(directory: Path, files: Sequence[Path]) -> Tensors:
                 f"{output.path}: {output.name} differs from the token embedding, but config.json "
                 "says tie_word_embeddings: set it to false if the output layer was trained alone"
             )
+    for name, place in stored.items():
+        # transformers 5 writes experts' matrices the other way round than they are published
+        if len(place.shape) == 3 and place.transposed().shape == expected.get(name):
+            stored[name] = place.transposed()
     _refuse_differences(stored, expected, directory)
     return family.names.from_published(read_tensors(stored))
 
@@ -82,7 +87,7 @@ def load_weights_into(model: nn.Module, weights: Tensors, device: torch.device) 
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             part = _part(model, weights, name, Part.of(parameter).slices)
-            own = part.to(device, parameter.dtype, copy=True)
+            own = part.to(device, parameter.dtype, copy=True, memory_format=_CONTIGUOUS)
             # Not by from_local, which sends it to the device of the mesh
             placed[name] = DTensor(own, parameter._spec, requires_grad=False)
         else:
@@ -90,7 +95,9 @@ def load_weights_into(model: nn.Module, weights: Tensors, device: torch.device) 
             if isinstance(nf4, NF4Tensor):
                 placed[name] = NF4Layout.of(nf4).quantize(weights[name]).to(device)
             else:
-                placed[name] = weights[name].to(device, parameter.dtype, copy=True)
+                placed[name] = weights[name].to(
+                    device, parameter.dtype, copy=True, memory_format=_CONTIGUOUS
+                )
     model.load_state_dict(placed, assign=True)
 
 

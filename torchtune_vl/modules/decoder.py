@@ -22,6 +22,7 @@ from torchtune_vl.modules import attention
 from torchtune_vl.modules.adapters import MakeLinear
 from torchtune_vl.modules.context import RowShare
 from torchtune_vl.modules.dimensions import Dimensions
+from torchtune_vl.modules.experts import Experts, Routed, balance_loss
 from torchtune_vl.modules.kv_cache import Continuations, KVCache, Prefill, Step
 from torchtune_vl.modules.layout import Segments
 from torchtune_vl.modules.linear import linear
@@ -45,21 +46,25 @@ class Decoder(nn.Module):
         if len(dims.deepstack_layers) >= dims.num_layers:
             too_many = f"{len(dims.deepstack_layers)} layers of the encoder have features for it"
             raise ValueError(f"a decoder of {dims.num_layers} layers is too short: {too_many}")
+        if dims.router_aux_loss_coef and not dims.num_experts:
+            none = "router_aux_loss_coef is for the balance of experts, and this model has none"
+            raise ValueError(f"{none}: leave it out")
         self.rope_base = dims.rope_base
         self.mrope_sections = dims.mrope_sections
         self.mrope_interleaved = dims.mrope_interleaved
         self.max_seq_len = dims.max_seq_len
+        self.router_aux_loss_coef = dims.router_aux_loss_coef
         self.num_output_chunks = 0
         norm = partial(nn.RMSNorm, dims.embed_dim, eps=dims.norm_eps)
         self.tok_embeddings = nn.Embedding(dims.vocab_size, dims.embed_dim)
         self.layers: Any = nn.ModuleList(
             TransformerLayer(
                 Attention(dims, linear),
-                FeedForward(dims.embed_dim, dims.intermediate_dim, linear),
+                _feed_forward(dims, number, linear),
                 sa_norm=norm(),
                 mlp_norm=norm(),
             )
-            for _ in range(dims.num_layers)
+            for number in range(dims.num_layers)
         )
         self.deepstack = Deepstack()
         self.norm = norm()
@@ -90,8 +95,10 @@ class Decoder(nn.Module):
         int64 [U], likewise in the flattened batch.
 
         Returns logits, float32 [B, S, V] or [P, V], in chunks after :meth:`set_num_output_chunks`;
-        with ``targets`` the cross-entropy of each, float32 [P]. Raises ``ValueError`` if a sequence
-        is longer than ``max_seq_len``, or there is a cache and no mask or positions.
+        with ``targets`` the cross-entropy of each, float32 [P], to which training with a
+        ``router_aux_loss_coef`` adds so much of the balance of the row's experts, as their mean has
+        it then. Raises ``ValueError`` if a sequence is longer than ``max_seq_len``, there is a
+        cache and no mask or positions, or the balance is wanted of other than whole packed rows.
         """
         is_row = isinstance(mask, Prefill | Continuations)  # of sequences, whose lengths are known
         if x_BSE.shape[1] > self.max_seq_len and not is_row:
@@ -102,6 +109,7 @@ class Decoder(nn.Module):
         positions = _three_axes(input_pos, x_BSE)
         rope = attention.rotary_table(self._angles(positions))
         shape = x_BSE.shape
+        routed = self._follow_routers(mask) if targets is not None else []
         for layer, feature in zip_longest(self.layers, features):
             x_BSE = layer(x_BSE, mask=mask, rope=rope)
             if feature is not None:
@@ -109,7 +117,8 @@ class Decoder(nn.Module):
         if output_positions is not None:
             x_BSE = x_BSE.flatten(0, 1).index_select(0, output_positions)
         if targets is not None:
-            return self._losses(self.norm(x_BSE), targets)
+            losses = self._losses(self.norm(x_BSE), targets)
+            return losses + self._balance(routed) if routed else losses
         if self.num_output_chunks:
             chunks = self.norm(x_BSE).chunk(self.num_output_chunks, dim=1)
             return [self.logits(chunk) for chunk in chunks]
@@ -120,6 +129,28 @@ class Decoder(nn.Module):
         if self.mrope_interleaved:
             return attention.angles_in_turns(positions, frequencies, self.mrope_sections)
         return attention.angles_by_sections(positions, frequencies.split(self.mrope_sections))
+
+    def _follow_routers(self, mask: Mask) -> list[Routed]:
+        """Let experts tell what they do in this forward, if it is to count."""
+        routed: list[Routed] = []
+        if not (self.training and self.router_aux_loss_coef):
+            return routed
+        if not isinstance(mask, Segments):  # padding would count, or a share of the tokens alone
+            needs = "router_aux_loss_coef needs packed rows, each whole on its device"
+            raise ValueError(f"{needs}: take PackedRows and parallel.context=1, or set it to 0")
+        for experts in self._experts():
+            experts.routed = routed
+        return routed
+
+    def _balance(self, routed: list[Routed]) -> torch.Tensor:
+        active = 0
+        for experts in self._experts():
+            # Recomputed in backward, they have nothing to tell
+            experts.routed, active = None, experts.num_active
+        return self.router_aux_loss_coef * balance_loss(routed, active)
+
+    def _experts(self) -> list[Experts]:
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts)]
 
     def _losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self.output is None:
@@ -160,6 +191,12 @@ class Decoder(nn.Module):
         """Keep nothing any more."""
         for layer in self.layers:
             layer.attn.kv_cache = None
+
+
+def _feed_forward(dims: Dimensions, layer: int, linear: MakeLinear) -> nn.Module:
+    if dims.num_experts and layer not in dims.dense_layers:
+        return Experts(dims)
+    return FeedForward(dims.embed_dim, dims.intermediate_dim, linear)
 
 
 def _three_axes(input_pos: torch.Tensor | None, x_BSE: torch.Tensor) -> torch.Tensor:

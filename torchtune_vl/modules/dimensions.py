@@ -31,6 +31,13 @@ class Dimensions:
     head_dim: int | None = None  # where heads need not divide the width
     attn_bias: bool = True  # of queries, keys and values
     qk_norm: bool = False  # of each head of queries and keys
+    # Feed-forwards of which each token takes some, none if 0, in all layers but for the dense ones;
+    # and how much of the loss is that of their balance
+    num_experts: int = 0
+    num_active_experts: int = 0
+    expert_dim: int = 0
+    dense_layers: Sequence[int] = ()
+    router_aux_loss_coef: float = 0.0
     image_token_id: int = 151655
     video_token_id: int = 151656
     # The encoder's: sizes of units and windows, and how pixels are normalized; and its layers

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchtune_vl._torchao import Float8LinearConfig, NF4Tensor, convert_to_float8_training
 from torchtune_vl._torchtune import DoRALinear, LoRALinear, TransformerSelfAttentionLayer
 from torchtune_vl.modules.adapters import num_bytes
+from torchtune_vl.modules.experts import Experts
 from torchtune_vl.modules.nf4 import pack_nf4
 from torchtune_vl.training._mesh import Mesh
 
@@ -37,10 +38,12 @@ def multiply_in_float8(model: Any, device: torch.device) -> None:
 
     Inputs, weights and gradients are scaled by the largest of each tensor ("FP8 Formats for Deep
     Learning", arXiv 2209.05433); weights stay as they are. Raises ``ValueError`` if layers have
-    adapters or sizes that are no multiples of 16, or the device has no float8.
+    adapters, are experts or have sizes that are no multiples of 16, or the device has no float8.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no float8: set float8=False")
+    if any(isinstance(m, Experts) for m in model.decoder.layers.modules()):
+        raise ValueError("float8 is for linear layers, and experts are none: set float8=False")
     linears = [m for m in model.decoder.layers.modules() if isinstance(m, nn.Linear)]
     others = [m for m in model.decoder.layers.modules() if isinstance(m, LoRALinear | DoRALinear)]
     if others or any(size % 16 for m in linears for size in m.weight.shape):
@@ -153,6 +156,7 @@ def gathered_together(model: Any) -> Iterator[list[nn.Module]]:
             group = []
         group.append(module)
     yield group
+    # One of 128 experts too, 1.2 or 4.8 GB in bfloat16 in the published sizes: a product takes all
     for layer in decoder.layers:
         yield [layer]
     if decoder.output is not None:

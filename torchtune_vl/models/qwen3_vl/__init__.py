@@ -1,6 +1,7 @@
 """What Qwen3-VL (arXiv 2511.21631) is: its tensors, dimensions and transforms."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -62,11 +63,13 @@ _MERGERS = {
 }
 
 
-def _dimensions(config: JsonObject) -> dict[str, Any]:
-    config_json.support_only(text_config(config).over(_TEXT_DEFAULTS), attention_bias=False)
+def _dimensions(
+    config: JsonObject, text_defaults: Mapping[str, Any] = _TEXT_DEFAULTS
+) -> dict[str, Any]:
+    config_json.support_only(text_config(config).over(text_defaults), attention_bias=False)
     vision = config.part("vision_config").over(_VISION_DEFAULTS)
     keys: dict[str, Any] = {"width": "hidden_size", "out": "out_hidden_size"}
-    dimensions = config_json.common_dimensions(config, vision, _TEXT_DEFAULTS, **keys)
+    dimensions = config_json.common_dimensions(config, vision, text_defaults, **keys)
     supported = {"hidden_act": "gelu_pytorch_tanh", "spatial_merge_size": GEOMETRY.merge_size}
     config_json.support_only(vision, **supported)
     places = vision.whole("num_position_embeddings", most=config_json.WIDEST)

@@ -1,0 +1,258 @@
+"""Mixtures of experts: their product, what does not wait for the device, and what is refused."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import AutoModelForImageTextToText
+
+from tests.finetune_runs import NARROW_QWEN3_VL_MOE, run, write_config, write_inputs
+from tests.reference import QWEN3_VL_MOE, Conversation
+from tests.test_generation import answers
+from tests.test_meshes import DIMS, EXPERTS_DIMS, IMAGE, VIDEO, rows
+from torchtune_vl.data import RowSharing, packed_collate_vision
+from torchtune_vl.generation._captured import can_capture
+from torchtune_vl.media import Geometry
+from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl
+from torchtune_vl.models.qwen3_vl_moe import lora_qwen3_vl_moe, qwen3_vl_moe
+from torchtune_vl.modules.dimensions import Dimensions
+from torchtune_vl.modules.experts import Experts, grouped_product, has_grouped_product
+from torchtune_vl.training._sharding import default_dtype, multiply_in_float8
+
+
+def experts_of(count: int = 7, active: int = 3, width: int = 24, embed_dim: int = 32) -> Experts:
+    others: Any = dict.fromkeys(
+        ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_dim"), 1
+    )
+    others |= {"tie_word_embeddings": False, "max_seq_len": 1, "vision_gated": False}
+    others |= {"geometry": Geometry, "vision_norm": None, "vision_activation": F.silu}
+    own = {"num_experts": count, "num_active_experts": active, "expert_dim": width}
+    torch.manual_seed(0)
+    return Experts(Dimensions(embed_dim=embed_dim, vision_intermediate_dim=1, **own, **others))
+
+
+def by_the_definition(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Token by token, expert by expert."""
+    out = []
+    for token in x.flatten(0, -2):
+        shares = (experts.router.weight @ token).softmax(0, dtype=torch.float32)
+        best = shares.topk(experts.num_active)
+        result = torch.zeros_like(token)
+        for share, number in zip(best.values / best.values.sum(), best.indices, strict=True):
+            gate, up = (token @ experts.gate_up_proj[number]).chunk(2)
+            result = result + share * ((F.silu(gate) * up) @ experts.down_proj[number])
+        out.append(result)
+    return torch.stack(out).view_as(x)
+
+
+# A width whose rows have no multiple of 16 bytes, which torch's product refuses; fewer tokens than
+# experts; a token that takes all
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [({}, 50), ({"width": 3}, 50), ({}, 1), ({"active": 7}, 5), ({"count": 1, "active": 1}, 4)],
+)
+def test_definition(settings: dict[str, int], tokens: int) -> None:
+    experts = experts_of(**settings).double()
+    x = torch.randn(2, tokens, 32, dtype=torch.float64, requires_grad=True)
+    expected, weight = by_the_definition(experts, x), torch.randn(2, tokens, 32)
+    wanted = (x, *experts.parameters())
+    exact = torch.autograd.grad((expected * weight).sum(), wanted)
+    # Probabilities are float32 in any dtype
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
+        own = copy.deepcopy(experts).to(dtype)
+        given = x.detach().to(dtype).requires_grad_()
+        out = own(given)
+        found = torch.autograd.grad((out * weight).sum(), (given, *own.parameters()))
+        for actual, wished in zip((out, *found), (expected, *exact), strict=True):
+            assert actual.dtype == dtype
+            assert (actual - wished).norm() <= tolerance * wished.norm()
+
+
+def test_no_tokens() -> None:
+    experts = experts_of()
+    x = torch.zeros(1, 0, 32, requires_grad=True)
+    out = experts(x)
+    assert out.shape == x.shape
+    (out * 2.0).sum().backward()
+    assert all(not p.grad.any() for p in experts.parameters())
+
+
+def test_products_of_both_ways_are_the_same() -> None:
+    x, weight = torch.randn(20, 16), torch.randn(5, 16, 8)
+    ends = torch.tensor([3, 3, 12, 20, 20], dtype=torch.int32)
+    assert has_grouped_product(weight)
+    assert not has_grouped_product(weight.double())
+    assert not has_grouped_product(torch.zeros(5, 16, 6))
+    together = grouped_product(x, weight, ends)
+    one_by_one = grouped_product(x.double(), weight.double(), ends)
+    torch.testing.assert_close(together.double(), one_by_one, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_meta_device_has_the_shapes(dtype: torch.dtype) -> None:
+    experts = experts_of().to(dtype)
+    x = torch.randn(2, 9, 32, dtype=dtype, requires_grad=True)
+    on_meta, given = copy.deepcopy(experts).to("meta"), x.detach().to("meta").requires_grad_()
+    for module, hidden in ((experts, x), (on_meta, given)):
+        (module(hidden) * 2.0).sum().backward()
+    assert given.grad is not None
+    assert given.grad.shape == x.shape
+    for p, other in zip(experts.parameters(), on_meta.parameters(), strict=True):
+        assert (p.grad.shape, p.grad.dtype) == (other.grad.shape, other.grad.dtype)
+
+
+def test_nothing_waits_where_torch_has_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors have no values: whatever waits for one is an error."""
+    with FakeTensorMode():
+        with default_dtype(torch.bfloat16):
+            experts = experts_of()
+        x = torch.empty(2, 9, 32, dtype=torch.bfloat16, requires_grad=True)
+        with pytest.raises(DataDependentOutputException):
+            experts(x)
+        monkeypatch.setattr("torchtune_vl.modules.experts.has_grouped_product", lambda weight: True)
+        experts.routed = []
+        out = experts(x)
+        assert len(experts.routed) == 1
+        (out * 2.0).sum().backward()
+        assert all(p.grad.shape == p.shape for p in (x, *experts.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "has"),
+    [
+        ((9, 0), torch.bfloat16, True),
+        ((8, 0), torch.bfloat16, True),
+        ((9, 0), torch.float32, False),
+        ((7, 5), torch.bfloat16, False),
+    ],
+)
+def test_steps_are_captured_where_nothing_waits(
+    capability: tuple[int, int], dtype: torch.dtype, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        assert has_grouped_product(torch.empty(7, 16, 8, dtype=dtype, device="cuda")) is has
+    monkeypatch.setattr("torchtune_vl.generation._captured.has_grouped_product", lambda weight: has)
+    model = qwen3_vl_moe(**EXPERTS_DIMS).requires_grad_(False)
+    assert can_capture(model, torch.device("cuda")) is has
+
+
+def test_greedy_decoding_is_a_whole_forward_for_each_token() -> None:
+    torch.manual_seed(0)
+    model = qwen3_vl_moe(**EXPERTS_DIMS | {"image_token_id": 592, "video_token_id": 593}).eval()
+    for p in model.decoder.parameters():
+        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    generator = torch.Generator().manual_seed(0)
+    conversations = [Conversation([(1, 4, 4)]), Conversation([], 12), Conversation([(1, 6, 4)], 5)]
+    prompts = [conversation.sample(generator, QWEN3_VL_MOE) for conversation in conversations]
+    found = answers(model, prompts, 8, batch_size=2)
+    assert len({tuple(answer) for answer in found}) == 3
+    for prompt, answer in zip(prompts, found, strict=True):
+        assert len(set(answer)) > 2
+        sample = {**prompt, "tokens": [*prompt["tokens"], *answer]}
+        sample["labels"] = sample["tokens"]
+        behind = prompt["input_pos"].max() + 1 + torch.arange(len(answer))
+        sample["input_pos"] = torch.cat([prompt["input_pos"], behind[:, None].expand(-1, 3)])
+        row = packed_collate_vision([sample])
+        row.pop("targets"), row.pop("output_positions")
+        with torch.no_grad():
+            logits = model(**row)[0, -len(answer) - 1 : -1]
+        assert logits.argmax(-1).tolist() == answer
+
+
+def test_layers_with_experts_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = qwen3_vl_moe(**EXPERTS_DIMS, router_aux_loss_coef=0.5)
+    compiled = copy.deepcopy(plain)
+    for layer in compiled.decoder.layers:
+        layer.forward = torch.compile(layer.forward, backend="aot_eager")
+    for row in rows(2, 0, plain.encoders["vision"].geometry):
+        expected, found = plain(**row), compiled(**row)
+        torch.testing.assert_close(found, expected)
+        expected.sum().backward()
+        found.sum().backward()
+    named = dict(compiled.named_parameters())
+    for name, p in plain.decoder.named_parameters():
+        other = named[f"decoder.{name}"].grad
+        assert (other - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+
+
+def test_balance_of_a_share_of_a_row() -> None:
+    model = qwen3_vl_moe(**EXPERTS_DIMS, router_aux_loss_coef=0.5)
+    (row,) = rows(1, 0, model.encoders["vision"].geometry)
+    share = RowSharing(0, 2, (IMAGE, VIDEO))(row)
+    share.pop("encoder_input")
+    told = r"^router_aux_loss_coef needs packed rows, each whole .* parallel.context=1, or set"
+    with pytest.raises(ValueError, match=told):
+        model.eval().train().decoder(
+            model.tok_embeddings(share["tokens"]),
+            share["mask"],
+            input_pos=share["input_pos"],
+            targets=share["targets"],
+        )
+
+
+def lora(**settings: Any) -> Any:
+    return lora_qwen3_vl_moe(["q_proj"], **EXPERTS_DIMS, **settings)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "adapted": (lambda: lora(apply_lora_to_mlp=True), "^experts get no adapters: leave "),
+    "quantized": (lambda: lora(quantize_base=True), "^experts are not quantized: leave "),
+    "in full beside": (
+        lambda: lora_qwen3_vl_moe(
+            ["qkv"], **EXPERTS_DIMS, decoder_trainable="full", encoder_trainable="lora"
+        ),
+        "^experts are not trained beside adapters: make ",
+    ),
+    "none": (
+        lambda: qwen2_5_vl(**DIMS, router_aux_loss_coef=0.1),
+        "^router_aux_loss_coef is for the balance of experts, and this model has none: leave it",
+    ),
+    "float8": (
+        lambda: multiply_in_float8(qwen3_vl_moe(**EXPERTS_DIMS), torch.device("cpu")),
+        "^float8 is for linear layers, and experts are none: set float8=False",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals(what: str) -> None:
+    act, sentence = REFUSED[what]
+    with torch.device("meta"), pytest.raises(ValueError, match=sentence) as error:
+        act()
+    assert "\n" not in str(error.value)
+    with torch.device("meta"):  # the encoder's feed-forwards alone
+        mlps = lora_qwen3_vl_moe(
+            ["qkv"],
+            True,
+            **EXPERTS_DIMS,
+            decoder_trainable="frozen",
+            encoder_trainable="lora",
+        )
+    assert not any(p.requires_grad for p in mlps.decoder.parameters())
+
+
+@pytest.mark.slow
+def test_runs_of_one_and_of_two_processes(vocabulary: Path, tmp_path: Path) -> None:
+    write_inputs(tmp_path, vocabulary, 24, config=NARROW_QWEN3_VL_MOE)
+    settings = {"max_steps": 5, "model.router_aux_loss_coef": 0.01}
+    name = "qwen3_vl_moe/full"
+    one = run(write_config(tmp_path, tmp_path / "one", settings, name))
+    two = run(write_config(tmp_path, tmp_path / "two", {**settings, "num_workers": 1}, name), 2)
+    assert two == pytest.approx(one, rel=1e-5)
+    exports = [next((tmp_path / run_name).glob("epoch_*")) for run_name in ("one", "two")]
+    weights = [load_file(export / "model.safetensors") for export in exports]
+    assert weights[0].keys() == weights[1].keys()
+    # As published: experts, their inputs, their outputs
+    experts = weights[0]["model.language_model.layers.0.mlp.experts.gate_up_proj"]
+    assert experts.shape == (8, 80, 2 * 32)
+    _, told = AutoModelForImageTextToText.from_pretrained(exports[0], output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
