@@ -172,6 +172,7 @@ def test_gradient_free_feed_forward_is_the_recorded_one(directory: Path) -> None
     ("dimensions", "message"),
     [
         ({"embed_dim": 100, "num_heads": 3}, "100 does not divide into 3 heads of twice"),
+        ({"head_dim": 64}, r"head_dim is 64, and not twice the sum .* \[16, 24, 24\]"),
         ({"deepstack_layers": range(9)}, "a decoder of 1 layers is too short: 9 layers of the enc"),
         (
             {"mrope_sections": (16, 24, 23)},

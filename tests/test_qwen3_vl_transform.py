@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from quickstart.checkpoint import QWEN3_VL_CONFIG, write_tiny_checkpoint
+from tests.finetune_runs import NARROW_QWEN3_VL
 from tests.videos import Clip, write_clip, x264
 from torchtune_vl.chat._chat_template import without_marks
+from torchtune_vl.generation._answer_file import choices_of
 from torchtune_vl.media import Augmentation
 from torchtune_vl.models import qwen3_vl
+from torchtune_vl.models._registry import family_of
 from torchtune_vl.models.qwen3_vl import Qwen3_VLTransform, Qwen3_VLVideoTransform
 
 IM_START, IM_END, VISION_START, VISION_END, VIDEO_PAD = 151644, 151645, 151652, 151653, 151656
@@ -132,11 +136,12 @@ def test_a_line_break_before_an_answer_that_is_left_out(thinking: Qwen3_VLTransf
 
 def test_prompts_and_answers(instruct: Qwen3_VLTransform, thinking: Qwen3_VLTransform) -> None:
     for transform, end in ((instruct, "assistant\n"), (thinking, "assistant\n<think>\n")):
-        messages = [asked(IMAGE), answered("Yes.", reasoning_content="Hm")]
+        thought = {} if transform is instruct else {"reasoning_content": "Hm"}
+        messages = [asked(IMAGE), answered("Yes.", **thought)]
         prompt = transform({"messages": messages[:1]}, inference=True)["tokens"]
         assert transform.decode(prompt).endswith(f"<|im_start|>{end}")
-        answer = transform.answer_of({"messages": messages})
-        assert answer == ("Yes." if transform is instruct else "Hm\n</think>\n\nYes.")
+        assert transform.answer_of({"messages": messages}) == "Yes."
+        answer = "Yes." if transform is instruct else "Hm\n</think>\n\nYes."
         whole = transform({"messages": messages})["tokens"]
         assert [*prompt, *transform.answer_tokens(answer)] == whole[:-1]
         tokens, mask = transform.tokenize_message(messages[0])
@@ -234,15 +239,16 @@ def test_a_video_is_never_cut(instruct: Qwen3_VLTransform, truncation: str) -> N
 def test_measuring(instruct: Qwen3_VLTransform, thinking: Qwen3_VLTransform, tmp_path: Path):
     clip = Clip("mp4", frames=33, rate=10, size=(64, 96), options=x264("keyint=9"))
     film = {"type": "video", "video": str(write_clip(tmp_path / "clip.mp4", clip))}
-    messages = [
-        asked(IMAGE, film),
-        answered("a", tool_calls=[FUNCTION], reasoning_content="Hm"),
-        {"role": "tool", "content": [FILM, IMAGE]},
-        answered("b", reasoning_content="So"),
-        asked({**film, "max_frames": 5}),
-        answered("c"),
-    ]
     for transform in (instruct, thinking):
+        thought = {} if transform is instruct else {"reasoning_content": "Hm"}
+        messages = [
+            asked(IMAGE, film),
+            answered("a", tool_calls=[FUNCTION], **thought),
+            {"role": "tool", "content": [FILM, IMAGE]},
+            answered("b", **thought),
+            asked({**film, "max_frames": 5}),
+            answered("c"),
+        ]
         for length in range(2, 7, 2):
             sample = {"messages": messages[:length]}
             made = transform(sample)
@@ -304,3 +310,95 @@ def test_another_template_is_run_as_it_is(vocabulary: Path) -> None:
     assert trained(transform, messages) == "<think>a</think>b"
     assert transform.chat_template == template
     assert not transform.has_published_template
+
+
+def test_answers_are_scored_without_their_reasoning(
+    instruct: Qwen3_VLTransform, thinking: Qwen3_VLTransform
+) -> None:
+    whole = "It is small.\n</think>\n\nB"
+    assert [t.final_answer(whole) for t in (instruct, thinking)] == [whole, "B"]
+    assert thinking.final_answer("It is") == ""  # not ended
+    sample = {"messages": [asked(), answered("B", reasoning_content="Hm.")]}
+    assert thinking.answer_of(sample) == "B"
+    assert thinking.answer_of({"messages": [asked(), answered("B")]}) == "B"
+    choices = {"choices": ["cat", "dog"], "messages": [asked(), answered("B")]}
+    assert choices_of(choices, "B", instruct).keys() == {"A", "B"}
+    assert not choices_of(choices, "B", thinking)
+
+
+def test_a_reasoning_that_the_template_leaves_out(instruct: Qwen3_VLTransform) -> None:
+    sample = {"messages": [asked(), answered("B", reasoning_content="Hm.")]}
+    with pytest.raises(ValueError, match=r"message 1 \(assistant\).*leaves its reasoning_content"):
+        instruct(sample)
+    sample["messages"][1]["reasoning_content"] = ""
+    assert instruct(sample)["tokens"]
+
+
+def test_settings_that_mean_nothing_here(vocabulary: Path, tmp_path: Path) -> None:
+    path = vocabulary / "qwen.tiktoken"
+    with pytest.raises(ValueError, match="positions follow the clock: leave it out"):
+        Qwen3_VLTransform(path, tokens_per_second=2)
+    file = tmp_path / "template.jinja"
+    file.write_text(THINKING)
+    with pytest.raises(ValueError, match="are two templates: give one"):
+        Qwen3_VLTransform(path, chat_template=THINKING, chat_template_file=file)
+
+
+def test_a_template_of_ones_own_goes_before_the_directorys(
+    vocabulary: Path, tmp_path: Path
+) -> None:
+    write_tiny_checkpoint(tmp_path, vocabulary, config=NARROW_QWEN3_VL)
+    given = Qwen3_VLTransform.from_pretrained(tmp_path, chat_template=THINKING)
+    assert given.chat_template == THINKING
+    path = tmp_path / "video_preprocessor_config.json"
+    stated = json.loads(path.read_text())
+    for changes, message in (
+        ({"min_pixels": 4096}, "min_pixels is 4096, expected none: size has the limits"),
+        ({"num_frames": 16}, "num_frames is 16"),
+        ({"size": None}, "size is None, expected an object"),
+    ):
+        path.write_text(json.dumps({**stated, **changes}))
+        with pytest.raises(ValueError, match=message):
+            Qwen3_VLTransform.from_pretrained(tmp_path)
+
+
+def test_sides_that_are_given(instruct: Qwen3_VLTransform) -> None:
+    sides = {"resized_height": 64, "resized_width": 96}
+    made = instruct.image_transform({**IMAGE, **sides})
+    assert made["image_grid_thw"].tolist() == [[1, 4, 6]]
+
+
+def test_largest_areas_of_a_frame(vocabulary: Path) -> None:
+    capped = Qwen3_VLVideoTransform(max_pixels=4 * 1024)
+    with pytest.warns(UserWarning, match="more than that of the transform allows"):
+        capped({**FILM, "max_pixels": 10**7})
+    with pytest.raises(ValueError, match="max_pixels is 10, less than a token"):
+        capped({**FILM, "max_pixels": 10})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_config": {"num_attention_heads": 8}}, "num_attention_heads is 8.*say num_heads"),
+        ({"vision_config": {"rope_parameters": {"rope_theta": 100.0}}}, "rope_theta is 100.0"),
+        ({"text_config": {"rope_parameters": {"rope_theta": 1e4}}}, "what rope_scaling says"),
+        ({"text_config": {"attention_bias": True}}, "attention_bias is True, expected False"),
+        ({"vision_config": {"num_position_embeddings": 24}}, "expected a square number"),
+        ({"vision_config": {"deepstack_visual_indexes": [2, 0]}}, "expected increasing numbers"),
+        ({"text_config": {"rope_scaling": None}}, None),
+    ],
+)
+def test_configs_that_transformers_reads_otherwise(
+    changes: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    config = {**QWEN3_VL_CONFIG}
+    config["text_config"] = {**config["text_config"], "head_dim": 128}
+    config["text_config"]["rope_scaling"] = {"mrope_section": [24, 20, 20]}
+    for part, own in changes.items():
+        config[part] = {**config[part], **own}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if message is None:
+        assert family_of(tmp_path).all_dimensions(tmp_path)["mrope_sections"] == (24, 20, 20)
+        return
+    with pytest.raises(ValueError, match=message):
+        family_of(tmp_path).all_dimensions(tmp_path)

@@ -522,7 +522,7 @@ def test_names_go_there_and_back(base: Path) -> None:
     }
     assert qwen2_5_vl_peft_to_tune(older).keys() == names.keys()
     with pytest.raises(ValueError, match="1 names are not of"):
-        qwen2_5_vl_peft_to_tune({"base_model.model.model.layers.0.mlp.gate.lora_A.weight": 1})
+        qwen2_5_vl_peft_to_tune({"base_model.model.model.layers.0.mlp.other.lora_A.weight": 1})
 
 
 @pytest.mark.parametrize("fusion_trainable", ["lora", "full"])

@@ -157,7 +157,7 @@ def answer(rng: random.Random, kind: str) -> dict[str, Any]:
         turn["tool_calls"] = [call(rng) for _ in range(rng.randint(1, 2))]
     thought = rng.choice(THOUGHTS)
     way = rng.choice(("none", "key", "tags", "end"))
-    if way == "key":
+    if way == "key" and kind == "thinking":  # others leave it out, which is refused
         turn["reasoning_content"] = thought
     if way in ("tags", "end"):
         before = f"<think>{thought}</think>" if way == "tags" else f"{thought}</think>"

@@ -112,6 +112,7 @@ class ChatTransform(QwenTokenizer):
     geometry: ClassVar[Geometry]
     processors: ClassVar[files.ProcessorClasses]
     default_tokens_per_second: ClassVar[int | None] = None
+    follows_the_clock: ClassVar[bool] = True  # whether positions of videos may
     videos: ClassVar[type[VideoTransform]] = VideoTransform
 
     def __init__(
@@ -151,6 +152,11 @@ class ChatTransform(QwenTokenizer):
         for name, number in numbers.items():
             if number is not None and (type(number) is not int or number < 1):
                 raise ValueError(f"{name} is {number!r}: make it an integer of at least 1")
+        if chat_template is not None and chat_template_file is not None:
+            raise ValueError("chat_template and chat_template_file are two templates: give one")
+        if tokens_per_second is not None and not self.follows_the_clock:
+            problem = "tokens_per_second is of families whose positions follow the clock"
+            raise ValueError(f"{problem}: leave it out")
         if chat_template_file is not None:
             chat_template, numbers_media = files.read_chat_template(chat_template_file)
             add_vision_id |= numbers_media
@@ -200,7 +206,10 @@ class ChatTransform(QwenTokenizer):
         if not vocabulary.exists():
             vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
         given = {name: value for name, value in settings.items() if value is not None}
-        transform = cls(vocabulary, merges, **{**cls.settings_of(directory), **given})
+        stated = cls.settings_of(directory)
+        if "chat_template" in given:
+            stated.pop("chat_template_file", None)
+        transform = cls(vocabulary, merges, **{**stated, **given})
         files.check_token_ids(vocabulary, transform)
         return transform
 
@@ -339,8 +348,9 @@ class ChatTransform(QwenTokenizer):
     def answer_of(self, sample: Mapping[str, Any]) -> str:
         """The answer at the end of a sample of :meth:`__call__`, as a model is to write it.
 
-        Boxes are in the pixels of the resized image then. No medium is decoded. It is empty if the
-        last message is none of the assistant. ``ValueError`` as there.
+        That is without a reasoning, as :meth:`final_answer` has it. Boxes are in the pixels of the
+        resized image then. No medium is decoded. It is empty if the last message is none of the
+        assistant. ``ValueError`` as there.
         """
         with _naming(sample):
             media = sample.get("images"), sample.get("videos")
@@ -353,7 +363,17 @@ class ChatTransform(QwenTokenizer):
             tools = chat.read_tools(sample.get("tools"))
             whole = self.prompts.build(encoded, tools, inference=False)
         pairs = zip(whole.tokens, whole.mask, strict=True)
-        return self.decode([t for t, masked in pairs if not masked and t not in self.stop_tokens])
+        trained = [t for t, masked in pairs if not masked and t not in self.stop_tokens]
+        return self.final_answer(self.decode(trained))
+
+    @property
+    def writes_reasoning(self) -> bool:
+        """Whether an answer begins with a reasoning, as the chat template asks for it."""
+        return False
+
+    def final_answer(self, text: str) -> str:
+        """Return what is to be scored of an answer: what follows its reasoning, if it has one."""
+        return text
 
     def answer_tokens(self, text: str) -> list[int]:
         """The ids of an answer, up to and with its end, behind the prompt of :meth:`to_answer`.
@@ -536,6 +556,11 @@ class ChatTransform(QwenTokenizer):
         draws: Iterable[Draw] = (),
     ) -> list[chat.EncodedTurn]:
         """Encode media, and write boxes in the pixels of the images that they belong to."""
+        template = self.prompts.chat_template or CHAT_TEMPLATE
+        for number, turn in enumerate(turns):
+            if turn.given.get("reasoning_content") and "reasoning_content" not in template:
+                left_out = "the chat template leaves its reasoning_content out"
+                raise ValueError(f"message {number} ({turn.role}): {left_out}: remove it")
         encode = partial(self._encode_item, measuring=measuring, draws=iter(draws))
         encoded = _each_item(turns, encode)
         parts = [part for turn in encoded for part in turn.content]

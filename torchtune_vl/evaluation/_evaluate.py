@@ -60,7 +60,7 @@ def evaluate(
     for column in columns:
         if all(dataset.column(n, column) is None for n in range(len(dataset))):
             raise ValueError(f"no record has a column {column!r}")
-    samples = [_described(record, dataset, columns) for record in records]
+    samples = [_described(record, dataset, columns, transform) for record in records]
     scored = [sample for sample in samples if "error" not in sample]
     if not scored:
         raise ValueError("there is no answer to score: see the errors of the samples")
@@ -76,12 +76,14 @@ def evaluate(
         "samples": samples,
     }
     if others is not None:
-        described = [_described(record, dataset, ()) for record in others]
+        described = [_described(record, dataset, (), transform) for record in others]
         report["comparison"] = _comparison(scored, described, metrics, dataset, transform)
     return report
 
 
-def _described(record: Record, dataset: Sources, columns: Sequence[str]) -> Record:
+def _described(
+    record: Record, dataset: Sources, columns: Sequence[str], transform: ChatTransform
+) -> Record:
     """A line of answers with its question, and with what the answer is compared with."""
     number = record["sample"]
     described = {key: record[key] for key in ("sample", "id")}
@@ -92,7 +94,7 @@ def _described(record: Record, dataset: Sources, columns: Sequence[str]) -> Reco
     return {
         **described,
         "question": _text_of(sample["messages"][:-1] or sample["messages"]),
-        "answer": record["answer"],
+        "answer": transform.final_answer(record["answer"]),
         "ended": record["ended"],
         "truths": truths,
         "choices": sample.get("choices") or [],
@@ -112,6 +114,9 @@ def _text_of(messages: Sequence[Any]) -> str:
 def _scores(
     metric: Metric, samples: Sequence[Record], dataset: Sources, transform: ChatTransform
 ) -> Scores:
+    if metric.takes == "logprobs" and transform.writes_reasoning:
+        problem = f"{metric.name} needs answers without a reasoning, and the chat template asks for"
+        raise ValueError(f"{problem} one: take a metric of answers, or a template without")
     for sample in samples:
         if not sample["truths"]:
             raise ValueError(f"sample {sample['id']!r} has no answer to compare with: leave it out")

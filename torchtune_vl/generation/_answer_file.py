@@ -42,9 +42,9 @@ def choices_of(
 ) -> dict[str, list[int]]:
     """The choices of a sample as answers, with their ids: letters or texts, as its truth is one.
 
-    There are none if it is neither.
+    There are none if it is neither, or if answers begin with a reasoning, which choices have not.
     """
-    texts = sample.get("choices") or []
+    texts = [] if transform.writes_reasoning else sample.get("choices") or []
     for answers in (ascii_uppercase[: len(texts)], texts):
         ids = map(transform.answer_tokens, answers)
         found = {transform.decode(each[:-1]): each for each in ids}  # as truths are written

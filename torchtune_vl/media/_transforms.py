@@ -40,6 +40,8 @@ MIN_FRAMES = 4
 MAX_FRAMES = 768
 FRAME_FACTOR = 2  # what numbers of frames are multiples of
 
+SIDES_TOKENS = (4, 16384)  # the least and most of a frame whose sides are given
+
 # The settings that a sample may have
 SIDES = ("resized_height", "resized_width")
 SIZING = ("min_pixels", "max_pixels", *SIDES)
@@ -160,7 +162,7 @@ class MediumTransform:
             raise ValueError("has one of resized_height and resized_width: give both or none")
         if SIDES[0] in settings:
             size = (settings["resized_height"], settings["resized_width"])
-            areas = self.geometry.min_pixels, self.geometry.max_pixels
+            areas = (tokens * self.geometry.unit**2 for tokens in SIDES_TOKENS)
             height, width = _patches.smart_resize(*size, self.geometry.unit, *areas)
         else:
             height, width = self._resized(size, frames, settings)
@@ -211,7 +213,7 @@ class ImageTransform(MediumTransform):
     path, ``file://``, ``data:`` or ``https://`` URL, or binary file handle, which stays open and
     where it is. The sample's own "min_pixels" and "max_pixels" go before those of the transform,
     and "resized_height" and "resized_width" before all of them, moved to multiples of a unit with
-    an area within the geometry's, as in qwen-vl-utils. None counts as absent.
+    an area of 4 to 16,384 tokens, as in qwen-vl-utils. None counts as absent.
 
     A call adds ``pixel_values`` float32 [grid_h * grid_w, 1176], or uint8 [grid_h * grid_w, 588];
     ``image_grid_thw`` int64 [1, 3] (patches along time, height and width); ``num_image_tokens``,

@@ -1,6 +1,7 @@
 """A checkpoint's ``config.json`` to the dimensions of its model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,11 @@ def common_dimensions(
 
 def _rope(text: JsonObject, head_dim: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary parameters from ``rope_parameters`` or from ``rope_theta`` and ``rope_scaling``."""
-    given = text.part("rope_parameters" if "rope_parameters" in text.content else "rope_scaling")
+    parts = [text.part(name) for name in ("rope_parameters", "rope_scaling") if name in text]
+    given = parts[0] if parts else replace(text, content={})
+    if any(part.content != given.content for part in parts):
+        expected = "what rope_scaling says, or nothing: releases of transformers take either"
+        raise text.error("rope_parameters", expected)
     for name in ("rope_type", "type"):
         if given.content.get(name, "default") not in ("default", "mrope"):
             raise given.error(name, "'default' or 'mrope': rotary embeddings are not scaled here")

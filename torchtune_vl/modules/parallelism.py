@@ -44,6 +44,9 @@ def decoder_tp_plan(model: VisionLanguageModel) -> dict[str, ParallelStyle]:
     if any(isinstance(p.data, NF4Tensor) for p in model.decoder.parameters()):
         problem = "quantized weights do not divide over devices that share layers"
         raise ValueError(f"{problem}: set parallel.tensor to 1, parallel.shard divides them")
+    if len(model.encoders["vision"].deepstack_layers) >= len(model.decoder.layers):
+        problem = "features are added behind all layers, the last of which gives whole rows"
+        raise ValueError(f"{problem}: set parallel.tensor to 1")
     plan: dict[str, ParallelStyle] = {"decoder": _SharedTokens()}
     for i in range(len(model.decoder.layers)):
         layer = f"decoder.layers.{i}"

@@ -72,6 +72,10 @@ def _dimensions(
     dimensions = config_json.common_dimensions(config, vision, text_defaults, **keys)
     supported = {"hidden_act": "gelu_pytorch_tanh", "spatial_merge_size": GEOMETRY.merge_size}
     config_json.support_only(vision, **supported)
+    rope = vision.part("rope_parameters").over({"rope_theta": 10000.0})
+    config_json.support_only(rope, rope_theta=10000.0)
+    if "num_attention_heads" in vision:  # transformers takes it for the other
+        raise vision.error("num_attention_heads", "nothing: say num_heads")
     places = vision.whole("num_position_embeddings", most=config_json.WIDEST)
     if math.isqrt(places) ** 2 != places:
         raise vision.error("num_position_embeddings", "a square number")

@@ -1,5 +1,6 @@
 """What conversations become for Qwen3-VL (arXiv 2511.21631): its sizes, videos and templates."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -33,7 +34,7 @@ _TEMPLATES = [
     (files(__package__) / f"{kind}.jinja").read_text(encoding="utf-8")
     for kind in ("instruct", "thinking")
 ]
-_INSTRUCT, _ = _TEMPLATES
+_INSTRUCT, _THINKING = _TEMPLATES
 _PUBLISHED = {without_marks(template).strip(): template for template in _TEMPLATES}
 # What the width and the height of any image are in boxes
 _EXTENT = 1000
@@ -91,6 +92,11 @@ class Qwen3_VLVideoTransform(VideoTransform):
         frames = max(frames, self.geometry.temporal_patch_size)  # one is repeated
         if caps:
             cap = min(caps) // tokens * tokens
+            if not cap:
+                raise ValueError(f"max_pixels is {min(caps)}, less than a token: {tokens}")
+            if caps[0] > min(caps):
+                told = "max_pixels of a video is more than that of the transform allows"
+                warnings.warn(f"{told}: this holds", stacklevel=2)
             most = max(min(cap, most // frames), int(least * 1.05)) * frames
         if least > most:
             wrong = f"min_pixels is {least} and total_pixels {most}, of all frames together"
@@ -129,6 +135,7 @@ class Qwen3_VLTransform(ChatTransform):
         "Qwen3VLProcessor", "Qwen2VLImageProcessorFast", "Qwen3VLVideoProcessor", {}
     )
     videos = Qwen3_VLVideoTransform
+    follows_the_clock = False
     more_tokens = ("<tool_response>", "</tool_response>", "<think>", "</think>")
 
     @classmethod
@@ -140,8 +147,17 @@ class Qwen3_VLTransform(ChatTransform):
 
     @classmethod
     def settings_of_videos(cls, videos: JsonObject, fixed: Mapping[str, Any]) -> dict[str, Any]:
-        """Read limits of the area of all frames, and how these are chosen."""
+        """Read limits of the area of all frames, and how these are chosen.
+
+        ``ValueError`` for what transformers reads otherwise: limits beside or without ``size``, and
+        a number of frames.
+        """
         limits = processor_files.limits_of(videos, fixed)
+        for name in ("min_pixels", "max_pixels", "num_frames"):
+            if name in videos:
+                raise videos.error(name, "none: size has the limits, and fps chooses frames")
+        if "size" not in videos:
+            raise videos.error("size", "limits of the area of all frames")
         names = {"min_pixels": "video_min_pixels", "max_pixels": "video_total_pixels"}
         settings: dict[str, Any] = {names[name]: limits[name] for name in limits}
         if "cap_pixels_per_frame" in videos and videos.flag("cap_pixels_per_frame"):
@@ -166,6 +182,15 @@ class Qwen3_VLTransform(ChatTransform):
     def has_published_template(self) -> bool:
         """Whether the chat template is that of Instruct or of Thinking."""
         return self.prompts.chat_template in _TEMPLATES
+
+    @property
+    def writes_reasoning(self) -> bool:
+        """Whether the chat template is that of Thinking."""
+        return self.prompts.chat_template == _THINKING
+
+    def final_answer(self, text: str) -> str:
+        """Return what follows the reasoning, nothing if that has not ended."""
+        return text.partition("</think>")[2].lstrip("\n") if self.writes_reasoning else text
 
     def step_texts(self, times: Sequence[float]) -> list[str]:
         """Write the time before each step, in seconds."""
