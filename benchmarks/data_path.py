@@ -9,11 +9,9 @@ documentation of Python; --images adds a folder of your own. It takes about five
 """
 
 import argparse
-import json
 import math
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -35,21 +33,23 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import spread
-from quickstart.checkpoint import CONFIG, PREPROCESSOR_CONFIG
+from quickstart.checkpoint import CONFIGS, write_tiny_checkpoint
 from quickstart.vocabulary import fetch_vocabulary
-from torchtune_vl.chat import CHAT_TEMPLATE
+from torchtune_vl.chat import ChatTransform
 from torchtune_vl.data import padded_collate_vision
-from torchtune_vl.models.qwen2_5_vl import GEOMETRY, Qwen2_5_VLTransform
+from torchtune_vl.models import transform_from_pretrained
 from torchtune_vl.validation import import_torchvision
 
 import_torchvision()  # before transformers, which looks for it at import
 
 from qwen_vl_utils import process_vision_info  # noqa: E402
-from transformers import AutoProcessor, Qwen2_5_VLProcessor  # noqa: E402
+from transformers import AutoProcessor, ProcessorMixin  # noqa: E402
 from transformers.image_utils import load_image  # noqa: E402
+from transformers.video_utils import load_video  # noqa: E402
 
 ASSETS = Path(__file__).parents[1] / ".assets"
 PHOTOGRAPH = Path(str(find_spec("skimage").origin)).parent / "data" / "motorcycle_left.png"
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 QUESTION = "What is in this image? Name every object that you can see, and where it is."
 TEXT_TOKENS = 270
 TEXT_BYTES = 100_000
@@ -86,6 +86,7 @@ def main() -> None:
     )
     parser.add_argument("--images", type=Path, help="folder of JPEG and PNG files to add")
     parser.add_argument("--runs", type=int, default=30, help="paired runs of each case")
+    parser.add_argument("--family", choices=CONFIGS, default=next(iter(CONFIGS)))
     arguments = parser.parse_args()
     if arguments.runs < 2:
         parser.error("--runs must be at least 2: quartiles are printed")
@@ -95,7 +96,9 @@ def main() -> None:
     print(f"Python {platform.python_version()}, ", end="")
     print(", ".join(f"{package} {version(package)}" for package in PACKAGES))
     with TemporaryDirectory() as temporary:
-        checkpoint = write_settings(Path(temporary, "checkpoint"))
+        checkpoint = Path(temporary, "checkpoint")
+        vocabulary = fetch_vocabulary(ASSETS / "tokenizer")
+        write_tiny_checkpoint(checkpoint, vocabulary, config=CONFIGS[arguments.family])
         with one_core():
             print(f"\nOne core, {arguments.runs} paired runs: median (quartiles)\n")
             print("| input | times faster than transformers | target | time / floor | target |")
@@ -110,7 +113,7 @@ def cases(checkpoint: Path, clip: Path, folder: Path | None) -> Iterator[Case]:
     processor = AutoProcessor.from_pretrained(checkpoint)
     assert processor.image_processor.backend == "torchvision"
     transforms = {
-        dtype: Qwen2_5_VLTransform.from_pretrained(checkpoint, patch_dtype=dtype)
+        dtype: transform_from_pretrained(checkpoint, patch_dtype=dtype)
         for dtype in ("float32", "uint8")
     }
     transform = transforms["float32"]
@@ -141,9 +144,7 @@ def cases(checkpoint: Path, clip: Path, folder: Path | None) -> Iterator[Case]:
     )
 
 
-def text_case(
-    transform: Qwen2_5_VLTransform, processor: Qwen2_5_VLProcessor, question: str
-) -> Case:
+def text_case(transform: ChatTransform, processor: ProcessorMixin, question: str) -> Case:
     """A question without an image."""
     messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
 
@@ -161,8 +162,8 @@ def text_case(
 
 def image_case(
     name: str,
-    transform: Qwen2_5_VLTransform,
-    processor: Qwen2_5_VLProcessor,
+    transform: ChatTransform,
+    processor: ProcessorMixin,
     images: Sequence[bytes],
     target: str,
     floor_target: str,
@@ -188,7 +189,9 @@ def image_case(
         visions.append(sample["encoder_input"]["vision"])
         if transform.image_transform.patch_dtype == "float32":
             assert torch.equal(visions[-1]["patches"], expected["pixel_values"])
-    sizes = [(vision["grid_thw"][0, 1:] * GEOMETRY.patch_size).tolist() for vision in visions]
+    sizes = [
+        (vision["grid_thw"][0, 1:] * transform.geometry.patch_size).tolist() for vision in visions
+    ]
     outputs = [(vision["patches"].shape, vision["patches"].numpy().dtype) for vision in visions]
     del visions, sample, expected
 
@@ -220,8 +223,12 @@ def least_work(
     np.empty(shape, dtype).fill(1)
 
 
-def video_case(transform: Qwen2_5_VLTransform, processor: Qwen2_5_VLProcessor, clip: Path) -> Case:
-    """A video file and a question; qwen-vl-utils reads it for transformers."""
+def video_case(transform: ChatTransform, processor: ProcessorMixin, clip: Path) -> Case:
+    """A video file and a question; qwen-vl-utils reads it for transformers.
+
+    Where steps stand apart in the text, transformers reads it itself, by decord too, and is given
+    the text without the pair of tokens around them, as ours is.
+    """
     content = [{"type": "video", "video": str(clip)}, {"type": "text", "text": QUESTION}]
     messages = [{"role": "user", "content": content}]
 
@@ -230,6 +237,16 @@ def video_case(transform: Qwen2_5_VLTransform, processor: Qwen2_5_VLProcessor, c
 
     def theirs() -> Mapping[str, Any]:
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        if transform.step_texts([0.0]):
+            sample = processor.video_processor.sample_frames
+            frames, metadata = load_video(str(clip), backend="decord", sample_indices_fn=sample)
+            return processor(
+                text=[prompt.replace(VIDEO, "<|video_pad|>")],
+                videos=[frames],
+                video_metadata=[metadata],
+                do_sample_frames=False,
+                return_tensors="pt",
+            )
         _, videos, settings = process_vision_info(
             messages, return_video_kwargs=True, return_video_metadata=True
         )
@@ -295,7 +312,7 @@ def print_batches(checkpoint: Path) -> None:
     """Print what a second data worker adds, and the bytes of a batch."""
     datasets = {
         dtype: Questions(
-            Qwen2_5_VLTransform.from_pretrained(checkpoint, patch_dtype=dtype),
+            transform_from_pretrained(checkpoint, patch_dtype=dtype),
             jpeg(*FULL_HD),
         )
         for dtype in ("float32", "uint8")
@@ -324,7 +341,7 @@ def print_batches(checkpoint: Path) -> None:
 class Questions(Dataset):
     """The same image and question many times."""
 
-    def __init__(self, transform: Qwen2_5_VLTransform, image: bytes) -> None:
+    def __init__(self, transform: ChatTransform, image: bytes) -> None:
         self.transform = transform
         self.image = image
 
@@ -405,24 +422,12 @@ def one_core() -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
-def write_settings(directory: Path) -> Path:
-    """Write a checkpoint's files without its weights."""
-    shutil.copytree(fetch_vocabulary(ASSETS / "tokenizer"), directory)
-    for name, content in {
-        "config.json": CONFIG,
-        "preprocessor_config.json": PREPROCESSOR_CONFIG,
-        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
-    }.items():
-        (directory / name).write_text(json.dumps(content), encoding="utf-8")
-    return directory
-
-
 def prose() -> str:
     """English, with some code: what Python's help() knows of the language."""
     return "\n".join(topics.values())
 
 
-def question_of(transform: Qwen2_5_VLTransform, tokens: int) -> str:
+def question_of(transform: ChatTransform, tokens: int) -> str:
     """A question of so many tokens, with all that the chat template adds."""
     messages = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
     template = transform({"messages": messages}, inference=True)["tokens"]
