@@ -237,7 +237,7 @@ def video_case(transform: ChatTransform, processor: ProcessorMixin, clip: Path) 
 
     def theirs() -> Mapping[str, Any]:
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-        if transform.step_texts([0.0]):
+        if transform.has_timed_steps:
             sample = processor.video_processor.sample_frames
             frames, metadata = load_video(str(clip), backend="decord", sample_indices_fn=sample)
             return processor(

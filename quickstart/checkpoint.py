@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from quickstart.vocabulary import write_vocabulary
+from quickstart.vocabulary import RANKS, write_vocabulary
+from torchtune_vl.chat import CHAT_TEMPLATE
+from torchtune_vl.chat._chat_template import without_marks
 from torchtune_vl.models import model_from_pretrained
 from torchtune_vl.models._registry import family_of
 
@@ -132,7 +134,7 @@ PREPROCESSOR_CONFIG = {
 }
 
 # As published, but for the least area of an image: 64 x 64 pixels instead of 256 x 256
-_QWEN3_VL_PROCESSOR = {
+QWEN3_VL_PROCESSOR = {
     "patch_size": 16,
     "temporal_patch_size": 2,
     "merge_size": 2,
@@ -143,12 +145,12 @@ _QWEN3_VL_PROCESSOR = {
 _QWEN3_VL_PROCESSORS = {
     "preprocessor_config.json": {
         "size": {"longest_edge": 16777216, "shortest_edge": 4096},
-        **_QWEN3_VL_PROCESSOR,
+        **QWEN3_VL_PROCESSOR,
         "image_processor_type": "Qwen2VLImageProcessorFast",
     },
     "video_preprocessor_config.json": {
         "size": {"longest_edge": 25165824, "shortest_edge": 4096},
-        **_QWEN3_VL_PROCESSOR,
+        **QWEN3_VL_PROCESSOR,
         "video_processor_type": "Qwen3VLVideoProcessor",
     },
 }
@@ -182,14 +184,14 @@ def write_tiny_checkpoint(
     processors: dict[str, Any] = {
         "preprocessor_config.json": {**PREPROCESSOR_CONFIG, "processor_class": processor_class}
     }
-    transform = family.transform(directory / "vocab.json", directory / "merges.txt")
     if family.transform.more_tokens:
         processors = _QWEN3_VL_PROCESSORS
-        write_vocabulary(transform, directory)
+        write_vocabulary(family.transform(vocabulary / RANKS), directory)
+    template = family.transform.template_to_run(None) or CHAT_TEMPLATE
     for name, content in {
         **processors,
         "generation_config.json": GENERATION_CONFIG,
-        "chat_template.json": {"chat_template": transform.chat_template},
+        "chat_template.json": {"chat_template": without_marks(template)},
     }.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     hidden_size = config.get("text_config", config)["hidden_size"]

@@ -14,6 +14,7 @@ from quickstart.checkpoint import QWEN3_VL_CONFIG, write_tiny_checkpoint
 from tests.finetune_runs import NARROW_QWEN3_VL
 from tests.videos import Clip, write_clip, x264
 from torchtune_vl.chat._chat_template import without_marks
+from torchtune_vl.evaluation import metrics_of
 from torchtune_vl.generation._answer_file import choices_of
 from torchtune_vl.media import Augmentation
 from torchtune_vl.models import qwen3_vl
@@ -402,3 +403,15 @@ def test_configs_that_transformers_reads_otherwise(
         return
     with pytest.raises(ValueError, match=message):
         family_of(tmp_path).all_dimensions(tmp_path)
+
+
+def test_metrics_of_choices_are_refused_before_answers_are_made(
+    instruct: Qwen3_VLTransform, thinking: Qwen3_VLTransform
+) -> None:
+    for metric in metrics_of(["choice_likelihood", "exact_match"]):
+        metric.check_fits(instruct)
+        if metric.name == "exact_match":
+            metric.check_fits(thinking)
+            continue
+        with pytest.raises(ValueError, match="choice_likelihood needs answers without a reasoning"):
+            metric.check_fits(thinking)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from quickstart.checkpoint import PREPROCESSOR_CONFIG, write_tiny_checkpoint
 from quickstart.vocabulary import write_vocabulary
-from tests.finetune_runs import NARROW_QWEN3_VL
+from tests.finetune_runs import NARROW_QWEN3_VL, NARROW_QWEN3_VL_MOE
 from tests.reference import QWEN2_VL, reference_config, reference_model
 from torchtune_vl.chat import CHAT_TEMPLATE, QwenTokenizer
 from torchtune_vl.chat._vocabulary import SPECIAL_TOKENS
@@ -239,10 +240,14 @@ def test_another_family(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "built-in video" in {case.name for case in row_of(report, "positions").cases}
 
 
+TIMED_STEPS = {"dense": NARROW_QWEN3_VL, "experts": NARROW_QWEN3_VL_MOE}
+
+
+@pytest.mark.parametrize("config", TIMED_STEPS.values(), ids=TIMED_STEPS)
 def test_a_family_whose_videos_are_steps_with_times(
-    vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: dict[str, Any], vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tiny_checkpoint(tmp_path, vocabulary, config=NARROW_QWEN3_VL)
+    write_tiny_checkpoint(tmp_path, vocabulary, config=config)
     monkeypatch.setattr(comparing, "MAX_TOKENS", 60)
     report = validate(tmp_path, logits=True)
     assert report.verdict == "16 rows pass, 0 fail"

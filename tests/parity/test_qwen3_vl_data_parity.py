@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 from transformers.video_utils import VideoMetadata
 
+from quickstart.checkpoint import QWEN3_VL_PROCESSOR
 from quickstart.vocabulary import write_vocabulary
 from tests.conversations import TEXTS
 from tests.parity.figures import record
@@ -39,22 +40,14 @@ from torchtune_vl.models.qwen3_vl import (
 )
 
 # As published
-SETTINGS: dict[str, Any] = {
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "processor_class": "Qwen3VLProcessor",
-}
 IMAGES = {
     "size": {"longest_edge": 16777216, "shortest_edge": 65536},
-    **SETTINGS,
+    **QWEN3_VL_PROCESSOR,
     "image_processor_type": "Qwen2VLImageProcessorFast",
 }
 VIDEOS = {
     "size": {"longest_edge": 25165824, "shortest_edge": 4096},
-    **SETTINGS,
+    **QWEN3_VL_PROCESSOR,
     "video_processor_type": "Qwen3VLVideoProcessor",
 }
 TEMPLATES = {

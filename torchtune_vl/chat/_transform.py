@@ -112,7 +112,7 @@ class ChatTransform(QwenTokenizer):
     geometry: ClassVar[Geometry]
     processors: ClassVar[files.ProcessorClasses]
     default_tokens_per_second: ClassVar[int | None] = None
-    follows_the_clock: ClassVar[bool] = True  # whether positions of videos may
+    has_timed_steps: ClassVar[bool] = False  # whether the text has the time of each of a video
     videos: ClassVar[type[VideoTransform]] = VideoTransform
 
     def __init__(
@@ -154,7 +154,7 @@ class ChatTransform(QwenTokenizer):
                 raise ValueError(f"{name} is {number!r}: make it an integer of at least 1")
         if chat_template is not None and chat_template_file is not None:
             raise ValueError("chat_template and chat_template_file are two templates: give one")
-        if tokens_per_second is not None and not self.follows_the_clock:
+        if tokens_per_second is not None and self.has_timed_steps:
             problem = "tokens_per_second is of families whose positions follow the clock"
             raise ValueError(f"{problem}: leave it out")
         if chat_template_file is not None:

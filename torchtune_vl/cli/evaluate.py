@@ -70,6 +70,8 @@ def _run(options: argparse.Namespace) -> int:
         transform, questions = _of_config(options)
     else:
         transform, questions = read_files(options, files, of_data, of_transform)
+    for metric in metrics:
+        metric.check_fits(transform)  # before answers are made, which may take long
     about = about_of(options, of_transform, questions, data=_data_of(options))
     status = _answer(options, about, transform, questions)
     if status is not None:

@@ -57,6 +57,8 @@ def evaluate(
         ValueError: if there is nothing to score, a metric needs what a sample lacks, or the other
             answers are to other questions.
     """
+    for metric in metrics:
+        metric.check_fits(transform)
     for column in columns:
         if all(dataset.column(n, column) is None for n in range(len(dataset))):
             raise ValueError(f"no record has a column {column!r}")
@@ -114,9 +116,6 @@ def _text_of(messages: Sequence[Any]) -> str:
 def _scores(
     metric: Metric, samples: Sequence[Record], dataset: Sources, transform: ChatTransform
 ) -> Scores:
-    if metric.takes == "logprobs" and transform.writes_reasoning:
-        problem = f"{metric.name} needs answers without a reasoning, and the chat template asks for"
-        raise ValueError(f"{problem} one: take a metric of answers, or a template without")
     for sample in samples:
         if not sample["truths"]:
             raise ValueError(f"sample {sample['id']!r} has no answer to compare with: leave it out")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from torchtune_vl.chat import ChatTransform
 from torchtune_vl.evaluation._bootstrap import Scores
 from torchtune_vl.evaluation._box_metrics import box_f1, box_iou, box_map, library
 
@@ -86,6 +87,12 @@ class Metric:
         }
         answers, truths = ([value] for value in pairs[self.takes])
         self.compute(answers, truths, *([[["1"]]] if self.needs_choices else []))
+
+    def check_fits(self, transform: ChatTransform) -> None:
+        """Raise ``ValueError`` if it is of choices, and answers begin with a reasoning instead."""
+        if self.takes == "logprobs" and transform.writes_reasoning:
+            problem = f"{self.name} needs answers without a reasoning, and the chat template asks"
+            raise ValueError(f"{problem} for one: take a metric of answers, or another template")
 
     def scores(
         self,

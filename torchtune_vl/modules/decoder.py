@@ -39,12 +39,10 @@ class Decoder(nn.Module):
     def __init__(self, dims: Dimensions, linear: MakeLinear) -> None:
         super().__init__()
         self.head_dim = 2 * sum(dims.mrope_sections)
-        heads_fit = dims.embed_dim == dims.num_heads * self.head_dim
+        dim = f"twice the sum of the M-RoPE sections {list(dims.mrope_sections)}"
         if dims.head_dim not in (None, self.head_dim):
-            sections = f"twice the sum of the M-RoPE sections {list(dims.mrope_sections)}"
-            raise ValueError(f"head_dim is {dims.head_dim}, and not {sections}")
-        if dims.head_dim is None and not heads_fit:
-            dim = f"twice the sum of the M-RoPE sections {list(dims.mrope_sections)}"
+            raise ValueError(f"head_dim is {dims.head_dim}, and not {dim}")
+        if dims.head_dim is None and dims.embed_dim != dims.num_heads * self.head_dim:
             heads = f"{dims.num_heads} heads of {dim}"
             raise ValueError(f"a width of {dims.embed_dim} does not divide into {heads}")
         if len(dims.deepstack_layers) > dims.num_layers:

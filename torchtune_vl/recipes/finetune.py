@@ -178,6 +178,7 @@ class FinetuneRecipe:
                 self.questions = self._make_questions(mixture)
                 for metric in metrics_of(cfg.metrics):
                     metric.check_installed()
+                    metric.check_fits(tokenizer)
                 self.transform = tokenizer
             order = {"rows_per_step": self.data_ranks, "shuffle": False, "epochs": 1}
             self.validation_rows = self._make_table_rows("dataset_val", mixture, **order)

@@ -58,8 +58,9 @@ def compare_vocabularies(run: Comparison) -> None:
 
 def _published(run: Comparison, what: str) -> dict[str, Any]:
     """The published settings of a kind, of the family that is compared."""
-    own = _PUBLISHED["of_families"].get(run.ours.family.package, {})
-    return {**_PUBLISHED[what], **own.get(what, {})}
+    family = run.ours.family.package
+    own = [some[what] for some in _PUBLISHED["of_families"] if family in some["families"]]
+    return {**_PUBLISHED[what], **(own[0] if own else {})}
 
 
 def _tokens(tokenizer: QwenTokenizer) -> list[bytes]:

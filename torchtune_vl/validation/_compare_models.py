@@ -43,13 +43,11 @@ def compare_conversations(run: Comparison, chats: list[Conversation], keep: int)
     transform = run.ours.transform
     # A template of another kind need not say where answers are, which training asks for
     asks = not transform.has_published_template
-    has_steps = bool(transform.step_texts([0.0]))
     samples: list[Sample] = []
     problems, moved = [], 0
     for conversation in run.track(chats, "conversations"):
         name, problem = conversation.name, conversation.problem
-        knows_tools = "tools" in (reference.processor.chat_template or "")
-        if conversation.tools is not None and not knows_tools:
+        if conversation.tools is not None and not reference.knows_tools:
             if not reference.tokenizer.chat_template:
                 problem = "conversations with tools need a chat template in tokenizer_config.json"
             elif any(item["type"] != "text" for item in conversation.items):
@@ -59,7 +57,7 @@ def compare_conversations(run: Comparison, chats: list[Conversation], keep: int)
             continue
         frames = [run.ours.frames(path) for path in conversation.values("video")]
         a = attempt(transform, conversation.sample, asks)
-        b = attempt(reference.chat, conversation, frames, asks, has_steps)
+        b = attempt(reference.chat, conversation, frames, asks)
         tokens = attempt(lambda s: s["tokens"], a), attempt(lambda s: s["input_ids"][0].tolist(), b)
         ids.add(compare(name, *tokens, text_of=lambda token: transform.decode([token])))
         if failed(a, b):
@@ -86,7 +84,7 @@ def compare_conversations(run: Comparison, chats: list[Conversation], keep: int)
             f"With tokens such as <|im_end|> in a text: {forged:,}. They are compared as tokens, "
             'parse_special="all", as in transformers; by default our transform takes them for text'
         )
-    if has_steps and any(c.values("video") for c in chats) and reference.keeps_pair_around_steps:
+    if any(c.values("video") for c in chats) and reference.keeps_pair_around_steps:
         notes.append(
             f"transformers {version('transformers')} leaves a pair of <|vision_start|> and "
             "<|vision_end|> around each video, whose steps have their own; compared is its text "
@@ -148,6 +146,9 @@ def compare_models(
         del b["lm_head.weight"]
     row.add(compare("names of tensors", sorted(a), sorted(b)))
     for name in run.track(sorted(a.keys() & b.keys()), "weights"):
+        # transformers 5 holds experts' matrices the other way round than they are published
+        if b[name].ndim == 3 and b[name].shape != a[name].shape:
+            b[name] = b[name].mT
         row.add(compare(name, a[name], b[name]))
     if logits and samples:
         _compare_logits(run, ours, theirs, samples)

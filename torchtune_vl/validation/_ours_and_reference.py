@@ -148,8 +148,15 @@ class Reference(_Side):
         return processor
 
     @property
+    def knows_tools(self) -> bool:
+        """Whether the processor's template writes tools, where the tokenizer's may have to."""
+        return "tools" in (self.processor.chat_template or "")
+
+    @property
     def keeps_pair_around_steps(self) -> bool:
         """Whether it leaves the template's pair of tokens around a video of steps with theirs."""
+        if not self.family.transform.has_timed_steps:
+            return False
         start = self.processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")
         frames = np.zeros((2, 64, 64, 3), np.uint8)
         metadata = VideoMetadata(2, fps=1.0, frames_indices=[0, 1])
@@ -184,14 +191,15 @@ class Reference(_Side):
         conversation: Conversation,
         frames: Sequence[Sequence[int]],
         asks: bool,
-        has_steps: bool,
     ) -> dict[str, torch.Tensor]:
         """Make the model's inputs; the template is the directory's, with tools the tokenizer's."""
         processor, messages, tools = self.processor, conversation.messages, conversation.tools
-        knows_tools = tools is None or "tools" in processor.chat_template
-        render = (processor if knows_tools else processor.tokenizer).apply_chat_template
+        is_processors = tools is None or self.knows_tools
+        render = (processor if is_processors else processor.tokenizer).apply_chat_template
         text = render(messages, tools=tools or None, tokenize=False, add_generation_prompt=asks)
-        if has_steps:  # which have pairs of their own, the only ones that the weights have seen
+        if (
+            self.family.transform.has_timed_steps
+        ):  # which have pairs of their own, the only ones that the weights have seen
             text = text.replace(_VIDEO, "<|video_pad|>")
         images = [*map(load_image, conversation.values("image"))]
         videos = [*map(_frames, conversation.values("video"), frames)]

@@ -8,7 +8,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from torchtune_vl.chat import QwenTokenizer as Qwen3_VLTokenizer
 from torchtune_vl.chat._processor_files import text_config
 from torchtune_vl.files._json import JsonObject
 from torchtune_vl.files._tensor_names import TensorNames
@@ -50,16 +49,12 @@ _VISION_DEFAULTS: dict[str, Any] = {
     "deepstack_visual_indexes": (8, 16, 24),
 }
 _MERGERS = {
-    f"{theirs}.{layer}": f"{ours}.{ours_of_layer}"
-    for theirs, ours in (
-        ("merger", "merger"),
-        ("deepstack_merger_list.{}", "deepstack_mergers.{}"),
-    )
-    for layer, ours_of_layer in (
-        ("norm", "norm"),
-        ("linear_fc1", "mlp.w1"),
-        ("linear_fc2", "mlp.w2"),
-    )
+    "merger.norm": "merger.norm",
+    "merger.linear_fc1": "merger.mlp.w1",
+    "merger.linear_fc2": "merger.mlp.w2",
+    "deepstack_merger_list.{}.norm": "deepstack_mergers.{}.norm",
+    "deepstack_merger_list.{}.linear_fc1": "deepstack_mergers.{}.mlp.w1",
+    "deepstack_merger_list.{}.linear_fc2": "deepstack_mergers.{}.mlp.w2",
 }
 
 
@@ -138,7 +133,6 @@ qwen3_vl_transform = Qwen3_VLTransform
 __all__ = [
     "GEOMETRY",
     "Qwen3_VLImageTransform",
-    "Qwen3_VLTokenizer",
     "Qwen3_VLTransform",
     "Qwen3_VLVideoTransform",
     "qwen3_vl_transform",

@@ -135,7 +135,7 @@ class Qwen3_VLTransform(ChatTransform):
         "Qwen3VLProcessor", "Qwen2VLImageProcessorFast", "Qwen3VLVideoProcessor", {}
     )
     videos = Qwen3_VLVideoTransform
-    follows_the_clock = False
+    has_timed_steps = True
     more_tokens = ("<tool_response>", "</tool_response>", "<think>", "</think>")
 
     @classmethod
