@@ -88,7 +88,9 @@ def test_keys_and_components(name: str) -> None:
     # Of weights that are trained in full
     assert list(cfg) == [key for key in KEYS.split() if key != "float8" or "full" in name]
     assert list(cfg.learning_rates) == ["encoder", "merger", "decoder"]
-    assert " ".join(cfg.parallel) == "replicate shard context tensor plan cpu_offload"
+    shares = ["replicate", "shard", "context", "tensor"]
+    shares += ["experts"] if "moe" in name else []
+    assert [*cfg.parallel] == [*shares, "plan", "cpu_offload"]
     found = 0
     for key in (*cfg, "parallel.plan"):
         node = OmegaConf.select(cfg, key)

@@ -9,7 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForImageTextToText
 
 from tests.finetune_runs import NARROW_QWEN3_VL_MOE, run, write_config, write_inputs
@@ -22,11 +25,20 @@ from torchtune_vl.media import Geometry
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl
 from torchtune_vl.models.qwen3_vl_moe import lora_qwen3_vl_moe, qwen3_vl_moe
 from torchtune_vl.modules.dimensions import Dimensions
-from torchtune_vl.modules.experts import Experts, grouped_product, has_grouped_product
-from torchtune_vl.training._sharding import default_dtype, multiply_in_float8
+from torchtune_vl.modules.experts import MixtureOfExperts, grouped_product, has_grouped_product
+from torchtune_vl.training._mesh import Mesh
+from torchtune_vl.training._sharding import (
+    default_dtype,
+    divide_experts,
+    local_part,
+    multiply_in_float8,
+    shard,
+)
 
 
-def experts_of(count: int = 7, active: int = 3, width: int = 24, embed_dim: int = 32) -> Experts:
+def experts_of(
+    count: int = 7, active: int = 3, width: int = 24, embed_dim: int = 32
+) -> MixtureOfExperts:
     others: Any = dict.fromkeys(
         ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_dim"), 1
     )
@@ -34,19 +46,22 @@ def experts_of(count: int = 7, active: int = 3, width: int = 24, embed_dim: int 
     others |= {"geometry": Geometry, "vision_norm": None, "vision_activation": F.silu}
     own = {"num_experts": count, "num_active_experts": active, "expert_dim": width}
     torch.manual_seed(0)
-    return Experts(Dimensions(embed_dim=embed_dim, vision_intermediate_dim=1, **own, **others))
+    dims = Dimensions(embed_dim=embed_dim, vision_intermediate_dim=1, **own, **others)
+    return MixtureOfExperts(dims)
 
 
-def by_the_definition(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+def by_the_definition(mixture: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
     """Token by token, expert by expert."""
     out = []
     for token in x.flatten(0, -2):
-        shares = (experts.router.weight @ token).softmax(0, dtype=torch.float32)
-        best = shares.topk(experts.num_active)
+        shares = (mixture.router.weight @ token).softmax(0, dtype=torch.float32)
+        best = shares.topk(mixture.num_active)
         result = torch.zeros_like(token)
         for share, number in zip(best.values / best.values.sum(), best.indices, strict=True):
-            gate, up = (token @ experts.gate_up_proj[number]).chunk(2)
-            result = result + share * ((F.silu(gate) * up) @ experts.down_proj[number])
+            gate, up = (token @ mixture.experts.gate_up_proj.weight[number]).chunk(2)
+            result = result + share * (
+                (F.silu(gate) * up) @ mixture.experts.down_proj.weight[number]
+            )
         out.append(result)
     return torch.stack(out).view_as(x)
 
@@ -203,6 +218,40 @@ def lora(**settings: Any) -> Any:
     return lora_qwen3_vl_moe(["q_proj"], **EXPERTS_DIMS, **settings)
 
 
+def shared(devices: int, experts: int, **dims: Any) -> Any:
+    """Share the experts of a model on the meta device with devices that are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=devices)
+    try:
+        mesh = Mesh(1, devices, 1, 1, experts)
+        shares = mesh.expert_devices("cpu")
+        assert shares is not None
+        model = qwen3_vl_moe(**{**EXPERTS_DIMS, **dims})
+        divide_experts(model, shares["experts"])
+        shard(model, mesh.devices("cpu"), torch.float32, False, shares)
+        return model
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_device_has_its_share_of_experts() -> None:
+    with torch.device("meta"):
+        model = shared(6, 2, num_experts=8)
+    own = {name: local_part(p).shape for name, p in model.decoder.layers[0].mlp.named_parameters()}
+    assert own == {
+        "router.weight": (2, 96),  # of 8 rows over 6 devices, the first has 2
+        "experts.gate_up_proj.weight": (4, 32, 48),
+        "experts.down_proj.weight": (4, 8, 96),
+    }
+
+
+def none_to_share() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        divide_experts(qwen2_5_vl(**DIMS), init_device_mesh("cpu", (2,)))
+    finally:
+        dist.destroy_process_group()
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "adapted": (lambda: lora(apply_lora_to_mlp=True), "^experts get no adapters: leave "),
     "quantized": (lambda: lora(quantize_base=True), "^experts are not quantized: leave "),
@@ -215,6 +264,19 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "none": (
         lambda: qwen2_5_vl(**DIMS, router_aux_loss_coef=0.1),
         "^router_aux_loss_coef is for the balance of experts, and this model has none: leave it",
+    ),
+    "not shared equally": (
+        lambda: shared(2, 2),
+        "^parallel.experts is 2, and does not divide the model's 7 experts: set it to a divisor",
+    ),
+    "parts of rows": (
+        lambda: shared(10, 2, num_experts=8),
+        "^5 devices have the same experts by parallel.experts, and do not divide the 96 rows that "
+        "gate_up_proj.weight has of each: raise it, or parallel.replicate",
+    ),
+    "none to share": (
+        none_to_share,
+        "^parallel.experts is 2, and the model has no experts: set parallel.experts=1",
     ),
     "float8": (
         lambda: multiply_in_float8(qwen3_vl_moe(**EXPERTS_DIMS), torch.device("cpu")),

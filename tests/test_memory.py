@@ -11,6 +11,7 @@ from torchtune import config as torchtune_config
 
 from benchmarks.memory import Case, apart
 from quickstart.checkpoint import CONFIG
+from tests.finetune_runs import NARROW_QWEN3_VL_MOE
 from torchtune_vl.cli import main
 from torchtune_vl.modules import Segments
 from torchtune_vl.modules.adapters import num_bytes
@@ -19,7 +20,10 @@ from torchtune_vl.training._memory import PURPOSES, _Alive, _OptimizerBytes, _Ru
 from torchtune_vl.training._mesh import Mesh
 
 MODELS = "torchtune_vl.models.qwen2_5_vl"
-PARALLEL = {"replicate": 1, "shard": None, "context": 1, "tensor": 1, "cpu_offload": False}
+PARALLEL: dict[str, Any] = {
+    **{"replicate": 1, "shard": None, "context": 1, "tensor": 1, "experts": 1},
+    "cpu_offload": False,
+}
 CHANGES = {
     "num_key_value_heads": 2,
     "image_token_id": 592,
@@ -106,7 +110,7 @@ def test_devices_share_states_and_gather_layers(checkpoint: Path, method: str) -
 
 
 def test_copies_of_the_weights_share_nothing(checkpoint: Path) -> None:
-    parallel = {"replicate": 2, "shard": 2, "context": 1, "tensor": 1, "cpu_offload": False}
+    parallel = {**PARALLEL, "replicate": 2, "shard": 2}
     copied = estimate(checkpoint, 4, parallel=parallel, rows_per_step=8)
     assert copied == estimate(checkpoint, 2, rows_per_step=4)
 
@@ -132,6 +136,36 @@ def test_devices_share_rows_and_layers(checkpoint: Path) -> None:
     layers = estimate(checkpoint, 2, parallel=parallel, rows_per_step=2)
     assert one["weights"] / 2 < layers["weights"] < one["weights"]
     assert one["activations"] / 2 < layers["activations"] < one["activations"]
+    assert not torch.distributed.is_initialized()
+
+
+def test_devices_share_experts(tmp_path: Path) -> None:
+    text: Any = NARROW_QWEN3_VL_MOE["text_config"]
+    wide = {**text, "moe_intermediate_size": 1024, "vocab_size": 600}
+    config = {
+        **NARROW_QWEN3_VL_MOE,
+        **{"text_config": wide, "image_token_id": 590, "video_token_id": 591},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = {
+        "_component_": "torchtune_vl.models.model_from_pretrained",
+        "checkpoint_dir": str(tmp_path),
+        "weights": False,
+    }
+    alone, two, four = (
+        estimate(
+            tmp_path,
+            4,
+            model=model,
+            rows={"max_tokens": 64, "max_patches": 16},
+            parallel={**PARALLEL, "experts": n},
+        )
+        for n in (1, 2, 4)
+    )
+    for name in ("weights", "gradients", "optimizer"):
+        assert two[name] == pytest.approx(alone[name], rel=0.001)
+        assert four[name] == pytest.approx(alone[name], rel=0.001)
+    assert four["gathered layers"] < two["gathered layers"] < alone["gathered layers"]
     assert not torch.distributed.is_initialized()
 
 
@@ -217,7 +251,7 @@ def test_what_is_alive_is_counted_once() -> None:
 
 def test_a_layer_keeps_what_cuda_kernels_keep(checkpoint: Path) -> None:
     tokens, width, hidden, keys, heads = 456, 128, 384, 2 * 64, 2
-    run = _Run(settings(checkpoint, dtype="bf16"), Mesh(1, 1, 1, 1), None)
+    run = _Run(settings(checkpoint, dtype="bf16"), Mesh(1, 1, 1, 1))
     layer = run.model.decoder.layers[0]
     with torch.device("meta"):
         x = torch.empty(1, tokens, width, dtype=torch.bfloat16, requires_grad=True)
@@ -235,7 +269,7 @@ def test_a_layer_keeps_what_cuda_kernels_keep(checkpoint: Path) -> None:
 
 
 def test_a_group_is_gathered_in_a_buffer_and_copied_out_of_it(checkpoint: Path) -> None:
-    run = _Run(settings(checkpoint), Mesh(1, 4, 1, 1), None)
+    run = _Run(settings(checkpoint), Mesh(1, 4, 1, 1))
     assert run.sharding is not None
     before, layer = run.sharding.groups[-2:]
     size = sum(p.nbytes for p in layer.parameters)

@@ -3,6 +3,7 @@
 import torchtune_vl._torchao  # noqa: F401 # isort: skip (before torchtune, in processes that tests start)
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from tests.finetune_runs import NARROW, run, write_config, write_inputs
+from tests.finetune_runs import NARROW, NARROW_QWEN3_VL_MOE, run, write_config, write_inputs
 from tests.test_finetune import ADAPTERS
 from torchtune_vl.data import Batch, RowSharing, packed_collate_vision
 from torchtune_vl.models._weights import load_weights_into
@@ -25,7 +26,15 @@ from torchtune_vl.modules.context import RowShare
 from torchtune_vl.modules.nf4 import PackedNF4
 from torchtune_vl.modules.parallelism import decoder_tp_plan
 from torchtune_vl.training._mesh import Mesh
-from torchtune_vl.training._sharding import average_copies, divide_layers, pack_quantized, shard
+from torchtune_vl.training._sharding import (
+    average_copies,
+    average_experts,
+    clip_grad_norm,
+    divide_experts,
+    divide_layers,
+    pack_quantized,
+    shard,
+)
 
 IMAGE, VIDEO = 590, 591
 DIMS: dict[str, Any] = {
@@ -63,6 +72,9 @@ EXPERTS_DIMS: dict[str, Any] = {
     "expert_dim": 24,
     "dense_layers": (1,),
 }
+# What devices can share; of six, two have three each, which two more divide by their rows
+SHARED_EXPERTS: dict[str, Any] = {**EXPERTS_DIMS, "num_experts": 8}
+FEW_SHARED_EXPERTS: dict[str, Any] = {**EXPERTS_DIMS, "num_experts": 6}
 
 
 def sample(rng: np.random.Generator, geometry: Any, grids: list[tuple[int, int, int]]) -> Any:
@@ -109,6 +121,8 @@ def model_of(method: str) -> Any:
         plain, lora, dims = qwen3_vl, lora_qwen3_vl, DEEPSTACK_DIMS
     if others[:1] == ["experts"]:
         plain, lora, dims = qwen3_vl_moe, lora_qwen3_vl_moe, EXPERTS_DIMS
+    if others[1:2] == ["shared"]:
+        dims = FEW_SHARED_EXPERTS if "few" in others else SHARED_EXPERTS
     if "balanced" in others:
         dims = {**dims, "router_aux_loss_coef": 0.5}
     if method == "full":
@@ -149,12 +163,15 @@ def gradients_on(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     devices, row_group = mesh.devices("cpu"), mesh.row_group("cpu")
+    expert_devices = mesh.expert_devices("cpu")
     with torch.device("meta"):
         model = model_of(method)
     if mesh.tensor > 1:
         divide_layers(model, devices["tensor"], decoder_tp_plan(model))
+    if expert_devices is not None:
+        divide_experts(model, expert_devices["experts"])
     if processes > mesh.tensor:
-        shard(model, devices, torch.float32, cpu_offload=False)
+        shard(model, devices, torch.float32, False, expert_devices)
     load_weights_into(model, weights, torch.device("cpu"))
     model.train()
     own = rows(4, 0, model.encoders["vision"].geometry)[rank // mesh.copies :: mesh.data]
@@ -168,12 +185,15 @@ def gradients_on(
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if mesh.tensor > 1:
         average_copies(trained.values(), devices["tensor"])
+    if expert_devices is not None:
+        average_experts(trained.values(), expert_devices)
+    norm = clip_grad_norm(trained.values(), math.inf)
     total = torch.stack(losses).sum()
     dist.all_reduce(total)
     found = {n: p.grad for n, p in trained.items()}
     whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
     if rank == 0:
-        torch.save({"loss": total / mesh.tensor, "gradients": whole}, out)
+        torch.save({"loss": total / mesh.tensor, "norm": norm, "gradients": whole}, out)
     dist.destroy_process_group()
 
 
@@ -208,6 +228,30 @@ def test_gradients_are_those_of_one_process(mesh: Mesh, method: str, tmp_path: P
         return
     if "balanced" in method and mesh.context > 1:
         pytest.skip("the balance of a row is known where all of it is: tests/test_experts.py")
+    compare_with_one_process(mesh, method, tmp_path)
+
+
+MESHES_OF_EXPERTS = {
+    "shard 2, experts 2": Mesh(1, 2, 1, 1, 2),
+    "context 2, experts 2": Mesh(1, 1, 2, 1, 2),
+    "shard 4, experts 2": Mesh(1, 4, 1, 1, 2),
+    "shard 2, context 2, experts 4": Mesh(1, 2, 2, 1, 4),
+    "shard 2, replicate 2, experts 2": Mesh(2, 2, 1, 1, 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", ["experts shared full", "experts shared few full", "experts shared lora"]
+)
+@pytest.mark.parametrize("mesh", MESHES_OF_EXPERTS.values(), ids=MESHES_OF_EXPERTS)
+def test_devices_that_share_experts(mesh: Mesh, method: str, tmp_path: Path) -> None:
+    if "few" in method and mesh.experts == 4:
+        pytest.skip("four do not divide six: tests/test_experts.py")
+    compare_with_one_process(mesh, method, tmp_path)
+
+
+def compare_with_one_process(mesh: Mesh, method: str, tmp_path: Path) -> None:
     weights = random_weights(method)
     with torch.device("meta"):
         model = model_of(method)
@@ -221,6 +265,8 @@ def test_gradients_are_those_of_one_process(mesh: Mesh, method: str, tmp_path: P
     torch.multiprocessing.spawn(gradients_on, args, nprocs=processes)
     found = torch.load(out)
     torch.testing.assert_close(found["loss"], total.detach(), rtol=1e-5, atol=0)
+    norm = clip_grad_norm(model.parameters(), math.inf)
+    torch.testing.assert_close(found["norm"], norm, rtol=1e-5, atol=0)
     expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert found["gradients"].keys() == expected.keys()
     for name, gradient in expected.items():
@@ -304,14 +350,27 @@ STAGES = [
     ("context 2, tensor 2", 4, {"parallel.context": 2, "parallel.tensor": 2}),
     ("shard 2", 2, {}),
 ]
+STAGES_OF_EXPERTS = [
+    ("one process", 1, {}),
+    ("shard 2, experts 2", 2, {"parallel.experts": 2}),
+    ("shard 4, experts 2", 4, {"parallel.experts": 2}),
+    ("shard 2", 2, {}),
+    ("context 2, shard 2, experts 4", 4, {"parallel.context": 2, "parallel.experts": 4}),
+    ("replicate 2, experts 2", 4, {"parallel.replicate": 2, "parallel.experts": 2}),
+    ("context 2", 2, {"parallel.context": 2}),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "experts full", "experts lora"])
 def test_a_run_goes_on_and_is_exported_on_other_meshes(
     method: str, vocabulary: Path, tmp_path: Path
 ) -> None:
-    write_inputs(tmp_path, vocabulary, 12, config={**NARROW, "tie_word_embeddings": False})
+    has_experts = "experts" in method
+    config = NARROW_QWEN3_VL_MOE if has_experts else {**NARROW, "tie_word_embeddings": False}
+    write_inputs(tmp_path, vocabulary, 12, config=config)
+    name = "qwen3_vl_moe/full" if has_experts else "qwen2_5_vl/full"
+    stages = STAGES_OF_EXPERTS if has_experts else STAGES
     settings: dict[str, Any] = {
         "lr_scheduler": {"_component_": "tests.finetune_runs.constant_rate"},
         "num_workers": 1,
@@ -321,21 +380,23 @@ def test_a_run_goes_on_and_is_exported_on_other_meshes(
     }
     if method == "lora":
         settings["model"] = {**ADAPTERS, "apply_lora_to_mlp": True}
-    steps = 2 * len(STAGES)
-    whole = run(write_config(tmp_path, tmp_path / "whole", {**settings, "max_steps": steps}))
+    if method == "experts lora":
+        name = "qwen3_vl_moe/lora"
+    steps = 2 * len(stages)
+    whole = run(write_config(tmp_path, tmp_path / "whole", {**settings, "max_steps": steps}, name))
     losses: dict[int, float] = {}
     output = tmp_path / "parts"
-    for number, (_, processes, mesh) in enumerate(STAGES):
+    for number, (_, processes, mesh) in enumerate(stages):
         last = {"max_steps": 2 * number + 2, "resume": True, "parallel.shard": None}
-        losses |= run(write_config(tmp_path, output, {**settings, **last, **mesh}), processes)
+        losses |= run(write_config(tmp_path, output, {**settings, **last, **mesh}, name), processes)
     assert losses.keys() == whole.keys()
     assert max(abs(losses[step] / loss - 1) for step, loss in whole.items()) <= 1e-5
     epoch = max(output.glob("epoch_*"))
     exported = contents(epoch)
-    for name, processes, mesh in STAGES[:-1]:
+    for stage, processes, mesh in stages[:-1]:
         last = {"max_steps": steps, "resume": True, "parallel.shard": None}
-        run(write_config(tmp_path, output, {**settings, **last, **mesh}), processes)
-        assert contents(epoch) == exported, name
+        run(write_config(tmp_path, output, {**settings, **last, **mesh}, name), processes)
+        assert contents(epoch) == exported, stage
 
 
 def contents(directory: Path) -> dict[str, bytes]:

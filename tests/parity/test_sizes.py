@@ -420,7 +420,7 @@ def test_experts_are_where_the_reference_has_them(text: dict[str, Any], tmp_path
         for layer in reference.model.language_model.layers
         if hasattr(layer.mlp, "gate")
     ]
-    assert [(len(mlp.gate_up_proj), mlp.num_active) for mlp in sparse] == [
+    assert [(len(mlp.experts.gate_up_proj.weight), mlp.num_active) for mlp in sparse] == [
         (gate.num_experts, gate.top_k) for gate in expected
     ]
     head_dim = reference.config.text_config.head_dim

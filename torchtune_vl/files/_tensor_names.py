@@ -32,10 +32,10 @@ _DECODER = {
     "model.layers.{}.mlp.up_proj": "decoder.layers.{}.mlp.w3",
     "model.layers.{}.mlp.gate": "decoder.layers.{}.mlp.router",
 }
-# Tensors that are no weight or bias of a module
+# Weights that are called as modules are
 _EXPERTS = {
-    "model.layers.{}.mlp.experts.gate_up_proj": "decoder.layers.{}.mlp.gate_up_proj",
-    "model.layers.{}.mlp.experts.down_proj": "decoder.layers.{}.mlp.down_proj",
+    "model.layers.{}.mlp.experts.gate_up_proj": "decoder.layers.{}.mlp.experts.gate_up_proj.weight",
+    "model.layers.{}.mlp.experts.down_proj": "decoder.layers.{}.mlp.experts.down_proj.weight",
 }
 # Modules whose names are followed by an index
 _INDEXED = re.compile(r"\.(layers|blocks|deepstack_merger_list|deepstack_mergers)\.(\d+)\.")

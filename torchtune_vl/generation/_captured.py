@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtune_vl.modules.experts import Experts, has_grouped_product
+from torchtune_vl.modules.experts import GroupedLinear, has_grouped_product
 from torchtune_vl.modules.kv_cache import Cache, Step
 from torchtune_vl.modules.vision import VisionLanguageModel
 
@@ -39,8 +39,8 @@ def can_capture(model: VisionLanguageModel, device: torch.device) -> bool:
     kernel that multiplies them at once are waited for.
     """
     plain = (type(p) is nn.Parameter and not p.requires_grad for p in model.parameters())
-    experts = (m for m in model.modules() if isinstance(m, Experts))
-    at_once = all(has_grouped_product(w) for m in experts for w in (m.gate_up_proj, m.down_proj))
+    grouped = (m for m in model.modules() if isinstance(m, GroupedLinear))
+    at_once = all(has_grouped_product(m.weight) for m in grouped)
     return device.type == "cuda" and all(plain) and at_once
 
 

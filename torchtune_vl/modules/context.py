@@ -8,7 +8,7 @@ than an exchange of heads would, divides any number of heads, and needs no masks
 # Shape suffixes as in modules/attention.py: N rows of a device, M those that its queries see, H
 # heads of queries, K heads of keys and values, D dimension of a head; U units, E width
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +80,7 @@ class RowShare:
     def exchange(self, units_UE: torch.Tensor) -> torch.Tensor:
         """Give embeddings of units to those that have their tokens, and return one's own."""
         leaving = units_UE.index_select(0, self.sent_rows)
-        return _ExchangeRows.apply(leaving, self.sent, self.received, self.group)
+        return exchange_rows(leaving, self.sent, self.received, self.group)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -111,8 +111,8 @@ class _ExchangeRows(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        sent: tuple[int, ...],
-        received: tuple[int, ...],
+        sent: Sequence[int],
+        received: Sequence[int],
         group: ProcessGroup | None,
     ) -> torch.Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group
@@ -123,8 +123,13 @@ class _ExchangeRows(torch.autograd.Function):
         return _exchange(grad, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
+# Of rows, of which each device of a group gets the next few, how many these are, and how many each
+# sends: returns those that came, device by device
+exchange_rows: Callable[..., torch.Tensor] = _ExchangeRows.apply
+
+
 def _exchange(
-    x: torch.Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: ProcessGroup | None
+    x: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup | None
 ) -> torch.Tensor:
     out = x.new_empty(sum(received), *x.shape[1:])
     x = x.contiguous()

@@ -22,7 +22,7 @@ from torchtune_vl.modules import attention
 from torchtune_vl.modules.adapters import MakeLinear
 from torchtune_vl.modules.context import RowShare
 from torchtune_vl.modules.dimensions import Dimensions
-from torchtune_vl.modules.experts import Experts, Routed, balance_loss
+from torchtune_vl.modules.experts import MixtureOfExperts, Routed, balance_loss
 from torchtune_vl.modules.kv_cache import Continuations, KVCache, Prefill, Step
 from torchtune_vl.modules.layout import Segments
 from torchtune_vl.modules.linear import linear
@@ -140,19 +140,19 @@ class Decoder(nn.Module):
         if not isinstance(mask, Segments):  # padding would count, or a share of the tokens alone
             needs = "router_aux_loss_coef needs packed rows, each whole on its device"
             raise ValueError(f"{needs}: take PackedRows and parallel.context=1, or set it to 0")
-        for experts in self._experts():
-            experts.routed = routed
+        for mixture in self._mixtures():
+            mixture.routed = routed
         return routed
 
     def _balance(self, routed: list[Routed]) -> torch.Tensor:
         active = 0
-        for experts in self._experts():
+        for mixture in self._mixtures():
             # Recomputed in backward, they have nothing to tell
-            experts.routed, active = None, experts.num_active
+            mixture.routed, active = None, mixture.num_active
         return self.router_aux_loss_coef * balance_loss(routed, active)
 
-    def _experts(self) -> list[Experts]:
-        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts)]
+    def _mixtures(self) -> list[MixtureOfExperts]:
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MixtureOfExperts)]
 
     def _losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self.output is None:
@@ -197,7 +197,7 @@ class Decoder(nn.Module):
 
 def _feed_forward(dims: Dimensions, layer: int, linear: MakeLinear) -> nn.Module:
     if dims.num_experts and layer not in dims.dense_layers:
-        return Experts(dims)
+        return MixtureOfExperts(dims)
     return FeedForward(dims.embed_dim, dims.intermediate_dim, linear)
 
 

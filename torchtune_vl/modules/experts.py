@@ -5,16 +5,21 @@ and ``Qwen3VLMoeTextTopKRouter`` have them: no token is dropped, whatever expert
 """
 
 # Shape suffixes: T tokens, N experts, A of them that a token takes, R = T x A rows of these, E
-# width, W width of an expert; I and O the widths that a matrix takes and gives
+# width, W width of an expert; I and O the widths that a matrix takes and gives; D devices, each of
+# which has M = N / D of the experts
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from torchtune_vl.modules import attention
+from torchtune_vl.modules.context import exchange_rows
 from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.linear import Linear
 
@@ -23,20 +28,14 @@ _ALIGNED = 16  # bytes that rows of matrices have to be multiples of for torch's
 Routed = tuple[torch.Tensor, torch.Tensor]
 
 
-class Experts(nn.Module):
-    """Gated feed-forwards (SwiGLU), and the router that chooses for each token.
-
-    Their matrices have the layout of published checkpoints, a row of each for each input, in which
-    rows are multiplied from the left.
-    """
+class MixtureOfExperts(nn.Module):
+    """Experts, and the router that chooses for each token which it takes."""
 
     def __init__(self, dims: Dimensions) -> None:
         super().__init__()
-        count, width = dims.num_experts, dims.expert_dim
         self.num_active = dims.num_active_experts
-        self.router = Linear(dims.embed_dim, count, bias=False)
-        self.gate_up_proj = _matrices(count, dims.embed_dim, 2 * width)
-        self.down_proj = _matrices(count, width, dims.embed_dim)
+        self.router = Linear(dims.embed_dim, dims.num_experts, bias=False)
+        self.experts = Experts(dims.num_experts, dims.embed_dim, dims.expert_dim)
         # While a forward runs whose balance is wanted; not where backward computes it again
         self.routed: list[Routed] | None = None
 
@@ -50,24 +49,92 @@ class Experts(nn.Module):
         weights_TA, experts_TA = probabilities_TN.topk(self.num_active)
         weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
         experts_R, order_R = experts_TA.flatten().sort(stable=True)
-        numbers_N = torch.arange(len(self.gate_up_proj), device=x.device)
+        numbers_N = torch.arange(probabilities_TN.shape[-1], device=x.device)
         # Not by bincount, which waits for the device
         ends_N = torch.searchsorted(experts_R, numbers_N, right=True, out_int32=True)
         if self.routed is not None:
-            counts_N = ends_N.diff(prepend=ends_N.new_zeros(1))
-            self.routed.append((counts_N, probabilities_TN.sum(0)))
+            self.routed.append((_counts(ends_N), probabilities_TN.sum(0)))
         back_R = order_R.argsort()
         rows_RE = _ToExperts.apply(x_TE, order_R, back_R, self.num_active)
-        gate_RW, up_RW = grouped_product(rows_RE, self.gate_up_proj, ends_N).chunk(2, dim=-1)
-        out_RE = grouped_product(F.silu(gate_RW) * up_RW, self.down_proj, ends_N)
+        out_RE = self.experts(rows_RE, ends_N)
         out_TAE = attention.permute_rows(out_RE, back_R, order_R).unflatten(0, weights_TA.shape)
         # As a product of matrices, which keeps no weighted copy, and sums before it rounds
         return (weights_TA.to(x.dtype)[:, None] @ out_TAE).view_as(x)
 
 
-def _matrices(count: int, in_dim: int, out_dim: int) -> nn.Parameter:
-    bound = in_dim**-0.5  # as of torch's linear layers
-    return nn.Parameter(torch.empty(count, in_dim, out_dim).uniform_(-bound, bound))
+class Experts(nn.Module):
+    """Gated feed-forwards (SwiGLU), each of which is applied to rows of its own.
+
+    Those of a few devices, ``group``, if they share them: each applies its own to what all have.
+    """
+
+    def __init__(self, count: int, embed_dim: int, width: int) -> None:
+        super().__init__()
+        self.gate_up_proj = GroupedLinear(count, embed_dim, 2 * width)
+        self.down_proj = GroupedLinear(count, width, embed_dim)
+        self.group: ProcessGroup | None = None
+
+    def forward(self, rows_RE: torch.Tensor, ends_N: torch.Tensor) -> torch.Tensor:
+        """Apply the experts to groups of rows, which lie side by side and end at ``ends_N``."""
+        if self.group is not None:
+            return self._on_devices(rows_RE, ends_N, self.group)
+        return self._apply_own(rows_RE, ends_N)
+
+    def _apply_own(self, rows_RE: torch.Tensor, ends_N: torch.Tensor) -> torch.Tensor:
+        gate_RW, up_RW = self.gate_up_proj(rows_RE, ends_N).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate_RW) * up_RW, ends_N)
+
+    @torch.compiler.disable  # how many rows are sent is a number of the host
+    def _on_devices(
+        self, rows_RE: torch.Tensor, ends_N: torch.Tensor, group: ProcessGroup
+    ) -> torch.Tensor:
+        """Send rows to the devices of their experts, and get back what these make of them.
+
+        Each knows how many it will get only when the others' routers have chosen: the host waits
+        for that, once in a forward, as it does not for experts that are gathered.
+        """
+        leaving_DM = _counts(ends_N).view(group.size(), -1)
+        coming_DM = torch.empty_like(leaving_DM)
+        if rows_RE.is_meta:  # as if tokens chose evenly
+            sent = received = [len(rows) for rows in rows_RE.tensor_split(group.size())]
+        else:
+            dist.all_to_all_single(coming_DM, leaving_DM, group=group)
+            sent, received = torch.stack([leaving_DM.sum(1), coming_DM.sum(1)]).tolist()
+        came_RE = exchange_rows(rows_RE, sent, received, group)
+        # They come device by device, and go to experts
+        numbers_DM = torch.arange(coming_DM.shape[1], device=rows_RE.device).expand_as(coming_DM)
+        experts_R = numbers_DM.flatten().repeat_interleave(
+            coming_DM.flatten(), output_size=len(came_RE)
+        )
+        order_R = experts_R.argsort(stable=True)
+        back_R = order_R.argsort()
+        ends_M = coming_DM.sum(0).cumsum(0, dtype=torch.int32)
+        out_RE = self._apply_own(attention.permute_rows(came_RE, order_R, back_R), ends_M)
+        out_RE = attention.permute_rows(out_RE, back_R, order_R)
+        return exchange_rows(out_RE, received, sent, group)
+
+
+def _counts(ends_N: torch.Tensor) -> torch.Tensor:
+    return ends_N.diff(prepend=ends_N.new_zeros(1))
+
+
+class GroupedLinear(nn.Module):
+    """Linear layers without bias, side by side, each for rows of its own.
+
+    Their weight [N, I, O] has the layout of published checkpoints, in which rows are multiplied
+    from the left. Devices that share the experts have some of them each.
+    """
+
+    def __init__(self, count: int, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        bound = in_dim**-0.5  # as of torch's linear layers
+        self.weight = nn.Parameter(torch.empty(count, in_dim, out_dim).uniform_(-bound, bound))
+
+    def forward(self, rows_RI: torch.Tensor, ends_N: torch.Tensor) -> torch.Tensor:
+        """Multiply groups of rows as :func:`grouped_product` does; returns [R, O]."""
+        weight = self.weight
+        own = weight.to_local() if isinstance(weight, DTensor) else weight
+        return grouped_product(rows_RI, own, ends_N)
 
 
 class _ToExperts(torch.autograd.Function):

@@ -21,7 +21,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchtune_vl._torchao import NF4Tensor
-from torchtune_vl.modules.experts import Experts
+from torchtune_vl.modules.experts import MixtureOfExperts
 from torchtune_vl.modules.vision import VisionLanguageModel
 
 _WHOLE, _TOKENS, _WIDTH, _HEADS = Replicate(), Shard(1), Shard(-1), Shard(2)
@@ -38,7 +38,7 @@ def decoder_tp_plan(model: VisionLanguageModel) -> dict[str, ParallelStyle]:
     vision encoder, which is small. Returns styles by module, for torch's ``parallelize_module``.
     Raises ``ValueError`` for quantized weights, and for experts.
     """
-    if any(isinstance(module, Experts) for module in model.decoder.modules()):
+    if any(isinstance(module, MixtureOfExperts) for module in model.decoder.modules()):
         problem = "experts do not divide over devices that share layers"
         raise ValueError(f"{problem}: set parallel.tensor to 1, parallel.shard divides them")
     if any(isinstance(p.data, NF4Tensor) for p in model.decoder.parameters()):

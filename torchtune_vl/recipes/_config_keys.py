@@ -90,6 +90,11 @@ class Parallel:
     tensor: Annotated[
         _Count, "devices that share each decoder layer; not with quantized weights"
     ] = 1
+    experts: Annotated[
+        _Count,
+        "devices, of those of `shard` x `context`, that share a layer's experts, and send each "
+        "other tokens; 1: each gathers all experts of a layer",
+    ] = 1
     plan: Annotated[Component | None, Given(("model",)), "how they share the layers"] = None
     cpu_offload: Annotated[bool, "weights, gradients and optimizer in the host's memory"]
 

@@ -94,6 +94,7 @@ class FinetuneRecipe:
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.mesh = Mesh.of(cfg.parallel, self.processes)
         self.devices = self.mesh.devices(self.device.type)
+        self.expert_devices = self.mesh.expert_devices(self.device.type)
         self.row_group = self.mesh.row_group(self.device.type)
         self.data_ranks, self.data_rank = self.mesh.data, self.rank // self.mesh.copies
         self.is_main = self.rank == 0
@@ -211,7 +212,7 @@ class FinetuneRecipe:
             # Of the device alone: it takes seconds
             memory = {}
             if self.device.type == "cuda":
-                memory = estimate_memory(cfg, self.processes, self.devices["tensor"])
+                memory = estimate_memory(cfg, self.processes, self.devices, self.expert_devices)
             self.overview.show(self.max_steps - self.step, sum(memory.values()))
         for number in _STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
@@ -258,6 +259,8 @@ class FinetuneRecipe:
         if cfg.parallel.tensor > 1:
             plan = instantiate(cfg.parallel.plan, model)
             sharding.divide_layers(model, self.devices["tensor"], plan)
+        if self.expert_devices is not None:
+            sharding.divide_experts(model, self.expert_devices["experts"])
         if cfg.compile:
             # Layers of decoder and encoder are one function, which is compiled for both, with
             # gradients and without, for inputs that need them or not, and for fixed and any sizes
@@ -267,7 +270,8 @@ class FinetuneRecipe:
         sharding.recompute_layers(model, cfg.activation_checkpointing)
         offload = cfg.parallel.cpu_offload
         if sharding.is_sharded(model, self.mesh, self.compute_dtype, offload):
-            sharding.shard(model, self.devices, self.compute_dtype, offload)
+            how = self.compute_dtype, offload, self.expert_devices
+            sharding.shard(model, self.devices, *how)
         state = self.checkpointer.load_checkpoint()
         weights = state[tune.MODEL_KEY]
         if tune.ADAPTER_CONFIG in state:
@@ -479,6 +483,8 @@ class FinetuneRecipe:
                 p.grad = None
         if self.mesh.tensor > 1:
             sharding.average_copies(self.trained.values(), self.devices["tensor"])
+        if self.expert_devices is not None:
+            sharding.average_experts(self.trained.values(), self.expert_devices)
         dist.all_reduce(mean_loss)
         mean_loss /= self.mesh.tensor
         norm = sharding.clip_grad_norm(self.trained.values(), self.cfg.clip_grad_norm or math.inf)

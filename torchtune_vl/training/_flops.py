@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from torchtune_vl.modules.experts import Experts
+from torchtune_vl.modules.experts import MixtureOfExperts
 
 # Dense bfloat16 products with float32 sums, by NVIDIA's data sheets, which often print twice that,
 # for sparse matrices. Of a name by `torch.cuda.get_device_name` the first pattern in it counts.
@@ -111,17 +111,17 @@ class _Trace:
         # Scores and weighted values; the gradient of weights, and those of queries, keys and values
         pair = 2 * (2 + (q or k) + q + k + v) * attn.output_proj.weight.shape[1]
         row = self.linear(*inputs) + self.linear(attn.output_proj) + self.linear(layer.mlp_norm)
-        if isinstance(mlp, Experts):
+        if isinstance(mlp, MixtureOfExperts):
             return row + self.experts(mlp), pair
         row += self.linear(*(w for w in (mlp.w1, mlp.w3) if w is not None)) + self.linear(mlp.w2)
         return row, pair
 
-    def experts(self, mlp: Experts) -> int:
+    def experts(self, mlp: MixtureOfExperts) -> int:
         """Operations of a mixture of experts per row: of those alone that a token takes."""
         weighs = self.after(mlp.router)  # whether gradients of experts' weights are wanted
         router = mlp.router.weight
         flops = 2 * router.numel() * (1 + self.carries + router.requires_grad)
-        for weight in (mlp.gate_up_proj, mlp.down_proj):
+        for weight in (mlp.experts.gate_up_proj.weight, mlp.experts.down_proj.weight):
             _, in_dim, out_dim = weight.shape
             trained = weight.requires_grad
             flops += 2 * mlp.num_active * in_dim * out_dim * (1 + self.carries + trained)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -42,26 +43,30 @@ _FLASH_ROWS, _FLASH_WIDTH = 128, 32
 
 
 def estimate_memory(
-    config: DictConfig, num_devices: int = 1, tensor_devices: DeviceMesh | None = None
+    config: DictConfig,
+    num_devices: int = 1,
+    devices: DeviceMesh | None = None,
+    expert_devices: DeviceMesh | None = None,
 ) -> dict[str, int]:
     """Compute the bytes that the recipe ``finetune`` takes on each device, at its peak, by purpose.
 
     The row is the largest that the config allows, each of its tokens a target. It is what torch's
     allocator gives to tensors: not in it are fragments, the CUDA context, what NCCL takes, and what
-    compilation saves. A run that has ``tensor_devices``, which share its layers, passes them.
-    Raises ``ValueError`` if the model cannot be built, or the devices cannot share it.
+    compilation saves. Of experts that devices share each has as many rows as the others. A run that
+    has its ``devices``, and ``expert_devices`` perhaps, passes them. Raises ``ValueError`` if the
+    model cannot be built, or the devices cannot share it.
     """
     mesh = Mesh.of(config.parallel, num_devices)
-    if mesh.tensor == 1:
-        return _Run(config, mesh, None).peak()
-    if tensor_devices is not None:
-        return _Run(config, mesh, tensor_devices).peak()
+    if mesh.tensor == mesh.experts == 1:
+        return _Run(config, mesh).peak()
+    if devices is not None:
+        return _Run(config, mesh, devices, expert_devices).peak()
     # Layers are divided as in a run, by a process group that sends nothing
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_devices)
     try:
-        return _Run(config, mesh, mesh.devices("cpu")["tensor"]).peak()
+        return _Run(config, mesh, mesh.devices("cpu"), mesh.expert_devices("cpu")).peak()
     finally:
         dist.destroy_process_group()
 
@@ -69,15 +74,23 @@ def estimate_memory(
 class _Run:
     """A run of the recipe on the meta device, as one of its processes."""
 
-    def __init__(self, config: DictConfig, mesh: Mesh, tensor_devices: DeviceMesh | None) -> None:
-        self.config, self.mesh, self.shards = config, mesh, mesh.shards
+    def __init__(
+        self,
+        config: DictConfig,
+        mesh: Mesh,
+        devices: DeviceMesh | None = None,
+        expert_devices: DeviceMesh | None = None,
+    ) -> None:
+        self.config, self.mesh = config, mesh
         dtype = sharding.DTYPES[config.compute_dtype or config.dtype]
         offload = config.parallel.cpu_offload
         with sharding.default_dtype(sharding.DTYPES[config.dtype]), torch.device("meta"):
             self.model: Any = instantiate(config.model)
-        if tensor_devices is not None:
+        if devices is not None and mesh.tensor > 1:
             plan = instantiate(config.parallel.plan, self.model)
-            sharding.divide_layers(self.model, tensor_devices, plan)
+            sharding.divide_layers(self.model, devices["tensor"], plan)
+        if expert_devices is not None:
+            sharding.divide_experts(self.model, expert_devices["experts"])
         norms: list[Any] = [m for m in self.model.modules() if isinstance(m, nn.RMSNorm)]
         for norm in norms:
             norm.forward = partial(_fused_norm, norm)
@@ -94,7 +107,7 @@ class _Run:
         if is_sharded:
             (stored,) = {p.dtype for p in self.trained}
             _compute_in(self.model, dtype)
-            self.sharding = _Sharding(self.model, self.alive, self.shards, stored, offload)
+            self.sharding = _Sharding(self.model, self.alive, mesh, stored, offload)
         else:
             for p in self.trained:
                 p.register_post_accumulate_grad_hook(lambda p: self.alive.move(p.grad, GRADIENTS))
@@ -104,14 +117,16 @@ class _Run:
         """Bytes of weights and the optimizer's states, and of what its step takes meanwhile."""
         if self.config.parallel.cpu_offload:
             return {}, 0
-        weights = sum(num_bytes(sharding.local_part(p.data)) for p in self.model.parameters())
-        sizes = [sharding.local_part(p).numel() for p in self.trained]
+        shards = partial(_shards, self.mesh)
+        weights = sum(
+            num_bytes(sharding.local_part(p.data)) / shards(p) for p in self.model.parameters()
+        )
+        sizes = [sharding.local_part(p).numel() / shards(p) for p in self.trained]
         (dtype,) = {p.dtype for p in self.trained}
         optimizer = _OptimizerBytes.of(self.config.optimizer, dtype)
         at_once = sum(sizes) if optimizer.takes_all_at_once else max(sizes)
-        states = {WEIGHTS: weights, OPTIMIZER: optimizer.kept * sum(sizes)}
-        shared = {name: round(size / self.shards) for name, size in states.items()}
-        return shared, round(optimizer.temporary * at_once / self.shards)
+        states = {WEIGHTS: round(weights), OPTIMIZER: round(optimizer.kept * sum(sizes))}
+        return states, round(optimizer.temporary * at_once)
 
     def peak(self) -> dict[str, int]:
         """Take the last row of a step, behind others if there are, and the optimizer's step."""
@@ -166,6 +181,12 @@ class _Run:
         if self.mesh.context > 1:
             row = RowSharing(0, self.mesh.context, self.model.placeholder_ids)(row)
         return _mapped(lambda x: x.to("meta"), row)
+
+
+def _shards(mesh: Mesh, p: nn.Parameter) -> int:
+    """Over how many devices what one has of a parameter, by plan, is divided."""
+    is_of_experts = isinstance(p, DTensor) and p.device_mesh.mesh_dim_names == ("experts",)
+    return mesh.shards // mesh.experts if is_of_experts else mesh.shards
 
 
 def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:
@@ -357,24 +378,31 @@ class _Sharding:
     """
 
     def __init__(
-        self, model: Any, alive: _Alive, shards: int, stored: torch.dtype, offload: bool
+        self, model: Any, alive: _Alive, mesh: Mesh, stored: torch.dtype, offload: bool
     ) -> None:
-        self.alive, self.shards, self.stored, self.offload = alive, shards, stored, offload
+        self.alive, self.mesh, self.stored, self.offload = alive, mesh, stored, offload
         self.gathered: torch.Tensor | None = None  # the last buffer of forward
         self.reduced: torch.Tensor | None = None  # the last buffer of backward
         self.order: list[_Group] = []  # as they ended forward
         rest = {*model.parameters()}
+        sent_to = sharding.experts_of(model) if mesh.experts > 1 else []
         groups = []
+        for experts in sent_to:
+            parameters = [*experts.parameters()]
+            of_experts = mesh.shards // mesh.experts
+            groups.append(_Group(self, parameters, of_experts, is_cut_by_rows=True))
+            groups[-1].watch(experts, experts)
+            rest -= {*parameters}
         for modules in sharding.gathered_together(model):
-            parameters = [p for module in modules for p in module.parameters()]
-            groups.append(_Group(self, parameters))
+            parameters = [p for module in modules for p in module.parameters() if p in rest]
+            groups.append(_Group(self, parameters, mesh.shards))
             groups[-1].watch(modules[0], modules[-1])
             rest -= {*parameters}
-        self.root = _Group(self, [*rest], is_root=True)
+        self.root = _Group(self, [*rest], mesh.shards, is_root=True)
         self.groups = [self.root, *groups]
         self.root.watch(model, model)
         if model.decoder.output is not None:
-            groups[0].is_gathered_in_backward = False  # the embedding
+            groups[len(sent_to)].is_gathered_in_backward = False  # the embedding
         for p in model.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(lambda p: alive.move(p.grad, GATHERED))
@@ -384,7 +412,8 @@ class _Sharding:
         for group in self.groups:
             count = sum(sharding.local_part(p).numel() for p in group.parameters if p.requires_grad)
             if count and not self.offload:
-                group.kept = self.alive.take(self.stored.itemsize * count // self.shards, GRADIENTS)
+                size = self.stored.itemsize * count // group.shards
+                group.kept = self.alive.take(size, GRADIENTS)
 
     def end_backward(self) -> None:
         """Reduce gradients of modules whose inputs have none, and let go of all."""
@@ -399,8 +428,16 @@ class _Sharding:
 class _Group:
     """Parameters that are gathered together."""
 
-    def __init__(self, shared: _Sharding, parameters: list[nn.Parameter], is_root: bool = False):
-        self.shared, self.parameters, self.is_root = shared, parameters, is_root
+    def __init__(
+        self,
+        shared: _Sharding,
+        parameters: list[nn.Parameter],
+        shards: int,
+        is_root: bool = False,
+        is_cut_by_rows: bool = False,
+    ) -> None:
+        self.shared, self.parameters, self.shards = shared, parameters, shards
+        self.is_root, self.is_cut_by_rows = is_root, is_cut_by_rows
         self.is_gathered_in_backward = True
         self.has_ended = False
         self.buffer: torch.Tensor | None = None
@@ -432,13 +469,18 @@ class _Group:
     def gather(self) -> None:
         """Begin to gather: in one buffer, of which there is no need if this device has all."""
         if self.weights is None and self.buffer is None:
-            self.buffer = self._take(self._bytes() if self.shared.shards > 1 else 0)
+            self.buffer = self._take(self._bytes() if self.shards > 1 else 0)
+
+    def _copy_out(self) -> None:
+        self.weights = self._take(self._bytes())
+        if self.is_cut_by_rows and self.shards > 1:
+            self._take(self._bytes())  # the parts, before they are put together
 
     def pre_forward(self) -> None:
         """Gather, and let go of the buffer of the group before."""
         self.gather()
         self.shared.gathered = None
-        self.weights = self._take(self._bytes())
+        self._copy_out()
         self.shared.gathered, self.buffer = self.buffer, None
 
     def post_forward(self) -> None:
@@ -456,7 +498,8 @@ class _Group:
         if self.is_gathered_in_backward:
             self.gather()
             if self.buffer is not None:
-                self.weights, self.buffer = self._take(self._bytes()), None
+                self._copy_out()
+                self.buffer = None
         place = self.shared.order.index(self)
         if place and self.shared.order[place - 1].is_gathered_in_backward:
             self.shared.order[place - 1].gather()
@@ -473,9 +516,9 @@ class _Group:
             return
         self.shared.reduced = self._take(4 * count)
         gradients.clear()
-        own = self._take(4 * count / self.shared.shards)
+        own = self._take(4 * count / self.shards)
         if self.shared.stored != torch.float32:
-            own = self._take(self.shared.stored.itemsize * count / self.shared.shards)
+            own = self._take(self.shared.stored.itemsize * count / self.shards)
         if self.kept is None and not self.shared.offload:
             self.shared.alive.move(own, GRADIENTS)
             self.kept = own

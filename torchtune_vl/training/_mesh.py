@@ -18,20 +18,24 @@ class Mesh(NamedTuple):
             ``context``.
         context: devices that share each row.
         tensor: devices that share each layer, and its rows.
+        experts: neighbours, of those that a copy is divided over, that share its experts: these
+            are not gathered, tokens are sent to them.
     """
 
     replicate: int = 1
     shard: int = 1
     context: int = 1
     tensor: int = 1
+    experts: int = 1
 
     def __str__(self) -> str:
-        return " x ".join(map(str, self))
+        return " x ".join(map(str, self[:4]))
 
     @classmethod
     def of(cls, parallel: Any, processes: int) -> "Mesh":
         """Return that of a config's ``parallel``, or raise ``ValueError`` if it does not fit."""
-        sizes = {name: parallel[name] for name in cls._fields}
+        sizes = {name: parallel[name] for name in ("replicate", "shard", "context", "tensor")}
+        experts = parallel.get("experts", 1)  # configs of families without have no such key
         named = {name: size for name, size in sizes.items() if (size or 1) > 1}
         asked = math.prod(named.values())
         told = " x ".join(f"parallel.{name}" for name in named)
@@ -45,7 +49,12 @@ class Mesh(NamedTuple):
             told = told if named else "parallel.shard is 1"
             remedy = "leave shard at null to take all"
             raise ValueError(f"{told}, and there are {processes} processes: {remedy}")
-        return cls(**sizes)
+        mesh = cls(**sizes, experts=experts)
+        if mesh.shards % experts:
+            told = f"parallel.experts is {experts}, and does not divide the {mesh.shards} devices"
+            remedy = "lower it, or start more of them"
+            raise ValueError(f"{told} that share weights, parallel.shard x context: {remedy}")
+        return mesh
 
     @property
     def data(self) -> int:
@@ -69,6 +78,17 @@ class Mesh(NamedTuple):
         """
         dims = (self.replicate, self.shards, self.tensor)
         names = ("replicate", "shard", "tensor")
+        return dist.init_device_mesh(device_type, dims, mesh_dim_names=names)
+
+    def expert_devices(self, device_type: str) -> DeviceMesh | None:
+        """Return the process groups of ``replicate``, ``shard`` and ``experts``, if these share.
+
+        Those of ``shard`` have parts of the same experts. All processes have to call it.
+        """
+        if self.experts == 1:
+            return None
+        dims = (self.replicate, self.shards // self.experts, self.experts)
+        names = ("replicate", "shard", "experts")
         return dist.init_device_mesh(device_type, dims, mesh_dim_names=names)
 
     def row_group(self, device_type: str) -> ProcessGroup | None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import fsdp
-from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.distributed.tensor import DeviceMesh, DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
@@ -42,7 +42,7 @@ def multiply_in_float8(model: Any, device: torch.device) -> None:
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no float8: set float8=False")
-    if any(isinstance(m, Experts) for m in model.decoder.layers.modules()):
+    if experts_of(model):
         raise ValueError("float8 is for linear layers, and experts are none: set float8=False")
     linears = [m for m in model.decoder.layers.modules() if isinstance(m, nn.Linear)]
     others = [m for m in model.decoder.layers.modules() if isinstance(m, LoRALinear | DoRALinear)]
@@ -107,12 +107,43 @@ def divide_layers(model: Any, mesh: DeviceMesh, plan: Mapping[str, ParallelStyle
     parallelize_module(model, mesh, dict(plan))
 
 
-def shard(model: Any, devices: DeviceMesh, dtype: torch.dtype, cpu_offload: bool) -> None:
+def divide_experts(model: Any, mesh: DeviceMesh) -> None:
+    """Divide a model's experts over the devices of a mesh with one dimension.
+
+    Raises ``ValueError`` if it has none, or they do not divide equally.
+    """
+    every, devices = experts_of(model), mesh.size()
+    if not every:
+        none = f"parallel.experts is {devices}, and the model has no experts"
+        raise ValueError(f"{none}: set parallel.experts=1")
+    count = len(every[0].down_proj.weight)
+    if count % devices:
+        told = f"parallel.experts is {devices}, and does not divide the model's {count} experts"
+        raise ValueError(f"{told}: set it to a divisor of {count}")
+    for experts in every:
+        experts.group = mesh.get_group()
+        for layer in (experts.gate_up_proj, experts.down_proj):
+            own = distribute_tensor(layer.weight.data, mesh, [Shard(0)])
+            layer.weight = nn.Parameter(own, requires_grad=layer.weight.requires_grad)
+
+
+def experts_of(model: Any) -> list[Experts]:
+    return [m for m in model.decoder.modules() if isinstance(m, Experts)]
+
+
+def shard(
+    model: Any,
+    devices: DeviceMesh,
+    dtype: torch.dtype,
+    cpu_offload: bool,
+    expert_devices: DeviceMesh | None = None,
+) -> None:
     """Shard a model on the meta device by FSDP2, over ``shard`` of the devices' dimensions.
 
     Over ``replicate`` it is copied, where that has several. Gathered weights, and so the
     computation, have ``dtype``; gradients are summed in float32. Weights, gradients and optimizer
-    states may live in the host's memory (``cpu_offload``).
+    states may live in the host's memory (``cpu_offload``). Experts that devices share are sharded
+    over ``shard`` of ``expert_devices``.
 
     Raises ``ValueError`` if devices that share layers and data cannot share a weight equally.
     """
@@ -120,15 +151,37 @@ def shard(model: Any, devices: DeviceMesh, dtype: torch.dtype, cpu_offload: bool
     # Inputs stay as they are: rotary tables are float32 in any computation
     precision = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     offload = fsdp.CPUOffloadPolicy() if cpu_offload else fsdp.OffloadPolicy()
-    is_copied = devices["replicate"].size() > 1
     how: dict[str, Any] = {"mp_policy": precision, "offload_policy": offload}
-    how["mesh"] = devices["replicate", "shard"] if is_copied else devices["shard"]
     pack_quantized(model)
+    if expert_devices is not None:
+        _shard_experts(model, expert_devices, **how)
+    how["mesh"] = _sharing_weights(devices)
     for modules in gathered_together(model):
         fsdp.fully_shard(modules, **how)
     if isinstance(model.decoder.tok_embeddings, fsdp.FSDPModule):
         model.decoder.tok_embeddings.set_unshard_in_backward(False)  # which takes no weights
     fsdp.fully_shard(model, **how)
+
+
+def _shard_experts(model: Any, devices: DeviceMesh, **how: Any) -> None:
+    """Shard experts that devices share over those that have the same ones."""
+    number = devices["shard"].size()
+    for experts in experts_of(model):
+        for name, p in experts.named_parameters():
+            if p.shape[1] % number:
+                told = f"{number} devices have the same experts by parallel.experts, and do not"
+                raise ValueError(
+                    f"{told} divide the {p.shape[1]} rows that {name} has of each: raise it, or "
+                    "parallel.replicate"
+                )
+        # Each expert, for they are few
+        how["shard_placement_fn"] = lambda p: Shard(1)
+        fsdp.fully_shard(experts, mesh=_sharing_weights(devices), **how)
+
+
+def _sharing_weights(devices: DeviceMesh) -> DeviceMesh:
+    is_copied = devices["replicate"].size() > 1
+    return devices["replicate", "shard"] if is_copied else devices["shard"]
 
 
 def pack_quantized(model: nn.Module) -> None:
@@ -172,7 +225,9 @@ def _refuse_unequal_parts(model: nn.Module, mesh: DeviceMesh) -> None:
     if mesh.size() == 1:
         return
     for name, p in model.named_parameters():
-        if isinstance(p, DTensor) and p.placements[0].is_shard(0):
+        if not isinstance(p, DTensor) or p.device_mesh.mesh_dim_names == ("experts",):
+            continue
+        if p.placements[0].is_shard(0):
             devices = p.device_mesh.size(), mesh.size()
             if p.shape[0] % math.prod(devices):
                 raise ValueError(
@@ -234,28 +289,52 @@ def average_copies(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None
         own /= mesh.size()
 
 
+def average_experts(parameters: Iterable[nn.Parameter], devices: DeviceMesh) -> None:
+    """Average the gradients of experts over all devices, as others are.
+
+    FSDP has averaged them over those that have the same experts, which have seen the tokens of all.
+    Not by its ``set_gradient_divide_factor``, which gloo cannot take while it sums.
+    """
+    for p in parameters:
+        names = p.device_mesh.mesh_dim_names or () if isinstance(p, DTensor) else ()
+        if "experts" in names and p.grad is not None:
+            local_part(p.grad).div_(devices["experts"].size())
+
+
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale gradients down to a norm that they exceed, over parameters sharded in several ways.
 
     :func:`torch.nn.utils.clip_grad_norm_` takes those of one mesh only. Returns the norm before, a
-    scalar, on the device and not waited for.
+    float64 scalar, on the device and not waited for. All processes have to call it.
     """
-    groups: dict[object, list[torch.Tensor]] = {}
+    by_copies: dict[int, list[torch.Tensor]] = {}
     for p in parameters:
         if p.grad is not None:
-            layout = (p.grad.device_mesh, p.grad.placements) if isinstance(p.grad, DTensor) else ()
-            groups.setdefault(layout, []).append(p.grad)
-    if not groups:
+            by_copies.setdefault(_copies(p.grad), []).append(local_part(p.grad))
+    if not by_copies:
         return torch.zeros(())
-    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total = torch.linalg.vector_norm(torch.stack(whole))
+    squares = [
+        torch.nn.utils.get_total_norm(local).double() ** 2 / copies
+        for copies, local in by_copies.items()
+    ]
+    total = torch.stack(squares).sum()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    total = total.sqrt()
     if not math.isinf(max_norm):
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for gradients in groups.values():
-            local = [local_part(gradient) for gradient in gradients]
-            torch._foreach_mul_(local, factor.to(local[0].device))
+        for local in by_copies.values():
+            torch._foreach_mul_(local, factor.to(local[0]))
     return total
+
+
+def _copies(tensor: torch.Tensor) -> int:
+    """How many devices have the same part of a tensor."""
+    devices = dist.get_world_size() if dist.is_initialized() else 1
+    if not isinstance(tensor, DTensor):
+        return devices
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return devices // math.prod(size for size, place in sizes if not place.is_replicate())
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
