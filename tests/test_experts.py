@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from torchtune_vl.generation._captured import can_capture
 from torchtune_vl.media import Geometry
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl
 from torchtune_vl.models.qwen3_vl_moe import lora_qwen3_vl_moe, qwen3_vl_moe
+from torchtune_vl.modules.adapters import build_linear
 from torchtune_vl.modules.dimensions import Dimensions
-from torchtune_vl.modules.experts import MixtureOfExperts, grouped_product, has_grouped_product
+from torchtune_vl.modules.experts import MixtureOfExperts
+from torchtune_vl.modules.grouped import grouped_product, has_grouped_product
 from torchtune_vl.training._mesh import Mesh
 from torchtune_vl.training._sharding import (
     default_dtype,
@@ -47,7 +50,7 @@ def experts_of(
     own = {"num_experts": count, "num_active_experts": active, "expert_dim": width}
     torch.manual_seed(0)
     dims = Dimensions(embed_dim=embed_dim, vision_intermediate_dim=1, **own, **others)
-    return MixtureOfExperts(dims)
+    return MixtureOfExperts(dims, partial(build_linear, "decoder"))
 
 
 def by_the_definition(mixture: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
@@ -130,7 +133,7 @@ def test_nothing_waits_where_torch_has_the_product(monkeypatch: pytest.MonkeyPat
         x = torch.empty(2, 9, 32, dtype=torch.bfloat16, requires_grad=True)
         with pytest.raises(DataDependentOutputException):
             experts(x)
-        monkeypatch.setattr("torchtune_vl.modules.experts.has_grouped_product", lambda weight: True)
+        monkeypatch.setattr("torchtune_vl.modules.grouped.has_grouped_product", lambda weight: True)
         experts.routed = []
         out = experts(x)
         assert len(experts.routed) == 1
@@ -240,7 +243,7 @@ def test_a_device_has_its_share_of_experts() -> None:
     assert own == {
         "router.weight": (2, 96),  # of 8 rows over 6 devices, the first has 2
         "experts.gate_up_proj.weight": (4, 32, 48),
-        "experts.down_proj.weight": (4, 8, 96),
+        "experts.down_proj.weight": (4, 24, 32),
     }
 
 
@@ -253,7 +256,10 @@ def none_to_share() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "adapted": (lambda: lora(apply_lora_to_mlp=True), "^experts get no adapters: leave "),
+    "with magnitudes": (
+        lambda: lora(apply_lora_to_mlp=True, use_dora=True),
+        "^experts have no magnitudes: leave use_dora or apply_lora_to_mlp out",
+    ),
     "quantized": (lambda: lora(quantize_base=True), "^experts are not quantized: leave "),
     "in full beside": (
         lambda: lora_qwen3_vl_moe(
@@ -271,7 +277,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "parts of rows": (
         lambda: shared(10, 2, num_experts=8),
-        "^5 devices have the same experts by parallel.experts, and do not divide the 96 rows that "
+        "^5 devices have the same experts by parallel.experts, and do not divide the 96 that "
         "gate_up_proj.weight has of each: raise it, or parallel.replicate",
     ),
     "none to share": (

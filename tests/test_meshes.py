@@ -129,7 +129,7 @@ def model_of(method: str) -> Any:
         return plain(**dims)
     adapted = ["q_proj", "k_proj", "v_proj", "output_proj", "qkv"]
     settings: dict[str, Any] = {"encoder_trainable": "lora", "lora_rank": 4, "lora_alpha": 8}
-    settings |= {"apply_lora_to_mlp": "experts" not in others, "apply_lora_to_output": True}
+    settings |= {"apply_lora_to_mlp": True, "apply_lora_to_output": True}
     settings |= {"use_dora": method == "dora", "quantize_base": method == "qlora"}
     return lora(adapted, **settings, **dims)
 
@@ -382,6 +382,7 @@ def test_a_run_goes_on_and_is_exported_on_other_meshes(
         settings["model"] = {**ADAPTERS, "apply_lora_to_mlp": True}
     if method == "experts lora":
         name = "qwen3_vl_moe/lora"
+        settings["model.apply_lora_to_mlp"] = True
     steps = 2 * len(stages)
     whole = run(write_config(tmp_path, tmp_path / "whole", {**settings, "max_steps": steps}, name))
     losses: dict[int, float] = {}

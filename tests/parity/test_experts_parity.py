@@ -1,10 +1,15 @@
-"""Training beside experts: the loss of their balance, and adapters of attention."""
+"""Training of experts and beside them: the loss of their balance, and adapters."""
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from tests.parity.figures import record
@@ -27,7 +32,7 @@ from tests.reference import (
     reference_inputs,
     reference_model,
 )
-from torchtune_vl.checkpoint._adapters import load_adapter, save_adapter
+from torchtune_vl.checkpoint._adapters import WEIGHTS, load_adapter, save_adapter
 from torchtune_vl.data import packed_collate_vision
 from torchtune_vl.files._tensor_names import flat_name
 from torchtune_vl.models import model_from_pretrained
@@ -89,12 +94,27 @@ def test_balance_is_that_of_packed_rows(tmp_path: Path) -> None:
     assert model(tokens).shape == (1, 4, 600)  # of which no loss is made
 
 
+ADAPTED = {
+    "attention and output": {
+        "lora_attn_modules": [*ATTENTION, "qkv"],
+        "apply_lora_to_output": True,
+    },
+    "experts and feed-forwards": {"lora_attn_modules": [], "apply_lora_to_mlp": True},
+    "all": {
+        "lora_attn_modules": [*ATTENTION, "qkv"],
+        "apply_lora_to_mlp": True,
+        "apply_lora_to_output": True,
+        "fusion_trainable": "lora",
+    },
+}
+
+
+@pytest.mark.parametrize("what", ADAPTED)
 @torch.no_grad()
-def test_peft_loads_our_adapter_beside_experts(tmp_path: Path) -> None:
+def test_peft_loads_our_adapter(tmp_path: Path, what: str) -> None:
     base, shape = tmp_path / "base", QWEN3_VL_MOE
     reference_model(reference_config(shape)).save_pretrained(base)
-    attention = {"lora_attn_modules": [*ATTENTION, "qkv"], "encoder_trainable": "lora"}
-    model = our_model(base, False, {**attention, "apply_lora_to_output": True})
+    model = our_model(base, False, {"encoder_trainable": "lora", **ADAPTED[what]})
     (tmp_path / "adapter").mkdir()
     save_adapter(adapter_of(model, base), tmp_path / "adapter")
     theirs = AutoModelForImageTextToText.from_pretrained(base)
@@ -106,5 +126,87 @@ def test_peft_loads_our_adapter_beside_experts(tmp_path: Path) -> None:
     largest = difference(ours, theirs(**inputs).logits, inputs)
     record(f"{family_prefix(shape)}adapters: logits of ours in peft, absolute", 1, largest)
     assert largest <= LOGITS
-    plain.load_state_dict(merge_adapter(base_weights(base), load_adapter(tmp_path / "adapter")))
+    weights = base_weights(base)
+    loaded = load_adapter(tmp_path / "adapter", weights)
+    plain.load_state_dict(merge_adapter(weights, loaded))
     assert difference(our_logits(plain, samples), ours, inputs) <= LOGITS
+    saved = adapter_of(model, base)
+    assert loaded.tensors.keys() == saved.tensors.keys()
+    assert all(torch.equal(loaded.tensors[name], x) for name, x in saved.tensors.items())
+
+
+def trained_by_peft(directory: Path, **settings: Any) -> PeftModel:
+    base = AutoModelForImageTextToText.from_pretrained(directory / "base")
+    theirs = get_peft_model(base, LoraConfig(r=4, lora_alpha=6, **settings)).eval()
+    torch.manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(0, 0.05)
+    theirs.save_pretrained(directory / "peft")
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "parameters", [["gate_up_proj", "down_proj"], ["gate_up_proj"], ["down_proj"]]
+)
+@torch.no_grad()
+def test_an_adapter_of_experts_by_peft(tmp_path: Path, parameters: list[str]) -> None:
+    reference_model(reference_config(QWEN3_VL_MOE)).save_pretrained(tmp_path / "base")
+    targets = [f"mlp.experts.{name}" for name in parameters]
+    theirs = trained_by_peft(tmp_path, target_modules=["q_proj"], target_parameters=targets)
+    weights = base_weights(tmp_path / "base")
+    plain = model_from_pretrained(tmp_path / "base").eval()
+    samples = batch(shape=QWEN3_VL_MOE)
+    inputs = reference_inputs(samples)
+    expected = theirs(**inputs).logits
+    assert difference(our_logits(plain, samples), expected, inputs) > 0.05
+    plain.load_state_dict(merge_adapter(weights, load_adapter(tmp_path / "peft", weights)))
+    largest = difference(our_logits(plain, samples), expected, inputs)
+    record(f"{family_prefix(QWEN3_VL_MOE)}adapters: logits of peft's, merged, absolute", 1, largest)
+    assert largest <= LOGITS
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], None], str]] = {
+    "a layer lacks them": (
+        lambda config, tensors: drop(tensors, r"layers\.2\.mlp\.experts"),
+        r"it adapts model\.language_model\.layers\.2\.mlp\.experts\.(gate_up|down)_proj.* but ad",
+    ),
+    "another rank": (
+        lambda config, tensors: config.update(r=3),
+        r"is not of experts with adapters",
+    ),
+    "one without a name": (
+        lambda config, tensors: (
+            drop(tensors, "base_layer"),
+            config.update(target_parameters=None),
+        ),
+        r"lora_[AB]\.weight is of experts, but not one of gate_up_proj and down_proj by target",
+    ),
+    "one matrix": (
+        lambda config, tensors: drop(tensors, r"experts\.lora_B"),
+        r"is of experts, but not one of",
+    ),
+}
+
+
+def drop(tensors: dict[str, torch.Tensor], pattern: str) -> None:
+    for name in [name for name in tensors if re.search(pattern, name)]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize("what", WRONG)
+@torch.no_grad()
+def test_adapters_of_experts_that_are_wrong(tmp_path: Path, what: str) -> None:
+    change, sentence = WRONG[what]
+    reference_model(reference_config(QWEN3_VL_MOE)).save_pretrained(tmp_path / "base")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    trained_by_peft(tmp_path, target_modules=["q_proj"], target_parameters=targets)
+    file, tensors = tmp_path / "peft" / "adapter_config.json", tmp_path / "peft" / WEIGHTS
+    config, matrices = json.loads(file.read_text()), load_file(tensors)
+    change(config, matrices)
+    file.write_text(json.dumps(config))
+    save_file(matrices, tensors)
+    with pytest.raises(ValueError, match=sentence) as error:
+        load_adapter(tmp_path / "peft", base_weights(tmp_path / "base"))
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "peft") in str(error.value)

@@ -170,7 +170,8 @@ def test_peft_loads_our_adapter(
     record(f"{prefix}adapters: logits of ours in peft, float32, absolute", 1, largest)
     assert largest <= LOGITS
 
-    plain.load_state_dict(merge_adapter(base_weights(base), load_adapter(tmp_path)))
+    weights = base_weights(base)
+    plain.load_state_dict(merge_adapter(weights, load_adapter(tmp_path, weights)))
     largest = difference(our_logits(plain, samples), ours, inputs)
     record(f"{prefix}adapters: logits of merged weights, float32, absolute", 1, largest)
     assert largest <= LOGITS

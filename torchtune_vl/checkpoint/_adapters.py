@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from torchtune_vl._torchtune import LoRALinear
+from torchtune_vl.checkpoint import _expert_adapters as of_experts
 from torchtune_vl.files._directory import check_manifest, write_json, write_manifest
 from torchtune_vl.files._json import JsonObject, read_json_object
 from torchtune_vl.files._safetensors import (
@@ -21,9 +22,10 @@ from torchtune_vl.files._safetensors import (
     save_tensors,
     stored_tensors,
 )
-from torchtune_vl.files._tensor_names import TensorNames, peft_module
+from torchtune_vl.files._tensor_names import PREFIX_OF_PEFT, TensorNames, peft_module
 from torchtune_vl.models._registry import families
 from torchtune_vl.modules.adapters import ADAPTER_SUFFIXES, DoRA, is_adapter
+from torchtune_vl.modules.grouped import GroupedLoRALinear
 
 Tensors = dict[str, torch.Tensor]
 
@@ -37,6 +39,7 @@ _HARMLESS = {
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config", "lora_dropout", "target_modules", "exclude_modules"),
     *("layers_to_transform", "layers_pattern", "megatron_core", "eva_config", "qalora_group_size"),
+    "target_parameters",
 }
 # ... and those that do with other values than these; any further key, unless it is switched off
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -77,11 +80,17 @@ def load_adapter(directory: Path, weights: Tensors | None = None) -> Adapter:
     check_manifest(directory)
     config = read_json_object(directory / CONFIG)
     _refuse_other_kinds(config)
-    names, stored = _by_our_names(directory)
+    names, stored = _by_our_names(directory, config, weights or {})
     tensors = read_tensors(stored)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{directory / WEIGHTS}: {stored[name].name} is not finite")
+        if of_experts.is_of_experts(name) and is_adapter(name):
+            try:
+                ours = of_experts.to_ours(tensor, config.whole("r"), name.endswith(_A))
+            except ValueError as error:
+                raise ValueError(f"{directory / WEIGHTS}: {stored[name].name}: {error}") from None
+            tensors[name] = ours
     # peft writes some weights of the base beside them though they are not trained
     in_full = _texts(config, "modules_to_save")
     copies = {
@@ -107,7 +116,13 @@ def load_adapter(directory: Path, weights: Tensors | None = None) -> Adapter:
         adapted = {weight for weight, parts in _by_weight(tensors).items() if "" not in parts}
         # peft takes a layer without its adapter as it is in the base, with no more than a warning;
         # layers_to_transform leaves some of them out, by rules of peft's own
-        missing = [m for m in targeted_modules(config, modules) if modules[m] not in adapted]
+        targeted = targeted_modules(config, modules)
+        experts = {n: n for n, weight in weights.items() if weight.ndim == 3}
+        modules |= {
+            theirs.removeprefix(PREFIX_OF_PEFT): ours for theirs, ours in rename(experts).items()
+        }
+        targeted += filter(_pattern(config, "target_parameters").fullmatch, modules)
+        missing = [m for m in targeted if modules[m] not in adapted]
         if missing and "layers_to_transform" not in config:
             found = f"it adapts {_listed(missing)}, but {WEIGHTS} has nothing of these"
             remedy = "save it again, or state in target_modules what it adapts"
@@ -127,12 +142,19 @@ def _refuse_other_kinds(config: JsonObject) -> None:
             raise config.error(key, f"plain LoRA or DoRA on the weights of the base: {remedy}")
 
 
-def _by_our_names(directory: Path) -> tuple[TensorNames, dict[str, Stored]]:
-    """Find the family that an adapter is of, which its file does not tell, and rename tensors."""
+def _by_our_names(
+    directory: Path, config: JsonObject, weights: Tensors
+) -> tuple[TensorNames, dict[str, Stored]]:
+    """Find the family that an adapter is of, which its file does not tell, and rename tensors.
+
+    Decoders have the same names in all families: it is one that the base can be of, too.
+    """
     errors = []
+    stored = of_experts.by_parameter(stored_tensors([directory / WEIGHTS]), config)
     for family in families():
         try:
-            return family.names, family.names.from_peft(stored_tensors([directory / WEIGHTS]))
+            family.names.to_published(weights)
+            return family.names, family.names.from_peft(stored)
         except ValueError as error:
             errors.append(error)
     raise ValueError(f"{directory}: {errors[0]}; {_MERGE_BY_PEFT}")
@@ -166,11 +188,16 @@ def _check_shapes(tensors: Tensors, config: JsonObject, base: Tensors) -> None:
     for name, parts in _by_weight(tensors).items():
         shapes = {suffix: tuple(tensor.shape) for suffix, tensor in parts.items()}
         # As far as the adapter itself tells, without a base
+        is_of_experts = of_experts.is_of_experts(name)
         shape = shapes.get("") or shapes.get(_B, ())[:1] + shapes.get(_A, ())[-1:]
+        if is_of_experts:
+            shape = shapes.get(_A, ())[:2] + shapes.get(_B, ())[2:]
         if base:
             shape = tuple(base[name].shape) if name in base else ()
         expected = {_A: (rank, *shape[1:]), _B: (*shape[:1], rank)}
         expected |= {_MAGNITUDE: shape[:1]} if use_dora else {}
+        if is_of_experts:
+            expected = {_A: (*shape[:2], rank), _B: (*shape[:1], rank, *shape[2:])}
         if shapes not in ({"": shape}, expected) or 0 in shape:
             found = ", ".join(f"{s[1:] or 'weight'} {[*size]}" for s, size in shapes.items())
             there = f", in the base {[*shape] or 'not there'}," if base else ""
@@ -226,7 +253,8 @@ def check_continues(
     ours, theirs = {*trained}, {*names}
     one_sided = {"the adapter alone has": theirs - ours, "the model alone trains": ours - theirs}
     problems = [f"{what} {_listed(sorted(found))}" for what, found in one_sided.items() if found]
-    layer = next((m for m in model.modules() if isinstance(m, LoRALinear | DoRA)), None)
+    kinds = LoRALinear | DoRA | GroupedLoRALinear
+    layer = next((m for m in model.modules() if isinstance(m, kinds)), None)
     rank, alpha = config["r"], config["lora_alpha"]
     if layer is not None and (layer.rank, layer.alpha) != (rank, alpha):
         own = f"the model has lora_rank {layer.rank} and lora_alpha {layer.alpha}"
@@ -258,6 +286,11 @@ def save_adapter(adapter: Adapter, directory: Path) -> None:
     if is_tied:  # peft would train one of both alone
         tensors[_OUTPUT] = tensors[_EMBEDDING].clone()
     names = adapter.names.to_peft({name: name for name in tensors})
+    parameters = set()
+    for peft, ours in names.items():
+        if of_experts.is_of_experts(ours):
+            parameters.add(peft_module(peft))
+            tensors[ours] = of_experts.to_peft(tensors[ours], ours.endswith(_A))
     adapted = {peft_module(peft) for peft, ours in names.items() if is_adapter(ours)}
     in_full = {peft_module(peft) for peft in names} - adapted
     config: dict[str, Any] = {
@@ -268,14 +301,18 @@ def save_adapter(adapter: Adapter, directory: Path) -> None:
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
         "use_dora": any(name.endswith(_MAGNITUDE) for name in adapter.tensors),
-        "target_modules": sorted(adapted),  # by whole names, which no other layer ends in
+        # By whole names, which no other layer ends in
+        "target_modules": sorted(adapted - parameters),
+        "target_parameters": sorted(parameters) or None,
         "modules_to_save": sorted(in_full) or None,
         "ensure_weight_tying": is_tied,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    save_tensors({peft: tensors[ours] for peft, ours in names.items()}, directory / WEIGHTS)
+    in_file = of_experts.in_peft(names)
+    written = {in_file[name]: tensors[ours] for name, ours in names.items()}
+    save_tensors(written, directory / WEIGHTS)
     write_json(directory / CONFIG, config)
     write_manifest(directory)
 
@@ -309,7 +346,10 @@ def merge_lazily(
 
 @torch.no_grad()
 def _merge(weight: torch.Tensor, parts: Tensors, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    whole = weight.float() + scale * (parts[_B].float() @ parts[_A].float())
+    matrices = [parts[_B].float(), parts[_A].float()]
+    if weight.ndim == 3:  # of experts, whose rows are inputs
+        matrices.reverse()
+    whole = weight.float() + scale * (matrices[0] @ matrices[1])
     if _MAGNITUDE in parts:
         whole *= (parts[_MAGNITUDE].float() / torch.linalg.norm(whole, dim=1))[:, None]
     return whole.to(dtype)

@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 Names = Mapping[str, str]
 
-_PREFIX_OF_PEFT = "base_model.model."
+PREFIX_OF_PEFT = "base_model.model."
 # What follows the name of an adapted layer: ours, and peft's
 _ADAPTERS = {
     "lora_a.weight": "lora_A.weight",
@@ -77,6 +77,10 @@ class TensorNames:
                 self._flat[f"{ours}.{kind}"] = f"{theirs}.{kind}"
             for kind, kind_in_peft in _ADAPTERS.items():
                 self._in_peft[f"{ours}.{kind}"] = f"{theirs}.{kind_in_peft}"
+        for theirs, ours in _EXPERTS.items():
+            for kind in ("lora_a.weight", "lora_b.weight"):
+                adapter = f"{ours.removesuffix('weight')}{kind}"
+                self._in_peft[adapter] = f"{theirs}.{_ADAPTERS[kind]}"
         self._in_peft |= self._flat
         self._from_flat = {theirs: ours for ours, theirs in self._flat.items()}
         self._from_peft = {theirs: ours for ours, theirs in self._in_peft.items()}
@@ -97,7 +101,7 @@ class TensorNames:
     def to_peft(self, state_dict: Mapping[str, T]) -> dict[str, T]:
         """Rename adapters, and parameters trained in full beside them, as peft saves them."""
         renamed = self._rename(state_dict, self._in_peft)
-        return {_PREFIX_OF_PEFT + _nested(name): value for name, value in renamed.items()}
+        return {PREFIX_OF_PEFT + _nested(name): value for name, value in renamed.items()}
 
     def _rename(
         self, state_dict: Mapping[str, T], templates: Names, simplify: Callable[[str], str] = str
@@ -128,12 +132,12 @@ def flat_name(name: str) -> str:
 
 def peft_module(name: str) -> str:
     """Return transformers' name of the module whose tensor has this name in peft's file."""
-    return re.sub(r"(\.lora_[AB])?\.[^.]*$", "", name.removeprefix(_PREFIX_OF_PEFT))
+    return re.sub(r"(\.lora_[AB])?\.[^.]*$", "", name.removeprefix(PREFIX_OF_PEFT))
 
 
 def _name_in_base(name: str) -> str:
     # peft writes the weight of an adapted output layer too, by the name that it has in memory
-    return flat_name(name.removeprefix(_PREFIX_OF_PEFT).replace(".base_layer.", "."))
+    return flat_name(name.removeprefix(PREFIX_OF_PEFT).replace(".base_layer.", "."))
 
 
 def _nested(name: str) -> str:

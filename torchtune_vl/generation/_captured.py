@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtune_vl.modules.experts import GroupedLinear, has_grouped_product
+from torchtune_vl.modules.grouped import GroupedLinear, has_grouped_product
 from torchtune_vl.modules.kv_cache import Cache, Step
 from torchtune_vl.modules.vision import VisionLanguageModel
 

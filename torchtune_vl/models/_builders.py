@@ -14,6 +14,7 @@ from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.vision import VisionEncoder, VisionLanguageModel
 
 _MLP = {"w1", "w2", "w3"}
+_EXPERTS = {"gate_up_proj", "down_proj"}
 # Layers of each part that can be adapted
 _LAYERS = {
     "decoder": {"q_proj", "k_proj", "v_proj", "output_proj", *_MLP, "output"},
@@ -78,8 +79,9 @@ def with_adapters(
     :func:`~torchtune_vl.models._builders.vision_language_model`. Of parts that are "lora",
     attention layers get adapters that ``lora_attn_modules`` names: ``q_proj``, ``k_proj`` and
     ``v_proj`` of the decoder, ``qkv`` of the encoder, where these three are one layer, and
-    ``output_proj`` of both. Feed-forwards, the merger's too, and the output layer get them by flags
-    of their own. Adapters' products are scaled by lora_alpha / lora_rank; DoRA trains magnitudes.
+    ``output_proj`` of both. Feed-forwards, experts and the merger's too, and the output layer get
+    them by flags of their own. Adapters' products are scaled by lora_alpha / lora_rank; DoRA trains
+    magnitudes.
 
     With ``quantize_base`` the weights of linear layers are NF4 (QLoRA), unless they are trained in
     full. The output layer, as in the paper, keeps its dtype. With ``trained_in_float32`` what is
@@ -89,14 +91,16 @@ def with_adapters(
 
     Raises ``ValueError`` if nothing would be trained, a name matches no layer of a part with
     adapters, a part gets none, the output layer is the token embedding and is to get one, or a
-    decoder's experts are to be adapted, quantized or trained beside adapters.
+    decoder's experts are to have DoRA, be quantized or trained beside adapters.
     """
     parts = {"decoder": decoder_trainable, "encoder": encoder_trainable, "fusion": fusion_trainable}
     names = {*lora_attn_modules, *(_MLP if apply_lora_to_mlp else ())}
     names |= {"output"} if apply_lora_to_output else set()
     _check_adapters(names, parts)
     if dimensions.get("num_experts"):
-        _check_experts(quantize_base, apply_lora_to_mlp, decoder_trainable)
+        has_dora = use_dora and apply_lora_to_mlp and decoder_trainable == "lora"
+        _check_experts(quantize_base, has_dora, decoder_trainable)
+        names |= _EXPERTS if apply_lora_to_mlp else set()
     if apply_lora_to_output and dimensions["tie_word_embeddings"]:
         problem = "the output layer of this size is its token embedding: no adapter can be merged"
         raise ValueError(f"{problem}; leave apply_lora_to_output out")
@@ -145,10 +149,11 @@ def _check_adapters(names: set[str], parts: Mapping[str, Trainable]) -> None:
         raise ValueError(f"{problem} 'lora', 'frozen' or 'full'. There are {layers}")
 
 
-def _check_experts(quantized: bool, adapted: bool, how: Trainable) -> None:
+def _check_experts(quantized: bool, has_dora: bool, how: Trainable) -> None:
     refusals = {
         "experts are not quantized: leave quantize_base out": quantized,
-        "experts get no adapters: leave apply_lora_to_mlp out": adapted and how == "lora",
+        # Nor does peft know them
+        "experts have no magnitudes: leave use_dora or apply_lora_to_mlp out": has_dora,
         # Files of adapters would have them in the layout of transformers 5
         "experts are not trained beside adapters: make decoder_trainable 'lora' or 'frozen', or "
         "train without adapters": how == "full",

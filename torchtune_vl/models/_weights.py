@@ -17,6 +17,7 @@ from torchtune_vl.files._tensor_names import flat_name
 from torchtune_vl.files._together import Part
 from torchtune_vl.models._builders import vision_language_model
 from torchtune_vl.models._registry import family_of
+from torchtune_vl.modules.grouped import GroupedLoRALinear
 from torchtune_vl.modules.nf4 import NF4Layout, nf4_layout
 from torchtune_vl.modules.vision import VisionLanguageModel
 
@@ -122,6 +123,12 @@ def initial_adapters(model: nn.Module, weights: Tensors, seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
     adapters: Tensors = {}
     for name, module in model.named_modules():
+        if isinstance(module, GroupedLoRALinear):
+            count, in_dim, rank = module.lora_a.weight.shape
+            a = torch.empty(count, in_dim, rank)
+            bound = in_dim**-0.5  # as below
+            adapters[f"{name}.lora_a.weight"] = a.uniform_(-bound, bound, generator=generator)
+            adapters[f"{name}.lora_b.weight"] = torch.zeros(module.lora_b.weight.shape)
         if not isinstance(module, LoRALinear | DoRALinear):
             continue
         a = torch.empty(module.lora_a.weight.shape)

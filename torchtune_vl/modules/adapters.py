@@ -13,14 +13,16 @@ from torch.distributed.tensor import DTensor
 
 from torchtune_vl._torchao import linear_nf4
 from torchtune_vl._torchtune import DoRALinear, LoRALinear
+from torchtune_vl.modules.grouped import GroupedLinear, GroupedLoRALinear
 from torchtune_vl.modules.linear import Linear
 from torchtune_vl.modules.loss import chunked_cross_entropy
 from torchtune_vl.modules.nf4 import quantize
 
 Trainable = Literal["frozen", "lora", "full"]
 
-# A linear layer of a part of a model, from its name in the part, its dimensions and its bias
-MakeLinear = Callable[[str, int, int, bool], nn.Module]
+# A linear layer of a part of a model, from its name in the part, its dimensions and its bias; and,
+# as ``count``, how many there are of it for rows of their own
+MakeLinear = Callable[..., nn.Module]
 
 NF4_BLOCK = 64  # weights that share a scale
 NF4_SCALER_BLOCK = 256  # most scales that share one of their own
@@ -41,6 +43,7 @@ def build_linear(
     out_dim: int,
     bias: bool,
     *,
+    count: int | None = None,
     trainable: Mapping[str, Trainable] | None = None,
     adapted: Collection[str] = (),
     quantize_base: bool = False,
@@ -50,10 +53,16 @@ def build_linear(
     """Build a linear layer, such as ``q_proj`` of the ``decoder``.
 
     It gets an adapter (of ``rank``, ``alpha`` and ``dropout``) if its part is "lora" and its name
-    among ``adapted``. With ``quantize_base`` its weight is NF4, unless it is trained or of the
-    output layer, as in the paper; one that does not divide into blocks is a ``ValueError``.
+    among ``adapted``. With ``count`` it is as many layers, each for rows of its own, which are
+    neither quantized nor have DoRA. With ``quantize_base`` its weight is NF4, unless it is trained
+    or of the output layer, as in the paper; one that does not divide into blocks is a
+    ``ValueError``.
     """
     how = (trainable or {}).get(part, "full")
+    if count is not None:
+        if how == "lora" and name in adapted:
+            return GroupedLoRALinear(count, in_dim, out_dim, **adapter)
+        return GroupedLinear(count, in_dim, out_dim)
     is_quantized = quantize_base and how != "full" and name != "output"
     blocks = _nf4_blocks(name, in_dim, out_dim) if is_quantized else {}
     if how == "lora" and name in adapted:

@@ -197,7 +197,7 @@ class Decoder(nn.Module):
 
 def _feed_forward(dims: Dimensions, layer: int, linear: MakeLinear) -> nn.Module:
     if dims.num_experts and layer not in dims.dense_layers:
-        return MixtureOfExperts(dims)
+        return MixtureOfExperts(dims, linear)
     return FeedForward(dims.embed_dim, dims.intermediate_dim, linear)
 
 

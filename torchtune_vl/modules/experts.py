@@ -5,8 +5,7 @@ and ``Qwen3VLMoeTextTopKRouter`` have them: no token is dropped, whatever expert
 """
 
 # Shape suffixes: T tokens, N experts, A of them that a token takes, R = T x A rows of these, E
-# width, W width of an expert; I and O the widths that a matrix takes and gives; D devices, each of
-# which has M = N / D of the experts
+# width, W width of an expert; D devices, each of which has M = N / D of the experts
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,14 +15,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from torchtune_vl.modules import attention
+from torchtune_vl.modules.adapters import MakeLinear
 from torchtune_vl.modules.context import exchange_rows
 from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.linear import Linear
 
-_ALIGNED = 16  # bytes that rows of matrices have to be multiples of for torch's grouped product
 # Of the tokens of a layer: how many went to each expert, and the sums of their probabilities, [N]
 Routed = tuple[torch.Tensor, torch.Tensor]
 
@@ -31,11 +29,11 @@ Routed = tuple[torch.Tensor, torch.Tensor]
 class MixtureOfExperts(nn.Module):
     """Experts, and the router that chooses for each token which it takes."""
 
-    def __init__(self, dims: Dimensions) -> None:
+    def __init__(self, dims: Dimensions, linear: MakeLinear) -> None:
         super().__init__()
         self.num_active = dims.num_active_experts
         self.router = Linear(dims.embed_dim, dims.num_experts, bias=False)
-        self.experts = Experts(dims.num_experts, dims.embed_dim, dims.expert_dim)
+        self.experts = Experts(dims.num_experts, dims.embed_dim, dims.expert_dim, linear)
         # While a forward runs whose balance is wanted; not where backward computes it again
         self.routed: list[Routed] | None = None
 
@@ -68,10 +66,11 @@ class Experts(nn.Module):
     Those of a few devices, ``group``, if they share them: each applies its own to what all have.
     """
 
-    def __init__(self, count: int, embed_dim: int, width: int) -> None:
+    def __init__(self, count: int, embed_dim: int, width: int, linear: MakeLinear) -> None:
         super().__init__()
-        self.gate_up_proj = GroupedLinear(count, embed_dim, 2 * width)
-        self.down_proj = GroupedLinear(count, width, embed_dim)
+        self.count = count
+        self.gate_up_proj = linear("gate_up_proj", embed_dim, 2 * width, False, count=count)
+        self.down_proj = linear("down_proj", width, embed_dim, False, count=count)
         self.group: ProcessGroup | None = None
 
     def forward(self, rows_RE: torch.Tensor, ends_N: torch.Tensor) -> torch.Tensor:
@@ -118,25 +117,6 @@ def _counts(ends_N: torch.Tensor) -> torch.Tensor:
     return ends_N.diff(prepend=ends_N.new_zeros(1))
 
 
-class GroupedLinear(nn.Module):
-    """Linear layers without bias, side by side, each for rows of its own.
-
-    Their weight [N, I, O] has the layout of published checkpoints, in which rows are multiplied
-    from the left. Devices that share the experts have some of them each.
-    """
-
-    def __init__(self, count: int, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        bound = in_dim**-0.5  # as of torch's linear layers
-        self.weight = nn.Parameter(torch.empty(count, in_dim, out_dim).uniform_(-bound, bound))
-
-    def forward(self, rows_RI: torch.Tensor, ends_N: torch.Tensor) -> torch.Tensor:
-        """Multiply groups of rows as :func:`grouped_product` does; returns [R, O]."""
-        weight = self.weight
-        own = weight.to_local() if isinstance(weight, DTensor) else weight
-        return grouped_product(rows_RI, own, ends_N)
-
-
 class _ToExperts(torch.autograd.Function):
     """Repeats tokens, expert by expert; gradients are summed token by token, in a fixed order."""
 
@@ -153,41 +133,6 @@ class _ToExperts(torch.autograd.Function):
         (back_R,) = ctx.saved_tensors
         grad_TAE = grad_RE.index_select(0, back_R).unflatten(0, (-1, ctx.num_active))
         return grad_TAE.sum(1), None, None, None
-
-
-def grouped_product(
-    rows_RI: torch.Tensor, weight_NIO: torch.Tensor, ends_N: torch.Tensor
-) -> torch.Tensor:
-    """Multiply groups of rows, which lie side by side, by a matrix each; returns [R, O].
-
-    ``ends_N``, int32, are where the groups end. On a GPU with a kernel for it nothing waits.
-    """
-    if rows_RI.is_meta:  # any groups have the same shapes, and take the same memory and operations
-        return rows_RI @ weight_NIO[0]
-    if has_grouped_product(weight_NIO) and not (rows_RI.is_cpu and torch.compiler.is_compiling()):
-        return F.grouped_mm(rows_RI, weight_NIO, offs=ends_N)
-    return _group_by_group(rows_RI, weight_NIO, ends_N)
-
-
-@torch.compiler.disable  # it would be compiled anew for each number of rows
-def _group_by_group(
-    rows_RI: torch.Tensor, weight_NIO: torch.Tensor, ends_N: torch.Tensor
-) -> torch.Tensor:
-    *ends, _ = ends_N.tolist()
-    groups = zip(rows_RI.tensor_split(ends), weight_NIO, strict=True)
-    # Also those without rows, of which there are few in training: gradients need a zero of each
-    return torch.cat([group @ matrix for group, matrix in groups])
-
-
-def has_grouped_product(weight_NIO: torch.Tensor) -> bool:
-    """Whether torch multiplies groups by such weights at once, on a GPU without waiting for it."""
-    if any(size * weight_NIO.itemsize % _ALIGNED for size in weight_NIO.shape[1:]):
-        return False
-    if weight_NIO.is_cuda:
-        has_kernel = torch.cuda.get_device_capability(weight_NIO.device) >= (8, 0)
-        return has_kernel and weight_NIO.dtype == torch.bfloat16
-    # In bfloat16 a CPU is faster group by group
-    return weight_NIO.is_cpu and weight_NIO.dtype == torch.float32
 
 
 def balance_loss(routed: Sequence[Routed], num_active: int) -> torch.Tensor:

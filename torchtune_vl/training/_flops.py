@@ -121,10 +121,12 @@ class _Trace:
         weighs = self.after(mlp.router)  # whether gradients of experts' weights are wanted
         router = mlp.router.weight
         flops = 2 * router.numel() * (1 + self.carries + router.requires_grad)
-        for weight in (mlp.experts.gate_up_proj.weight, mlp.experts.down_proj.weight):
-            _, in_dim, out_dim = weight.shape
-            trained = weight.requires_grad
-            flops += 2 * mlp.num_active * in_dim * out_dim * (1 + self.carries + trained)
-            self.carries |= trained
-        flops += 2 * mlp.num_active * out_dim * (1 + self.carries + weighs)  # the weighted sum
+        for layer in (mlp.experts.gate_up_proj, mlp.experts.down_proj):
+            for name, weight in layer.named_parameters():
+                takes_input_gradient = self.carries or "lora_b" in name
+                times = 1 + takes_input_gradient + weight.requires_grad
+                flops += 2 * mlp.num_active * weight[0].numel() * times
+            self.carries = self.after(layer)
+        embed_dim = router.shape[1]
+        flops += 2 * mlp.num_active * embed_dim * (1 + self.carries + weighs)  # the weighted sum
         return flops

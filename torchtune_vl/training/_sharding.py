@@ -18,6 +18,7 @@ from torchtune_vl._torchao import Float8LinearConfig, NF4Tensor, convert_to_floa
 from torchtune_vl._torchtune import DoRALinear, LoRALinear, TransformerSelfAttentionLayer
 from torchtune_vl.modules.adapters import num_bytes
 from torchtune_vl.modules.experts import Experts
+from torchtune_vl.modules.grouped import GroupedLinear
 from torchtune_vl.modules.nf4 import pack_nf4
 from torchtune_vl.training._mesh import Mesh
 
@@ -116,13 +117,13 @@ def divide_experts(model: Any, mesh: DeviceMesh) -> None:
     if not every:
         none = f"parallel.experts is {devices}, and the model has no experts"
         raise ValueError(f"{none}: set parallel.experts=1")
-    count = len(every[0].down_proj.weight)
+    count = every[0].count
     if count % devices:
         told = f"parallel.experts is {devices}, and does not divide the model's {count} experts"
         raise ValueError(f"{told}: set it to a divisor of {count}")
     for experts in every:
         experts.group = mesh.get_group()
-        for layer in (experts.gate_up_proj, experts.down_proj):
+        for layer in [m for m in experts.modules() if isinstance(m, GroupedLinear)]:
             own = distribute_tensor(layer.weight.data, mesh, [Shard(0)])
             layer.weight = nn.Parameter(own, requires_grad=layer.weight.requires_grad)
 
@@ -168,14 +169,14 @@ def _shard_experts(model: Any, devices: DeviceMesh, **how: Any) -> None:
     number = devices["shard"].size()
     for experts in experts_of(model):
         for name, p in experts.named_parameters():
-            if p.shape[1] % number:
+            if max(p.shape[1:]) % number:
                 told = f"{number} devices have the same experts by parallel.experts, and do not"
                 raise ValueError(
-                    f"{told} divide the {p.shape[1]} rows that {name} has of each: raise it, or "
+                    f"{told} divide the {max(p.shape[1:])} that {name} has of each: raise it, or "
                     "parallel.replicate"
                 )
-        # Each expert, for they are few
-        how["shard_placement_fn"] = lambda p: Shard(1)
+        # Each expert, for they are few, along its longer side
+        how["shard_placement_fn"] = lambda p: Shard(1 if p.shape[1] >= p.shape[2] else 2)
         fsdp.fully_shard(experts, mesh=_sharing_weights(devices), **how)
 
 
