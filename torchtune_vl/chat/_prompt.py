@@ -188,8 +188,10 @@ class PromptBuilder:
         remaining = iter(media)
         masked_answers = iter(without_loss) if any(without_loss) else repeat(False)
         is_trained = False
-        for piece in pieces:
-            if piece == template.END:
+        for number, piece in enumerate(pieces):
+            if number % 2 == 0:  # between what the pattern matches
+                yield template.without_stand_ins(piece), is_trained
+            elif piece == template.END:
                 is_trained = False
             elif piece in (template.START, template.LEFT_OUT):
                 is_masked = next(masked_answers)
@@ -198,10 +200,8 @@ class PromptBuilder:
                     self._tell_left_out()
             elif piece in _PLACES:
                 yield next(remaining), False
-            elif piece in STRUCTURAL_TOKENS:
-                yield self.tokenizer.special_tokens[piece], is_trained
             else:
-                yield piece.translate(template.STAND_INS), is_trained
+                yield self.tokenizer.special_tokens[piece], is_trained
 
     def _tell_left_out(self) -> None:
         if not self._has_told:
@@ -217,15 +217,16 @@ class PromptBuilder:
         texts: list[str] = []
         trained: list[bool] = []
         for part, is_trained in chain(pieces, [_END]):
+            is_text = isinstance(part, str)
             steps = part.step_texts if isinstance(part, EncodedMedium) else ()
-            text = part if isinstance(part, str) else "".join(steps[:1])
-            if text or isinstance(part, str):
-                if trained[-1:] == [is_trained]:
+            text = part if is_text else "".join(steps[:1])
+            if is_text or text:
+                if trained and trained[-1] == is_trained:
                     texts[-1] += text
                 else:
                     texts.append(text)
                     trained.append(is_trained)
-            if isinstance(part, str):
+            if is_text:
                 continue
             if texts:
                 ids, mask = self._tokens_of(tuple(texts), tuple(trained))
