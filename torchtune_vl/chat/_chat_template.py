@@ -69,11 +69,15 @@ _ESCAPES = (r"\ufdd0", r"\ufdd1", r"\ufddf")
 STAND_INS = {0xFDD2 + number: token for number, token in enumerate(STRUCTURAL_TOKENS)}
 
 
+def has_noncharacter(text: str) -> bool:
+    """Whether a text has one of those that stand for other things."""
+    return not text.isascii() and bool(_NONCHARACTERS.search(text))
+
+
 def without_stand_ins(text: str) -> str:
     """A text with the structural tokens that characters stand for."""
-    # Most have none, and to translate other than ASCII takes fifteen times as long as to search it
-    is_plain = text.isascii() or not _NONCHARACTERS.search(text)
-    return text if is_plain else text.translate(STAND_INS)
+    # Most have none, and translating takes fifteen times as long as searching
+    return text.translate(STAND_INS) if has_noncharacter(text) else text
 
 
 def without_marks(template: str) -> str:
@@ -111,7 +115,7 @@ def render(template: str, hides_structure: bool, **variables: Any) -> str:
 def _hide(value: Any, hides_structure: bool) -> Any:
     """A copy of JSON-like data, whose texts may hold none of the noncharacters."""
     if isinstance(value, str):
-        if not value.isascii() and _NONCHARACTERS.search(value):
+        if has_noncharacter(value):
             raise ValueError("a text has a noncharacter of Unicode (U+FDD0 to U+FDEF): remove it")
         if hides_structure and "<|" in value:  # as all of them begin
             for stand_in, token in STAND_INS.items():
