@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
@@ -52,6 +53,7 @@ PHOTOGRAPH = Path(str(find_spec("skimage").origin)).parent / "data" / "motorcycl
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 QUESTION = "What is in this image? Name every object that you can see, and where it is."
 TEXT_TOKENS = 270
+QUESTIONS = 100  # more than the texts whose tokens a transform keeps
 TEXT_BYTES = 100_000
 FULL_HD = (1920, 1080)
 VIDEO_SIZE, VIDEO_SECONDS, VIDEO_FPS = (640, 360), 16, 24  # 2 sampled frames a second
@@ -118,8 +120,7 @@ def cases(checkpoint: Path, clip: Path, folder: Path | None) -> Iterator[Case]:
     }
     transform = transforms["float32"]
 
-    text = question_of(transform, TEXT_TOKENS)
-    yield text_case(transform, processor, text)
+    yield text_case(transform, processor, questions_of(transform))
     for name, size, dtype, target, floor_target in (
         ("JPEG 224x224", (224, 224), "float32", "5", ""),
         ("JPEG 640x480", (640, 480), "float32", "2.5", ""),
@@ -144,20 +145,31 @@ def cases(checkpoint: Path, clip: Path, folder: Path | None) -> Iterator[Case]:
     )
 
 
-def text_case(transform: ChatTransform, processor: ProcessorMixin, question: str) -> Case:
-    """A question without an image."""
-    messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+def text_case(
+    transform: ChatTransform, processor: ProcessorMixin, questions: Sequence[str]
+) -> Case:
+    """Questions without an image, none of which comes again before it is forgotten."""
+    conversations = [
+        [{"role": "user", "content": [{"type": "text", "text": question}]}]
+        for question in questions
+    ]
 
-    def ours() -> dict[str, Any]:
+    def ours(messages: list[dict[str, Any]]) -> dict[str, Any]:
         return transform({"messages": messages}, inference=True)
 
-    def theirs() -> Mapping[str, Any]:
+    def theirs(messages: list[dict[str, Any]]) -> Mapping[str, Any]:
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
         return processor(text=[prompt], return_tensors="pt")
 
-    ids = ours()["tokens"]
-    assert ids == theirs()["input_ids"][0].tolist()
-    return Case(f"text, {len(ids)} tokens", ours, theirs, target="15")
+    for messages in conversations:
+        assert ours(messages)["tokens"] == theirs(messages)["input_ids"][0].tolist()
+    our_next, their_next = cycle(conversations), cycle(conversations)
+    return Case(
+        f"text, {TEXT_TOKENS} tokens",
+        lambda: ours(next(our_next)),
+        lambda: theirs(next(their_next)),
+        target="15",
+    )
 
 
 def image_case(
@@ -427,12 +439,12 @@ def prose() -> str:
     return "\n".join(topics.values())
 
 
-def question_of(transform: ChatTransform, tokens: int) -> str:
-    """A question of so many tokens, with all that the chat template adds."""
+def questions_of(transform: ChatTransform) -> list[str]:
+    """Different questions of ``TEXT_TOKENS`` tokens, with all that the chat template adds."""
     messages = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
     template = transform({"messages": messages}, inference=True)["tokens"]
-    ids = transform.encode(prose(), add_eos=False)
-    return transform.decode(ids[: tokens - len(template)])
+    ids, length = transform.encode(prose(), add_eos=False), TEXT_TOKENS - len(template)
+    return [transform.decode(ids[i * length :][:length]) for i in range(QUESTIONS)]
 
 
 def jpeg(width: int, height: int) -> bytes:

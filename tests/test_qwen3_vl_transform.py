@@ -2,18 +2,23 @@
 
 import json
 import logging
+from dataclasses import replace
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quickstart.checkpoint import QWEN3_VL_CONFIG, write_tiny_checkpoint
 from tests.finetune_runs import NARROW_QWEN3_VL
 from tests.videos import Clip, write_clip, x264
 from torchtune_vl.chat._chat_template import without_marks
+from torchtune_vl.chat._messages import read_conversation
 from torchtune_vl.evaluation import metrics_of
 from torchtune_vl.generation._answer_file import choices_of
 from torchtune_vl.media import Augmentation
@@ -38,6 +43,20 @@ def thinking(vocabulary: Path) -> Qwen3_VLTransform:
     return Qwen3_VLTransform(vocabulary / "qwen.tiktoken", chat_template=THINKING)
 
 
+@pytest.fixture(scope="module")
+def transforms(vocabulary: Path) -> dict[tuple[bool, str], Qwen3_VLTransform]:
+    """Transforms by whether they think and by what special tokens in texts are."""
+    return {
+        (thinks, special): Qwen3_VLTransform(
+            vocabulary / "qwen.tiktoken",
+            chat_template=THINKING if thinks else None,
+            parse_special=special,
+        )
+        for thinks in (False, True)
+        for special in ("content", "all")
+    }
+
+
 def limited(base: Qwen3_VLTransform, **changed: Any) -> Qwen3_VLTransform:
     other = Qwen3_VLTransform.__new__(Qwen3_VLTransform)
     other.__dict__ = {**base.__dict__, **changed}
@@ -57,6 +76,67 @@ def asked(*items: Any, text: str = "Why?") -> dict[str, Any]:
 
 def answered(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
+
+
+# What templates look for, what stands for other things while they run, and what joins with others
+END = "<|im_end|>"
+SEAMS = (
+    *("", "\n", "\n\nA", " ", "e\u0301", "图片", "\ufdd0", "\ufddf", "Picture 1: "),
+    *("<|im_end|>", "<|im_", "end|>", "<|vision_start|>", "<|image_pad|>", "<|object_ref_start|>"),
+    *("<tool_response>", "</tool_response>", "<think>", "</think>", "<think>\nB\n</think>\n\nC"),
+)
+texts = st.lists(st.sampled_from(SEAMS) | st.text(max_size=5), max_size=3).map("".join)
+small = {"type": "image", "image": np.zeros((64, 96, 3), np.uint8)}
+items = st.sampled_from([small, FILM]) | st.builds(lambda t: {"type": "text", "text": t}, texts)
+torn = st.integers(1, 9).map(lambda n: [{"type": "text", "text": t} for t in (END[:n], END[n:])])
+contents = texts | st.lists(items, max_size=4) | torn
+usual = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant"]), "content": contents},
+    optional={"masked": st.booleans()},
+)
+others = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["system", "user", "assistant", "tool", "image"]),
+        "content": contents,
+    },
+    optional={
+        "masked": st.booleans(),
+        "name": st.sampled_from(["A", "\ufdd0"]),
+        "reasoning_content": texts,
+        "tool_calls": st.sampled_from([[], [FUNCTION]]),
+    },
+)
+system = st.lists(st.builds(lambda c: {"role": "system", "content": c}, contents), max_size=1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    messages=st.tuples(
+        system, st.lists(usual, min_size=1, max_size=4), st.lists(others, max_size=1)
+    ),
+    tools=st.sampled_from([[], [], [{"name": "f"}]]),
+    inference=st.booleans(),
+    is_numbered=st.booleans(),
+    special=st.sampled_from(["content", "all"]),
+    thinks=st.booleans(),
+)
+def test_code_follows_the_templates(
+    transforms: Any, messages, tools, inference, is_numbered, special, thinks
+) -> None:
+    """Beside Jinja's run: ids, loss, places of media, and errors."""
+    transform = transforms[thinks, special]
+    transform.prompts.add_vision_id = is_numbered
+
+    def outcome(prompts: Any) -> Any:
+        try:
+            turns = read_conversation([*chain(*messages)], roles=prompts.roles)
+            prompt = prompts.build(transform._encoded(turns, measuring=True), tools, inference)
+        except ValueError as error:
+            return str(error)
+        return prompt.tokens, prompt.mask, [*prompt.media]
+
+    by_jinja = replace(transform.prompts, plain=None)
+    assert outcome(transform.prompts) == outcome(by_jinja)
 
 
 def test_added_tokens_are_content(instruct: Qwen3_VLTransform) -> None:

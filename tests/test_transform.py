@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from torchtune.data import Message
 
 from quickstart.checkpoint import write_tiny_checkpoint
 from tests.videos import CLIPS, write_clip
+from torchtune_vl.chat._chat_template import render
 from torchtune_vl.media import RemoteLimits
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform, qwen2_5_vl_transform
 
@@ -181,6 +184,33 @@ def test_bad_input_is_located(
         transform({"messages": messages})
     with pytest.raises(ValueError, match=r"sample 'no\. 7': "):
         transform({"messages": messages, "id": "no. 7"})
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "m.role, m.absent, m.absent is defined, m.absent.deeper is defined",
+        "m.items is string, m['items'], m.items() | length, m.keys() | list",  # methods go before
+        "m.get('role'), m.inner.deep, m.inner.absent is none, m['absent'] is defined",
+        "range(2) | list, namespace(a=1).a, dict(b=2).b, messages.0.role, m.role.upper()",
+        "m.__class__ is defined, m.inner.update is defined",
+        "m.absent.deeper",
+        "m.update({'a': 1})",
+    ],
+)
+def test_templates_find_what_jinjas_sandbox_does(expression: str) -> None:
+    messages = [{"role": "user", "items": "A", "inner": {"deep": None}}]
+    source = "{% set m = messages[0] %}{{ (" + expression + ") }}"
+
+    def outcome(run: Any) -> str:
+        try:
+            return run()
+        except (TemplateError, ValueError) as error:
+            return str(error).removeprefix("the chat template fails: ")
+
+    sandbox = ImmutableSandboxedEnvironment()
+    expected = outcome(lambda: sandbox.from_string(source).render(messages=messages))
+    assert outcome(lambda: render(source, False, messages=messages)) == expected
 
 
 @pytest.mark.parametrize("role", ["human", "gpt", "Assistant", "model", "function_call", "user "])

@@ -69,6 +69,17 @@ _ESCAPES = (r"\ufdd0", r"\ufdd1", r"\ufddf")
 STAND_INS = {0xFDD2 + number: token for number, token in enumerate(STRUCTURAL_TOKENS)}
 
 
+def has_noncharacter(text: str) -> bool:
+    """Whether a text has one of those that stand for other things."""
+    return not text.isascii() and bool(_NONCHARACTERS.search(text))
+
+
+def without_stand_ins(text: str) -> str:
+    """A text with the structural tokens that characters stand for."""
+    # Most have none, and translating takes fifteen times as long as searching
+    return text.translate(STAND_INS) if has_noncharacter(text) else text
+
+
 def without_marks(template: str) -> str:
     """A template without the escapes of these characters that were put into its texts."""
     for escape in _ESCAPES:
@@ -104,16 +115,16 @@ def render(template: str, hides_structure: bool, **variables: Any) -> str:
 def _hide(value: Any, hides_structure: bool) -> Any:
     """A copy of JSON-like data, whose texts may hold none of the noncharacters."""
     if isinstance(value, str):
-        if _NONCHARACTERS.search(value):
+        if has_noncharacter(value):
             raise ValueError("a text has a noncharacter of Unicode (U+FDD0 to U+FDEF): remove it")
         if hides_structure and "<|" in value:  # as all of them begin
             for stand_in, token in STAND_INS.items():
                 value = value.replace(token, chr(stand_in))
         return value
-    if isinstance(value, Mapping):
-        return {_hide(k, hides_structure): _hide(v, hides_structure) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_hide(entry, hides_structure) for entry in value]
+    if isinstance(value, dict) or isinstance(value, Mapping):  # noqa: SIM101 (ten times as fast)
+        return {_hide(k, hides_structure): _hide(v, hides_structure) for k, v in value.items()}
     return value
 
 
@@ -135,11 +146,26 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, in which a message's keys are found without the errors that cost most."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is not dict or hasattr(dict, attribute):
+            return super().getattr(obj, attribute)
+        return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+
+
+_ENVIRONMENT = _Environment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
 )
 _ENVIRONMENT.filters["tojson"] = as_json
 _ENVIRONMENT.globals["raise_exception"] = _raise
 _ENVIRONMENT.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-# Compiled once
-_compile = lru_cache(maxsize=8)(_ENVIRONMENT.from_string)
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    compiled = _ENVIRONMENT.from_string(template)
+    # Copied for each text, of which a chain of dicts would take as long as all else
+    compiled.globals = {**compiled.globals}
+    return compiled

@@ -16,7 +16,7 @@ Kind = Literal["image", "video"]
 # Of the published templates
 ROLES = ("system", "user", "assistant", "tool")
 # Keys by which a message carries loss or not, with the value for no loss; the last is torchtune's
-_LOSS_KEYS = {"weight": 0, "loss": 0, "loss_mask": 0, "masked": 1}
+LOSS_KEYS = {"weight": 0, "loss": 0, "loss_mask": 0, "masked": 1}
 _ABOUT_LOSS = re.compile("loss|mask|weight|train", re.IGNORECASE)
 _ABOUT_MEDIA = re.compile("(image|video|audio)(s|_url|_urls)?")
 # By which keys an item without a type is of one
@@ -154,7 +154,7 @@ class _Reader:
         given = _without_nulls(_typed(message, "dict", "it"))
         role = self._role(given.get("role"))
         content = given.pop("content", None)
-        _refuse_unread(given, ("role", *_LOSS_KEYS))
+        _refuse_unread(given, ("role", *LOSS_KEYS))
         if "tool_calls" in given:
             given["tool_calls"] = _tool_calls(given["tool_calls"])
             if given["tool_calls"] and content is None:
@@ -269,13 +269,13 @@ def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_masked(message: Mapping[str, Any]) -> bool:
     """Whether a message carries no loss, which several keys may say."""
-    said = {key: message[key] for key in _LOSS_KEYS if key in message}
+    said = {key: message[key] for key in LOSS_KEYS if key in message}
     for key, value in said.items():
         if not isinstance(value, int | float) or value not in (0, 1):
             raise ValueError(f"its {key} is {value!r}; only 0 (no loss) and 1 are supported")
         if key != "masked" and value and message["role"] != "assistant":
             raise ValueError(f"its {key} is 1, but only messages of the assistant carry loss")
-    answers = {value == _LOSS_KEYS[key] for key, value in said.items()}
+    answers = {value == LOSS_KEYS[key] for key, value in said.items()}
     if len(answers) > 1:
         raise ValueError(f"its keys {', '.join(said)} disagree whether it carries loss")
     return answers == {True}

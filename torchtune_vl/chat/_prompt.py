@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 from typing import Any, Literal, NamedTuple
 
 from torchtune_vl.chat import _chat_template as template
-from torchtune_vl.chat._messages import ROLES, EncodedMedium, EncodedTurn, Tools, Turn
+from torchtune_vl.chat._messages import LOSS_KEYS, ROLES, EncodedMedium, EncodedTurn, Tools, Turn
 from torchtune_vl.chat._tokenizer import QwenTokenizer
 from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
 
@@ -23,6 +23,8 @@ _Piece = tuple[str | int | EncodedMedium | None, bool]
 _END: _Piece = None, False
 _log = logging.getLogger(__name__)
 
+# Of messages, which no template reads but the first
+_PLAIN_KEYS = {"role", *LOSS_KEYS}
 _NAMES = {"image": "Picture", "video": "Video"}
 # Where a template puts a medium
 _PLACES = {f"<|vision_start|><|{kind}_pad|><|vision_end|>": kind for kind in _NAMES}
@@ -53,6 +55,31 @@ class Prompt(NamedTuple):
         return Prompt(self.tokens[start:stop], self.mask[start:stop], spans)
 
 
+class Plain(NamedTuple):
+    """What code follows of a template that Jinja runs: conversations of plain messages.
+
+    It writes those of some roles as the published template without tools does, but for a system
+    prompt where there is none. ``opens`` is what a prompt for an answer has behind its header.
+    """
+
+    roles: frozenset[str]
+    opens: str = ""
+
+    def has(self, turn: EncodedTurn) -> bool:
+        """Whether a message has nothing but media, of users, and texts between them.
+
+        Texts that follow each other may make a structural token together, which Jinja's run finds.
+        """
+        are_texts = [isinstance(part, str) for part in turn.content]
+        return (
+            turn.role in self.roles
+            and turn.given.keys() <= _PLAIN_KEYS
+            and (turn.role == "user" or all(are_texts))
+            and (True, True) not in pairwise(are_texts)
+            and not any(isinstance(p, str) and template.has_noncharacter(p) for p in turn.content)
+        )
+
+
 @dataclass(eq=False, repr=False)
 class PromptBuilder:
     """Applies a chat template, None for the published ones, and tokenizes what it gives."""
@@ -61,6 +88,7 @@ class PromptBuilder:
     parse_special: Special
     add_vision_id: bool
     chat_template: str | None
+    plain: Plain | None = None  # what code follows of the template
 
     def __post_init__(self) -> None:
         self.roles = template.known_roles(self.chat_template)
@@ -72,17 +100,16 @@ class PromptBuilder:
 
         ``inference`` ends it with the prompt for an answer. ``ValueError`` if it cannot be applied.
         """
-        if self.chat_template is not None:
-            return self._tokenize(self._rendered(turns, tools, inference))
-        has_tools = bool(tools) or any(turn.tool_calls or turn.role == "tool" for turn in turns)
-        if turns[0].role == "system":
-            system, turns = turns[0].content, turns[1:]
+        opens = ""
+        if self.chat_template is None:
+            turns = _with_system(turns, tools)
+        elif self.plain and not tools and all(map(self.plain.has, turns)):
+            opens = self.plain.opens
         else:
-            system = [template.SYSTEM_PROMPTS[has_tools]]
-        system = [*system, template.tools_prompt(tools)]
-        pieces = [*self._published([Turn("system", system, True, {}), *turns], self.add_vision_id)]
+            return self._tokenize(self._rendered(turns, tools, inference))
+        pieces = [*self._published(turns, self.add_vision_id)]
         if inference:
-            pieces += [(self.tokenizer.im_start_id, False), ("assistant\n", False)]
+            pieces += [(self.tokenizer.im_start_id, False), (f"assistant\n{opens}", False)]
         return self._tokenize(pieces)
 
     def of_message(self, turn: EncodedTurn) -> Prompt:
@@ -188,8 +215,10 @@ class PromptBuilder:
         remaining = iter(media)
         masked_answers = iter(without_loss) if any(without_loss) else repeat(False)
         is_trained = False
-        for piece in pieces:
-            if piece == template.END:
+        for number, piece in enumerate(pieces):
+            if number % 2 == 0:  # between what the pattern matches
+                yield template.without_stand_ins(piece), is_trained
+            elif piece == template.END:
                 is_trained = False
             elif piece in (template.START, template.LEFT_OUT):
                 is_masked = next(masked_answers)
@@ -198,10 +227,8 @@ class PromptBuilder:
                     self._tell_left_out()
             elif piece in _PLACES:
                 yield next(remaining), False
-            elif piece in STRUCTURAL_TOKENS:
-                yield self.tokenizer.special_tokens[piece], is_trained
             else:
-                yield piece.translate(template.STAND_INS), is_trained
+                yield self.tokenizer.special_tokens[piece], is_trained
 
     def _tell_left_out(self) -> None:
         if not self._has_told:
@@ -220,7 +247,7 @@ class PromptBuilder:
             steps = part.step_texts if isinstance(part, EncodedMedium) else ()
             text = part if isinstance(part, str) else "".join(steps[:1])
             if text or isinstance(part, str):
-                if trained[-1:] == [is_trained]:
+                if trained and trained[-1] == is_trained:
                     texts[-1] += text
                 else:
                     texts.append(text)
@@ -302,6 +329,16 @@ def difference(whole: Prompt, part: Prompt) -> dict[str, int]:
     counts = [Counter(f"{m.kind}s" for m in p.media.values()) for p in (whole, part)]
     media = {kind: counts[0][kind] - counts[1][kind] for kind in ("images", "videos")}
     return {"tokens": len(whole.tokens) - len(part.tokens), **media}
+
+
+def _with_system(turns: _Turns, tools: Tools) -> _Turns:
+    """The turns with the published template's system prompt, and with what it says of tools."""
+    has_tools = bool(tools) or any(turn.tool_calls or turn.role == "tool" for turn in turns)
+    if turns[0].role == "system":
+        system, turns = turns[0].content, turns[1:]
+    else:
+        system = [template.SYSTEM_PROMPTS[has_tools]]
+    return [Turn("system", [*system, template.tools_prompt(tools)], True, {}), *turns]
 
 
 def _as_dict(turn: EncodedTurn) -> dict[str, Any]:

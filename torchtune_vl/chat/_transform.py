@@ -114,6 +114,7 @@ class ChatTransform(QwenTokenizer):
     default_tokens_per_second: ClassVar[int | None] = None
     has_timed_steps: ClassVar[bool] = False  # whether the text has the time of each of a video
     videos: ClassVar[type[VideoTransform]] = VideoTransform
+    plain: ClassVar[Mapping[str | None, prompting.Plain]] = {}  # what code follows of templates
 
     def __init__(
         self,
@@ -162,7 +163,10 @@ class ChatTransform(QwenTokenizer):
             add_vision_id |= numbers_media
         chat_template = self.template_to_run(chat_template)
         super().__init__(path, merges_file, max_seq_len=max_seq_len)
-        self.prompts = prompting.PromptBuilder(self, parse_special, add_vision_id, chat_template)
+        plain = self.plain.get(chat_template)
+        self.prompts = prompting.PromptBuilder(
+            self, parse_special, add_vision_id, chat_template, plain
+        )
         remote = RemoteLimits() if allow_remote else None
         shared: dict[str, Any] = {"patch_dtype": patch_dtype, "remote": remote}
         shared |= {"image_mean": image_mean, "image_std": image_std}

@@ -240,8 +240,13 @@ def _normalize(pixels_NCP, divisor, means, stds, values_NCRP):  # type: ignore[n
     for n in range(np.uintp(len(pixels_NCP))):
         for c in range(np.uintp(CHANNELS)):
             mean, std = means[c], stds[c]
-            for i in range(size):
-                values_NCRP[n, c, 0, i] = (np.float32(pixels_NCP[n, c, i]) / divisor - mean) / std
+            if divisor == 1:  # a loop of its own, in two thirds of the time
+                for i in range(size):
+                    values_NCRP[n, c, 0, i] = (np.float32(pixels_NCP[n, c, i]) - mean) / std
+            else:
+                for i in range(size):
+                    level = np.float32(pixels_NCP[n, c, i]) / divisor
+                    values_NCRP[n, c, 0, i] = (level - mean) / std
             for r in range(np.uintp(1), np.uintp(values_NCRP.shape[2])):
                 for i in range(size):
                     values_NCRP[n, c, r, i] = values_NCRP[n, c, 0, i]

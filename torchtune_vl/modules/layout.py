@@ -42,24 +42,29 @@ def mrope_positions(
     positions = np.empty((len(tokens), 3), np.int64)
     end = position = 0
     for (t, h, w), interval in zip(grids, intervals, strict=True):
-        start = next(i for i in range(end, len(tokens)) if tokens[i] in placeholder_ids)
+        start = end
+        while tokens[start] not in placeholder_ids:
+            start += 1
         positions[end:start] = np.arange(position, position + start - end)[:, None]
         position += start - end
-        grid = _grid_positions(t, h // merge_size, w // merge_size, interval)
+        grid, extent = _grid_positions(t, h // merge_size, w // merge_size, interval)
         end = start + len(grid)
-        positions[start:end] = grid + position
-        position += int(grid[-1].max()) + 1
+        np.add(grid, position, out=positions[start:end])
+        position += extent
     positions[end:] = np.arange(position, position + len(tokens) - end)[:, None]
     return torch.from_numpy(positions)
 
 
 @lru_cache(_SHAPES)
-def _grid_positions(t: int, h: int, w: int, interval: float) -> np.ndarray:
-    """M-RoPE positions of t x h x w units from 0, int64 [t * h * w, 3]; never to be changed."""
+def _grid_positions(t: int, h: int, w: int, interval: float) -> tuple[np.ndarray, int]:
+    """M-RoPE positions of t x h x w units from 0, int64 [t * h * w, 3], and how far they go.
+
+    Never to be changed.
+    """
     # float32 and truncated, as transformers has it
     steps = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int64)
     grid = np.meshgrid(steps, np.arange(h), np.arange(w), indexing="ij")
-    return np.stack(grid, axis=-1).reshape(-1, 3)
+    return np.stack(grid, axis=-1).reshape(-1, 3), max(int(steps[-1]) + 1, h, w)
 
 
 def vision_index(grid_thw: torch.Tensor, geometry: Geometry) -> dict[str, torch.Tensor]:

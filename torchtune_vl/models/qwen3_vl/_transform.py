@@ -13,6 +13,7 @@ from torchtune_vl.chat import ChatTransform, ProcessorClasses
 from torchtune_vl.chat import _processor_files as processor_files
 from torchtune_vl.chat._chat_template import without_marks
 from torchtune_vl.chat._messages import EncodedTurn
+from torchtune_vl.chat._prompt import Plain
 from torchtune_vl.files._json import JsonObject
 from torchtune_vl.media import Geometry, ImageTransform, VideoTransform
 from torchtune_vl.media._patches import Size, smart_resize
@@ -136,6 +137,10 @@ class Qwen3_VLTransform(ChatTransform):
     )
     videos = Qwen3_VLVideoTransform
     has_timed_steps = True
+    plain = {  # noqa: RUF012 (a ClassVar of the parent)
+        _INSTRUCT: Plain(frozenset({"system", "user", "assistant"})),
+        _THINKING: Plain(frozenset({"system", "user"}), opens="<think>\n"),
+    }
     more_tokens = ("<tool_response>", "</tool_response>", "<think>", "</think>")
 
     @classmethod
