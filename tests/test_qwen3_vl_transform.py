@@ -139,6 +139,22 @@ def test_code_follows_the_templates(
     assert outcome(transform.prompts) == outcome(by_jinja)
 
 
+@pytest.mark.parametrize("length", range(1, len(END)))
+def test_texts_make_no_structural_token_together(transforms: Any, length: int) -> None:
+    torn = [{"type": "text", "text": text} for text in ("A", END[:length], END[length:])]
+    for role in ("user", "tool"):  # of which code follows the one, and Jinja runs the other
+        messages = [{"role": "user", "content": "B"}, {"role": role, "content": torn}]
+        whole = [*messages[:1], {"role": role, "content": f"A{END}"}]
+        for thinks in (False, True):
+            transform = transforms[thinks, "content"]
+            found, expected = (
+                transform.tokenize_messages([*given, answered("C")])[0]
+                for given in (messages, whole)
+            )
+            assert found == expected
+            assert found.count(transform.im_end_id) == 3
+
+
 def test_added_tokens_are_content(instruct: Qwen3_VLTransform) -> None:
     """Four more than Qwen2.5's, none of them special."""
     names = "<tool_response>", "</tool_response>", "<think>", "</think>"

@@ -60,13 +60,17 @@ def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
 
 
 # Noncharacters of Unicode stand for other things while a template is run: for the beginning and the
-# end of what the loss is taken of, or the beginning of an answer that is left out of it, and for
-# structural tokens within texts of messages
+# end of what the loss is taken of, or the beginning of an answer that is left out of it, for
+# structural tokens within texts of messages, and for the end of a text that another may complete to
+# one
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 START, END, LEFT_OUT = "\ufdd0", "\ufdd1", "\ufddf"
 # How a template writes these three itself, in its texts
 _ESCAPES = (r"\ufdd0", r"\ufdd1", r"\ufddf")
-STAND_INS = {0xFDD2 + number: token for number, token in enumerate(STRUCTURAL_TOKENS)}
+_STAND_INS = {0xFDD2 + number: token for number, token in enumerate(STRUCTURAL_TOKENS)}
+_SEAM = 0xFDE0
+_STOOD_FOR = {**_STAND_INS, _SEAM: ""}
+_BEGUN = re.compile(r"<(\|\w*\|?)?\Z")
 
 
 def has_noncharacter(text: str) -> bool:
@@ -77,7 +81,7 @@ def has_noncharacter(text: str) -> bool:
 def without_stand_ins(text: str) -> str:
     """A text with the structural tokens that characters stand for."""
     # Most have none, and translating takes fifteen times as long as searching
-    return text.translate(STAND_INS) if has_noncharacter(text) else text
+    return text.translate(_STOOD_FOR) if has_noncharacter(text) else text
 
 
 def without_marks(template: str) -> str:
@@ -103,8 +107,8 @@ def render(template: str, hides_structure: bool, **variables: Any) -> str:
     """Run a chat template as transformers' ``apply_chat_template`` does.
 
     The text has ``START`` and ``END`` around what stands between ``{% generation %}`` and
-    ``{% endgeneration %}``, and, if ``hides_structure``, ``STAND_INS`` for the structural tokens in
-    variables. ``ValueError`` if the template fails.
+    ``{% endgeneration %}``, and, if ``hides_structure``, noncharacters for the structural tokens in
+    variables, see :func:`without_stand_ins`. ``ValueError`` if the template fails.
     """
     try:
         return _compile(template).render(_hide(variables, hides_structure))
@@ -117,9 +121,10 @@ def _hide(value: Any, hides_structure: bool) -> Any:
     if isinstance(value, str):
         if has_noncharacter(value):
             raise ValueError("a text has a noncharacter of Unicode (U+FDD0 to U+FDEF): remove it")
-        if hides_structure and "<|" in value:  # as all of them begin
-            for stand_in, token in STAND_INS.items():
+        if hides_structure and "<" in value:  # as all of them begin
+            for stand_in, token in _STAND_INS.items():
                 value = value.replace(token, chr(stand_in))
+            return value + chr(_SEAM) if _BEGUN.search(value) else value
         return value
     if isinstance(value, list | tuple):
         return [_hide(entry, hides_structure) for entry in value]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, pairwise, repeat
+from itertools import chain, repeat
 from typing import Any, Literal, NamedTuple
 
 from torchtune_vl.chat import _chat_template as template
@@ -66,17 +66,13 @@ class Plain(NamedTuple):
     opens: str = ""
 
     def has(self, turn: EncodedTurn) -> bool:
-        """Whether a message has nothing but media, of users, and texts between them.
-
-        Texts that follow each other may make a structural token together, which Jinja's run finds.
-        """
-        are_texts = [isinstance(part, str) for part in turn.content]
+        """Whether a message has nothing but texts and, of users, media."""
+        texts = [part for part in turn.content if isinstance(part, str)]
         return (
             turn.role in self.roles
             and turn.given.keys() <= _PLAIN_KEYS
-            and (turn.role == "user" or all(are_texts))
-            and (True, True) not in pairwise(are_texts)
-            and not any(isinstance(p, str) and template.has_noncharacter(p) for p in turn.content)
+            and (turn.role == "user" or len(texts) == len(turn.content))
+            and not any(map(template.has_noncharacter, texts))
         )
 
 
