@@ -218,7 +218,7 @@ def test_balance_of_a_share_of_a_row() -> None:
 
 
 def lora(**settings: Any) -> Any:
-    return lora_qwen3_vl_moe(["q_proj"], **EXPERTS_DIMS, **settings)
+    return lora_qwen3_vl_moe(["q_proj"], **{**EXPERTS_DIMS, **settings})
 
 
 def shared(devices: int, experts: int, **dims: Any) -> Any:
@@ -247,12 +247,57 @@ def test_a_device_has_its_share_of_experts() -> None:
     }
 
 
-def none_to_share() -> None:
+def share(model: Any) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        divide_experts(qwen2_5_vl(**DIMS), init_device_mesh("cpu", (2,)))
+        divide_experts(model, init_device_mesh("cpu", (2,)))
     finally:
         dist.destroy_process_group()
+
+
+def none_to_share() -> None:
+    share(qwen2_5_vl(**DIMS))
+
+
+def quantized_to_share() -> None:
+    share(lora(num_experts=8, quantize_base=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantized_experts_are_those_of_their_values(dtype: torch.dtype) -> None:
+    """Logits, and gradients of adapters and of what comes before, but no kept weights."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"apply_lora_to_mlp": True, "encoder_trainable": "frozen"}
+    with default_dtype(dtype):
+        quantized, plain = (lora(quantize_base=q, **settings) for q in (True, False))
+    with torch.no_grad():
+        for name, p in quantized.named_parameters():
+            if "lora_b" in name:
+                p.normal_(0, 0.1)
+    plain.load_state_dict(quantized.state_dict())
+    grouped = quantized.decoder.layers[0].mlp.experts.down_proj.weight
+    assert grouped.shape == (7, 24, 96)
+    (row,) = rows(1, 0, plain.encoders["vision"].geometry)
+    losses, keeps_weights = [], []
+    for model in (quantized, plain):
+        kept: list[torch.Size] = []
+
+        def keep(x: torch.Tensor, kept: list[torch.Size] = kept) -> torch.Tensor:
+            kept.append(x.shape)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            losses.append(model(**row).sum())
+        keeps_weights.append(any(shape[-2:] == (24, 96) for shape in kept))
+    assert keeps_weights == [False, True]
+    loss, expected = losses
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for (name, p), q in zip(quantized.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -260,7 +305,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: lora(apply_lora_to_mlp=True, use_dora=True),
         "^experts have no magnitudes: leave use_dora or apply_lora_to_mlp out",
     ),
-    "quantized": (lambda: lora(quantize_base=True), "^experts are not quantized: leave "),
     "in full beside": (
         lambda: lora_qwen3_vl_moe(
             ["qkv"], **EXPERTS_DIMS, decoder_trainable="full", encoder_trainable="lora"
@@ -270,6 +314,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "none": (
         lambda: qwen2_5_vl(**DIMS, router_aux_loss_coef=0.1),
         "^router_aux_loss_coef is for the balance of experts, and this model has none: leave it",
+    ),
+    "quantized and shared": (
+        quantized_to_share,
+        "^quantized experts are not shared by devices: set parallel.experts=1, parallel.shard",
     ),
     "not shared equally": (
         lambda: shared(2, 2),

@@ -215,7 +215,7 @@ MESHES = {
     [
         *("full", "lora", "dora", "qlora"),
         *("deepstack full", "deepstack lora", "experts full", "experts lora"),
-        "experts balanced full",
+        *("experts qlora", "experts balanced full"),
     ],
 )
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)

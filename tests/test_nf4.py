@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torchtune_vl._torchao import to_nf4
-from torchtune_vl.modules.nf4 import NF4Layout, quantize
+from torchtune_vl.modules.nf4 import NF4Layout, dequantize, quantize
 
 SMALL, MANY = (256, 64), (512, 384)
 WEIGHTS = {
@@ -37,6 +37,10 @@ def test_quantized_as_torchao_does(weight: torch.Tensor, dtype: torch.dtype) -> 
     ):
         same(getattr(found, name), getattr(expected, name))
     same(found.get_original_weight(), expected.get_original_weight())
+    same(dequantize(found), expected.get_original_weight())
+    several = weight.view(2, -1, weight.shape[1])  # matrices of one shape, in one tensor
+    assert quantize(several, 64, 256).shape == several.shape
+    same(dequantize(quantize(several, 64, 256)), expected.get_original_weight().view_as(several))
     # A part has the codes that it has in the whole
     assert torch.equal(layout.codes(weight, 3, 11), layout.codes(weight)[3:11])
     ours = (layout.codes(weight), layout.scales(weight))

@@ -91,7 +91,7 @@ def with_adapters(
 
     Raises ``ValueError`` if nothing would be trained, a name matches no layer of a part with
     adapters, a part gets none, the output layer is the token embedding and is to get one, or a
-    decoder's experts are to have DoRA, be quantized or trained beside adapters.
+    decoder's experts are to have DoRA or be trained beside adapters.
     """
     parts = {"decoder": decoder_trainable, "encoder": encoder_trainable, "fusion": fusion_trainable}
     names = {*lora_attn_modules, *(_MLP if apply_lora_to_mlp else ())}
@@ -99,7 +99,7 @@ def with_adapters(
     _check_adapters(names, parts)
     if dimensions.get("num_experts"):
         has_dora = use_dora and apply_lora_to_mlp and decoder_trainable == "lora"
-        _check_experts(quantize_base, has_dora, decoder_trainable)
+        _check_experts(has_dora, decoder_trainable)
         names |= _EXPERTS if apply_lora_to_mlp else set()
     if apply_lora_to_output and dimensions["tie_word_embeddings"]:
         problem = "the output layer of this size is its token embedding: no adapter can be merged"
@@ -149,9 +149,8 @@ def _check_adapters(names: set[str], parts: Mapping[str, Trainable]) -> None:
         raise ValueError(f"{problem} 'lora', 'frozen' or 'full'. There are {layers}")
 
 
-def _check_experts(quantized: bool, has_dora: bool, how: Trainable) -> None:
+def _check_experts(has_dora: bool, how: Trainable) -> None:
     refusals = {
-        "experts are not quantized: leave quantize_base out": quantized,
         # Nor does peft know them
         "experts have no magnitudes: leave use_dora or apply_lora_to_mlp out": has_dora,
         # Files of adapters would have them in the layout of transformers 5

@@ -4,6 +4,7 @@ LoRA: arXiv 2106.09685. DoRA: arXiv 2402.09353. QLoRA: arXiv 2305.14314.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -53,20 +54,19 @@ def build_linear(
     """Build a linear layer, such as ``q_proj`` of the ``decoder``.
 
     It gets an adapter (of ``rank``, ``alpha`` and ``dropout``) if its part is "lora" and its name
-    among ``adapted``. With ``count`` it is as many layers, each for rows of its own, which are
-    neither quantized nor have DoRA. With ``quantize_base`` its weight is NF4, unless it is trained
-    or of the output layer, as in the paper; one that does not divide into blocks is a
-    ``ValueError``.
+    among ``adapted``. With ``count`` it is as many layers, each for rows of its own, which have no
+    DoRA. With ``quantize_base`` its weight is NF4, unless it is trained or of the output layer, as
+    in the paper; one that does not divide into blocks is a ``ValueError``.
     """
     how = (trainable or {}).get(part, "full")
-    if count is not None:
-        if how == "lora" and name in adapted:
-            return GroupedLoRALinear(count, in_dim, out_dim, **adapter)
-        return GroupedLinear(count, in_dim, out_dim)
     is_quantized = quantize_base and how != "full" and name != "output"
-    blocks = _nf4_blocks(name, in_dim, out_dim) if is_quantized else {}
-    if how == "lora" and name in adapted:
-        kind: Any = DoRA if use_dora else LoRALinear
+    blocks = _nf4_blocks(name, in_dim, (count or 1) * out_dim) if is_quantized else {}
+    if count is not None:
+        is_adapted = how == "lora" and name in adapted
+        kind: Any = partial(GroupedLoRALinear, **adapter) if is_adapted else GroupedLinear
+        layer = kind(count, in_dim, out_dim)
+    elif how == "lora" and name in adapted:
+        kind = DoRA if use_dora else LoRALinear
         if name == "output":
             kind = OutputDoRA if use_dora else OutputLoRA
         layer = kind(in_dim, out_dim, use_bias=bias, **adapter)

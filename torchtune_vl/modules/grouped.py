@@ -2,10 +2,15 @@
 
 # Shape suffixes: N layers, R rows of all of them; I and O the widths that a layer takes and gives
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from torchtune_vl._torchao import NF4Tensor
+from torchtune_vl.modules.nf4 import dequantize
 
 _ALIGNED = 16  # bytes that rows of matrices have to be multiples of for torch's grouped product
 
@@ -25,6 +30,8 @@ class GroupedLinear(nn.Module):
     def forward(self, rows_RI: torch.Tensor, ends_N: torch.Tensor) -> torch.Tensor:
         """Multiply groups of rows as :func:`grouped_product` does; returns [R, O]."""
         weight = self.weight
+        if isinstance(weight, NF4Tensor):
+            return _NF4Product.apply(rows_RI, weight, ends_N)
         own = weight.to_local() if isinstance(weight, DTensor) else weight
         return grouped_product(rows_RI, own, ends_N)
 
@@ -55,6 +62,24 @@ class GroupedLoRALinear(GroupedLinear):
         """Apply the layers, as those without adapters are."""
         low_rank_RO = self.lora_b(self.lora_a(self.dropout(rows_RI), ends_N), ends_N)
         return super().forward(rows_RI, ends_N) + self.alpha / self.rank * low_rank_RO
+
+
+class _NF4Product(torch.autograd.Function):
+    """Widens weights for a product, and again for its backward: only their codes are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_RI: torch.Tensor, nf4_NIO: NF4Tensor, ends_N: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.nf4_NIO = nf4_NIO
+        ctx.save_for_backward(ends_N)
+        return grouped_product(rows_RI, dequantize(nf4_NIO).to(rows_RI.dtype), ends_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RO: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (ends_N,) = ctx.saved_tensors
+        weight_NIO = dequantize(ctx.nf4_NIO).to(grad_RO.dtype)
+        return grouped_product(grad_RO, weight_NIO.mT, ends_N), None, None
 
 
 def grouped_product(

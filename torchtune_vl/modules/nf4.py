@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from torchtune_vl._torchao import NF4Tensor, SubclassTensorArgs, to_nf4
@@ -54,7 +55,7 @@ class NF4Layout(NamedTuple):
         Of 16 bits there are so few numbers that their codes are a table, which is eight times
         faster than to compare each weight with all values, as torchao does.
         """
-        blocks_BC = weight.to(self.dtype).view(-1, self.block_size)[first:last]
+        blocks_BC = weight.to(self.dtype).reshape(-1, self.block_size)[first:last]
         if self.dtype.itemsize != 2:
             data = NF4Tensor.convert_to_norm_float_weight(
                 blocks_BC, len(blocks_BC), self.block_size, _values(self.dtype)
@@ -88,7 +89,7 @@ class NF4Layout(NamedTuple):
         factors, mean, values = numbers.view(self.dtype).split(
             [self.numbers - 1 - _CODES, 1, _CODES]
         )
-        stride = (self.shape[1], 1)
+        stride = torch.empty(self.shape, device="meta").stride()
         return NF4Tensor(
             SubclassTensorArgs(self.shape, stride, 0, self.dtype, codes.device, False),
             *(self.block_size, self.blocks, self.scaler_block_size),
@@ -113,11 +114,31 @@ def _codes_of_all(dtype: torch.dtype) -> torch.Tensor:
 
 
 def quantize(weight: torch.Tensor, block_size: int, scaler_block_size: int) -> NF4Tensor:
-    """Quantize a weight where it is; on the meta device at no cost, where torchao takes seconds."""
-    if not weight.is_meta:
-        return to_nf4(weight, block_size, scaler_block_size)
+    """Quantize a weight; on the meta device at no cost, where torchao takes seconds.
+
+    Matrices are quantized where they are, several in one tensor on the CPU.
+    """
     layout = NF4Layout(weight.shape, weight.dtype, block_size, scaler_block_size)
-    return layout.unpack(*layout.empty())
+    if weight.is_meta:
+        return layout.unpack(*layout.empty())
+    return (
+        to_nf4(weight, block_size, scaler_block_size)
+        if weight.ndim == 2
+        else layout.quantize(weight)
+    )
+
+
+def dequantize(nf4: Any) -> torch.Tensor:
+    """Return what torchao's ``get_original_weight`` does, in a tenth of its memory.
+
+    Two codes at a time, by a table of all pairs.
+    """
+    scales_B = nf4.dequantize_scalers(
+        nf4.quantized_scalers, nf4.quantization_factor, nf4.scaler_block_size
+    )
+    pairs = torch.cartesian_prod(nf4.nf4, nf4.nf4)
+    values_BC = F.embedding(nf4.quantized_data.int(), pairs).view(len(scales_B), -1)
+    return values_BC.mul_(scales_B[:, None]).view(nf4.shape)
 
 
 class PackedNF4:

@@ -125,7 +125,7 @@ class _Trace:
             for name, weight in layer.named_parameters():
                 takes_input_gradient = self.carries or "lora_b" in name
                 times = 1 + takes_input_gradient + weight.requires_grad
-                flops += 2 * mlp.num_active * weight[0].numel() * times
+                flops += 2 * mlp.num_active * weight.shape[1:].numel() * times
             self.carries = self.after(layer)
         embed_dim = router.shape[1]
         flops += 2 * mlp.num_active * embed_dim * (1 + self.carries + weighs)  # the weighted sum

@@ -117,6 +117,9 @@ def divide_experts(model: Any, mesh: DeviceMesh) -> None:
     if not every:
         none = f"parallel.experts is {devices}, and the model has no experts"
         raise ValueError(f"{none}: set parallel.experts=1")
+    if any(isinstance(p.data, NF4Tensor) for experts in every for p in experts.parameters()):
+        problem = "quantized experts are not shared by devices"
+        raise ValueError(f"{problem}: set parallel.experts=1, parallel.shard divides them")
     count = every[0].count
     if count % devices:
         told = f"parallel.experts is {devices}, and does not divide the model's {count} experts"
