@@ -64,11 +64,13 @@ class Adapter(NamedTuple):
     names: TensorNames  # of its family
 
 
-def load_adapter(directory: Path, weights: Tensors | None = None) -> Adapter:
+def load_adapter(
+    directory: Path, weights: Tensors | None = None, names: TensorNames | None = None
+) -> Adapter:
     """Read an adapter that peft or this project wrote, its tensors mapped from the file.
 
-    ``weights`` are those of the model that it is to adapt, by our names; an output layer that is
-    the token embedding is in neither. Raises ``ValueError`` if a file is missing or damaged, it is
+    ``weights`` are those of the model that it is to adapt, by our names, and ``names`` those of its
+    family; an output layer that is the token embedding is in neither. Raises ``ValueError`` if a file is missing or damaged, it is
     another kind of adapter or of another model, or its tensors are not those of its config, or not
     finite. Where its config has ``layers_to_transform``, layers that the file lacks are not found.
     """
@@ -77,7 +79,7 @@ def load_adapter(directory: Path, weights: Tensors | None = None) -> Adapter:
     check_manifest(directory)
     config = read_json_object(directory / CONFIG)
     _refuse_other_kinds(config)
-    names, stored = _by_our_names(directory)
+    names, stored = _by_our_names(directory, names)
     tensors = read_tensors(stored)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -127,12 +129,14 @@ def _refuse_other_kinds(config: JsonObject) -> None:
             raise config.error(key, f"plain LoRA or DoRA on the weights of the base: {remedy}")
 
 
-def _by_our_names(directory: Path) -> tuple[TensorNames, dict[str, Stored]]:
-    """Find the family that an adapter is of, which its file does not tell, and rename tensors."""
+def _by_our_names(
+    directory: Path, of_base: TensorNames | None
+) -> tuple[TensorNames, dict[str, Stored]]:
+    """Rename tensors, without a base by names of any family that knows all: adapters tell none."""
     errors = []
-    for family in families():
+    for names in [of_base] if of_base else [family.names for family in families()]:
         try:
-            return family.names, family.names.from_peft(stored_tensors([directory / WEIGHTS]))
+            return names, names.from_peft(stored_tensors([directory / WEIGHTS]))
         except ValueError as error:
             errors.append(error)
     raise ValueError(f"{directory}: {errors[0]}; {_MERGE_BY_PEFT}")

@@ -113,7 +113,8 @@ class HubCheckpointer:
         weights = load_weights(self._weights_dir, self._files)
         state: dict[str, Any] = {MODEL_KEY: weights}
         if self._adapter_dir:
-            adapter = adapters.load_adapter(self._adapter_dir, weights)
+            names = family_of(self._weights_dir).names
+            adapter = adapters.load_adapter(self._adapter_dir, weights, names)
             told = "The adapter of %s goes on: the model needs its lora_rank %s and lora_alpha %s"
             log.warning(told, self._adapter_dir, adapter.rank, adapter.alpha)
             # Recipes read adapters apart only when they resume, and those among the weights always
@@ -280,7 +281,7 @@ def merge(
     directory is damaged or they do not fit, ``OSError`` if the output cannot be written or exists.
     """
     weights = load_weights(base, tensor_io.weight_files(base))
-    adapter = adapters.load_adapter(adapter_dir, weights)
+    adapter = adapters.load_adapter(adapter_dir, weights, family_of(base).names)
     if adapter.base and Path(adapter.base).name != base.resolve().name:
         told = "The adapter of %s was trained on %s: see that %s has the same weights"
         log.warning(told, adapter_dir, adapter.base, base)

@@ -34,7 +34,8 @@ def load_model(
     directory = Path(checkpoint_dir)
     weights = load_weights(directory, weight_files(directory))
     if adapter is not None:
-        weights = merge_adapter(weights, load_adapter(Path(adapter), weights), dtype)
+        loaded = load_adapter(Path(adapter), weights, family_of(directory).names)
+        weights = merge_adapter(weights, loaded, dtype)
     dtype = dtype or next(iter(weights.values())).dtype
     with torch.device("meta"):
         model = vision_language_model(**family_of(directory).all_dimensions(directory)).to(dtype)
