@@ -1,6 +1,6 @@
 """Serves exports with vLLM on a CPU, beside our answers, and converts them for llama.cpp.
 
-Run as ``make test-serving`` (some seventy minutes on two cores), or of some of the families as
+Run as ``make test-serving`` (some sixty minutes on two cores), or of some of the families as
 ``make test-serving FAMILY=qwen3_vl``: it installs vLLM in an environment of its own. Checkpoints
 are tiny and random, written by ``tune-vl run``, ``export`` and ``merge``;
 what is compared is what ``tune-vl validate --server`` compares, for 50 conversations made here
@@ -47,6 +47,8 @@ PORT = 8471
 _STARTS_WITHIN = 300
 # Of tokens of a medium, too: by default that is the most of an image, which may be small
 _BUDGET = ("--max-num-batched-tokens", "8192")
+# It ends when it encodes images and videos in one step
+_TOWER = "--enable-tower-connector-lora"
 # Those of the server, which finds no GPU and no network
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -207,10 +209,8 @@ def qwen2_5_vl_cases(root: Path, vocabulary: Path) -> Iterator[Case]:
     both = train(root, "both", full, name="qwen2_5_vl/lora", **_LORA, **_EVERYWHERE)
     yield Case("adapter of all parts, merged", both)
     enabled = ["--enable-lora", "--lora-modules", f"adapter={both / 'adapter'}"]
-    tower = "--enable-tower-connector-lora"
-    # It ends when it encodes images and videos in one step
-    name, stills = f"adapter of all parts, `{tower}`, no videos", "images.json"
-    yield Case(name, full, [*enabled, tower], both / "adapter", questions=stills, builtin=False)
+    name, stills = f"adapter of all parts, `{_TOWER}`, no videos", "images.json"
+    yield Case(name, full, [*enabled, _TOWER], both / "adapter", questions=stills, builtin=False)
     yield Case("adapter of all parts without it", full, enabled, both / "adapter", differs=True)
 
 
@@ -249,6 +249,12 @@ def qwen3_vl_cases(root: Path, vocabulary: Path) -> Iterator[Case]:
     yield Case("Qwen3-VL, adapter of the decoder", full, enabled, decoder / "adapter", **asked)
     both = trained("qwen3_vl_both", full, "lora", **_LORA, **_EVERYWHERE)
     yield Case("Qwen3-VL, adapter of all parts, merged", both, alone, **asked)
+    enabled = [*alone, "--enable-lora", "--lora-modules", f"adapter={both / 'adapter'}"]
+    name = f"Qwen3-VL, adapter of all parts, `{_TOWER}`, no videos"
+    stills: dict[str, Any] = {"questions": "images.json", "builtin": False}
+    yield Case(name, full, [*enabled, _TOWER], both / "adapter", **stills)
+    without = "Qwen3-VL, adapter of all parts without it"
+    yield Case(without, full, enabled, both / "adapter", differs=True, **stills)
 
     moe = base(root / "qwen3_vl_moe_base", vocabulary, QWEN3_VL_MOE)
     experts = train(root, "qwen3_vl_moe", moe, name="qwen3_vl_moe/full")
@@ -360,10 +366,6 @@ def write_questions(root: Path) -> None:
     (root / "questions.json").write_text(json.dumps([{"messages": t} for t in conversations]))
     # Of these vLLM takes other frames than qwen-vl-utils
     moving = [[video(rate, (96, 64)), text()] for rate in (8, 12, 24, NTSC, 30)]
-    steps = [*conversations, *([{"role": "user", "content": content}] for content in moving)]
-    for name, reasons in (("qwen3_vl.json", False), ("thinking.json", True)):
-        rows = [{"messages": turns} for turns in steps] + with_tools(image, text, reasons)
-        (root / name).write_text(json.dumps(rows))
     is_still = [t for t in conversations if '"video"' not in json.dumps(t)]
     (root / "images.json").write_text(json.dumps([{"messages": turns} for turns in is_still]))
     videos = [{"messages": [{"role": "user", "content": content}]} for content in moving]
@@ -376,6 +378,11 @@ def write_questions(root: Path) -> None:
         for answer in ("Two of them.", "Red, left of the third.", "größer 数字 👍") * 10
     ]
     (root / "train.json").write_text(json.dumps([{"messages": turns} for turns in short]))
+    # Of Qwen3-VL, with videos of other rates among them, whose frames are the same
+    conversations += ([{"role": "user", "content": content}] for content in moving)
+    for name, reasons in (("qwen3_vl.json", False), ("thinking.json", True)):
+        rows = [{"messages": turns} for turns in conversations] + with_tools(image, text, reasons)
+        (root / name).write_text(json.dumps(rows))
 
 
 def with_tools(
@@ -444,6 +451,8 @@ def compare(case: Case, questions: Path, report: Path) -> dict[str, tuple[int, i
     for name, inputs, figure in re.findall(r"\| (served \w+) \| ([\d,]+) \|[^|]*\|([^|]*)\|", text):
         fails = re.search(rf"## {name}: ([\d,]+) of", text)
         rows[name] = int(inputs), int(fails[1]) if fails else 0, figure.split(",")[0].strip()
+    if rows.keys() != {*ROWS}:
+        sys.exit(f"{case.name}: not answered, or not by both sides:\n{text[-4000:]}")
     return rows
 
 

@@ -70,9 +70,10 @@ def load_adapter(
     """Read an adapter that peft or this project wrote, its tensors mapped from the file.
 
     ``weights`` are those of the model that it is to adapt, by our names, and ``names`` those of its
-    family; an output layer that is the token embedding is in neither. Raises ``ValueError`` if a file is missing or damaged, it is
-    another kind of adapter or of another model, or its tensors are not those of its config, or not
-    finite. Where its config has ``layers_to_transform``, layers that the file lacks are not found.
+    family; an output layer that is the token embedding is in neither. Raises ``ValueError`` if a
+    file is missing or damaged, it is another kind of adapter or of another model, or its tensors
+    are not those of its config, or not finite. Where its config has ``layers_to_transform``, layers
+    that the file lacks are not found.
     """
     if not (directory / CONFIG).is_file():
         raise ValueError(f"{directory} has no {CONFIG}: it is no directory of an adapter")
