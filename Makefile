@@ -19,9 +19,10 @@ test: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)
 test-slow: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)
 	$(BIN)/python -m pytest -m ''
 
-# Exports served by vLLM on a CPU, which gets an environment of its own, beside ours
+# Exports served by vLLM on a CPU, which gets an environment of its own, beside ours. Of Qwen3-VL
+# alone: make test-serving FAMILY=qwen3_vl
 test-serving: $(INSTALLED) $(VOCABULARY) $(SERVER)
-	$(BIN)/python -m tests.serving $(dir $(SERVER))bin/python $(dir $(VOCABULARY))
+	$(BIN)/python -m tests.serving $(dir $(SERVER))bin/python $(dir $(VOCABULARY)) $(FAMILY)
 
 # The comparisons with transformers alone, slow ones too, with the table of README.md at their end
 parity: $(INSTALLED) $(VOCABULARY) $(LANGUAGES)

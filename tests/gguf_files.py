@@ -30,6 +30,9 @@ _DECODER_LAYER = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",  # from here on of Qwen3-VL
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate_inp",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -43,6 +46,9 @@ _ENCODER_LAYER = {
     "mlp.down_proj": "ffn_down",
     "mlp.fc1": "ffn_up",  # of Qwen2-VL
     "mlp.fc2": "ffn_down",
+    "mlp.linear_fc1": "ffn_up",  # of Qwen3-VL
+    "mlp.linear_fc2": "ffn_down",
+    "attn.qkv": "attn_qkv",
 }
 _WHOLE = {
     "model.embed_tokens": "token_embd",
@@ -51,8 +57,15 @@ _WHOLE = {
     "visual.merger.ln_q": "v.post_ln",
     "visual.merger.mlp.0": "mm.0",
     "visual.merger.mlp.2": "mm.2",
+    "visual.patch_embed.proj": "v.patch_embd",  # from here on of Qwen3-VL
+    "visual.pos_embed": "v.position_embd",
+    "visual.merger.norm": "v.post_ln",
+    "visual.merger.linear_fc1": "mm.0",
+    "visual.merger.linear_fc2": "mm.2",
 }
 _LAYER = re.compile(r"(model\.layers|visual\.blocks)\.(\d+)\.(.+)\.(weight|bias)")
+_EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj")
+_DEEPSTACK = re.compile(r"visual\.deepstack_merger_list\.(\d+)\.(?:linear_)?(norm|fc1|fc2)\.(.+)")
 # Paths on the converter's line, and its reader's
 _CONVERTER, _READER = "convert_hf_to_gguf.py", "gguf-py"
 
@@ -75,7 +88,7 @@ def check(checkpoint: Path, llama_cpp: Path, output: Path) -> tuple[list[str], i
     text_fields, text = _convert(checkpoint, llama_cpp, output / "text.gguf")
     vision_fields, vision = _convert(checkpoint, llama_cpp, output / "mmproj.gguf", "--mmproj")
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
-    problems, number = _compare_tensors(checkpoint, text, vision)
+    problems, number = _compare_tensors(checkpoint, config, text, vision)
     for found, expected in (
         (text_fields, _decoder_fields(config, checkpoint)),
         (vision_fields, _encoder_fields(config, checkpoint)),
@@ -103,18 +116,25 @@ def _convert(checkpoint: Path, llama_cpp: Path, file: Path, *options: str) -> tu
     return {name: field.contents() for name, field in reader.fields.items()}, tensors
 
 
-def _in_gguf(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def _in_gguf(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What a tensor of the checkpoint becomes: itself under another name, or its pieces."""
     module, _, kind = name.rpartition(".")
-    if module in _WHOLE:
-        return {f"{_WHOLE[module]}.{kind}": tensor}
     if name == "visual.patch_embed.proj.weight":
         first, second = tensor.unbind(2)  # of the two frames
         return {"v.patch_embd.weight": first, "v.patch_embd.weight.1": second}
+    if module in _WHOLE:
+        return {f"{_WHOLE[module]}.{kind}": tensor}
+    if match := _DEEPSTACK.fullmatch(name):
+        layer = config["vision_config"]["deepstack_visual_indexes"][int(match[1])]
+        return {f"v.deepstack.{layer}.{match[2]}.{match[3]}": tensor}
+    if match := _EXPERTS.fullmatch(name):
+        names = ("gate", "up") if match[2] == "gate_up" else ("down",)
+        pieces = zip(names, tensor.mT.chunk(len(names), 1), strict=True)
+        return {f"blk.{match[1]}.ffn_{piece}_exps.weight": part for piece, part in pieces}
     match = _LAYER.fullmatch(name)
     assert match, name
     prefix = f"blk.{match[2]}" if match[1] == "model.layers" else f"v.blk.{match[2]}"
-    if match[3] == "attn.qkv":
+    if match[3] == "attn.qkv" and "text_config" not in config:
         pieces = zip("qkv", tensor.chunk(3), strict=True)
         return {f"{prefix}.attn_{letter}.{kind}": piece for letter, piece in pieces}
     names = _DECODER_LAYER if match[1] == "model.layers" else _ENCODER_LAYER
@@ -122,21 +142,26 @@ def _in_gguf(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _compare_tensors(
-    checkpoint: Path, text: dict[str, torch.Tensor], vision: dict[str, torch.Tensor]
+    checkpoint: Path,
+    config: dict[str, Any],
+    text: dict[str, torch.Tensor],
+    vision: dict[str, torch.Tensor],
 ) -> tuple[list[str], int]:
     problems, number = [], 0
     for path in checkpoint.glob("*.safetensors"):
-        for name, tensor in load_file(path).items():
+        for nested, tensor in load_file(path).items():
             number += 1
+            name = nested.replace(".language_model.", ".").replace("model.visual.", "visual.")
             found = vision if name.startswith("visual.") else text
-            for theirs, piece in _in_gguf(name, tensor).items():
+            for theirs, piece in _in_gguf(name, tensor, config).items():
                 other = found.pop(theirs, None)
                 if other is None or not torch.equal(other.float(), piece.float()):
                     problems.append(f"{name}: {theirs} is not there, or has other values")
     return problems + [f"{name} is of no tensor" for name in (*text, *vision)], number
 
 
-def _decoder_fields(config: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+def _decoder_fields(whole: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    config = whole.get("text_config", whole)
     fields = {
         "block_count": config["num_hidden_layers"],
         "embedding_length": config["hidden_size"],
@@ -147,31 +172,47 @@ def _decoder_fields(config: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
         "rope.freq_base": config["rope_theta"],
         "rope.dimension_sections": [*config["rope_scaling"]["mrope_section"], 0],
     }
+    if config is not whole:
+        fields["attention.key_length"] = config["head_dim"]
+        fields["n_deepstack_layers"] = len(whole["vision_config"]["deepstack_visual_indexes"])
+    if "num_experts" in config:
+        fields["expert_count"] = config["num_experts"]
+        fields["expert_used_count"] = config["num_experts_per_tok"]
+        fields["expert_feed_forward_length"] = config["moe_intermediate_size"]
     # The converter takes the tokenizer's template before the processor's, which servers take
     stated = json.loads((checkpoint / "tokenizer_config.json").read_text("utf-8"))
     template = json.loads((checkpoint / "chat_template.json").read_text("utf-8"))
     template = stated.get("chat_template", template["chat_template"])
+    architecture = whole["model_type"].replace("_", "").replace("qwen25", "qwen2")
     return {
-        "general.architecture": "qwen2vl",
+        "general.architecture": architecture,
         "tokenizer.chat_template": template,
-        **{f"qwen2vl.{name}": value for name, value in fields.items()},
+        **{f"{architecture}.{name}": value for name, value in fields.items()},
     }
 
 
 def _encoder_fields(config: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     vision = config["vision_config"]
-    is_first = config["model_type"] == "qwen2_5_vl"
+    family = config["model_type"].removesuffix("_moe")
+    names = {"qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2.5vl", "qwen3_vl": "qwen3vl"}
     pixels = json.loads((checkpoint / "preprocessor_config.json").read_text("utf-8"))
     fields: dict[str, Any] = {
-        "projector_type": "qwen2.5vl_merger" if is_first else "qwen2vl_merger",
+        "projector_type": f"{names[family]}_merger",
         "vision.block_count": vision["depth"],
         "vision.attention.head_count": vision["num_heads"],
         "vision.patch_size": vision["patch_size"],
-        "vision.projection_dim": config["hidden_size"],
+        "vision.projection_dim": config.get("text_config", config)["hidden_size"],
         "vision.image_mean": pixels["image_mean"],
         "vision.image_std": pixels["image_std"],
     }
-    if is_first:
+    if family == "qwen3_vl":
+        layers = range(vision["depth"])
+        has_features = [layer in vision["deepstack_visual_indexes"] for layer in layers]
+        fields["vision.is_deepstack_layers"] = has_features
+        # As a square of patches
+        side = vision["num_position_embeddings"] ** 0.5 * vision["patch_size"]
+        fields["vision.image_size"] = round(side)
+    if family == "qwen2_5_vl":
         # Layers that attend over whole frames, as a period
         fields["vision.n_wa_pattern"] = vision["fullatt_block_indexes"][0] + 1
     return {f"clip.{name}": value for name, value in fields.items()}

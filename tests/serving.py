@@ -1,7 +1,8 @@
 """Serves exports with vLLM on a CPU, beside our answers, and converts them for llama.cpp.
 
-Run as ``make test-serving`` (some forty minutes on two cores): it installs vLLM in an environment
-of its own. Checkpoints are tiny and random, written by ``tune-vl run``, ``export`` and ``merge``;
+Run as ``make test-serving`` (some sixty minutes on two cores), or of some of the families as
+``make test-serving FAMILY=qwen3_vl``: it installs vLLM in an environment of its own. Checkpoints
+are tiny and random, written by ``tune-vl run``, ``export`` and ``merge``;
 what is compared is what ``tune-vl validate --server`` compares, for 50 conversations made here
 beside the built-in ones. It prints the table of docs/serving.md as Markdown, and ends with status 1
 if a case is not as expected.
@@ -15,10 +16,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,10 +31,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
-from tests.finetune_runs import command, run, write_config
+from quickstart.checkpoint import CONFIG, QWEN3_VL_CONFIG, write_tiny_checkpoint
+from tests.finetune_runs import NARROW_QWEN3_VL_MOE, command, run, write_config
 from tests.gguf_files import check, fetch_llama_cpp
 from tests.videos import NTSC, Clip, write_clip, x264
+from torchtune_vl.chat._chat_template import without_marks
+from torchtune_vl.models import qwen3_vl
 from torchtune_vl.validation import ServerComparison, read_conversations
 from torchtune_vl.validation._compare import Comparison
 from torchtune_vl.validation._compare_server import ROWS, compare_server
@@ -42,6 +47,8 @@ PORT = 8471
 _STARTS_WITHIN = 300
 # Of tokens of a medium, too: by default that is the most of an image, which may be small
 _BUDGET = ("--max-num-batched-tokens", "8192")
+# It ends when it encodes images and videos in one step
+_TOWER = "--enable-tower-connector-lora"
 # Those of the server, which finds no GPU and no network
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -70,15 +77,41 @@ QWEN2_VL_CONFIG = {
         "temporal_patch_size": 2,
     },
 }
+QWEN3_VL_TEXT = {**QWEN3_VL_CONFIG["text_config"], "max_position_embeddings": 8192}
+QWEN3_VL = {**QWEN3_VL_CONFIG, "text_config": QWEN3_VL_TEXT}
+QWEN3_VL_UNTIED = {
+    **QWEN3_VL,
+    "text_config": {**QWEN3_VL_TEXT, "tie_word_embeddings": False},
+    "tie_word_embeddings": False,
+}
+QWEN3_VL_MOE = {
+    **QWEN3_VL_UNTIED,
+    "architectures": NARROW_QWEN3_VL_MOE["architectures"],
+    "model_type": "qwen3_vl_moe",
+    "text_config": {
+        **QWEN3_VL_UNTIED["text_config"],
+        "model_type": "qwen3_vl_moe_text",
+        "moe_intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+}
 # Sides that are odd, less than a patch, or 190 times the other; and modes of images
 _SIZES = [(28, 28), (1, 1), (29, 57), (13, 1300), (1900, 10), (333, 517), (640, 480), (1001, 77)]
 _MODES = ["RGB", "L", "P", "CMYK", "1", "I;16", "LA", "RGBA"]
+_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 _WORDS = ["What", "how many", "red", "数字", "größer", "👍", "is left of", "the 3rd", "?"]
 _LORA = {
     "model.lora_rank": 8,
     "model.lora_alpha": 64,
     "model.apply_lora_to_mlp": True,
     "optimizer.lr": 2e-2,
+}
+_EVERYWHERE = {
+    "model.lora_attn_modules": ["q_proj", "k_proj", "v_proj", "qkv", "output_proj"],
+    "model.encoder_trainable": "lora",
+    "model.fusion_trainable": "lora",
 }
 
 
@@ -111,6 +144,7 @@ def main() -> None:
     """Make the checkpoints, serve each, and print the table."""
     # Not resolved: the link is what makes it the environment's. Servers run elsewhere
     python, vocabulary = str(Path(sys.argv[1]).absolute()), Path(sys.argv[2])
+    families = sys.argv[3:] or [*CASES]
     with TemporaryDirectory(prefix="serving-") as folder:
         root = Path(folder)
         write_questions(root)
@@ -118,7 +152,7 @@ def main() -> None:
         print(f"vLLM {served_version(python)}, transformers {version('transformers')}\n")
         print("| export | prompts | answers | of these | largest difference of a log-probability |")
         print("|---|---|---|---|---|")
-        for case in cases(root, vocabulary):
+        for case in chain.from_iterable(CASES[family](root, vocabulary) for family in families):
             with serving(python, case, root / "server.log"):
                 compare_them = compare if case.builtin else compare_given
                 rows = compare_them(case, root / case.questions, root / "report.md")
@@ -137,7 +171,7 @@ def main() -> None:
                 print((root / "report.md").read_text("utf-8"), file=sys.stderr)
         print("\n| converted to GGUF | tensors equal |\n|---|---|")
         sources = fetch_llama_cpp(vocabulary.parent / "llama.cpp")
-        for name in ("full", "bfloat16", "shards", "untied", "qwen2_vl"):
+        for name in chain.from_iterable(CONVERTED[family] for family in families):
             (config,) = (root / name).glob("**/config.json")
             problems, number = check(config.parent, sources, root)
             print(f"| {name} | {number - len(problems)} of {number} |", flush=True)
@@ -146,8 +180,8 @@ def main() -> None:
         sys.exit(f"not as expected: {', '.join(failed)}")
 
 
-def cases(root: Path, vocabulary: Path) -> Iterator[Case]:
-    """Train and export, and tell what is to be served."""
+def qwen2_5_vl_cases(root: Path, vocabulary: Path) -> Iterator[Case]:
+    """Train and export, and tell what is to be served: of Qwen2.5-VL and Qwen2-VL."""
     full = train(root, "full", base(root / "base", vocabulary))
     yield Case("full", full)
     videos = "videos of 8 to 30 frames a second"
@@ -172,24 +206,92 @@ def cases(root: Path, vocabulary: Path) -> Iterator[Case]:
     decoder = train(root, "decoder", full, name="qwen2_5_vl/lora", **_LORA)
     enabled = ["--enable-lora", "--lora-modules", f"adapter={decoder / 'adapter'}"]
     yield Case("adapter of the decoder", full, enabled, decoder / "adapter")
-    everywhere = {
-        "model.lora_attn_modules": ["q_proj", "k_proj", "v_proj", "qkv", "output_proj"],
-        "model.encoder_trainable": "lora",
-        "model.fusion_trainable": "lora",
-    }
-    both = train(root, "both", full, name="qwen2_5_vl/lora", **_LORA, **everywhere)
+    both = train(root, "both", full, name="qwen2_5_vl/lora", **_LORA, **_EVERYWHERE)
     yield Case("adapter of all parts, merged", both)
     enabled = ["--enable-lora", "--lora-modules", f"adapter={both / 'adapter'}"]
-    tower = "--enable-tower-connector-lora"
-    # It ends when it encodes images and videos in one step
-    name, stills = f"adapter of all parts, `{tower}`, no videos", "images.json"
-    yield Case(name, full, [*enabled, tower], both / "adapter", questions=stills, builtin=False)
+    name, stills = f"adapter of all parts, `{_TOWER}`, no videos", "images.json"
+    yield Case(name, full, [*enabled, _TOWER], both / "adapter", questions=stills, builtin=False)
     yield Case("adapter of all parts without it", full, enabled, both / "adapter", differs=True)
 
 
-def base(directory: Path, vocabulary: Path, config: Mapping[str, Any] = _CONFIG) -> Path:
+def qwen3_vl_cases(root: Path, vocabulary: Path) -> Iterator[Case]:
+    """Train and export, and tell what is to be served: of Qwen3-VL, dense and with experts."""
+    asked: dict[str, Any] = {"questions": "qwen3_vl.json"}
+
+    def trained(output: str, checkpoint: Path, kind: str = "full", **settings: Any) -> Path:
+        return train(root, output, checkpoint, name=f"qwen3_vl/{kind}", **settings)
+
+    full = trained("qwen3_vl", base(root / "qwen3_vl_base", vocabulary, QWEN3_VL))
+    alone = ["--chat-template", str(videos_alone(full))]
+    yield Case("Qwen3-VL", full, alone, **asked)
+    name = "Qwen3-VL, the template as published, videos alone"
+    yield Case(name, full, differs=True, questions="videos.json", builtin=False)
+    untied = base(root / "qwen3_vl_untied_base", vocabulary, QWEN3_VL_UNTIED, "thinking")
+    thinking = trained("qwen3_vl_untied", untied)
+    alone_too = ["--chat-template", str(videos_alone(thinking))]
+    asks_thinking: dict[str, Any] = {"questions": "thinking.json"}
+    yield Case("Qwen3-VL, output layer of its own, Thinking", thinking, alone_too, **asks_thinking)
+    learned = trained("qwen3_vl_learned", full, epochs=20, max_steps=60)
+    command("export", str(learned), str(root / "qwen3_vl_bfloat16"), "--dtype", "bfloat16")
+    bfloat16 = "Qwen3-VL, bfloat16 weights, computed in bfloat16"
+    yield Case(bfloat16, root / "qwen3_vl_bfloat16", alone, dtype="bfloat16", **asked)
+    limits = {
+        "tokenizer.max_pixels": 50_000,
+        "tokenizer.video_max_pixels": 110_000,
+        "tokenizer.fps": 1.0,
+    }
+    frames = ["--media-io-kwargs", json.dumps({"video": {"fps": 1.0}})]
+    limited = trained("qwen3_vl_limits", full, **limits)
+    yield Case("Qwen3-VL, limits of images and videos", limited, [*alone, *frames], **asked)
+
+    decoder = trained("qwen3_vl_decoder", full, "lora", **_LORA)
+    enabled = [*alone, "--enable-lora", "--lora-modules", f"adapter={decoder / 'adapter'}"]
+    yield Case("Qwen3-VL, adapter of the decoder", full, enabled, decoder / "adapter", **asked)
+    both = trained("qwen3_vl_both", full, "lora", **_LORA, **_EVERYWHERE)
+    yield Case("Qwen3-VL, adapter of all parts, merged", both, alone, **asked)
+    enabled = [*alone, "--enable-lora", "--lora-modules", f"adapter={both / 'adapter'}"]
+    name = f"Qwen3-VL, adapter of all parts, `{_TOWER}`, no videos"
+    stills: dict[str, Any] = {"questions": "images.json", "builtin": False}
+    yield Case(name, full, [*enabled, _TOWER], both / "adapter", **stills)
+    without = "Qwen3-VL, adapter of all parts without it"
+    yield Case(without, full, enabled, both / "adapter", differs=True, **stills)
+
+    moe = base(root / "qwen3_vl_moe_base", vocabulary, QWEN3_VL_MOE)
+    experts = train(root, "qwen3_vl_moe", moe, name="qwen3_vl_moe/full")
+    yield Case("Qwen3-VL MoE", experts, alone, **asked)
+
+
+CASES: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
+    "qwen2_5_vl": qwen2_5_vl_cases,
+    "qwen3_vl": qwen3_vl_cases,
+}
+# For llama.cpp
+CONVERTED = {
+    "qwen2_5_vl": ("full", "bfloat16", "shards", "untied", "qwen2_vl"),
+    "qwen3_vl": ("qwen3_vl", "qwen3_vl_untied", "qwen3_vl_bfloat16", "qwen3_vl_moe"),
+}
+
+
+def videos_alone(checkpoint: Path) -> Path:
+    """Write the template without the pair of tokens around a video, whose steps have their own."""
+    template = (checkpoint / "chat_template.jinja").read_text("utf-8")
+    path = checkpoint.parent / "videos_alone.jinja"
+    path.write_text(template.replace(_VIDEO, "<|video_pad|>"), encoding="utf-8")
+    return path
+
+
+def base(
+    directory: Path,
+    vocabulary: Path,
+    config: Mapping[str, Any] = _CONFIG,
+    template: str | None = None,
+) -> Path:
     """Write a checkpoint whose answers depend on all that is asked."""
     write_tiny_checkpoint(directory, vocabulary, config=config)
+    if template:
+        published = (files(qwen3_vl) / f"{template}.jinja").read_text("utf-8")
+        content = {"chat_template": without_marks(published)}
+        (directory / "chat_template.json").write_text(json.dumps(content), encoding="utf-8")
     path = directory / "model.safetensors"
     weights = load_file(path)
     larger = {n: t * 3 if t.ndim > 1 and "embed" not in n else t for n, t in weights.items()}
@@ -276,6 +378,30 @@ def write_questions(root: Path) -> None:
         for answer in ("Two of them.", "Red, left of the third.", "größer 数字 👍") * 10
     ]
     (root / "train.json").write_text(json.dumps([{"messages": turns} for turns in short]))
+    # Of Qwen3-VL, with videos of other rates among them, whose frames are the same
+    conversations += ([{"role": "user", "content": content}] for content in moving)
+    for name, reasons in (("qwen3_vl.json", False), ("thinking.json", True)):
+        rows = [{"messages": turns} for turns in conversations] + with_tools(image, text, reasons)
+        (root / name).write_text(json.dumps(rows))
+
+
+def with_tools(
+    image: Callable[[tuple[int, int]], dict[str, str]],
+    text: Callable[[], dict[str, str]],
+    reasons: bool,
+) -> list[dict[str, Any]]:
+    """Make conversations with functions, whose answers are texts and images, and reasonings."""
+    function = {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"where": "größer"}}}]
+    asked = {"role": "user", "content": [image((90, 60)), text()]}
+    thought = {"reasoning_content": "It is\nred?"} if reasons else {}
+    called = {"role": "assistant", "content": "", "tool_calls": calls, **thought}
+    told = {"role": "tool", "content": '{"red": 3}'}
+    shown = {"role": "tool", "content": [image((70, 110)), text()]}
+    turns = [[asked], [asked, called, told], [asked, called, shown, told]]
+    turns += [[asked, {"role": "assistant", "content": "Two.", **thought}, asked, called, told]]
+    tools = [{"type": "function", "function": function}]
+    return [{"messages": some, "tools": tools} for some in turns]
 
 
 @contextmanager
@@ -325,13 +451,16 @@ def compare(case: Case, questions: Path, report: Path) -> dict[str, tuple[int, i
     for name, inputs, figure in re.findall(r"\| (served \w+) \| ([\d,]+) \|[^|]*\|([^|]*)\|", text):
         fails = re.search(rf"## {name}: ([\d,]+) of", text)
         rows[name] = int(inputs), int(fails[1]) if fails else 0, figure.split(",")[0].strip()
+    if rows.keys() != {*ROWS}:
+        sys.exit(f"{case.name}: not answered, or not by both sides:\n{text[-4000:]}")
     return rows
 
 
 def compare_given(case: Case, questions: Path, report: Path) -> dict[str, tuple[int, int, str]]:
     """Compare the conversations of a file alone; as :func:`compare` otherwise."""
     run = Comparison(Ours(case.checkpoint), Reference(case.checkpoint))
-    how = ServerComparison(f"http://127.0.0.1:{PORT}", "adapter", case.adapter, NEW_TOKENS)
+    served = "adapter" if case.adapter else "base"
+    how = ServerComparison(f"http://127.0.0.1:{PORT}", served, case.adapter, NEW_TOKENS)
     compare_server(run, read_conversations(questions), how, getattr(torch, case.dtype))
     rows = {name: run.rows[name] for name in ROWS}
     report.write_text("\n".join(map(str, rows.values())))

@@ -8,11 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.reference import reference_config, reference_model
+from tests.reference import QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, reference_config, reference_model
 from tests.test_checkpoint_metadata import WRONG
+from torchtune_vl.checkpoint import HubCheckpointer
 from torchtune_vl.checkpoint._adapters import Adapter, load_adapter, save_adapter
 from torchtune_vl.cli import main
+from torchtune_vl.files._safetensors import weight_files
+from torchtune_vl.generation._load import load_model
 from torchtune_vl.models._registry import family_of
+from torchtune_vl.models._weights import load_weights
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_tune_to_peft
 from torchtune_vl.training import merge
 
@@ -70,6 +74,31 @@ def test_merging(base: Path, adapter: Path, tmp_path: Path) -> None:
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, _of(before, name))}
     assert changed == {PUBLISHED}
     torch.testing.assert_close(after[PUBLISHED], _of(before, PUBLISHED) + 1.5 * product)
+
+
+@pytest.mark.parametrize("shape", [QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE])
+def test_an_adapter_of_the_decoder_is_of_its_base(shape: str, tmp_path: Path) -> None:
+    """Its names are those of any family."""
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    reference_model(reference_config(shape)).save_pretrained(base)
+    torch.manual_seed(0)
+    before = load_weights(base, weight_files(base))
+    rows, columns = before[f"{LAYER}.weight"].shape
+    a, b = torch.randn(4, columns), torch.randn(rows, 4)
+    tensors = {f"{LAYER}.lora_a.weight": a, f"{LAYER}.lora_b.weight": b}
+    adapter.mkdir()
+    save_adapter(Adapter(tensors, 4, 6, str(base), family_of(base).names), adapter)
+    assert status("merge", base, adapter, merged) == 0
+    after = load_weights(merged, weight_files(merged))
+    assert after.keys() == before.keys()
+    expected = {**before, f"{LAYER}.weight": before[f"{LAYER}.weight"] + 1.5 * (b @ a)}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(after[name], tensor, msg=name)
+    answering = load_model(base, adapter=adapter).state_dict()
+    assert torch.equal(answering[f"{LAYER}.weight"], after[f"{LAYER}.weight"])
+    checkpointer = HubCheckpointer(base, tmp_path / "output", adapter_dir=adapter)
+    loaded = checkpointer.load_checkpoint()["model"]
+    assert torch.equal(loaded[f"{LAYER}.lora_b.weight"], b)
 
 
 def _of(before: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quickstart.checkpoint import CONFIG, write_tiny_checkpoint
+from tests.finetune_runs import NARROW_QWEN3_VL
 from tests.test_cli import status
 from torchtune_vl.generation import generate, load_model
 from torchtune_vl.models import transform_from_pretrained
@@ -22,7 +24,7 @@ from torchtune_vl.validation._compare import Comparison
 from torchtune_vl.validation._compare_server import ROWS, compare_server
 from torchtune_vl.validation._inputs import builtin_inputs
 from torchtune_vl.validation._ours_and_reference import Ours, Reference
-from torchtune_vl.validation._server import Server
+from torchtune_vl.validation._server import Server, _message
 
 Reply = dict[str, Any]
 NEW_TOKENS = 6
@@ -95,6 +97,17 @@ class FakeServer:
         return {"choices": [choice], "prompt_token_ids": prompt, "usage": usage}
 
 
+@contextmanager
+def serving(checkpoint: Path) -> Iterator[FakeServer]:
+    fake = FakeServer(checkpoint)
+    thread = threading.Thread(target=fake.http.serve_forever)
+    thread.start()
+    yield fake
+    fake.http.shutdown()
+    thread.join()
+    fake.http.server_close()
+
+
 @pytest.fixture(scope="module")
 def checkpoint(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("served")
@@ -104,13 +117,8 @@ def checkpoint(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def running(checkpoint: Path) -> Iterator[FakeServer]:
-    fake = FakeServer(checkpoint)
-    thread = threading.Thread(target=fake.http.serve_forever)
-    thread.start()
-    yield fake
-    fake.http.shutdown()
-    thread.join()
-    fake.http.server_close()
+    with serving(checkpoint) as fake:
+        yield fake
 
 
 @pytest.fixture
@@ -188,6 +196,45 @@ def test_another_answer_fails(
     assert logprobs.failed[0].largest == pytest.approx(1e-3, rel=0.01)
     # Behind another token nothing is compared
     assert logprobs.compared == answers.compared - 2
+
+
+def test_a_pair_of_tokens_around_a_video_is_told(
+    vocabulary: Path, builtin: list[Conversation], tmp_path: Path
+) -> None:
+    write_tiny_checkpoint(tmp_path, vocabulary, config=NARROW_QWEN3_VL)
+    start, end = "<|vision_start|>", "<|vision_end|>"
+
+    def change(reply: Reply, asked: Reply) -> Reply:
+        ids, token = reply["prompt_token_ids"], fake.transform.special_tokens
+        if fake.transform.video_pad_id in ids:
+            last = len(ids) - 1 - ids[::-1].index(token[end])
+            ids.insert(last, token[end])
+            ids.insert(ids.index(token[start]) - 6, token[start])  # before the time
+            reply["choices"][0]["token_ids"][4] = 17
+        return reply
+
+    videos = [chat for chat in builtin if chat.name == "built-in video"]
+    with serving(tmp_path) as fake:
+        prompts, answers, _ = served(tmp_path, fake, videos)
+        assert prompts.status == answers.status == "pass"
+        assert not prompts.note
+        assert not answers.note
+        fake.change = change
+        prompts, answers, _ = served(tmp_path, fake, videos)
+    assert prompts.status == answers.status == "fail"
+    assert "serve a chat template that has <|video_pad|> alone" in prompts.note
+    assert not answers.note  # not of other frames
+
+
+def test_a_call_without_a_text_is_sent_as_servers_send_it() -> None:
+    call = {"function": {"name": "look", "arguments": {"at": 1}}}
+    (sent,) = [_message({"role": "assistant", "content": "", "tool_calls": [call]})]
+    assert sent["content"] is None
+    assert sent["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"at": 1}'}
+    for content in ("Look.", [{"type": "text", "text": "Look."}]):
+        sent = _message({"role": "assistant", "content": content, "tool_calls": [call]})
+        assert sent["content"] == content
+    assert _message({"role": "assistant", "content": ""})["content"] == ""
 
 
 def test_an_answer_as_likely_is_rounding(

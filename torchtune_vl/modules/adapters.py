@@ -65,6 +65,7 @@ def build_linear(
         is_adapted = how == "lora" and name in adapted
         kind: Any = partial(GroupedLoRALinear, **adapter) if is_adapted else GroupedLinear
         layer = kind(count, in_dim, out_dim)
+        layer.is_quantized = is_quantized
     elif how == "lora" and name in adapted:
         kind = DoRA if use_dora else LoRALinear
         if name == "output":

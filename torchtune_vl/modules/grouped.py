@@ -19,8 +19,11 @@ class GroupedLinear(nn.Module):
     """Linear layers without bias, side by side, each for rows of its own.
 
     Their weight [N, I, O] has the layout of published checkpoints, in which rows are multiplied
-    from the left. Devices that share the experts have some of them each.
+    from the left. Devices that share the experts have some of them each. It may be NF4, if it
+    ``is_quantized``.
     """
+
+    is_quantized = False
 
     def __init__(self, count: int, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -29,11 +32,15 @@ class GroupedLinear(nn.Module):
 
     def forward(self, rows_RI: torch.Tensor, ends_N: torch.Tensor) -> torch.Tensor:
         """Multiply groups of rows as :func:`grouped_product` does; returns [R, O]."""
+        if self.is_quantized:
+            return self._widened_product(rows_RI, ends_N)
         weight = self.weight
-        if isinstance(weight, NF4Tensor):
-            return _NF4Product.apply(rows_RI, weight, ends_N)
         own = weight.to_local() if isinstance(weight, DTensor) else weight
         return grouped_product(rows_RI, own, ends_N)
+
+    @torch.compiler.disable  # traced, the sizes of NF4 tensors become symbols that they cannot have
+    def _widened_product(self, rows_RI: torch.Tensor, ends_N: torch.Tensor) -> torch.Tensor:
+        return _NF4Product.apply(rows_RI, self.weight, ends_N)
 
 
 class GroupedLoRALinear(GroupedLinear):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,14 @@ def compare_server(
         run.skip("the server tells neither ids nor their number", prompts_row.name)
     left = len(chats) - len(asked)
     unasked = "Not compared, for they ask nothing, or cannot be read"
-    prompts_row.note = f"{unasked}: {left}" if left else ""
+    notes = [f"{unasked}: {left}"] if left else []
+    if _keeps_pair_around_steps(pairs, transform):
+        notes.append(
+            "The server leaves a pair of <|vision_start|> and <|vision_end|> around each video, "
+            "whose steps have their own, which the weights have not learned: serve a chat template "
+            "that has <|video_pad|> alone"
+        )
+    prompts_row.note = ". ".join(notes)
     _judge(run, pairs, transform)
 
 
@@ -151,6 +158,13 @@ def _compare_prompt(name: str, prompt: Any, served: Any, transform: Any) -> Case
             return None
         ours, theirs = attempt(lambda p: [len(p["tokens"])], prompt), [served.prompt_length]
     return compare(name, ours, theirs, text_of=lambda t: transform.decode([t]), peer=PEER)
+
+
+def _keeps_pair_around_steps(pairs: Sequence[_Pair], transform: Any) -> bool:
+    """Whether prompts of the server have a pair of tokens around others, and end two at once."""
+    ends = (transform.vision_end_id,) * 2
+    prompts = [pair.served.prompt or () for pair in pairs if transform.has_timed_steps]
+    return any(ends in pairwise(prompt) for prompt in prompts)
 
 
 @torch.no_grad()
@@ -211,7 +225,8 @@ def _judge(run: Comparison, pairs: Sequence[_Pair], transform: Any) -> None:
             sides = (torch.tensor(side[: pair.agreeing]) for side in (ours, theirs))
             logprobs_row.add(compare(pair.name, *sides, tolerance=rounding + summing, peer=PEER))
     wrong = {case.name for row in (answers_row, logprobs_row) for case in row.failed}
-    if wrong and all(pair.has_video for pair in pairs if pair.name in wrong):
+    all_videos = all(pair.has_video for pair in pairs if pair.name in wrong)
+    if wrong and all_videos and not _keeps_pair_around_steps(pairs, transform):
         answers_row.note = (
             "All that differ have videos: servers may take other frames of them than "
             "qwen-vl-utils, as many but at other places"

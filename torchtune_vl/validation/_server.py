@@ -156,6 +156,8 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
         content = [_part(item) for item in content]
     written = {**message, "content": content}
     if message.get("tool_calls"):
+        # As servers write it: of an empty text templates may make another line break
+        written["content"] = content or None
         written["tool_calls"] = [_call(i, call) for i, call in enumerate(message["tool_calls"])]
     return written
 

@@ -117,9 +117,9 @@ class Qwen3_VLTransform(ChatTransform):
     Each step of a video, of two frames, is ``<0.2 seconds><|vision_start|>``, its placeholders and
     ``<|vision_end|>``: the mean of the times of both frames in the file. The times carry no loss.
     There is no further pair of tokens around the whole video: so ids were in pre-training's own
-    code, transformers 4.57 (``Qwen3VLProcessor``), and are in vLLM. transformers >= 5 leaves the
+    code, transformers 4.57 (``Qwen3VLProcessor``). transformers >= 5, and vLLM with it, leave the
     template's ``<|vision_start|>`` and ``<|vision_end|>`` around all steps, two tokens more for
-    each video, which no weights have seen.
+    each video, which no weights have seen; docs/serving.md has a template for servers.
 
     Chat templates are the published ones of Instruct (by default) and Thinking, known by their
     text. Instruct's drops media in messages of ``system`` and ``assistant``, and messages of
