@@ -225,6 +225,12 @@ def test_rows_of_padded_samples_are_as_long_as_can_be(checkpoint: Path) -> None:
     assert less["activations"] < packed["activations"]
 
 
+def test_rows_may_be_longer_than_a_sample(checkpoint: Path) -> None:
+    short = estimate(checkpoint, rows={"max_tokens": 4096, "max_patches": 64})  # a sample's most
+    long = estimate(checkpoint, rows={"max_tokens": 4100, "max_patches": 64})
+    assert long["activations"] > short["activations"]
+
+
 def test_nothing_trained_is_refused(checkpoint: Path) -> None:
     cfg = settings(checkpoint)
     cfg.model.update({f"{part}_trainable": False for part in ("decoder", "encoder", "fusion")})
