@@ -320,7 +320,7 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     path = tmp_path / "mine.yaml"
     OmegaConf.save(config, path)
     with pytest.raises(SystemExit) as stopped:
-        main(["estimate", "dtype=bf16", "--config", str(path), "seed=1", "--devices", "2", "seed=2"])
+        main(["estimate", "dtype=bf16", "--config", str(path), "seed=1", "--devices", "2"])
     assert stopped.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "GB on each of 2 devices, computed, not measured"
