@@ -268,6 +268,16 @@ def test_a_run_tells_what_it_trains(
     ]
 
 
+def test_the_first_process_alone_tells_it(
+    base: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    with caplog.at_level("INFO"):
+        lora_qwen2_5_vl_from_config(base, ["q_proj"], lora_rank=4, fusion_trainable="full")
+    assert not caplog.records
+
+
 def test_what_is_trained_in_full_is_not_quantized() -> None:
     for trainable in ("frozen", "full"):
         layer: Any = build_linear(

@@ -343,7 +343,7 @@ def test_texts(report_on: Callable[..., dict[str, Any]]) -> None:
         asking("Was ist auf dem Bild zu sehen?", german),
         asking("Say: one | im_start | two.", "Yes."),
         asking("图片里有什么东西在沙发上睡觉？", "一只灰色的猫在绿色的沙发上睡觉。"),
-        asking("?", "1"),
+        asking("<tool_call>?", "1"),
     ]
     two = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": " "}]
     records.append({"messages": [*asking("First of two?")["messages"], *two]})

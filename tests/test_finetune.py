@@ -111,6 +111,9 @@ def test_a_run_and_what_it_leaves(root: Path, tmp_path: Path) -> None:
     process = start(config)
     messages, _ = process.communicate(timeout=120)
     assert process.returncode == 0, messages[-3000:]
+    told = [line for line in messages.splitlines() if "Validation loss" in line]
+    assert told
+    assert all(line.startswith("Validation loss") for line in told)  # not behind the bar
     output = tmp_path / "run"
     losses = read_losses(output)
     assert losses.keys() == {*range(1, len(losses) + 1)}

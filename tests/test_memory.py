@@ -225,6 +225,12 @@ def test_rows_of_padded_samples_are_as_long_as_can_be(checkpoint: Path) -> None:
     assert less["activations"] < packed["activations"]
 
 
+def test_rows_may_be_longer_than_a_sample(checkpoint: Path) -> None:
+    short = estimate(checkpoint, rows={"max_tokens": 4096, "max_patches": 64})  # a sample's most
+    long = estimate(checkpoint, rows={"max_tokens": 4100, "max_patches": 64})
+    assert long["activations"] > short["activations"]
+
+
 def test_nothing_trained_is_refused(checkpoint: Path) -> None:
     cfg = settings(checkpoint)
     cfg.model.update({f"{part}_trainable": False for part in ("decoder", "encoder", "fusion")})
@@ -314,7 +320,7 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     path = tmp_path / "mine.yaml"
     OmegaConf.save(config, path)
     with pytest.raises(SystemExit) as stopped:
-        main(["estimate", "--config", str(path), "--devices", "2", "dtype=bf16"])
+        main(["estimate", "dtype=bf16", "--config", str(path), "seed=1", "--devices", "2"])
     assert stopped.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "GB on each of 2 devices, computed, not measured"

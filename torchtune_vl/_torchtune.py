@@ -17,5 +17,5 @@ from torchtune.modules.peft import DoRALinear, LoRALinear
 # Names in states of its checkpointers and recipes; activations that wait in the host's memory
 from torchtune.training import ADAPTER_CONFIG, ADAPTER_KEY, MODEL_KEY, OffloadActivations
 
-# A logger that prints, in its recipes and in ours
-from torchtune.utils import get_logger
+# A logger that prints, in its recipes and in ours, and what the first process alone says
+from torchtune.utils import get_logger, log_rank_zero

@@ -52,10 +52,12 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     argument("--config", metavar="CONFIG", help="the same")
 
     purpose = "compute the memory that a config takes"
-    argument = add("estimate", _estimate, purpose, _ESTIMATE_EXAMPLES, _ESTIMATE).add_argument
+    estimate = add("estimate", _estimate, purpose, _ESTIMATE_EXAMPLES, _ESTIMATE)
+    argument = estimate.add_argument
     argument("--config", required=True, **config)
     argument("--devices", type=int, default=1, metavar="N", help="GPUs of all nodes (default: 1)")
     argument("overrides", nargs="*", metavar="key=value", help="in place of what the config says")
+    estimate.set_defaults(several="overrides")
 
 
 def _list(options: argparse.Namespace) -> int:

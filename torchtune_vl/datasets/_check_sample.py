@@ -19,6 +19,7 @@ from PIL import Image
 from torchtune_vl.chat import ChatTransform
 from torchtune_vl.chat._boxes import coordinates_of
 from torchtune_vl.chat._messages import Medium, Objects, Part, Turn, read_conversation
+from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
 from torchtune_vl.data import Size
 from torchtune_vl.data._training_rows import is_as_measured, size_of
 from torchtune_vl.datasets._box_units import READINGS, UnitEvidence
@@ -175,7 +176,7 @@ class SampleCheck:
         return b"".join(hashes)
 
     def _special(self, turns: Sequence[Turn[Part]]) -> list[str]:
-        names = (*TAGS, *self.transform.special_tokens)
+        names = (*TAGS, *STRUCTURAL_TOKENS)  # the others are tokens in texts, too
         pattern = re.compile("|".join(map(re.escape, names)))
         return sorted({name for t in turns for x in _texts(t) for name in pattern.findall(x)})
 

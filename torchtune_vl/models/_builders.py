@@ -7,7 +7,7 @@ from typing import Any, get_args
 from torch import nn
 
 from torchtune_vl._torchao import NF4Tensor
-from torchtune_vl._torchtune import get_logger
+from torchtune_vl._torchtune import get_logger, log_rank_zero
 from torchtune_vl.modules.adapters import Trainable, build_linear, is_adapter
 from torchtune_vl.modules.decoder import Decoder
 from torchtune_vl.modules.dimensions import Dimensions
@@ -124,10 +124,10 @@ def with_adapters(
         parameters = [p for name, p in model.named_parameters() if part_of(name) == part]
         total = sum(p.numel() for p in parameters)
         trained = sum(p.numel() for p in parameters if p.requires_grad)
-        log.info("%s: %s of %s parameters are trained", part, f"{trained:,}", f"{total:,}")
+        log_rank_zero(log, f"{part}: {trained:,} of {total:,} parameters are trained")
     if own:
         in_full = " and ".join(name for name in full if full[name])
-        log.info("%s 'full': save_adapter_weights_only would lose it", in_full)
+        log_rank_zero(log, f"{in_full} 'full': save_adapter_weights_only would lose it")
     return model
 
 

@@ -625,7 +625,8 @@ class FinetuneRecipe:
         self.model.train()
         if self.is_main:
             told = "".join(f", {name} {score:.4g}" for name, score in scores.items())
-            log.info("Validation loss %.4g%s %s", loss, told, when)
+            with tqdm.external_write_mode():  # not behind the bar
+                log.info("Validation loss %.4g%s %s", loss, told, when)
         return self.metrics.write_validation(self.step, loss, scores)
 
     def _score_answers(self, questions: Sources) -> dict[str, float]:

@@ -157,9 +157,9 @@ class _Run:
         size, placeholder = encoder.merger.unit_size, self.model.placeholder_ids[0]
         if "batch_size" in rows:
             tokens = rows.batch_size * self.config.tokenizer.max_seq_len
-            self.model.decoder.max_seq_len = tokens  # of one row that takes as much
         else:
             tokens = rows.max_tokens
+        self.model.decoder.max_seq_len = tokens  # of one sample that takes as much as the row
         units = min(tokens, (rows.get("max_patches") or size * tokens) // size)
         images, rest = divmod(size * units, _SIDE**2)
         grids = [(1, _SIDE, _SIDE)] * images + [(1, 2, rest // 2)] * (rest > 0)
