@@ -19,10 +19,11 @@ from transformers import AutoModelForImageTextToText
 from tests.finetune_runs import NARROW_QWEN3_VL_MOE, run, write_config, write_inputs
 from tests.reference import QWEN3_VL_MOE, Conversation
 from tests.test_generation import answers
-from tests.test_meshes import DIMS, EXPERTS_DIMS, IMAGE, VIDEO, rows
+from tests.test_meshes import DIMS, EXPERTS_DIMS, IMAGE, VIDEO, model_of, random_weights, rows
 from torchtune_vl.data import RowSharing, packed_collate_vision
 from torchtune_vl.generation._captured import can_capture
 from torchtune_vl.media import Geometry
+from torchtune_vl.models._weights import load_weights_into
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl
 from torchtune_vl.models.qwen3_vl_moe import lora_qwen3_vl_moe, qwen3_vl_moe
 from torchtune_vl.modules.adapters import build_linear
@@ -189,16 +190,10 @@ def test_greedy_decoding_is_a_whole_forward_for_each_token() -> None:
 def test_layers_with_experts_are_compiled(method: str) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    settings: dict[str, Any] = {"router_aux_loss_coef": 0.5}
-    if method == "full":
-        plain = qwen3_vl_moe(**EXPERTS_DIMS, **settings)
-    else:
-        settings |= {"apply_lora_to_mlp": True, "quantize_base": method == "qlora"}
-        plain = lora(**settings)
-        for name, p in plain.named_parameters():
-            if "lora_b" in name:
-                torch.nn.init.normal_(p, std=0.1)
-        pack_quantized(plain)  # as where weights are sharded
+    with torch.device("meta"):
+        plain = model_of(f"experts balanced {method}")
+    pack_quantized(plain)  # as where weights are sharded
+    load_weights_into(plain, random_weights(f"experts balanced {method}"), torch.device("cpu"))
     compiled = copy.deepcopy(plain)
     for layer in compiled.decoder.layers:
         layer.forward = torch.compile(layer.forward, backend="aot_eager")

@@ -102,9 +102,9 @@ class Decoder(nn.Module):
         it then. Raises ``ValueError`` if a sequence is longer than ``max_seq_len``, there is a
         cache and no mask or positions, or the balance is wanted of other than whole packed rows.
         """
-        is_row = isinstance(mask, Prefill | Continuations)  # of sequences, whose lengths are known
-        if x_BSE.shape[1] > self.max_seq_len and not is_row:
-            too_long = f"a sequence of {x_BSE.shape[1]} tokens is longer than max_seq_len"
+        longest = _longest_sequence(x_BSE, mask)
+        if longest > self.max_seq_len:
+            too_long = f"a sequence of {longest} tokens is longer than max_seq_len"
             raise ValueError(f"{too_long}, {self.max_seq_len}")
         if self.caches_are_setup() and (mask is None or input_pos is None):
             raise ValueError("with a KV cache the decoder needs a mask and positions")
@@ -193,6 +193,16 @@ class Decoder(nn.Module):
         """Keep nothing any more."""
         for layer in self.layers:
             layer.attn.kv_cache = None
+
+
+def _longest_sequence(x_BSE: torch.Tensor, mask: Mask) -> int:
+    """How many tokens the longest sequence has that is here, 0 where the cache has seen to it."""
+    if isinstance(mask, Prefill | Continuations):
+        return 0
+    if isinstance(mask, Segments | RowShare):  # of a row, whose documents have positions each
+        documents = mask if isinstance(mask, Segments) else mask.keys
+        return max(documents.lengths, default=0)
+    return x_BSE.shape[1]
 
 
 def _feed_forward(dims: Dimensions, layer: int, linear: MakeLinear) -> nn.Module:
