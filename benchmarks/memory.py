@@ -283,7 +283,8 @@ def measured(case: Case) -> dict[str, Any]:
         watched = nullcontext() if config.parallel.cpu_offload else waiting_once()
         with Copies() as step, watched as waits:
             recipe._train_step(iter(rows))
-    estimate = sum(estimate_memory(config, case.ranks, recipe.devices["tensor"]).values())
+    meshes = recipe.devices, recipe.expert_devices
+    estimate = sum(estimate_memory(config, case.ranks, *meshes).values())
     return {
         "estimate": estimate,
         "allocated": peak,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForImageTextToText
@@ -34,9 +35,9 @@ from torchtune_vl.training._mesh import Mesh
 from torchtune_vl.training._sharding import (
     default_dtype,
     divide_experts,
+    gathered_together,
     local_part,
     multiply_in_float8,
-    pack_quantized,
     shard,
 )
 
@@ -190,11 +191,13 @@ def test_greedy_decoding_is_a_whole_forward_for_each_token() -> None:
 def test_layers_with_experts_are_compiled(method: str) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    with torch.device("meta"):
-        plain = model_of(f"experts balanced {method}")
-    pack_quantized(plain)  # as where weights are sharded
-    load_weights_into(plain, random_weights(f"experts balanced {method}"), torch.device("cpu"))
-    compiled = copy.deepcopy(plain)
+    weights = random_weights(f"experts balanced {method}")
+    models = []
+    for _ in range(2):
+        with torch.device("meta"):
+            models.append(model_of(f"experts balanced {method}").train())
+        load_weights_into(models[-1], weights, torch.device("cpu"))
+    plain, compiled = models
     for layer in compiled.decoder.layers:
         layer.forward = torch.compile(layer.forward, backend="aot_eager")
     for row in rows(2, 0, plain.encoders["vision"].geometry):
@@ -252,6 +255,32 @@ def test_a_device_has_its_share_of_experts() -> None:
         "experts.gate_up_proj.weight": (4, 32, 48),
         "experts.down_proj.weight": (4, 24, 32),
     }
+
+
+def test_estimates_know_what_is_gathered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They divide experts no further than a plan does, and groups are of a decoder layer's size."""
+    really, found = fsdp.fully_shard, []
+
+    def fully_shard(modules: Any, **how: Any) -> Any:
+        found.append(modules)
+        return really(modules, **how)
+
+    monkeypatch.setattr(fsdp, "fully_shard", fully_shard)
+    wide = {"num_experts": 8, "expert_dim": 240}
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        mesh = Mesh(1, 8, 1, 1, 2)
+        shares = mesh.expert_devices("cpu")
+        assert shares is not None
+        with torch.device("meta"):
+            model = qwen3_vl_moe(**{**EXPERTS_DIMS, **wide})
+        divide_experts(model, shares["experts"])
+        expected = [*gathered_together(model)]
+        shard(model, mesh.devices("cpu"), torch.float32, False, shares)
+    finally:
+        dist.destroy_process_group()
+    assert max(map(len, expected)) > 1
+    assert [modules for modules in found if isinstance(modules, list)] == expected
 
 
 def share(model: Any) -> None:

@@ -147,12 +147,17 @@ def trained_by_peft(directory: Path, **settings: Any) -> PeftModel:
 
 
 @pytest.mark.parametrize(
-    "parameters", [["gate_up_proj", "down_proj"], ["gate_up_proj"], ["down_proj"]]
+    "targets",
+    [
+        ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        ["mlp.experts.gate_up_proj"],
+        ["down_proj"],  # not of the layer without experts, where it is a module
+        ["layers.0.mlp.experts.gate_up_proj", "layers.2.mlp.experts.down_proj"],
+    ],
 )
 @torch.no_grad()
-def test_an_adapter_of_experts_by_peft(tmp_path: Path, parameters: list[str]) -> None:
+def test_an_adapter_of_experts_by_peft(tmp_path: Path, targets: list[str]) -> None:
     reference_model(reference_config(QWEN3_VL_MOE)).save_pretrained(tmp_path / "base")
-    targets = [f"mlp.experts.{name}" for name in parameters]
     theirs = trained_by_peft(tmp_path, target_modules=["q_proj"], target_parameters=targets)
     weights = base_weights(tmp_path / "base")
     plain = model_from_pretrained(tmp_path / "base").eval()

@@ -118,10 +118,11 @@ def load_adapter(directory: Path, weights: Tensors | None = None) -> Adapter:
         # layers_to_transform leaves some of them out, by rules of peft's own
         targeted = targeted_modules(config, modules)
         experts = {n: n for n, weight in weights.items() if weight.ndim == 3}
-        modules |= {
+        parameters = {
             theirs.removeprefix(PREFIX_OF_PEFT): ours for theirs, ours in rename(experts).items()
         }
-        targeted += filter(_pattern(config, "target_parameters").fullmatch, modules)
+        targeted += filter(_pattern(config, "target_parameters").fullmatch, parameters)
+        modules |= parameters
         missing = [m for m in targeted if modules[m] not in adapted]
         if missing and "layers_to_transform" not in config:
             found = f"it adapts {_listed(missing)}, but {WEIGHTS} has nothing of these"

@@ -41,11 +41,17 @@ def by_parameter(stored: Mapping[str, Stored], config: JsonObject) -> dict[str, 
             [stored.get(f"{prefix}.lora_{kind}.weight") for kind in "AB"]
             for prefix in (f"{experts}{layer}", other)
         ]
-        named[f"{experts}.{_which(pairs, config, place)}.{matrix}"] = place
+        targets = config.content.get("target_parameters") or []
+        targeted = [
+            parameter
+            for parameter in (_GATE_UP, _DOWN)
+            if any(f"{experts}.{parameter}".endswith(f".{target}") for target in targets)
+        ]
+        named[f"{experts}.{_which(pairs, targeted, place)}.{matrix}"] = place
     return named
 
 
-def _which(pairs: list[list[Stored | None]], config: JsonObject, place: Stored) -> str:
+def _which(pairs: list[list[Stored | None]], targeted: list[str], place: Stored) -> str:
     (a, b), (other_a, other_b) = pairs
     if a and b and other_a and other_b:
         own, other = (a.shape[1], b.shape[0]), (other_a.shape[1], other_b.shape[0])
@@ -53,11 +59,8 @@ def _which(pairs: list[list[Stored | None]], config: JsonObject, place: Stored) 
             return _GATE_UP
         if _are_gate_up_and_down(other, own):
             return _DOWN
-    elif not (other_a or other_b):
-        targets = config.content.get("target_parameters") or []
-        found = [p for p in (_GATE_UP, _DOWN) if any(str(t).endswith(p) for t in targets)]
-        if len(found) == 1:
-            return found[0]
+    elif not (other_a or other_b) and len(targeted) == 1:
+        return targeted[0]
     told = "one of gate_up_proj and down_proj by target_parameters, or both by their shapes"
     raise ValueError(f"{place.path}: {place.name} is of experts, but not {told}")
 

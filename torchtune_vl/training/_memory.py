@@ -380,7 +380,7 @@ class _Sharding:
     def __init__(
         self, model: Any, alive: _Alive, mesh: Mesh, stored: torch.dtype, offload: bool
     ) -> None:
-        self.alive, self.mesh, self.stored, self.offload = alive, mesh, stored, offload
+        self.alive, self.stored, self.offload = alive, stored, offload
         self.gathered: torch.Tensor | None = None  # the last buffer of forward
         self.reduced: torch.Tensor | None = None  # the last buffer of backward
         self.order: list[_Group] = []  # as they ended forward

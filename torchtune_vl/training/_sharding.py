@@ -157,10 +157,11 @@ def shard(
     offload = fsdp.CPUOffloadPolicy() if cpu_offload else fsdp.OffloadPolicy()
     how: dict[str, Any] = {"mp_policy": precision, "offload_policy": offload}
     pack_quantized(model)
+    groups = [*gathered_together(model)]  # by what a decoder layer has before its experts are cut
     if expert_devices is not None:
         _shard_experts(model, expert_devices, **how)
     how["mesh"] = _sharing_weights(devices)
-    for modules in gathered_together(model):
+    for modules in groups:
         fsdp.fully_shard(modules, **how)
     if isinstance(model.decoder.tok_embeddings, fsdp.FSDPModule):
         model.decoder.tok_embeddings.set_unshard_in_backward(False)  # which takes no weights
