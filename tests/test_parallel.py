@@ -189,6 +189,11 @@ MESHES: dict[str, tuple[dict[str, Any], int, Mesh | str]] = {
         6,
         Mesh(1, 3, 2, 1, 6),
     ),
+    "experts and layers": (
+        {"tensor": 2, "experts": 2},
+        4,
+        "parallel.experts and parallel.tensor do not go together: set one to 1",
+    ),
     "experts over others": (
         {"replicate": 2, "experts": 4},
         4,

@@ -17,7 +17,7 @@ from torchtune.data import Message
 
 from quickstart.checkpoint import write_tiny_checkpoint
 from tests.videos import CLIPS, write_clip
-from torchtune_vl.chat._chat_template import render
+from torchtune_vl.chat._chat_template import render, without_stand_ins
 from torchtune_vl.media import RemoteLimits
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform, qwen2_5_vl_transform
 
@@ -211,6 +211,15 @@ def test_templates_find_what_jinjas_sandbox_does(expression: str) -> None:
     sandbox = ImmutableSandboxedEnvironment()
     expected = outcome(lambda: sandbox.from_string(source).render(messages=messages))
     assert outcome(lambda: render(source, False, messages=messages)) == expected
+
+
+@pytest.mark.parametrize("is_ascii", [False, True])
+def test_json_of_a_template_has_what_stands_in_texts(is_ascii: bool) -> None:
+    given = {"é": ["<|im_end|>", "a <|im_", "\U0001f600"]}
+    source = "{{ given | tojson(ensure_ascii=" + str(is_ascii).lower() + ") }}"
+    written = render(source, True, given=given)
+    assert "<|im_end|>" not in written
+    assert without_stand_ins(written) == json.dumps(given, ensure_ascii=is_ascii)
 
 
 @pytest.mark.parametrize("role", ["human", "gpt", "Assistant", "model", "function_call", "user "])

@@ -54,9 +54,11 @@ def tools_prompt(tools: Sequence[Mapping[str, Any]]) -> str:
 def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
     """What transformers' templates know as ``tojson``, with ``indent`` and so on."""
     try:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
+        text = json.dumps(value, ensure_ascii=False, **layout)
     except (TypeError, RecursionError, ValueError) as error:
         raise ValueError(f"a tool or call cannot be written as JSON: {error}") from error
+    # Not those that stand for other things, which would not be found again
+    return _OTHERS.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
 # Noncharacters of Unicode stand for other things while a template is run: for the beginning and the
@@ -64,6 +66,7 @@ def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
 # structural tokens within texts of messages, and for the end of a text that another may complete to
 # one
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
+_OTHERS = re.compile("[^\x00-\x7f\ufdd0-\ufdef]")
 START, END, LEFT_OUT = "\ufdd0", "\ufdd1", "\ufddf"
 # How a template writes these three itself, in its texts
 _ESCAPES = (r"\ufdd0", r"\ufdd1", r"\ufddf")

@@ -62,7 +62,8 @@ def _which(pairs: list[list[Stored | None]], targeted: list[str], place: Stored)
     elif not (other_a or other_b) and len(targeted) == 1:
         return targeted[0]
     told = "one of gate_up_proj and down_proj by target_parameters, or both by their shapes"
-    raise ValueError(f"{place.path}: {place.name} is of experts, but not {told}")
+    remedy = "of peft before 0.19.1, or beside transformers 4, merge it by peft's merge_and_unload"
+    raise ValueError(f"{place.path}: {place.name} is of experts, but not {told}: {remedy}")
 
 
 def _are_gate_up_and_down(one: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -726,8 +726,8 @@ class FinetuneRecipe:
         names = {name.partition(".")[2] for name in saved if name.startswith("optimizer.")}
         states.fit(self.optimizer, self.trained, names)
         state = self._state()
-        # Devices that share layers have the same random numbers
-        is_same_mesh = progress.get("mesh", [*self.mesh]) == [*self.mesh]
+        # Devices that share layers have the same random numbers; who shares experts does not matter
+        is_same_mesh = [*progress.get("mesh", self.mesh)][:4] == [*self.mesh][:4]
         is_same_mesh &= progress["processes"] == self.processes
         if not is_same_mesh:
             del state["random"]

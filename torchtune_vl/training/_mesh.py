@@ -29,6 +29,7 @@ class Mesh(NamedTuple):
     experts: int = 1
 
     def __str__(self) -> str:
+        # How many devices there are, of which some may share experts
         return " x ".join(map(str, self[:4]))
 
     @classmethod
@@ -50,6 +51,10 @@ class Mesh(NamedTuple):
             remedy = "leave shard at null to take all"
             raise ValueError(f"{told}, and there are {processes} processes: {remedy}")
         mesh = cls(**sizes, experts=experts)
+        if experts > 1 and mesh.tensor > 1:
+            raise ValueError(
+                "parallel.experts and parallel.tensor do not go together: set one to 1"
+            )
         if mesh.shards % experts:
             told = f"parallel.experts is {experts}, and does not divide the {mesh.shards} devices"
             remedy = "lower it, or start more of them"
