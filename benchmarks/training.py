@@ -48,6 +48,7 @@ from torchtune_vl.recipes.finetune import FinetuneRecipe
 BATCH_SIZE, STEP_SIZE = 8, 8  # samples of a padded batch, and of an optimizer step
 MAX_TOKENS = 2560  # of a packed row: as many as a padded batch has without its padding
 MAX_NORM = 1.0  # of the recipe's config too
+MOST_STEPS = 1000  # more than are taken; all epochs of so many are planned
 IMAGE_COUNTS = (0.25, 0.6, 0.15)  # probabilities of none, one and two
 IGNORED = -100
 ASSISTANT_HEADER = 3  # tokens from the last <|im_start|> on: itself, "assistant" and "\n"
@@ -280,7 +281,7 @@ class Ours:
             "output_dir": mkdtemp(dir=root),
             "checkpoint_dir": str(root / "base"),
             "dataset.data_files": str(root / "train.jsonl"),
-            "max_steps": 1_000_000,
+            "max_steps": MOST_STEPS,
             "shuffle": False,
             **settings,
         }.items():
