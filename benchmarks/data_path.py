@@ -99,8 +99,7 @@ def main() -> None:
     print(", ".join(f"{package} {version(package)}" for package in PACKAGES))
     with TemporaryDirectory() as temporary:
         checkpoint = Path(temporary, "checkpoint")
-        vocabulary = fetch_vocabulary(ASSETS / "tokenizer")
-        write_tiny_checkpoint(checkpoint, vocabulary, config=CONFIGS[arguments.family])
+        write_checkpoint(checkpoint, CONFIGS[arguments.family])
         with one_core():
             print(f"\nOne core, {arguments.runs} paired runs: median (quartiles)\n")
             print("| input | times faster than transformers | target | time / floor | target |")
@@ -432,6 +431,11 @@ def one_core() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, cores)
+
+
+def write_checkpoint(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write a random model of these dimensions, with the published vocabulary."""
+    write_tiny_checkpoint(directory, fetch_vocabulary(ASSETS / "tokenizer"), config=config)
 
 
 def prose() -> str:

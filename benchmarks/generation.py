@@ -4,8 +4,9 @@ Run as ``python -m benchmarks.generation`` (forty minutes on one core). It print
 ``--device cuda`` it times steps there instead, captured ones beside those that are not. Both
 sides answer the same prompts by the same random model, greedily, and have to give the same tokens.
 The floor of steps is their matrix products alone, with their weights, batch and library. Layers
-have the size of the published model of 3B parameters, for in smaller ones all that is no matrix
-product has a larger part.
+have the size of the published model of 3B parameters, of other families 2B and 30B, for in smaller
+ones all that is no matrix product has a larger part. The experts of transformers' are computed by
+whichever of its implementations is faster for the case.
 """
 
 import argparse
@@ -20,14 +21,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from benchmarks.checkpoint import anonymous_memory, peak_memory
 from benchmarks.data_path import paired_times, spread
-from quickstart.checkpoint import CONFIG
+from benchmarks.models import SMALL, take_fastest_experts, with_dimensions
 from torchtune_vl.generation import Decoding, Rules, decode, load_model
-from torchtune_vl.models.qwen2_5_vl import GEOMETRY
+from torchtune_vl.media import Geometry
+from torchtune_vl.models._registry import family_of
 from torchtune_vl.modules.adapters import num_bytes
+from torchtune_vl.modules.experts import MixtureOfExperts
 from torchtune_vl.modules.layout import mrope_positions, vision_index
 from torchtune_vl.modules.linear import linear
 
@@ -39,21 +42,51 @@ CASES = ((1, 40), (1, 600), (8, 40), (8, 600))
 # Of the run with answers of unequal lengths
 PROMPTS, SHORTEST, LONGEST, PEERS_BATCH = 64, 4, 256, 8
 IMAGES = (1, 24, 24)
-# A twelfth of the layers of 3B parameters, and about as much of their vocabulary
-MODEL = {
-    "hidden_size": 2048,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 16_000,
-    "bos_token_id": 15_000,
-    "eos_token_id": 15_001,
+MEDIA_TOKENS = {
     "vision_start_token_id": 15_002,
     "vision_end_token_id": 15_003,
     "image_token_id": 15_004,
     "video_token_id": 15_005,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}
+# Of all families alike: about a twelfth of the layers, and as much of the vocabulary
+_TEXT = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 3,
+    "vocab_size": 16_000,
+    "bos_token_id": 15_000,
+    "eos_token_id": 15_001,
+}
+_QWEN3_VL: dict[str, Any] = {
+    "text_config": {
+        **_TEXT,
+        "intermediate_size": 6144,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_scaling": {"mrope_section": [24, 20, 20]},
+    },
+    "vision_config": {"out_hidden_size": 2048},
+    **MEDIA_TOKENS,
+}
+# A quarter of the experts of the 30B, of which a token takes as many
+_EXPERTS = {
+    "num_experts": 32,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        **_TEXT,
+        "intermediate_size": 11_008,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {"out_hidden_size": 2048},
+        **MEDIA_TOKENS,
+    },
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": with_dimensions(_QWEN3_VL, {"text_config": _EXPERTS}),
 }
 
 Prompt = dict[str, Any]
@@ -75,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Generation beside transformers' generate")
     parser.add_argument("--runs", type=int, default=7, help="paired runs of each case")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--family", choices=MODELS, default=next(iter(MODELS)))
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -82,11 +116,11 @@ def main() -> None:
         print(peak_of(*options.memory_of))
         return
     with TemporaryDirectory() as directory:
-        write_model(directory)
+        write_model(directory, options.family)
         if options.device != "cpu":
             device_table(directory, options.device, options.runs)
             return
-        reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory).eval()
+        reference = AutoModelForImageTextToText.from_pretrained(directory).eval()
         ours = load_model(directory)
         torch.manual_seed(0)
         steps_table(ours, reference, options.runs)
@@ -96,12 +130,11 @@ def main() -> None:
         memory_table(directory)
 
 
-def write_model(directory: str) -> None:
+def write_model(directory: str, family: str) -> None:
     """Write a random model, whose attention differs between tokens."""
     torch.manual_seed(0)
-    vision = {**CONFIG["vision_config"], "out_hidden_size": MODEL["hidden_size"]}
-    config = Qwen2_5_VLConfig(**{**CONFIG, **MODEL, "vision_config": vision})
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(directory)
+    config = CONFIG_MAPPING[family](**with_dimensions(SMALL[family], MODELS[family]))
+    AutoModelForImageTextToText.from_config(config).save_pretrained(directory)
 
 
 def steps_table(ours: Any, reference: Any, runs: int) -> None:
@@ -116,6 +149,7 @@ def steps_table(ours: Any, reference: Any, runs: int) -> None:
             "theirs": partial(steps_of_reference, reference, prompts),
             "floor": partial(products_of_steps, ours, count),
         }
+        take_fastest_experts(reference, sides["theirs"])
         times, answers = paired_steps(sides, runs)
         if answers["ours"] != answers["theirs"]:
             raise SystemExit("the answers differ")
@@ -178,7 +212,14 @@ def steps_of_reference(model: Any, prompts: Sequence[Prompt]) -> Steps:
 @torch.no_grad()
 def products_of_steps(model: Any, count: int) -> Steps:
     """Time the matrix products of steps of so many sequences."""
-    weights = [weight for weight in model.decoder.parameters() if weight.ndim == 2]
+    decoder = model.decoder
+    weights = [weight for weight in decoder.layers.parameters() if weight.ndim == 2]
+    weights.append((decoder.output or decoder.tok_embeddings).weight)
+    for layer in decoder.layers:
+        if isinstance(layer.mlp, MixtureOfExperts):  # as if all took the same experts
+            experts = layer.mlp.experts
+            for weight_NIO in (experts.gate_up_proj.weight, experts.down_proj.weight):
+                weights += weight_NIO[: layer.mlp.num_active].mT
     inputs = [torch.ones(count, weight.shape[1]) for weight in weights]
     start = time.perf_counter()
     for _ in range(STEPS):
@@ -201,11 +242,12 @@ def paired_steps(
 
 def prompts_table(ours: Any, reference: Any, runs: int) -> None:
     """Read prompts: the time of the first token."""
+    geometry = ours.encoders["vision"].geometry
     cases = {
         "one of 600 tokens": [text_prompt(600)],
         "8 of 40 to 600 tokens": [text_prompt(40 + 80 * i) for i in range(8)],
-        "one with four images": [image_prompt(4)],
-        "4 with an image each, and 4 without": [image_prompt(1), text_prompt(30)] * 4,
+        "one with four images of 24x24 patches": [image_prompt(4, geometry)],
+        "4 with an image each, and 4 without": [image_prompt(1, geometry), text_prompt(30)] * 4,
     }
     print("\n| prompts | transformers / ours, first token |\n|---|---|")
     for name, prompts in cases.items():
@@ -213,6 +255,7 @@ def prompts_table(ours: Any, reference: Any, runs: int) -> None:
             "ours": partial(answer, ours, prompts, 1),
             "theirs": partial(answer_by_reference, reference, prompts, 1),
         }
+        take_fastest_experts(reference, sides["theirs"])
         check_equal(sides)
         faster = ratios(paired_times(sides, runs), "theirs", "ours")
         print(f"| {name} | {spread(faster)} |", flush=True)
@@ -223,6 +266,8 @@ def whole_table(ours: Any, reference: Any, runs: int) -> None:
     lengths = torch.randint(SHORTEST, LONGEST + 1, (PROMPTS,)).tolist()
     prompts = [text_prompt(20 + length % 50) for length in lengths]
     by_batch = range(0, PROMPTS, PEERS_BATCH)
+    first_batch = partial(steps_of_reference, reference, prompts[:PEERS_BATCH])
+    take_fastest_experts(reference, first_batch)
 
     def in_batches() -> list[list[int]]:
         found: list[list[int]] = []
@@ -286,11 +331,12 @@ def memory_table(directory: str) -> None:
 def peak_of(side: str, directory: str) -> int:
     """The most bytes of anonymous memory that one side takes while it answers."""
     torch.manual_seed(0)
-    prompts = [image_prompt(1) if i % 2 else text_prompt(300 + 90 * i) for i in range(8)]
+    geometry = family_of(directory).geometry
+    prompts = [image_prompt(1, geometry) if i % 2 else text_prompt(300 + 90 * i) for i in range(8)]
     if side == "ours":
         call = partial(answer, load_model(directory), prompts, NEW_TOKENS)
     else:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory).eval()
+        model = AutoModelForImageTextToText.from_pretrained(directory).eval()
         call = partial(answer_by_reference, model, prompts, NEW_TOKENS)
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # what is mapped comes into memory now
@@ -306,21 +352,22 @@ def text_prompt(length: int) -> Prompt:
     return {"tokens": tokens, "input_pos": torch.arange(length)[:, None].expand(-1, 3)}
 
 
-def image_prompt(count: int) -> Prompt:
+def image_prompt(count: int, geometry: Geometry) -> Prompt:
     """A prompt about random images."""
     t, h, w = IMAGES
-    image = [MODEL["vision_start_token_id"], *[MODEL["image_token_id"]] * (t * h * w // 4)]
-    tokens = [*range(5), *[*image, MODEL["vision_end_token_id"]] * count, *range(10)]
+    start, end, placeholder, _ = MEDIA_TOKENS.values()
+    image = [start, *[placeholder] * (t * h * w // geometry.merge_size**2), end]
+    tokens = [*range(5), *image * count, *range(10)]
     grid_thw = torch.tensor([IMAGES] * count)
-    geometry = GEOMETRY
     positions = mrope_positions(
         tokens,
         grid_thw,
         [1.0] * count,
-        placeholder_ids=(MODEL["image_token_id"],),
+        placeholder_ids=(placeholder,),
         merge_size=geometry.merge_size,
     )
-    vision = {"patches": torch.randn(count * t * h * w, 1176), "grid_thw": grid_thw}
+    patches = torch.randn(count * t * h * w, geometry.values_per_patch)
+    vision = {"patches": patches, "grid_thw": grid_thw}
     media = {"vision": {**vision, **vision_index(grid_thw, geometry)}}
     return {"tokens": tokens, "input_pos": positions, "encoder_input": media}
 
@@ -365,7 +412,7 @@ def answer_by_reference(
     media = [p["encoder_input"]["vision"] for p in prompts if "encoder_input" in p]
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": real.long()}
     if media:
-        inputs["mm_token_type_ids"] = (input_ids == MODEL["image_token_id"]).int()
+        inputs["mm_token_type_ids"] = (input_ids == MEDIA_TOKENS["image_token_id"]).int()
         inputs["pixel_values"] = torch.cat([medium["patches"] for medium in media])
         inputs["image_grid_thw"] = torch.cat([medium["grid_thw"] for medium in media])
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -335,11 +335,13 @@ def _draw_efficiency(axes: Any, size: str) -> None:
 def measured_row_seconds(runs: int = 5) -> float:
     """Measure the processor time that a data worker takes for a row of images."""
     # Only here, for they import transformers
-    from benchmarks.data_path import jpeg, one_core, prose, write_settings
+    from benchmarks.data_path import jpeg, one_core, prose, write_checkpoint
+    from quickstart.checkpoint import CONFIG
     from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 
     with TemporaryDirectory() as directory, one_core():
-        checkpoint = write_settings(Path(directory, "checkpoint"))
+        checkpoint = Path(directory, "checkpoint")
+        write_checkpoint(checkpoint, CONFIG)
         transform = Qwen2_5_VLTransform.from_pretrained(checkpoint, patch_dtype="uint8")
         # Of another size than the grid's, as most images are: it is resized
         image = jpeg(*(14 * side + 5 for side in reversed(IMAGE_GRID[1:])))

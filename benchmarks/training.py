@@ -6,7 +6,8 @@ the 3B but for the vocabulary, on the same samples in each step: short questions
 no, one or two images. Ours is the step of the recipe, once with packed rows and once with padded
 batches; theirs pads the same batches to the longest and lets the model compute the loss. Model and
 optimizer are timed alone, and together with what makes batches of files. Memory is that of fresh
-processes. Of a GPU see `benchmarks.gpu`.
+processes. Other families have models of about that size too; the experts of transformers' are
+computed by whichever of its implementations is faster. Of a GPU see `benchmarks.gpu`.
 """
 
 import argparse
@@ -26,22 +27,20 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors.torch import save_file
 from torch.utils.data import Subset
-from torchtune.training import set_default_dtype
 
-from benchmarks.data_path import jpeg, prose, spread, write_settings
+from benchmarks.data_path import jpeg, prose, spread, write_checkpoint
 
 # transformers comes after what makes torchvision known to it
 # isort: split
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.encoder import peak_memory
-from quickstart.checkpoint import CONFIG
+from benchmarks.models import SMALL, take_fastest_experts, with_dimensions
 from torchtune_vl.data import PackedRows, PaddedRows, Plan, Row, TrainingRows
 from torchtune_vl.data._packing import Planner
 from torchtune_vl.datasets import measure_all
-from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl_from_config, qwen2_5_vl_tune_to_hf
+from torchtune_vl.models._registry import family_of
 from torchtune_vl.recipes import config_path
 from torchtune_vl.recipes._check_config import read_config
 from torchtune_vl.recipes.finetune import FinetuneRecipe
@@ -49,6 +48,7 @@ from torchtune_vl.recipes.finetune import FinetuneRecipe
 BATCH_SIZE, STEP_SIZE = 8, 8  # samples of a padded batch, and of an optimizer step
 MAX_TOKENS = 2560  # of a packed row: as many as a padded batch has without its padding
 MAX_NORM = 1.0  # of the recipe's config too
+MOST_STEPS = 1000  # more than are taken; all epochs of so many are planned
 IMAGE_COUNTS = (0.25, 0.6, 0.15)  # probabilities of none, one and two
 IGNORED = -100
 ASSISTANT_HEADER = 3  # tokens from the last <|im_start|> on: itself, "assistant" and "\n"
@@ -82,23 +82,47 @@ class Mix(NamedTuple):
     question_words: int
 
 
-# What differs from the tiny model of the quickstart
-CPU_MODEL: dict[str, Any] = {
-    "hidden_size": 384,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vision_config": {
-        "depth": 6,
-        "hidden_size": 320,
-        "intermediate_size": 856,
-        "num_heads": 4,
-        "fullatt_block_indexes": [5],
-        "out_hidden_size": 384,
+# What differs from the tiny models of the quickstart, by family
+CPU_MODELS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {
+        "hidden_size": 384,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {
+            "depth": 6,
+            "hidden_size": 320,
+            "intermediate_size": 856,
+            "num_heads": 4,
+            "fullatt_block_indexes": [5],
+            "out_hidden_size": 384,
+        },
+    },
+    "qwen3_vl": {  # proportions of the 2B
+        "text_config": {
+            "hidden_size": 384,
+            "intermediate_size": 1152,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rope_scaling": {"mrope_section": [24, 20, 20]},
+        },
+        "vision_config": {
+            "depth": 6,
+            "hidden_size": 320,
+            "intermediate_size": 1280,
+            "num_heads": 5,
+            "deepstack_visual_indexes": [1, 2, 4],
+            "out_hidden_size": 384,
+        },
     },
 }
+# Proportions of the 30B, with a quarter of its experts, which are a third of the width
+_EXPERTS = {"num_experts": 32, "moe_intermediate_size": 144, "num_key_value_heads": 1}
+CPU_MODELS["qwen3_vl_moe"] = with_dimensions(CPU_MODELS["qwen3_vl"], {"text_config": _EXPERTS})
 
 
 def main() -> None:
@@ -107,17 +131,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=8, help="paired steps, each of other samples")
+    parser.add_argument("--family", choices=CPU_MODELS, default=next(iter(CPU_MODELS)))
     arguments = parser.parse_args()
     if arguments.runs < 2:
         parser.error("--runs must be at least 2: quartiles are printed")
 
     with TemporaryDirectory() as temporary:
-        print_cpu(Path(temporary), arguments.runs)
+        print_cpu(Path(temporary), arguments.family, arguments.runs)
 
 
-def print_cpu(root: Path, runs: int) -> None:
+def print_cpu(root: Path, family: str, runs: int) -> None:
     """Print the comparison on a CPU."""
-    write_checkpoint(root, CPU_MODEL, torch.float32, "cpu")
+    write_model(root, family)
     write_data(root, Mix((runs + 1) * STEP_SIZE, *CPU_MIX))
     ours, theirs = ours_on_cpu(root), theirs_on_cpu(root)
     print_inputs(ours, runs)
@@ -231,7 +256,10 @@ def packed_and_padded(ours: "Ours") -> dict[str, Side]:
 
 def theirs_on_cpu(root: Path) -> "Theirs":
     """Their side."""
-    return Theirs(root, BATCH_SIZE, "sdpa", "cpu")
+    theirs = Theirs(root, BATCH_SIZE, "sdpa", "cpu")
+    take_fastest_experts(theirs.model, partial(theirs.backward, theirs.batches(range(STEP_SIZE))))
+    theirs.optimizer.zero_grad()
+    return theirs
 
 
 def padded_by_processor(theirs: "Theirs") -> dict[str, Side]:
@@ -243,17 +271,17 @@ class Ours:
     """The recipe.
 
     Args:
-        root: as :func:`write_checkpoint` and :func:`write_data` left it.
+        root: as :func:`write_model` and :func:`write_data` left it.
         settings: what differs from the config.
     """
 
     def __init__(self, root: Path, settings: dict[str, Any]) -> None:
-        config = OmegaConf.load(config_path("qwen2_5_vl/full"))
+        config = OmegaConf.load(config_path(f"{family_of(root / 'base').package}/full"))
         for key, value in {
             "output_dir": mkdtemp(dir=root),
             "checkpoint_dir": str(root / "base"),
             "dataset.data_files": str(root / "train.jsonl"),
-            "max_steps": 1_000_000,
+            "max_steps": MOST_STEPS,
             "shuffle": False,
             **settings,
         }.items():
@@ -288,7 +316,7 @@ class Theirs:
     """A plain loop over transformers' model.
 
     Args:
-        root: as :func:`write_checkpoint` and :func:`write_data` left it.
+        root: as :func:`write_model` and :func:`write_data` left it.
         batch_size: samples of a batch; a step accumulates the gradients of several.
         attention: of transformers.
         device: where to train.
@@ -300,7 +328,7 @@ class Theirs:
         self.data = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
         self.processor = AutoProcessor.from_pretrained(root / "base")
         self.processor.tokenizer.padding_side = "right"
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        self.model = AutoModelForImageTextToText.from_pretrained(
             root / "base", attn_implementation=attention, dtype="auto", device_map=device
         ).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
@@ -332,6 +360,14 @@ class Theirs:
 
     def step(self, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
         """Take an optimizer step, and return the loss."""
+        loss = self.backward(batches)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def backward(self, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Accumulate the gradients of batches, and return the loss."""
         targets = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         total = torch.zeros((), device=self.device)
         for batch in batches:
@@ -339,33 +375,12 @@ class Theirs:
             loss = self.model(**inputs, num_items_in_batch=targets, use_cache=False).loss
             loss.backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return total
 
 
-def write_checkpoint(
-    root: Path, dimensions: dict[str, Any], dtype: torch.dtype, device: str
-) -> None:
+def write_model(root: Path, family: str) -> None:
     """Write random weights as published ones are, to ``root / "base"``."""
-    directory = write_settings(root / "base")
-    vision = {**CONFIG["vision_config"], **dimensions["vision_config"]}
-    config = {
-        **CONFIG,
-        **dimensions,
-        "vision_config": vision,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    torch.manual_seed(0)
-    with torch.device(device), set_default_dtype(dtype):
-        model = qwen2_5_vl_from_config(directory)
-        torch.nn.init.normal_(
-            model.decoder.tok_embeddings.weight, std=config["hidden_size"] ** -0.5
-        )
-    weights = qwen2_5_vl_tune_to_hf(model.state_dict())
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    write_checkpoint(root / "base", with_dimensions(SMALL[family], CPU_MODELS[family]))
 
 
 def write_data(root: Path, mix: Mix) -> None:

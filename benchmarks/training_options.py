@@ -15,22 +15,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from benchmarks.data_path import spread
 from benchmarks.encoder import peak_memory, return_what_is_freed, status
 from benchmarks.training import (
     BATCH_SIZE,
     CPU_MIX,
-    CPU_MODEL,
+    CPU_MODELS,
     CPU_SETTINGS,
     MAX_TOKENS,
     STEP_SIZE,
     Mix,
     Ours,
     apart,
-    write_checkpoint,
     write_data,
+    write_model,
 )
 
 WARM_UP = 4  # steps: makes the optimizer's states, and compiles
@@ -84,7 +82,7 @@ def main() -> None:
 
     with TemporaryDirectory() as temporary:
         root = Path(temporary)
-        write_checkpoint(root, CPU_MODEL, torch.float32, "cpu")
+        write_model(root, next(iter(CPU_MODELS)))
         write_data(root, Mix((arguments.runs + WARM_UP) * STEP_SIZE, *CPU_MIX))
         plain_memory = apart(step_memory, root, {})
         print("| option | time of a step / plain | memory / plain |\n|---|---|---|")
