@@ -100,7 +100,6 @@ QWEN3_VL_MOE = {
 # Sides that are odd, less than a patch, or 190 times the other; and modes of images
 _SIZES = [(28, 28), (1, 1), (29, 57), (13, 1300), (1900, 10), (333, 517), (640, 480), (1001, 77)]
 _MODES = ["RGB", "L", "P", "CMYK", "1", "I;16", "LA", "RGBA"]
-_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 _WORDS = ["What", "how many", "red", "数字", "größer", "👍", "is left of", "the 3rd", "?"]
 _LORA = {
     "model.lora_rank": 8,
@@ -222,19 +221,20 @@ def qwen3_vl_cases(root: Path, vocabulary: Path) -> Iterator[Case]:
         return train(root, output, checkpoint, name=f"qwen3_vl/{kind}", **settings)
 
     full = trained("qwen3_vl", base(root / "qwen3_vl_base", vocabulary, QWEN3_VL))
-    alone = ["--chat-template", str(videos_alone(full))]
-    yield Case("Qwen3-VL", full, alone, **asked)
-    name = "Qwen3-VL, the template as published, videos alone"
-    yield Case(name, full, differs=True, questions="videos.json", builtin=False)
+    yield Case("Qwen3-VL", full, **asked)
+    name = "Qwen3-VL, 5 videos, the template as published: two tokens more"
+    published = root / "published.jinja"
+    published.write_text(without_marks((files(qwen3_vl) / "instruct.jinja").read_text("utf-8")))
+    as_published = ["--chat-template", str(published)]
+    yield Case(name, full, as_published, differs=True, questions="videos.json", builtin=False)
     untied = base(root / "qwen3_vl_untied_base", vocabulary, QWEN3_VL_UNTIED, "thinking")
     thinking = trained("qwen3_vl_untied", untied)
-    alone_too = ["--chat-template", str(videos_alone(thinking))]
     asks_thinking: dict[str, Any] = {"questions": "thinking.json"}
-    yield Case("Qwen3-VL, output layer of its own, Thinking", thinking, alone_too, **asks_thinking)
+    yield Case("Qwen3-VL, output layer of its own, Thinking", thinking, **asks_thinking)
     learned = trained("qwen3_vl_learned", full, epochs=20, max_steps=60)
     command("export", str(learned), str(root / "qwen3_vl_bfloat16"), "--dtype", "bfloat16")
     bfloat16 = "Qwen3-VL, bfloat16 weights, computed in bfloat16"
-    yield Case(bfloat16, root / "qwen3_vl_bfloat16", alone, dtype="bfloat16", **asked)
+    yield Case(bfloat16, root / "qwen3_vl_bfloat16", dtype="bfloat16", **asked)
     limits = {
         "tokenizer.max_pixels": 50_000,
         "tokenizer.video_max_pixels": 110_000,
@@ -242,14 +242,14 @@ def qwen3_vl_cases(root: Path, vocabulary: Path) -> Iterator[Case]:
     }
     frames = ["--media-io-kwargs", json.dumps({"video": {"fps": 1.0}})]
     limited = trained("qwen3_vl_limits", full, **limits)
-    yield Case("Qwen3-VL, limits of images and videos", limited, [*alone, *frames], **asked)
+    yield Case("Qwen3-VL, limits of images and videos", limited, frames, **asked)
 
     decoder = trained("qwen3_vl_decoder", full, "lora", **_LORA)
-    enabled = [*alone, "--enable-lora", "--lora-modules", f"adapter={decoder / 'adapter'}"]
+    enabled = ["--enable-lora", "--lora-modules", f"adapter={decoder / 'adapter'}"]
     yield Case("Qwen3-VL, adapter of the decoder", full, enabled, decoder / "adapter", **asked)
     both = trained("qwen3_vl_both", full, "lora", **_LORA, **_EVERYWHERE)
-    yield Case("Qwen3-VL, adapter of all parts, merged", both, alone, **asked)
-    enabled = [*alone, "--enable-lora", "--lora-modules", f"adapter={both / 'adapter'}"]
+    yield Case("Qwen3-VL, adapter of all parts, merged", both, **asked)
+    enabled = ["--enable-lora", "--lora-modules", f"adapter={both / 'adapter'}"]
     name = f"Qwen3-VL, adapter of all parts, `{_TOWER}`, no videos"
     stills: dict[str, Any] = {"questions": "images.json", "builtin": False}
     yield Case(name, full, [*enabled, _TOWER], both / "adapter", **stills)
@@ -258,7 +258,7 @@ def qwen3_vl_cases(root: Path, vocabulary: Path) -> Iterator[Case]:
 
     moe = base(root / "qwen3_vl_moe_base", vocabulary, QWEN3_VL_MOE)
     experts = train(root, "qwen3_vl_moe", moe, name="qwen3_vl_moe/full")
-    yield Case("Qwen3-VL MoE", experts, alone, **asked)
+    yield Case("Qwen3-VL MoE", experts, **asked)
 
 
 CASES: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
@@ -270,14 +270,6 @@ CONVERTED = {
     "qwen2_5_vl": ("full", "bfloat16", "shards", "untied", "qwen2_vl"),
     "qwen3_vl": ("qwen3_vl", "qwen3_vl_untied", "qwen3_vl_bfloat16", "qwen3_vl_moe"),
 }
-
-
-def videos_alone(checkpoint: Path) -> Path:
-    """Write the template without the pair of tokens around a video, whose steps have their own."""
-    template = (checkpoint / "chat_template.jinja").read_text("utf-8")
-    path = checkpoint.parent / "videos_alone.jinja"
-    path.write_text(template.replace(_VIDEO, "<|video_pad|>"), encoding="utf-8")
-    return path
 
 
 def base(

@@ -25,7 +25,8 @@ MEDIA_KEYS = {
     "image": ("pixel_values", "image_grid_thw"),
     "video": ("pixel_values_videos", "video_grid_thw"),
 }
-_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+# A video in a chat template, in a pair of tokens or without
+VIDEO, VIDEO_ALONE = "<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>"
 # Shows progress: takes a sequence and what is in it, and returns the items one after another
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
@@ -155,13 +156,14 @@ class Reference(_Side):
     @property
     def keeps_pair_around_steps(self) -> bool:
         """Whether it leaves the template's pair of tokens around a video of steps with theirs."""
-        if not self.family.transform.has_timed_steps:
+        has_pair = VIDEO in (self.processor.chat_template or "")
+        if not (has_pair and self.family.transform.has_timed_steps):
             return False
         start = self.processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")
         frames = np.zeros((2, 64, 64, 3), np.uint8)
         metadata = VideoMetadata(2, fps=1.0, frames_indices=[0, 1])
         media: dict[str, Any] = {"videos": [frames], "video_metadata": [metadata]}
-        made = self.processor(text=[_VIDEO], do_sample_frames=False, **media)
+        made = self.processor(text=[VIDEO], do_sample_frames=False, **media)
         return made["input_ids"][0].count(start) > 1
 
     @attempted
@@ -200,7 +202,7 @@ class Reference(_Side):
         if (
             self.family.transform.has_timed_steps
         ):  # which have pairs of their own, the only ones that the weights have seen
-            text = text.replace(_VIDEO, "<|video_pad|>")
+            text = text.replace(VIDEO, VIDEO_ALONE)
         images = [*map(load_image, conversation.values("image"))]
         videos = [*map(_frames, conversation.values("video"), frames)]
         media: dict[str, Any] = {"images": images or None, "do_sample_frames": False}

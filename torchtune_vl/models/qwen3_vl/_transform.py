@@ -36,7 +36,13 @@ _TEMPLATES = [
     for kind in ("instruct", "thinking")
 ]
 _INSTRUCT, _THINKING = _TEMPLATES
-_PUBLISHED = {without_marks(template).strip(): template for template in _TEMPLATES}
+_VIDEO, _VIDEO_ALONE = "<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>"
+_PUBLISHED = {
+    text: template
+    for template in _TEMPLATES
+    for published in [without_marks(template).strip()]
+    for text in (published, published.replace(_VIDEO, _VIDEO_ALONE))
+}
 # What the width and the height of any image are in boxes
 _EXTENT = 1000
 # Of a frame, by transformers' `cap_pixels_per_frame`
@@ -119,7 +125,7 @@ class Qwen3_VLTransform(ChatTransform):
     There is no further pair of tokens around the whole video: so ids were in pre-training's own
     code, transformers 4.57 (``Qwen3VLProcessor``). transformers >= 5, and vLLM with it, leave the
     template's ``<|vision_start|>`` and ``<|vision_end|>`` around all steps, two tokens more for
-    each video, which no weights have seen; docs/serving.md has a template for servers.
+    each video, which no weights have seen; templates that are written here have none.
 
     Chat templates are the published ones of Instruct (by default) and Thinking, known by their
     text. Instruct's drops media in messages of ``system`` and ``assistant``, and messages of
@@ -182,6 +188,18 @@ class Qwen3_VLTransform(ChatTransform):
             "cap_pixels_per_frame": cap is not None,
             "max_video_tokens": (cap or 0) // GEOMETRY.unit**2 or _MAX_VIDEO_TOKENS,
         }
+
+    def processor_files(self) -> dict[str, str]:
+        """Write the settings down; a published template has the placeholders of videos alone.
+
+        So transformers >= 5, and servers with it, add no tokens that weights have not seen; 4.57
+        replaces them with a pair around them or without.
+        """
+        written = super().processor_files()
+        if self.has_published_template:
+            for name in ("chat_template.json", "chat_template.jinja"):
+                written[name] = written[name].replace(_VIDEO, _VIDEO_ALONE)
+        return written
 
     @property
     def has_published_template(self) -> bool:
