@@ -18,7 +18,6 @@ from omegaconf import DictConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -185,8 +184,7 @@ class _Run:
 
 def _shards(mesh: Mesh, p: nn.Parameter) -> int:
     """Over how many devices what one has of a parameter, by plan, is divided."""
-    is_of_experts = isinstance(p, DTensor) and p.device_mesh.mesh_dim_names == ("experts",)
-    return mesh.shards // mesh.experts if is_of_experts else mesh.shards
+    return mesh.shards // mesh.experts if sharding.is_of_shared_experts(p) else mesh.shards
 
 
 def _compute_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -160,7 +160,7 @@ def shard(
     groups = [*gathered_together(model)]  # by what a decoder layer has before its experts are cut
     if expert_devices is not None:
         _shard_experts(model, expert_devices, **how)
-    how["mesh"] = _sharing_weights(devices)
+    how["mesh"] = _mesh_of_weights(devices)
     for modules in groups:
         fsdp.fully_shard(modules, **how)
     if isinstance(model.decoder.tok_embeddings, fsdp.FSDPModule):
@@ -181,12 +181,17 @@ def _shard_experts(model: Any, devices: DeviceMesh, **how: Any) -> None:
                 )
         # Each expert, for they are few, along its longer side
         how["shard_placement_fn"] = lambda p: Shard(1 if p.shape[1] >= p.shape[2] else 2)
-        fsdp.fully_shard(experts, mesh=_sharing_weights(devices), **how)
+        fsdp.fully_shard(experts, mesh=_mesh_of_weights(devices), **how)
 
 
-def _sharing_weights(devices: DeviceMesh) -> DeviceMesh:
+def _mesh_of_weights(devices: DeviceMesh) -> DeviceMesh:
     is_copied = devices["replicate"].size() > 1
     return devices["replicate", "shard"] if is_copied else devices["shard"]
+
+
+def is_of_shared_experts(p: torch.Tensor) -> bool:
+    """Whether devices share a parameter by :func:`divide_experts`."""
+    return isinstance(p, DTensor) and "experts" in (p.device_mesh.mesh_dim_names or ())
 
 
 def pack_quantized(model: nn.Module) -> None:
@@ -230,7 +235,7 @@ def _refuse_unequal_parts(model: nn.Module, mesh: DeviceMesh) -> None:
     if mesh.size() == 1:
         return
     for name, p in model.named_parameters():
-        if not isinstance(p, DTensor) or p.device_mesh.mesh_dim_names == ("experts",):
+        if not isinstance(p, DTensor) or is_of_shared_experts(p):
             continue
         if p.placements[0].is_shard(0):
             devices = p.device_mesh.size(), mesh.size()
@@ -301,8 +306,7 @@ def average_experts(parameters: Iterable[nn.Parameter], devices: DeviceMesh) -> 
     Not by its ``set_gradient_divide_factor``, which gloo cannot take while it sums.
     """
     for p in parameters:
-        names = p.device_mesh.mesh_dim_names or () if isinstance(p, DTensor) else ()
-        if "experts" in names and p.grad is not None:
+        if is_of_shared_experts(p) and p.grad is not None:
             local_part(p.grad).div_(devices["experts"].size())
 
 
