@@ -224,7 +224,8 @@ def qwen3_vl_cases(root: Path, vocabulary: Path) -> Iterator[Case]:
     yield Case("Qwen3-VL", full, **asked)
     name = "Qwen3-VL, 5 videos, the template as published: two tokens more"
     published = root / "published.jinja"
-    published.write_text(without_marks((files(qwen3_vl) / "instruct.jinja").read_text("utf-8")))
+    text = (files(qwen3_vl) / "instruct.jinja").read_text("utf-8")
+    published.write_text(without_marks(text), encoding="utf-8")
     as_published = ["--chat-template", str(published)]
     yield Case(name, full, as_published, differs=True, questions="videos.json", builtin=False)
     untied = base(root / "qwen3_vl_untied_base", vocabulary, QWEN3_VL_UNTIED, "thinking")
