@@ -28,6 +28,8 @@ _PLAIN_KEYS = {"role", *LOSS_KEYS}
 _NAMES = {"image": "Picture", "video": "Video"}
 # Where a template puts a medium
 _PLACES = {f"<|vision_start|><|{kind}_pad|><|vision_end|>": kind for kind in _NAMES}
+# A video there, and as a template has it where each of its steps gets such a pair of tokens
+VIDEO, VIDEO_ALONE = "<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>"
 _MARKS = (*_PLACES, template.START, template.LEFT_OUT, template.END, *STRUCTURAL_TOKENS)
 _STRUCTURE = re.compile(f"({'|'.join(map(re.escape, _MARKS))})")
 # By what a medium takes fewer tokens

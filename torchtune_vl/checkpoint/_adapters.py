@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from torchtune_vl._torchtune import LoRALinear
 from torchtune_vl.checkpoint import _expert_adapters as of_experts
 from torchtune_vl.files._directory import check_manifest, write_json, write_manifest
 from torchtune_vl.files._json import JsonObject, read_json_object
@@ -24,8 +23,7 @@ from torchtune_vl.files._safetensors import (
 )
 from torchtune_vl.files._tensor_names import PREFIX_OF_PEFT, TensorNames, peft_module
 from torchtune_vl.models._registry import families
-from torchtune_vl.modules.adapters import ADAPTER_SUFFIXES, DoRA, is_adapter
-from torchtune_vl.modules.grouped import GroupedLoRALinear
+from torchtune_vl.modules.adapters import ADAPTER_SUFFIXES, adapted_layers, is_adapter
 
 Tensors = dict[str, torch.Tensor]
 
@@ -254,8 +252,7 @@ def check_continues(
     ours, theirs = {*trained}, {*names}
     one_sided = {"the adapter alone has": theirs - ours, "the model alone trains": ours - theirs}
     problems = [f"{what} {_listed(sorted(found))}" for what, found in one_sided.items() if found]
-    kinds = LoRALinear | DoRA | GroupedLoRALinear
-    layer = next((m for m in model.modules() if isinstance(m, kinds)), None)
+    layer = next(iter(adapted_layers(model)), None)
     rank, alpha = config["r"], config["lora_alpha"]
     if layer is not None and (layer.rank, layer.alpha) != (rank, alpha):
         own = f"the model has lora_rank {layer.rank} and lora_alpha {layer.alpha}"

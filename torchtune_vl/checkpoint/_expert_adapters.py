@@ -30,6 +30,7 @@ def by_parameter(stored: Mapping[str, Stored], config: JsonObject) -> dict[str, 
     Where both are adapted, their shapes tell: what goes into the first comes out of the second.
     """
     named: dict[str, Stored] = {}
+    targets = config.content.get("target_parameters") or []
     for name, place in stored.items():
         match = _IN_PEFT.fullmatch(name)
         if match is None:
@@ -41,7 +42,6 @@ def by_parameter(stored: Mapping[str, Stored], config: JsonObject) -> dict[str, 
             [stored.get(f"{prefix}.lora_{kind}.weight") for kind in "AB"]
             for prefix in (f"{experts}{layer}", other)
         ]
-        targets = config.content.get("target_parameters") or []
         targeted = [
             parameter
             for parameter in (_GATE_UP, _DOWN)

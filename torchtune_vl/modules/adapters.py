@@ -91,6 +91,12 @@ def _nf4_blocks(name: str, in_dim: int, out_dim: int) -> dict[str, int]:
     return {"block_size": NF4_BLOCK, "scaler_block_size": scales}
 
 
+def adapted_layers(model: nn.Module) -> list[Any]:
+    """List the layers that have an adapter, each with its ``rank`` and ``alpha``."""
+    kinds = LoRALinear | DoRA | GroupedLoRALinear
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
 def num_bytes(tensor: torch.Tensor) -> int:
     """Return the bytes that a tensor takes, also one that is made of others, such as NF4."""
     if not hasattr(tensor.data, "__tensor_flatten__"):

@@ -118,18 +118,14 @@ def quantize(weight: torch.Tensor, block_size: int, scaler_block_size: int) -> N
 
     Matrices are quantized where they are, several in one tensor on the CPU.
     """
+    if weight.ndim == 2 and not weight.is_meta:
+        return to_nf4(weight, block_size, scaler_block_size)
     layout = NF4Layout(weight.shape, weight.dtype, block_size, scaler_block_size)
-    if weight.is_meta:
-        return layout.unpack(*layout.empty())
-    return (
-        to_nf4(weight, block_size, scaler_block_size)
-        if weight.ndim == 2
-        else layout.quantize(weight)
-    )
+    return layout.unpack(*layout.empty()) if weight.is_meta else layout.quantize(weight)
 
 
 def dequantize(nf4: Any) -> torch.Tensor:
-    """Return what torchao's ``get_original_weight`` does, in a tenth of its memory.
+    """Return what torchao's ``get_original_weight`` does, in twice the weight's bytes, not 7 times.
 
     Two codes at a time, by a table of all pairs.
     """

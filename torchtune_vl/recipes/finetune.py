@@ -48,10 +48,9 @@ from torchtune_vl.models._builders import part_of
 from torchtune_vl.models._registry import family_of
 from torchtune_vl.models._weights import initial_adapters, load_weights_into
 from torchtune_vl.modules import Segments
-from torchtune_vl.modules.adapters import DoRA, is_adapter
+from torchtune_vl.modules.adapters import adapted_layers, is_adapter
 from torchtune_vl.modules.attention import use_flash_attention
 from torchtune_vl.modules.context import RowShare
-from torchtune_vl.modules.grouped import GroupedLoRALinear
 from torchtune_vl.recipes._datasets import datasets_of
 from torchtune_vl.recipes._launch import run_recipe
 from torchtune_vl.training import _fingerprint as fingerprint
@@ -764,8 +763,7 @@ class FinetuneRecipe:
         weights = {name: in_full.get(name, stored[name]) for name in self.base_names}
         state: dict[str, Any] = {tune.MODEL_KEY: weights}
         if adapters:
-            kinds = tune.LoRALinear | DoRA | GroupedLoRALinear
-            layer = next(m for m in self.model.modules() if isinstance(m, kinds))
+            layer = adapted_layers(self.model)[0]
             base = self.cfg.checkpoint_dir
             whole = sharding.gather(adapters)  # in all, of which each merges what it writes
             adapter = Adapter(whole, layer.rank, layer.alpha, str(base), family_of(base).names)

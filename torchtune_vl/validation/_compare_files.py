@@ -12,8 +12,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from torchtune_vl.chat import QwenTokenizer
 from torchtune_vl.chat._processor_files import sizes_of_patches
+from torchtune_vl.chat._prompt import VIDEO, VIDEO_ALONE
 from torchtune_vl.validation._compare import Comparison, brief, compare, unreadable
-from torchtune_vl.validation._ours_and_reference import VIDEO, VIDEO_ALONE, attempt, failed
+from torchtune_vl.validation._ours_and_reference import attempt, failed
 from torchtune_vl.validation._report import Case, Row, package_file
 
 # What is the same in all published checkpoints, and what in those of a family, not taken from the

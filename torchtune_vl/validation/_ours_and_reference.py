@@ -12,6 +12,7 @@ import transformers
 from transformers.image_utils import load_image
 from transformers.video_utils import VideoMetadata
 
+from torchtune_vl.chat._prompt import VIDEO, VIDEO_ALONE
 from torchtune_vl.media import ImageTransform
 from torchtune_vl.media._images import Backend
 from torchtune_vl.models._registry import Family, families, family_of
@@ -25,8 +26,6 @@ MEDIA_KEYS = {
     "image": ("pixel_values", "image_grid_thw"),
     "video": ("pixel_values_videos", "video_grid_thw"),
 }
-# A video in a chat template, in a pair of tokens or without
-VIDEO, VIDEO_ALONE = "<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>"
 # Shows progress: takes a sequence and what is in it, and returns the items one after another
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
 

@@ -13,7 +13,7 @@ from torchtune_vl.chat import ChatTransform, ProcessorClasses
 from torchtune_vl.chat import _processor_files as processor_files
 from torchtune_vl.chat._chat_template import without_marks
 from torchtune_vl.chat._messages import EncodedTurn
-from torchtune_vl.chat._prompt import Plain
+from torchtune_vl.chat._prompt import VIDEO, VIDEO_ALONE, Plain
 from torchtune_vl.files._json import JsonObject
 from torchtune_vl.media import Geometry, ImageTransform, VideoTransform
 from torchtune_vl.media._patches import Size, smart_resize
@@ -36,12 +36,11 @@ _TEMPLATES = [
     for kind in ("instruct", "thinking")
 ]
 _INSTRUCT, _THINKING = _TEMPLATES
-_VIDEO, _VIDEO_ALONE = "<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>"
 _PUBLISHED = {
     text: template
     for template in _TEMPLATES
     for published in [without_marks(template).strip()]
-    for text in (published, published.replace(_VIDEO, _VIDEO_ALONE))
+    for text in (published, published.replace(VIDEO, VIDEO_ALONE))
 }
 # What the width and the height of any image are in boxes
 _EXTENT = 1000
@@ -198,7 +197,7 @@ class Qwen3_VLTransform(ChatTransform):
         written = super().processor_files()
         if self.has_published_template:
             for name in ("chat_template.json", "chat_template.jinja"):
-                written[name] = written[name].replace(_VIDEO, _VIDEO_ALONE)
+                written[name] = written[name].replace(VIDEO, VIDEO_ALONE)
         return written
 
     @property
