@@ -166,7 +166,8 @@ def refuse_nothing() -> None:
 
 def test_all_are_told_what_one_does_wrong(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(disagree, (tmp_path,), nprocs=2)
-    assert not [*tmp_path.iterdir()]
+    # torch removes the file by which the processes met, unless one of them ends before it is freed.
+    assert {path.name for path in tmp_path.iterdir()} <= {"store"}
 
 
 def write_from_a_plane(rank: int, directory: Path, weights: dict[str, torch.Tensor]) -> None:
