@@ -10,8 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from tests.conversations import as_messages, generate_conversation
+from torchtune_vl.media._said import Said
 from torchtune_vl.models.qwen2_5_vl import Qwen2_5_VLTransform
 
 IM_END, VISION_START, VISION_END, IMAGE_PAD = 151645, 151652, 151653, 151655
@@ -28,6 +30,7 @@ def make(vocabulary: Path):
             **base.__dict__,
             "max_seq_len": max_seq_len,
             "truncation": truncation,
+            "_told_cuts": Said("media", "texts"),
         }
         return transform
 
@@ -164,6 +167,19 @@ def test_lost_texts_and_lost_media_are_told_once_each(
     of_texts, of_media = (record.getMessage() for record in caplog.records)
     assert "0 images, 0 videos. Lost texts are said once" in of_texts
     assert "1 images, 0 videos. Lost media are said once" in of_media
+
+
+def test_one_of_all_data_workers_tells(make, caplog: pytest.LogCaptureFixture) -> None:
+    transform = make(60)
+
+    def tell(number: int) -> int:
+        before = len(caplog.records)
+        transform({"messages": MESSAGES})
+        return len(caplog.records) - before
+
+    with caplog.at_level(logging.WARNING):
+        told = DataLoader(range(8), num_workers=2, collate_fn=lambda numbers: [*map(tell, numbers)])
+        assert sum(sum(counts) for counts in told) == 1
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])

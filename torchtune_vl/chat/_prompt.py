@@ -14,6 +14,7 @@ from torchtune_vl.chat import _chat_template as template
 from torchtune_vl.chat._messages import LOSS_KEYS, ROLES, EncodedMedium, EncodedTurn, Tools, Turn
 from torchtune_vl.chat._tokenizer import QwenTokenizer
 from torchtune_vl.chat._vocabulary import STRUCTURAL_TOKENS
+from torchtune_vl.media._said import Said
 
 Special = Literal["content", "all"]
 Truncation = Literal["right", "left", "turns"]
@@ -91,7 +92,7 @@ class PromptBuilder:
     def __post_init__(self) -> None:
         self.roles = template.known_roles(self.chat_template)
         (self._line_break,) = self.tokenizer.encode("\n", add_eos=False)
-        self._has_told = False
+        self._told = Said("left out")
 
     def build(self, turns: _Turns, tools: Tools, inference: bool) -> Prompt:
         """Apply the chat template to turns, with JSON schemas of functions.
@@ -229,8 +230,8 @@ class PromptBuilder:
                 yield self.tokenizer.special_tokens[piece], is_trained
 
     def _tell_left_out(self) -> None:
-        if not self._has_told:
-            self._has_told = True
+        if "left out" not in self._told:
+            self._told.add("left out")
             _log.warning(
                 "The chat template writes earlier answers otherwise than the model does, without "
                 "their reasoning: these carry no loss. Train on them as samples of their own, each "

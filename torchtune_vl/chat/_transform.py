@@ -42,6 +42,7 @@ from torchtune_vl.media import (
 from torchtune_vl.media._augment import Draw, farthest
 from torchtune_vl.media._errors import check_choice, naming_sample
 from torchtune_vl.media._images import Alpha, Backend
+from torchtune_vl.media._said import Said
 from torchtune_vl.media._transforms import FPS, MAX_FRAMES, MIN_FRAMES, PatchDtype
 from torchtune_vl.modules.layout import concatenate_patches, mrope_positions, vision_index
 
@@ -188,7 +189,7 @@ class ChatTransform(QwenTokenizer):
         self.train_on = train_on
         self.parse_special = parse_special
         self.tokens_per_second = tokens_per_second or self.default_tokens_per_second
-        self._told_cuts: frozenset[str] = frozenset()
+        self._told_cuts = Said("media", "texts")
 
     @classmethod
     def from_pretrained(cls, checkpoint_dir: str | Path, **settings: Any) -> "ChatTransform":
@@ -546,7 +547,7 @@ class ChatTransform(QwenTokenizer):
     def _tell_cut(self, cut: Mapping[str, int]) -> None:
         kind = "media" if cut["images"] or cut["videos"] else "texts"
         if kind not in self._told_cuts:
-            self._told_cuts |= {kind}
+            self._told_cuts.add(kind)
             lost = ", ".join(f"{count} {what}" for what, count in cut.items())
             _log.warning(
                 f"A sample is longer than max_seq_len={self.max_seq_len} and loses {lost}. Lost "

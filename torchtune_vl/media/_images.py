@@ -15,6 +15,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from torchtune_vl.media._errors import refusing
+from torchtune_vl.media._said import Said
 from torchtune_vl.media._sources import RemoteLimits, Source, open_bytes, read_bytes, scheme_of
 
 ImageSource = Source | Image.Image | np.ndarray | torch.Tensor
@@ -32,7 +33,7 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 # Files with further frames that are no more than views or layers of the first
 _ONE_PICTURE = ("MPO", "PSD")
 
-_warned: set[str] = set()
+_warned = Said("levels", "frames")
 
 
 def to_rgb(
