@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,23 @@ def test_what_is_wrong_is_one_sentence(
     assert "Traceback" not in error
     if "usage:" not in error:
         assert error.count("\n") == 1
+
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTED = sorted(
+    line[line.index("tune-vl") :]
+    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+    for block in re.findall(r"^```\w*\n(.*?)^```", path.read_text("utf-8"), re.M | re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if re.match(r" *tune-vl ", line) and "[--" not in line
+)
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_documents_have_commands_that_there_are(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, *arguments = shlex.split(line, comments=True)
+    monkeypatch.setattr("torchtune_vl.recipes._launch.ended", lambda *_: 0)
+    assert status(*arguments) == 0
 
 
 def test_passes_and_writes_reports(

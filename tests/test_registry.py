@@ -169,6 +169,8 @@ def test_run_finds_stock_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         (["validate-config", "mine/wrong.yaml"], "no_such_argument"),
         (["validate-config"], "name a config, and only one"),
         (["validate-config", "mine.yaml", "--config", "mine.yaml"], "name a config, and only one"),
+        (["validate-config", "qwen2_5_vl/lora", "seeds=1"], "the nearest is seed"),
+        (["validate-config", "llama2/7B_full", "seed=1"], "write seed=1 into a copy"),
     ],
 )
 def test_wrong_usage(
@@ -191,11 +193,14 @@ def test_wrong_usage(
         ["qwen2_5_vl/lora"],
         ["--config", "qwen2_5_vl/stock_lora"],
         ["llama2/7B_full"],
+        ["qwen2_5_vl/lora", "seed=1", "rows_per_step=64"],
+        ["seed=1", "--config", "qwen2_5_vl/lora", "rows_per_step=64"],
     ],
 )
 def test_validate_config(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert status("validate-config", *arguments) == 0
-    assert capsys.readouterr().out == f"{arguments[-1]} fits its recipe\n"
+    name = next(word for word in arguments if "/" in word)
+    assert capsys.readouterr().out == f"{name} fits its recipe\n"
 
 
 def test_validate_config_knows_our_recipe_by_any_of_its_keys(

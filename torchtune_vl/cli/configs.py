@@ -16,7 +16,7 @@ _CHECK = """\
 Check the keys and values of a config, that its components exist, and that they take the arguments
 beside them. A config for a recipe of torchtune has its components checked."""
 _CHECK_EXAMPLES = """\
-  tune-vl validate-config --config mine.yaml
+  tune-vl validate-config --config mine.yaml rows_per_step=64
   tune-vl validate-config qwen2_5_vl/stock_lora"""
 _ESTIMATE = """\
 Compute how much memory a config of the recipe finetune takes on each device. Nothing is trained or
@@ -29,6 +29,7 @@ _ESTIMATE_EXAMPLES = """\
 def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add all."""
     config: Any = {"metavar": "CONFIG", "help": "name, see `tune-vl ls`, or file"}
+    overrides: Any = {"metavar": "key=value", "help": "in place of what the config says"}
 
     examples = "  tune-vl ls\n  tune-vl ls --all"
     argument = add("ls", _list, "list recipes and their configs", examples).add_argument
@@ -47,16 +48,19 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     argument("--sort", action="store_true", help="sort the keys; comments are left out then")
 
     purpose = "check that a config fits its recipe"
-    argument = add("validate-config", _validate, purpose, _CHECK_EXAMPLES, _CHECK).add_argument
+    check = add("validate-config", _validate, purpose, _CHECK_EXAMPLES, _CHECK)
+    argument = check.add_argument
     argument("file", nargs="?", **config)
     argument("--config", metavar="CONFIG", help="the same")
+    argument("overrides", nargs="*", **overrides)
+    check.set_defaults(several="overrides")
 
     purpose = "compute the memory that a config takes"
     estimate = add("estimate", _estimate, purpose, _ESTIMATE_EXAMPLES, _ESTIMATE)
     argument = estimate.add_argument
     argument("--config", required=True, **config)
     argument("--devices", type=int, default=1, metavar="N", help="GPUs of all nodes (default: 1)")
-    argument("overrides", nargs="*", metavar="key=value", help="in place of what the config says")
+    argument("overrides", nargs="*", **overrides)
     estimate.set_defaults(several="overrides")
 
 
@@ -110,12 +114,15 @@ def _print(options: argparse.Namespace) -> int:
 def _validate(options: argparse.Namespace) -> int:
     from torchtune_vl.recipes._check_config import check_components, is_ours, read_config, read_file
 
-    if (options.config is None) == (options.file is None):
+    words = [word for word in (options.config, options.file) if word is not None]
+    name, *overrides = [*words, *options.overrides] or [None]
+    if name is None or not all("=" in word for word in overrides):
         raise ValueError("name a config, and only one")
-    name = options.config or options.file
     content = read_file(config_path(name))
     if is_ours(content):
-        check_components(read_config(["--config", name]))
+        check_components(read_config(["--config", name, *overrides]))
+    elif overrides:
+        raise ValueError(f"{name} is for a recipe of torchtune: write {overrides[0]} into a copy")
     else:
         check_components(content, None)
     print(f"{name} fits its recipe")
