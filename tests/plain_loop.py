@@ -4,6 +4,7 @@ It is what a run of our recipe has to agree with: a sample at a time, in float32
 out as their papers have them (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -12,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import config as components
 from transformers import AutoModelForImageTextToText
@@ -45,6 +47,19 @@ class Adapted(nn.Module):
         return nn.functional.linear(x, weight, self.base.bias)
 
 
+class AdaptedExperts(nn.Module):
+    """What an adapter adds to a matrix of each expert, in the layout of transformers 5."""
+
+    def __init__(self, scale: float, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.scale = scale
+        self.a = nn.Parameter(tensors["lora_A.weight"].clone())
+        self.b = nn.Parameter(tensors["lora_B.weight"].clone())
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.scale * (self.a @ self.b).mT
+
+
 class PlainRun(NamedTuple):
     """What the loop gives.
 
@@ -76,10 +91,10 @@ def plain_run(
     ours, weights = start_of(cfg)
     names = family_of(cfg.checkpoint_dir).names
     model = AutoModelForImageTextToText.from_pretrained(cfg.checkpoint_dir).train()
-    model.load_state_dict(_in_memory(names.to_published(weights)), strict=False)
+    model.load_state_dict(_in_memory(names.to_published(_other_layout(weights))), strict=False)
     trained = {n for n, p in ours.named_parameters() if p.requires_grad}
     parameters = _trained_parameters(model, cfg, trained, initial_adapters(ours, weights, cfg.seed))
-    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    start = _other_layout({name: p.detach().clone() for name, p in parameters.items()})
     optimizer = _optimizer(cfg, parameters)
     scheduler = None
     if cfg.lr_scheduler is not None:
@@ -95,7 +110,13 @@ def plain_run(
         optimizer.zero_grad()
         if scheduler:
             scheduler.step()
-    return PlainRun(losses, start, {n: p.detach() for n, p in parameters.items()})
+    return PlainRun(losses, start, _other_layout({n: p.detach() for n, p in parameters.items()}))
+
+
+def _other_layout(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Turn experts' matrices, by our names, from ours to those of transformers 5, or back."""
+    is_turned = re.compile(r".*\.experts\.\w+\.weight").fullmatch
+    return {name: weight.mT if is_turned(name) else weight for name, weight in weights.items()}
 
 
 def start_of(cfg: DictConfig) -> tuple[nn.Module, dict[str, torch.Tensor]]:
@@ -107,7 +128,8 @@ def start_of(cfg: DictConfig) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     for name, parameter in ours.named_parameters():
         if isinstance(parameter.data, NF4Tensor):
             blocks = parameter.data.block_size, parameter.data.scaler_block_size
-            weights[name] = to_nf4(weights[name], *blocks).get_original_weight()
+            matrix = weights[name].flatten(0, -2)  # torchao knows no others
+            weights[name] = to_nf4(matrix, *blocks).get_original_weight().view(parameter.shape)
     return ours, weights
 
 
@@ -141,13 +163,18 @@ def _trained_parameters(
             layers.setdefault(layer, {})[suffix] = name, adapters[name]
     parameters: dict[str, nn.Parameter] = {}
     for path, tensors in layers.items():
-        parent, _, child = path.rpartition(".")
-        adapted = Adapted(
-            model.get_submodule(path),
-            cfg.model.lora_alpha / cfg.model.lora_rank,
-            {suffix: tensor for suffix, (_, tensor) in tensors.items()},
-        )
-        setattr(model.get_submodule(parent), child, adapted)
+        prefix, _, child = path.rpartition(".")
+        parent = model.get_submodule(prefix)
+        scale = cfg.model.lora_alpha / cfg.model.lora_rank
+        values = {suffix: tensor for suffix, (_, tensor) in tensors.items()}
+        layer = getattr(parent, child)
+        adapted: nn.Module
+        if isinstance(layer, nn.Parameter):
+            adapted = AdaptedExperts(scale, values)
+            register_parametrization(parent, child, adapted)
+        else:
+            adapted = Adapted(layer, scale, values)
+            setattr(parent, child, adapted)
         for suffix, (name, _) in tensors.items():
             parameters[name] = getattr(adapted, _SUFFIXES[suffix])
     in_full = names.to_published({name: name for name in trained if not is_adapter(name)})

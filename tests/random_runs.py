@@ -37,6 +37,7 @@ from tests.finetune_runs import (
     NARROW,
     NARROW_QWEN2_VL,
     NARROW_QWEN3_VL,
+    NARROW_QWEN3_VL_MOE,
     last_step,
     read_samples,
     start,
@@ -61,7 +62,12 @@ MIXES = {
     "videos": (("video",), ()),
     "all": (("image",), (), ("image", "image", "image"), ("video",), (), ("image", "video")),
 }
-FAMILIES = {"qwen2_5_vl": NARROW, "qwen2_vl": NARROW_QWEN2_VL, "qwen3_vl": NARROW_QWEN3_VL}
+FAMILIES = {
+    "qwen2_5_vl": NARROW,
+    "qwen2_vl": NARROW_QWEN2_VL,
+    "qwen3_vl": NARROW_QWEN3_VL,
+    "qwen3_vl_moe": NARROW_QWEN3_VL_MOE,
+}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "AdamW, fused": {"_component_": "torch.optim.AdamW", "fused": True},
     "AdamW": {"_component_": "torch.optim.AdamW"},
@@ -102,19 +108,25 @@ class Drawn:
 
 def draw(rng: random.Random) -> Drawn:
     """Draw a configuration."""
+    family = rng.choice([*FAMILIES])
+    has_experts = "num_experts" in FAMILIES[family].get("text_config", {})
     method = rng.choice(["full", "lora", "dora", "qlora"])
     mix = rng.choice([*MIXES])
     dtype, compute = rng.choice([("fp32", None), ("fp32", None), ("fp32", "bf16"), ("bf16", None)])
     optimizer = rng.choice([*OPTIMIZERS])
     processes = rng.choice([1, 1, 2, 2, 4])
-    model, trained, refused = _draw_model(rng, method, mix)
+    model, trained, refused = _draw_model(rng, method, mix, has_experts)
     rows = rng.choice(["packed", "padded"])
-    kinds = ["shard", *["tensor"][: method != "qlora"], *["context"][: rows == "packed"]]
+    has_tensor = method != "qlora" and not has_experts
+    kinds = ["shard", *["tensor"][:has_tensor], *["context"][: rows == "packed"]]
     mesh = dict.fromkeys(("replicate", "shard", "context", "tensor"), 1)
     for size in {1: [], 2: [2], 4: [2, 2]}[processes]:
         mesh[rng.choice([*kinds, "replicate"])] *= size
     if mesh["tensor"] > 2:  # heads of the tiny model
         mesh |= {"tensor": 2, "shard": 2}
+    if has_experts and method != "qlora":
+        devices = mesh["shard"] * mesh["context"]
+        mesh["experts"] = rng.choice([size for size in (1, 2, 4) if devices % size == 0])
     settings: dict[str, Any] = {
         **model,
         "max_steps": STEPS,
@@ -155,14 +167,13 @@ def draw(rng: random.Random) -> Drawn:
     if "model" in settings:
         settings["model"]["trained_in_float32"] = rng.random() < 0.5
         words.append(f"trained in float32: {settings['model']['trained_in_float32']}")
-    family = rng.choice(["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
     words.insert(0, family)
     config = f"{family}/{name}"
     return Drawn(config, mix, settings, processes, kill_after, words, refused)
 
 
 def _draw_model(
-    rng: random.Random, method: str, mix: str
+    rng: random.Random, method: str, mix: str, has_experts: bool
 ) -> tuple[dict[str, Any], str, str | None]:
     """Settings of the model, what they train in words, and why they are refused, if they are."""
     names = ("decoder", "encoder", "fusion")
@@ -192,6 +203,11 @@ def _draw_model(
         modules += ["qkv"]
     if adapted & {"decoder", "encoder"} and rng.random() < 0.5:
         modules += ["output_proj"]
+    on_mlp = "fusion" in adapted or rng.random() < 0.5
+    if has_experts and parts["decoder"] == "full":
+        refused = "experts are not trained beside adapters"
+    if has_experts and parts["decoder"] == "lora" and on_mlp and method == "dora":
+        refused = "experts have no magnitudes"
     rank = rng.choice([2, 4, 16])
     return (
         {
@@ -200,7 +216,7 @@ def _draw_model(
                 "checkpoint_dir": "${checkpoint_dir}",
                 "weights": False,
                 "lora_attn_modules": modules,
-                "apply_lora_to_mlp": "fusion" in adapted or rng.random() < 0.5,
+                "apply_lora_to_mlp": on_mlp,
                 "lora_rank": rank,
                 "lora_alpha": rng.choice([rank, 2 * rank]),
                 "use_dora": method == "dora",

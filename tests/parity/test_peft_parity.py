@@ -265,7 +265,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "convolution": (
         {"target_modules": ["q_proj", "patch_embed.proj"]},
         UNTIED,
-        "patch_embed.proj.weight, in the base .*of a convolution, merge it by .*merge_and_unload",
+        "patch_embed.proj.weight .*of a convolution, merge it by .*merge_and_unload",
     ),
     "adapter of the embedding": (
         {"target_modules": ["q_proj", "embed_tokens"]},

@@ -186,25 +186,26 @@ def _check_shapes(tensors: Tensors, config: JsonObject, base: Tensors) -> None:
         raise ValueError(f"{config.file}: {WEIGHTS} beside it has no adapters")
     for name, parts in _by_weight(tensors).items():
         shapes = {suffix: tuple(tensor.shape) for suffix, tensor in parts.items()}
-        # As far as the adapter itself tells, without a base
         is_of_experts = of_experts.is_of_experts(name)
         shape = shapes.get("") or shapes.get(_B, ())[:1] + shapes.get(_A, ())[-1:]
         if is_of_experts:
             shape = shapes.get(_A, ())[:2] + shapes.get(_B, ())[2:]
-        if base:
-            shape = tuple(base[name].shape) if name in base else ()
         expected = {_A: (rank, *shape[1:]), _B: (*shape[:1], rank)}
         expected |= {_MAGNITUDE: shape[:1]} if use_dora else {}
         if is_of_experts:
             expected = {_A: (*shape[:2], rank), _B: (*shape[:1], rank, *shape[2:])}
         if shapes not in ({"": shape}, expected) or 0 in shape:
             found = ", ".join(f"{s[1:] or 'weight'} {[*size]}" for s, size in shapes.items())
-            there = f", in the base {[*shape] or 'not there'}," if base else ""
             raise ValueError(
                 f"{config.file}: r is {rank} and use_dora is {use_dora}, but {WEIGHTS} has for "
-                f"{name}{there} {found}: state what it was trained with, or its base; DeepSpeed "
-                f"ZeRO-3 saves empty what it has not gathered; of a convolution, {_MERGE_BY_PEFT}"
+                f"{name} {found}: state what it was trained with; DeepSpeed ZeRO-3 saves empty "
+                f"what it has not gathered; of a convolution, {_MERGE_BY_PEFT}"
             )
+        of_base = tuple(base[name].shape) if name in base else ()
+        if base and shape != of_base:
+            there = f"is {[*of_base]}" if of_base else "is not there"
+            wrong = f"{WEIGHTS} is of a model whose {name} is {[*shape]}, and in checkpoint_dir it"
+            raise ValueError(f"{config.file}: {wrong} {there}: name the base it was trained on")
 
 
 def targeted_modules(config: JsonObject, modules: Iterable[str]) -> list[str]:
