@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 
@@ -160,14 +161,14 @@ def test_a_directory_is_locked_until_its_process_dies(tmp_path: Path) -> None:
     ]
     refused = subprocess.run(other, capture_output=True, text=True, check=True).stdout
     assert refused.strip() == (
-        f"another process is writing there, and holds {tmp_path}/.lock: wait until it has ended, "
-        "or name another output_dir"
+        f"another process ({os.getpid()} on {gethostname()}) is writing there, and holds "
+        f"{tmp_path}/.lock: wait until it has ended, end it, or name another output_dir"
     )
     held.close()
     with subprocess.Popen(other, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
-        with pytest.raises(BlockingIOError, match="another process is writing"):
+        with pytest.raises(BlockingIOError, match=rf"another process \({process.pid} on .* is"):
             open_locked(tmp_path / ".lock")
         process.kill()
     open_locked(tmp_path / ".lock").close()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from socket import gethostname
 from typing import Any, TextIO
 
 import xxhash
@@ -120,7 +121,7 @@ def remove(directory: Path) -> None:
 
 def open_locked(path: Path) -> TextIO:
     """Open and lock a file until it is closed; ``BlockingIOError`` if another process has it."""
-    file = path.open("a", encoding="utf-8")
+    file = path.open("a+", encoding="utf-8")
     try:
         # Unlike flock's, it is not shared with data workers, which may outlive the process
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,12 +129,17 @@ def open_locked(path: Path) -> TextIO:
         if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
             raise BlockingIOError
     except (BlockingIOError, PermissionError, FileNotFoundError):
+        file.seek(0)
+        holder = file.read()
         file.close()
-        reason = f"another process is writing there, and holds {path}"
-        remedy = "wait until it has ended, or name another output_dir"
+        reason = f"another process {holder}is writing there, and holds {path}"
+        remedy = "wait until it has ended, end it, or name another output_dir"
         raise BlockingIOError(f"{reason}: {remedy}") from None
     except OSError as error:  # of some file systems of clusters
         log.warning("%s cannot be locked (%s): see that nobody else writes there", path, error)
+    file.truncate(0)
+    file.write(f"({os.getpid()} on {gethostname()}) ")
+    file.flush()
     return file
 
 
