@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import distributed as dist
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
@@ -210,6 +211,22 @@ def test_layers_with_experts_are_compiled(method: str) -> None:
         if p.requires_grad:
             other = named[f"decoder.{name}"].grad
             assert (other - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+
+
+def test_layers_whose_balance_is_wanted_are_compiled_once() -> None:
+    """Beyond torch's limit of compilations a layer, recomputed, is not what it was in forward."""
+    graphs = []
+    for layers in (3, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        settings = {"num_layers": layers, "router_aux_loss_coef": 0.5, "dense_layers": ()}
+        model = qwen3_vl_moe(**{**EXPERTS_DIMS, **settings})
+        for layer in model.decoder.layers:
+            layer.forward = torch.compile(layer.forward, backend="eager")
+        (row,) = rows(1, 0, model.encoders["vision"].geometry)
+        model(**row)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len({*graphs}) == 1
 
 
 def test_balance_of_a_share_of_a_row() -> None:
