@@ -19,10 +19,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForImageTextToText
 
 from tests.finetune_runs import NARROW_QWEN3_VL_MOE, run, write_config, write_inputs
-from tests.reference import QWEN3_VL_MOE, Conversation
+from tests.reference import QWEN3_VL_MOE, Conversation, reference_config
 from tests.test_generation import answers
 from tests.test_meshes import DIMS, EXPERTS_DIMS, IMAGE, VIDEO, model_of, random_weights, rows
 from torchtune_vl.data import RowSharing, packed_collate_vision
+from torchtune_vl.generation import load_model
 from torchtune_vl.generation._captured import can_capture
 from torchtune_vl.media import Geometry
 from torchtune_vl.models._weights import load_weights_into
@@ -407,6 +408,13 @@ def test_refusals(what: str) -> None:
             encoder_trainable="lora",
         )
     assert not any(p.requires_grad for p in mlps.decoder.parameters())
+
+
+def test_answers_are_not_of_quantized_experts(tmp_path: Path) -> None:
+    reference_config(QWEN3_VL_MOE).save_pretrained(tmp_path)
+    told = r"quantize is int8, and experts have no weights of so few bits: leave it out$"
+    with pytest.raises(ValueError, match=told):
+        load_model(tmp_path, quantize="int8")
 
 
 @pytest.mark.slow
