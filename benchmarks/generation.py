@@ -162,7 +162,8 @@ def device_table(directory: str, device: str, runs: int) -> None:
     """Decode on a GPU, with steps that are captured and with those of a model in training."""
     print("| weights | prompts | tokens of each | a step, ms | not captured / captured | replays |")
     print("|---|---|---|---|---|---|")
-    kinds: dict[str, Any] = {"bfloat16": {"dtype": torch.bfloat16}, "int8": {"quantize": "int8"}}
+    kinds: dict[str, Any] = {"bfloat16": {"dtype": torch.bfloat16}}
+    kinds |= {how: {"quantize": how} for how in quantized(directory)[:1]}
     for (weights, how), (count, length) in product(kinds.items(), CASES):
         model = load_model(directory, **how, device=device)
         times: dict[str, list[float]] = {"captured": [], "not": []}
@@ -176,6 +177,12 @@ def device_table(directory: str, device: str, runs: int) -> None:
         step = spread([1000 * seconds for seconds in times["captured"]])
         faster = spread(ratios(times, "not", "captured"))
         print(f"| {weights} | {count} | {length} | {step} | {faster} | {replays} |", flush=True)
+
+
+def quantized(directory: str) -> list[Any]:
+    """List how weights can be quantized: where there are experts, not at all."""
+    has_experts = family_of(directory).all_dimensions(directory).get("num_experts")
+    return [] if has_experts else ["int8", "int4"]
 
 
 def steps_of(model: Any, prompts: Sequence[Prompt]) -> Steps:
@@ -306,7 +313,7 @@ def dtypes_table(directory: str, ours: Any, runs: int) -> None:
     """Decode with other dtypes of the weights."""
     print("\n| weights | prompts | time, beside float32 | weights, MB |\n|---|---|---|---|")
     others = {"bfloat16": load_model(directory, dtype=torch.bfloat16)}
-    others |= {how: load_model(directory, quantize=how) for how in ("int8", "int4")}
+    others |= {how: load_model(directory, quantize=how) for how in quantized(directory)}
     for count in (1, 8):
         prompts = [text_prompt(40 + 9 * i) for i in range(count)]
         models = {"float32": ours, **others}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import distributed as dist
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,10 +19,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForImageTextToText
 
 from tests.finetune_runs import NARROW_QWEN3_VL_MOE, run, write_config, write_inputs
-from tests.reference import QWEN3_VL_MOE, Conversation
+from tests.reference import QWEN3_VL_MOE, Conversation, reference_config
 from tests.test_generation import answers
 from tests.test_meshes import DIMS, EXPERTS_DIMS, IMAGE, VIDEO, model_of, random_weights, rows
 from torchtune_vl.data import RowSharing, packed_collate_vision
+from torchtune_vl.generation import load_model
 from torchtune_vl.generation._captured import can_capture
 from torchtune_vl.media import Geometry
 from torchtune_vl.models._weights import load_weights_into
@@ -212,6 +214,22 @@ def test_layers_with_experts_are_compiled(method: str) -> None:
             assert (other - p.grad).norm() <= 1e-5 * p.grad.norm(), name
 
 
+def test_layers_whose_balance_is_wanted_are_compiled_once() -> None:
+    """Beyond torch's limit of compilations a layer, recomputed, is not what it was in forward."""
+    graphs = []
+    for layers in (3, 6):
+        torch._dynamo.reset()
+        counters.clear()
+        settings = {"num_layers": layers, "router_aux_loss_coef": 0.5, "dense_layers": ()}
+        model = qwen3_vl_moe(**{**EXPERTS_DIMS, **settings})
+        for layer in model.decoder.layers:
+            layer.forward = torch.compile(layer.forward, backend="eager")
+        (row,) = rows(1, 0, model.encoders["vision"].geometry)
+        model(**row)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len({*graphs}) == 1
+
+
 def test_balance_of_a_share_of_a_row() -> None:
     model = qwen3_vl_moe(**EXPERTS_DIMS, router_aux_loss_coef=0.5)
     (row,) = rows(1, 0, model.encoders["vision"].geometry)
@@ -390,6 +408,13 @@ def test_refusals(what: str) -> None:
             encoder_trainable="lora",
         )
     assert not any(p.requires_grad for p in mlps.decoder.parameters())
+
+
+def test_answers_are_not_of_quantized_experts(tmp_path: Path) -> None:
+    reference_config(QWEN3_VL_MOE).save_pretrained(tmp_path)
+    told = r"quantize is int8, and experts have no weights of so few bits: leave it out$"
+    with pytest.raises(ValueError, match=told):
+        load_model(tmp_path, quantize="int8")
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from torchtune_vl.modules import attention
 from torchtune_vl.modules.adapters import MakeLinear
 from torchtune_vl.modules.context import RowShare
 from torchtune_vl.modules.dimensions import Dimensions
-from torchtune_vl.modules.experts import MixtureOfExperts, Routed, balance_loss
+from torchtune_vl.modules.experts import MixtureOfExperts, balance_loss
 from torchtune_vl.modules.kv_cache import Continuations, KVCache, Prefill, Step
 from torchtune_vl.modules.layout import Segments
 from torchtune_vl.modules.linear import linear
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         positions = _three_axes(input_pos, x_BSE)
         rope = attention.rotary_table(self._angles(positions))
         shape = x_BSE.shape
-        routed = self._follow_routers(mask) if targets is not None else []
+        followed = self._follow_routers(mask) if targets is not None else []
         for layer, feature in zip_longest(self.layers, features):
             x_BSE = layer(x_BSE, mask=mask, rope=rope)
             if feature is not None:
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
             x_BSE = x_BSE.flatten(0, 1).index_select(0, output_positions)
         if targets is not None:
             losses = self._losses(self.norm(x_BSE), targets)
-            return losses + self._balance(routed) if routed else losses
+            return losses + self._balance(followed) if followed else losses
         if self.num_output_chunks:
             chunks = self.norm(x_BSE).chunk(self.num_output_chunks, dim=1)
             return [self.logits(chunk) for chunk in chunks]
@@ -132,27 +132,24 @@ class Decoder(nn.Module):
             return attention.angles_in_turns(positions, frequencies, self.mrope_sections)
         return attention.angles_by_sections(positions, frequencies.split(self.mrope_sections))
 
-    def _follow_routers(self, mask: Mask) -> list[Routed]:
-        """Let experts tell what they do in this forward, if it is to count."""
-        routed: list[Routed] = []
+    def _follow_routers(self, mask: Mask) -> list[MixtureOfExperts]:
+        """Let experts tell what they do in this forward, if it is to count, and return them."""
         if not (self.training and self.router_aux_loss_coef):
-            return routed
+            return []
         if not isinstance(mask, Segments):  # padding would count, or a share of the tokens alone
             needs = "router_aux_loss_coef needs packed rows, each whole on its device"
             raise ValueError(f"{needs}: take PackedRows and parallel.context=1, or set it to 0")
-        for mixture in self._mixtures():
-            mixture.routed = routed
-        return routed
+        mixtures = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        for mixture in mixtures:
+            # Of its own: for each length of one of all, layers would be compiled anew
+            mixture.routed = []
+        return mixtures
 
-    def _balance(self, routed: list[Routed]) -> torch.Tensor:
-        active = 0
-        for mixture in self._mixtures():
-            # Recomputed in backward, they have nothing to tell
-            mixture.routed, active = None, mixture.num_active
-        return self.router_aux_loss_coef * balance_loss(routed, active)
-
-    def _mixtures(self) -> list[MixtureOfExperts]:
-        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MixtureOfExperts)]
+    def _balance(self, mixtures: Sequence[MixtureOfExperts]) -> torch.Tensor:
+        routed = [told for mixture in mixtures for told in mixture.routed or ()]
+        for mixture in mixtures:
+            mixture.routed = None  # recomputed in backward, they have nothing to tell
+        return self.router_aux_loss_coef * balance_loss(routed, mixtures[0].num_active)
 
     def _losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self.output is None:

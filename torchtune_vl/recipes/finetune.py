@@ -722,8 +722,12 @@ class FinetuneRecipe:
         directory, progress = begun
         states.initialize(self.optimizer)
         saved = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
-        names = {name.partition(".")[2] for name in saved if name.startswith("optimizer.")}
-        states.fit(self.optimizer, self.trained, names)
+        sizes = {
+            name.removeprefix("optimizer."): getattr(found, "size", None)
+            for name, found in saved.items()
+            if name.startswith("optimizer.")
+        }
+        states.fit(self.optimizer, self.trained, sizes)
         state = self._state()
         # Devices that share layers have the same random numbers; who shares experts does not matter
         is_same_mesh = [*progress.get("mesh", self.mesh)][:4] == [*self.mesh][:4]

@@ -49,17 +49,24 @@ def initialize(optimizer: Optimizer) -> None:
         group["lr"] = rate
 
 
-def fit(optimizer: Optimizer, parameters: Parameters, saved: set[str]) -> None:
+def fit(optimizer: Optimizer, parameters: Parameters, saved: Mapping[str, Any]) -> None:
     """Drop the initialized state of parameters that have none, without gradients yet, in a save.
 
-    ``saved`` are the names of :func:`optimizer_state` there. Raises ``ValueError`` if it has
-    low-bit values of another number of processes.
+    ``saved`` are the sizes of :func:`optimizer_state` there by name, None of plain values. Raises
+    ``ValueError`` if it has low-bit values of processes that shared the weights otherwise.
     """
     for name, p in parameters.items():
-        missing = optimizer_state(optimizer, {name: p}).keys() - saved
+        own = optimizer_state(optimizer, {name: p})
+        missing = [
+            key
+            for key, value in own.items()
+            if key not in saved or saved[key] not in (None, getattr(value, "shape", None))
+        ]
         if missing and any(key.startswith(f"{name}.") for key in saved):
-            reason = f"was saved by another number of processes ({min(missing)} is not in it)"
-            remedy = "a low-bit optimizer goes on with as many as before"
+            reason = (
+                f"was saved by processes that shared weights otherwise ({min(missing)} differs)"
+            )
+            remedy = "a low-bit optimizer goes on with as many as before, and the same parallel.*"
             raise ValueError(f"the optimizer's state {reason}: {remedy}")
         if missing:
             del optimizer.state[p]
