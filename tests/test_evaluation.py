@@ -60,8 +60,11 @@ def test_scores_groups_and_comparison(
         called("evaluate", directory / "model1", *data, *metrics, "--output", tmp_path / "b") == 1
     )
     more = ("--against", tmp_path / "b", "--output", tmp_path / "a")
+    capsys.readouterr()
     assert called("evaluate", directory / "model0", *data, *metrics, *more) == 1
     output = capsys.readouterr()
+    first_table = output.out.partition(" kind ")[0]
+    assert "edit_similarity" in first_table
     assert f"Not answered: 1\n  sample 'q{BAD}'" in output.err
 
     report = json.loads((tmp_path / "a" / "scores.json").read_text())
