@@ -94,6 +94,9 @@ def test_scores_groups_and_comparison(
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         *("answers.jsonl", "scores.json", "scores.csv", "settings.json", "evaluation.html")
     }
+    asked = (directory / "model0", *data, "--metrics", "box_iou", "--output", tmp_path / "a")
+    assert called("evaluate", *asked) == 2
+    assert "no answer of the data has boxes, which box_iou needs" in capsys.readouterr().err
 
 
 def test_answers_that_are_there_are_scored_without_the_model(
