@@ -107,6 +107,7 @@ def test_what_a_user_can_cause_is_one_sentence_of_one_process(root: Path, tmp_pa
     assert process.returncode == 2
     assert messages.count("tune-vl run: ") == 1
     assert "\ntune-vl run: /full/file: No space left on device\n" in messages
+    assert messages.count("train.jsonl: 6 records in the format 'messages' (messages)\n") == 1
     for wall in ("Traceback", "[rank", "ChildFailedError"):
         assert wall not in messages
 

@@ -60,8 +60,11 @@ def test_scores_groups_and_comparison(
         called("evaluate", directory / "model1", *data, *metrics, "--output", tmp_path / "b") == 1
     )
     more = ("--against", tmp_path / "b", "--output", tmp_path / "a")
+    capsys.readouterr()
     assert called("evaluate", directory / "model0", *data, *metrics, *more) == 1
     output = capsys.readouterr()
+    first_table = output.out.partition(" kind ")[0]
+    assert "edit_similarity" in first_table
     assert f"Not answered: 1\n  sample 'q{BAD}'" in output.err
 
     report = json.loads((tmp_path / "a" / "scores.json").read_text())
@@ -91,6 +94,9 @@ def test_scores_groups_and_comparison(
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         *("answers.jsonl", "scores.json", "scores.csv", "settings.json", "evaluation.html")
     }
+    asked = (directory / "model0", *data, "--metrics", "box_iou", "--output", tmp_path / "a")
+    assert called("evaluate", *asked) == 2
+    assert "no answer of the data has boxes, which box_iou needs" in capsys.readouterr().err
 
 
 def test_answers_that_are_there_are_scored_without_the_model(

@@ -31,6 +31,7 @@ from torchtune_vl.datasets import (
     vision_chat_dataset,
 )
 from torchtune_vl.datasets._prepare import prepare
+from torchtune_vl.datasets._prepared import differences
 from torchtune_vl.datasets._shards import Shard, read_sample
 from torchtune_vl.models import transform_from_pretrained
 from torchtune_vl.recipes._check_config import read_config
@@ -269,7 +270,7 @@ def test_changed_records_are_made_anew(
             "image.max_pixels was 12845056 and is 3136, max_seq_len was 500 and is 400, "
             "tokens_per_second was 2 and is 3",
         ),
-        ({"add_vision_id": True}, {}, "family, vocabulary, template or release was "),
+        ({"add_vision_id": True}, {}, "add_vision_id was False and is True"),
         ({}, {"settings": {"source": "parquet"}}, "source was json and is parquet"),
         ({}, {"shard_size": 4}, "shard_size was 3 and is 4"),
     ],
@@ -285,6 +286,13 @@ def test_other_settings_are_refused(
     if settings:
         with pytest.raises(ValueError, match=f"prepared with other settings.*{message}"):
             prepared_dataset(other, directory=str(copy))
+
+
+def test_what_no_setting_names_is_told_where_nothing_else_differs() -> None:
+    before = {"max_seq_len": "1", "template or release": "a"}
+    other = {**before, "template or release": "b"}
+    assert differences(before, other) == "template or release was a and is b"
+    assert differences(before, {**other, "max_seq_len": "2"}) == "max_seq_len was 1 and is 2"
 
 
 def test_what_cannot_be_prepared(

@@ -210,6 +210,7 @@ def test_a_cache_that_cannot_be_used_is_told_and_not_needed(
 ) -> None:
     cache.write_text("a file where the directory should be")
     dataset = dataset_of(transform_of(vocabulary), media, [record(i) for i in range(3)])
+    caplog.clear()
     assert sizes_of(dataset).tolist() == plain(dataset)
     (message,) = [r.getMessage() for r in caplog.records]
     assert "cannot be used" in message

@@ -87,6 +87,15 @@ def test_each_sample_once_in_each_pass(planner: Planner) -> None:
     assert max(seen.values()) <= min(seen.values()) + 2
 
 
+def test_what_is_only_read_was_not_gone_through() -> None:
+    """A run that looks far ahead in a small stream would name its export after a later pass."""
+    planner = replace(PACKED, lookahead=400)
+    for steps in (1, 10, 40):
+        found, position = steps_of([stream(40)], planner, steps, rows_per_step=2)
+        seen = Counter(number for step in found for row in step for _, number in row)
+        assert position["epoch"] == min(seen[number] for number in range(40))
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_nobody_reads_the_part_of_another(world_size: int, workers: int) -> None:

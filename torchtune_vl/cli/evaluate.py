@@ -190,11 +190,13 @@ def _write(directory: Path, report: Mapping[str, Any]) -> None:
 
 def _show(report: Mapping[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     compared = report.get("comparison", {}).get("metrics", {})
     more = ["other", "difference", "95 %", "p"] if compared else []
-    table = Table("", "score", "95 %", *more, title=f"{report['num_answers']:,} answers")
+    # In a narrow terminal numbers go on in the next line, and no name is cut
+    names = Column("", no_wrap=True)
+    table = Table(names, "score", "95 %", *more, title=f"{report['num_answers']:,} answers")
     for name, found in report["metrics"].items():
         table.add_row(name, *_cells(found), *_compared_cells(compared.get(name)))
     Console().print(table)

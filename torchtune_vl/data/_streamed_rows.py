@@ -147,15 +147,15 @@ class StreamedRows(IterableDataset[Row]):
     ) -> dict[str, Any]:
         """The position after a step, of the newest states of lanes that each rank has from rows.
 
-        It has the keys of :meth:`Plan.position`, where ``epoch`` counts how often all of the
-        streams were gone through.
+        It has the keys of :meth:`Plan.position`, where ``epoch`` counts how often rows have gone
+        through all of the streams.
         """
         lanes = [*self._start["lanes"]]
         for lane, state in (pair for of_rank in states for pair in of_rank.items()):
             if lanes[lane] is None or lanes[lane]["taken"] < state["taken"]:
                 lanes[lane] = state
         rows = self._start["rows"] + (step - self._start["step"]) * self.rows_per_step
-        epoch = min(min(s["cursors"])[0] if s else 0 for s in lanes)
+        epoch = min(_first_pass_left(state) if state else 0 for state in lanes)
         position = {"step": step, "rows": rows, "lanes": lanes, "had_media": had_media}
         return {**position, "epoch": epoch, "has_begun": True, **self._identity}
 
@@ -259,6 +259,12 @@ class StreamedRows(IterableDataset[Row]):
             number = self._number(lane, min(missing)[2])
             raise ValueError(f"the stream ends before sample {number}, which was read before")
         return known, parts
+
+
+def _first_pass_left(state: Mapping[str, Any]) -> int:
+    """The pass of a lane's first sample that is in no row yet: many more may have been read."""
+    left = [epoch for _, epoch, _ in chain(state["waiting"], *state["rows"])]
+    return min([*left, *(epoch for epoch, _ in state["cursors"])])
 
 
 @lru_cache

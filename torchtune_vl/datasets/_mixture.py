@@ -116,7 +116,10 @@ class Mixture:
         lengths, usable = [len(dataset) for dataset in self.datasets], self._usable(sizes)
         if not self.is_drawable(sizes):
             name = self.names[usable.index(0)]
-            raise ValueError(f"the dataset {name!r} has no sample to train on: leave it out")
+            raise ValueError(
+                f"the dataset {name!r} has no sample to train on: `tune-vl check` tells why; "
+                "correct it, or leave it out"
+            )
         if any(epochs is not None for epochs in self.epochs):
             return Draws(lengths, [1.0 if x is None else x for x in self.epochs])
         weights = [n if w is None else w for n, w in zip(usable, self.weights, strict=True)]

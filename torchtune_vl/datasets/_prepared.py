@@ -65,6 +65,7 @@ def transform_settings(transform: ChatTransform) -> dict[str, str]:
     }
     for name in ("max_seq_len", "truncation", "train_on", "parse_special", "tokens_per_second"):
         settings[name] = repr(getattr(transform, name))
+    settings["add_vision_id"] = repr(transform.prompts.add_vision_id)
     return {**settings, "family, vocabulary, template or release": transform.fingerprint}
 
 

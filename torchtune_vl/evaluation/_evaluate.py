@@ -149,6 +149,13 @@ def _columns(
             asked = {**asked, "messages": asked["messages"][:-1]}
             sample["boxes"] = transform.boxes_in_answer(asked, sample["answer"])
             sample["truth_boxes"] = transform.boxes_in_answer(asked, sample["truths"][0])
+    # Where nothing is to be found, an answer without boxes is perfect: so would any text be
+    if not any(sample["truth_boxes"] for sample in samples):
+        example = f"such as {samples[0]['truths'][0]!r}"
+        raise ValueError(
+            f"no answer of the data has boxes, which {metric.name} needs, {example}: give them as "
+            "values with bbox_2d, or take another metric"
+        )
     return ([sample[key] for sample in samples] for key in ("boxes", "truth_boxes"))
 
 

@@ -1,5 +1,6 @@
 """How recipes are started, and with which sentence or traceback they and commands end."""
 
+import logging
 import os
 import re
 import signal
@@ -44,6 +45,7 @@ def ended(command: str, start: Callable[[], int], if_interrupted: str = "") -> i
     is neither; 130 if it was interrupted. ``TORCHTUNE_VL_TRACEBACK=1`` shows all tracebacks. Of a
     node's processes the first to fail speaks alone: it made the others fail.
     """
+    _show_log_of_datasets()
     try:
         return start()
     except KeyboardInterrupt:
@@ -65,6 +67,16 @@ def ended(command: str, start: Callable[[], int], if_interrupted: str = "") -> i
         if _is_by_another(error):
             return 128 + signal.SIGHUP
         return 1 if sentence is None else 2
+
+
+def _show_log_of_datasets() -> None:
+    """Show what datasets log of what they read and leave out, as by default Python does warnings.
+
+    All processes of a run read the same, and the first tells it.
+    """
+    if os.environ.get("RANK", "0") == "0" and logging.lastResort:
+        logging.lastResort.setLevel(logging.INFO)
+        logging.getLogger("torchtune_vl.datasets").setLevel(logging.INFO)
 
 
 def sentence_of(error: Exception) -> str | None:
