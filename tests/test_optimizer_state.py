@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import init_device_mesh
+from torchao.optim import AdamW8bit
 from torchtune import config
 
 from torchtune_vl.training._optimizer_state import (
@@ -21,6 +22,7 @@ from torchtune_vl.training._optimizer_state import (
     initialize,
     optimizer_state,
     set_plain_values,
+    step,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -81,8 +83,8 @@ def make(settings: dict[str, Any]) -> tuple[Model, torch.optim.Optimizer]:
 def take_steps(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, uses_all: bool
 ) -> None:
-    for step in steps:
-        torch.manual_seed(step)
+    for number in steps:
+        torch.manual_seed(number)
         x = torch.randn(8, 96, dtype=next(model.parameters()).dtype)
         model(x, uses_all).backward()
         optimizer.step()
@@ -150,6 +152,28 @@ def in_a_group(rank: int, processes: int, directory: Path) -> None:
 @pytest.mark.slow
 def test_optimizers_go_on_as_if_nothing_had_been(processes: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(in_a_group, (processes, tmp_path), nprocs=processes)
+
+
+def step_compiled(rank: int, directory: Path) -> None:
+    store = dist.FileStore(str(directory / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = nn.Linear(3, 25, bias=False)  # 13 rows of one process, 12 of the other
+    fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = AdamW8bit(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    step(optimizer)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_not_taken_for_that_of_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    for name in ("first", "second"):  # which finds what that one compiled
+        (tmp_path / name).mkdir()
+        torch.multiprocessing.spawn(step_compiled, (tmp_path / name,), nprocs=2)
 
 
 def test_all_that_docs_and_configs_name_are_among_them() -> None:

@@ -491,7 +491,7 @@ class FinetuneRecipe:
         # The one wait for the device in a step: no optimizer can take a step back
         loss, self.grad_norm = torch.stack([mean_loss, norm.to(mean_loss)]).tolist()
         self._refuse_non_finite(loss, rows)
-        self.optimizer.step()
+        states.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.metrics.add_loss(loss)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._functorch import config as compiled
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -35,6 +36,17 @@ def optimizer_state(optimizer: Optimizer, parameters: Parameters) -> State:
     return state
 
 
+def step(optimizer: Optimizer) -> None:
+    """Take a step.
+
+    Optimizers of torchao compile theirs for the rows of weights that a process has, and torch's
+    cache on the disk takes those of one for those of another, which may have one row less
+    (https://github.com/pytorch/pytorch/issues/188390): it is not used here.
+    """
+    with compiled.patch(enable_autograd_cache=False):
+        optimizer.step()
+
+
 @torch.no_grad()
 def initialize(optimizer: Optimizer) -> None:
     """Make the state of an optimizer that took no step, as after one that changes nothing."""
@@ -43,7 +55,7 @@ def initialize(optimizer: Optimizer) -> None:
         group["lr"] = group["lr"] * 0  # a number or a tensor
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
-    optimizer.step()
+    step(optimizer)
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
