@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from quickstart.checkpoint import write_tiny_checkpoint
 from torchtune_vl.cli import main
+from torchtune_vl.media import _images
 from torchtune_vl.recipes import config_path
 
 
@@ -129,6 +131,17 @@ def test_what_is_wrong_is_one_sentence(
     assert "Traceback" not in error
     if "usage:" not in error:
         assert error.count("\n") == 1
+
+
+def test_warnings_of_ours_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert status("ls") == 0
+    ours, other = (
+        warnings.formatwarning("It is cut.", UserWarning, file, 1)
+        for file in (_images.__file__, __file__)
+    )
+    assert ours == "It is cut.\n"
+    assert other.startswith(f"{__file__}:1: UserWarning: It is cut.\n")
 
 
 ROOT = Path(__file__).parents[1]

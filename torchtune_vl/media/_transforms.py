@@ -376,13 +376,13 @@ class VideoTransform(MediumTransform):
         first = math.ceil(max(0.0, min(start, duration)) * rate)
         last = min(num_frames - 1, math.floor(max(0.0, min(end, duration)) * rate))
         if first >= last:
-            part, remedy = "", ""
+            part, remedy = "", "for one frame pass an image, or set frame_indices to [0]"
             if settings.keys() & {"video_start", "video_end"}:
                 part = f" from video_start {start} to video_end {end}"
-                remedy = "set them further apart, or "
+                remedy = f"set them further apart, or {remedy}"
             raise ValueError(
                 f"has of {num_frames} frames ({duration:.2f} s) less than the two of a step{part}: "
-                f"{remedy}for one frame pass an image, or set frame_indices to [0], which repeats it"
+                f"{remedy}, which repeats it"
             )
         frames = last - first + 1
         count = self._count(frames, rate, settings)

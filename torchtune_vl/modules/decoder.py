@@ -100,7 +100,8 @@ class Decoder(nn.Module):
         with ``targets`` the cross-entropy of each, float32 [P], to which training with a
         ``router_aux_loss_coef`` adds so much of the balance of the row's experts, as their mean has
         it then. Raises ``ValueError`` if a sequence is longer than ``max_seq_len``, there is a
-        cache and no mask or positions, or the balance is wanted of other than whole packed rows.
+        cache and no mask or positions, or the balance is wanted with logits, or of other than whole
+        packed rows.
         """
         longest = _longest_sequence(x_BSE, mask)
         if longest > self.max_seq_len:
@@ -111,7 +112,7 @@ class Decoder(nn.Module):
         positions = _three_axes(input_pos, x_BSE)
         rope = attention.rotary_table(self._angles(positions))
         shape = x_BSE.shape
-        followed = self._follow_routers(mask) if targets is not None else []
+        followed = self._follow_routers(mask, targets)
         for layer, feature in zip_longest(self.layers, features):
             x_BSE = layer(x_BSE, mask=mask, rope=rope)
             if feature is not None:
@@ -132,10 +133,13 @@ class Decoder(nn.Module):
             return attention.angles_in_turns(positions, frequencies, self.mrope_sections)
         return attention.angles_by_sections(positions, frequencies.split(self.mrope_sections))
 
-    def _follow_routers(self, mask: Mask) -> list[MixtureOfExperts]:
+    def _follow_routers(self, mask: Mask, targets: torch.Tensor | None) -> list[MixtureOfExperts]:
         """Let experts tell what they do in this forward, if it is to count, and return them."""
         if not (self.training and self.router_aux_loss_coef):
             return []
+        if targets is None:
+            added = "router_aux_loss_coef is added to losses, and logits are asked for"
+            raise ValueError(f"{added}: take the recipe finetune, or set it to 0")
         if not isinstance(mask, Segments):  # padding would count, or a share of the tokens alone
             needs = "router_aux_loss_coef needs packed rows, each whole on its device"
             raise ValueError(f"{needs}: take PackedRows and parallel.context=1, or set it to 0")

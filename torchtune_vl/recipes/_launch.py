@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torchtune_vl.recipes._check_config import check_components, read_config
 from torchtune_vl.recipes._config_keys import Config
 
 _PACKAGE = Path(__file__).parents[1]
+_with_code = warnings.formatwarning
 # Of gloo and NCCL, in a process whose run is gone
 _BY_ANOTHER = re.compile("gloo.*by peer|Gloo connectFullMesh failed|ncclRemoteError", re.DOTALL)
 # What a DataLoader makes of an error of its workers
@@ -46,6 +48,7 @@ def ended(command: str, start: Callable[[], int], if_interrupted: str = "") -> i
     node's processes the first to fail speaks alone: it made the others fail.
     """
     _show_log_of_datasets()
+    warnings.formatwarning = _as_sentence
     try:
         return start()
     except KeyboardInterrupt:
@@ -77,6 +80,15 @@ def _show_log_of_datasets() -> None:
     if os.environ.get("RANK", "0") == "0" and logging.lastResort:
         logging.lastResort.setLevel(logging.INFO)
         logging.getLogger("torchtune_vl.datasets").setLevel(logging.INFO)
+
+
+def _as_sentence(
+    message: Warning | str, category: type[Warning], file: str, number: int, line: str | None = None
+) -> str:
+    """Write a warning of ours without the line of code that gives it."""
+    if Path(file).is_relative_to(_PACKAGE):
+        return f"{shown(str(message))}\n"
+    return _with_code(message, category, file, number, line)
 
 
 def sentence_of(error: Exception) -> str | None:
