@@ -83,12 +83,16 @@ def _show_log_of_datasets() -> None:
 
 
 def _as_sentence(
-    message: Warning | str, category: type[Warning], file: str, number: int, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
     """Write a warning of ours without the line of code that gives it."""
-    if Path(file).is_relative_to(_PACKAGE):
+    if Path(filename).is_relative_to(_PACKAGE):
         return f"{shown(str(message))}\n"
-    return _with_code(message, category, file, number, line)
+    return _with_code(message, category, filename, lineno, line)
 
 
 def sentence_of(error: Exception) -> str | None:
