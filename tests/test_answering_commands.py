@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,8 +220,9 @@ def test_one_question_and_a_folder(
 class Echo:
     """Answers by the number of messages, and is interrupted where it is told to be."""
 
-    def __init__(self) -> None:
+    def __init__(self, writes_reasoning: bool = False) -> None:
         self.asked: list[Any] = []
+        self.transform = SimpleNamespace(writes_reasoning=writes_reasoning)
 
     def stream(self, messages: list[dict[str, Any]]) -> Iterator[str]:
         self.asked = messages
@@ -263,3 +265,11 @@ def test_talk(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     talk.say("Hello")
     assert len(echo.asked) == 2
     assert "4  [stopped]" in capsys.readouterr().out
+
+
+def test_a_reasoning_that_was_stopped_is_no_answer() -> None:
+    echo = Echo(writes_reasoning=True)
+    talk = Talk(echo, None)
+    talk.say("stop")
+    talk.say("And now?")
+    assert echo.asked[1] == {"role": "assistant", "content": "", "reasoning_content": "1 "}

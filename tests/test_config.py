@@ -70,6 +70,7 @@ def read(*overrides: str) -> dict[str, Any]:
         ("output_dir=${nothing}", "'nothing' not found"),
         ("seed", "'seed' is no override: write key=value"),
         ("--seed=3", "'--seed=3' is no override: write key=value"),
+        ("+seed=3", "+seed is no key: leave out the +"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(override: str, message: str) -> None:

@@ -131,7 +131,11 @@ class Talk:
                 return  # as if nothing had been said
             print(" [stopped]", end="")
         print()
-        self._messages = [*asked, {"role": "assistant", "content": written}]
+        answer = {"role": "assistant", "content": written}
+        if self._chat.transform.writes_reasoning and "</think>" not in written:
+            # Nor is it an answer to whoever trains on it
+            answer |= {"content": "", "reasoning_content": written}
+        self._messages = [*asked, answer]
 
     def _save(self, path: Path) -> None:
         from torchtune_vl.files._directory import new_file

@@ -161,6 +161,8 @@ def _override(config: DictConfig, overrides: Sequence[str]) -> Any:
             assignments.append((key, value))
         else:
             raise ValueError(f"{override!r} is no override: write key=value, ~key to take it out")
+    if added := [key for key, _ in assignments if key.startswith("+")]:
+        raise ValueError(f"{added[0]} is no key: leave out the +, which no key needs")
     changed = OmegaConf.create(content)
     for key, value in assignments:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
