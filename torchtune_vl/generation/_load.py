@@ -26,18 +26,22 @@ def load_model(
     ``dtype`` is that of all weights, by default as they are stored. With ``quantize`` the layers of
     the decoder, but for embedding and output, have 8-bit or 4-bit weights, ``"int8"`` or
     ``"int4"``, after they were loaded in bfloat16. Raises ``ValueError`` if files are missing or
-    damaged, the adapter is of another model, or weights cannot be quantized.
+    damaged, the adapter is of another model, or weights cannot be quantized, as of experts.
     """
+    directory = Path(checkpoint_dir)
+    dimensions = family_of(directory).all_dimensions(directory)
     if quantize:
         dtype = dtype or torch.bfloat16
         check_dtype(quantize, dtype)
-    directory = Path(checkpoint_dir)
+        if dimensions.get("num_experts"):  # nearly all weights, and routers suffer most
+            problem = f"quantize is {quantize}, and experts have no weights of so few bits"
+            raise ValueError(f"{directory}: {problem}: leave it out")
     weights = load_weights(directory, weight_files(directory))
     if adapter is not None:
         weights = merge_adapter(weights, load_adapter(Path(adapter), weights), dtype)
     dtype = dtype or next(iter(weights.values())).dtype
     with torch.device("meta"):
-        model = vision_language_model(**family_of(directory).all_dimensions(directory)).to(dtype)
+        model = vision_language_model(**dimensions).to(dtype)
     load_weights_into(model, weights, torch.device(device))
     if quantize:
         quantize_layers(model.decoder.layers, quantize)
