@@ -60,6 +60,7 @@ CPU_SETTINGS: dict[str, Any] = {
     "num_workers": 0,
     "device": "cpu",
     "dtype": "fp32",
+    "compute_dtype": None,
     "compile": False,
     "activation_checkpointing": "none",
 }
@@ -145,6 +146,7 @@ def print_cpu(root: Path, family: str, runs: int) -> None:
     write_model(root, family)
     write_data(root, Mix((runs + 1) * STEP_SIZE, *CPU_MIX))
     ours, theirs = ours_on_cpu(root), theirs_on_cpu(root)
+    assert ours.recipe.compute_dtype == theirs.model.dtype
     print_inputs(ours, runs)
     alone, whole = paired_times({**packed_and_padded(ours), **padded_by_processor(theirs)}, runs)
     print("| rows | supervised tokens per second, ours / transformers | aim | ", end="")
@@ -177,7 +179,8 @@ def print_inputs(ours: "Ours", runs: int) -> None:
     room = sum(row.batch["tokens"].numel() for row in rows)
     parameters = sum(p.numel() for p in ours.recipe.model.parameters())
     print(
-        f"{parameters / 1e6:.0f} M parameters, float32, {torch.get_num_threads()} threads, "
+        f"{parameters / 1e6:.0f} M parameters, {ours.recipe.compute_dtype}, "
+        f"{torch.get_num_threads()} threads, "
         f"{runs} paired steps of {STEP_SIZE} samples: median (quartiles). A sample has "
         f"{tokens / len(samples):.0f} tokens, {patches / 4 / tokens:.0%} of images, "
         f"{targets / tokens:.0%} supervised; batches of {BATCH_SIZE} are {1 - tokens / room:.0%} "
