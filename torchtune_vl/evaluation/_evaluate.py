@@ -10,7 +10,7 @@ from torchtune_vl.chat import ChatTransform
 from torchtune_vl.evaluation._bootstrap import Draw, SampleError, Scores, compare, interval
 from torchtune_vl.evaluation._metrics import METRICS, Metric
 from torchtune_vl.evaluation._sources import Sources
-from torchtune_vl.media._errors import naming_sample
+from torchtune_vl.media._errors import naming_sample, shortened
 
 Record = dict[str, Any]
 
@@ -151,7 +151,7 @@ def _columns(
             sample["truth_boxes"] = transform.boxes_in_answer(asked, sample["truths"][0])
     # Where nothing is to be found, an answer without boxes is perfect: so would any text be
     if not any(sample["truth_boxes"] for sample in samples):
-        example = f"such as {samples[0]['truths'][0]!r}"
+        example = f"such as {shortened(repr(samples[0]['truths'][0]))}"
         raise ValueError(
             f"no answer of the data has boxes, which {metric.name} needs, {example}: give them as "
             "values with bbox_2d, or take another metric"
