@@ -5,9 +5,11 @@ Markdown. Both sides train the same random model of 100 M parameters, which has 
 the 3B but for the vocabulary, on the same samples in each step: short questions and answers about
 no, one or two images. Ours is the step of the recipe, once with packed rows and once with padded
 batches; theirs pads the same batches to the longest and lets the model compute the loss. Model and
-optimizer are timed alone, and together with what makes batches of files. Memory is that of fresh
-processes. Other families have models of about that size too; the experts of transformers' are
-computed by whichever of its implementations is faster. Of a GPU see `benchmarks.gpu`.
+optimizer are timed alone, and together with what makes batches of files. The arithmetic of either
+side, by the counter of the recipe's MFU, is what the ratio of times comes to if both are as fast at
+it. Memory is that of fresh processes. Other families have models of about that size too; the
+experts of transformers' are computed by whichever of its implementations is faster. Of a GPU see
+`benchmarks.gpu`.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import multiprocessing
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -148,15 +151,19 @@ def print_cpu(root: Path, family: str, runs: int) -> None:
     ours, theirs = ours_on_cpu(root), theirs_on_cpu(root)
     assert ours.recipe.compute_dtype == theirs.model.dtype
     print_inputs(ours, runs)
+    arithmetic = [
+        operations(ours, range(i * STEP_SIZE, (i + 1) * STEP_SIZE)) for i in range(1, runs + 1)
+    ]
     alone, whole = paired_times({**packed_and_padded(ours), **padded_by_processor(theirs)}, runs)
     print("| rows | supervised tokens per second, ours / transformers | aim | ", end="")
-    print("with making batches |\n|---|---|---|---|")
+    print("with making batches | arithmetic, transformers / ours |\n|---|---|---|---|---|")
     for name, aim in (("packed", ">= 4"), ("padded", ">= 2")):
         faster, faster_whole = (
             spread([b / a for a, b in zip(times[name], times["theirs"], strict=True)])
             for times in (alone, whole)
         )
-        print(f"| {name} | {faster} | {aim} | {faster_whole} |", flush=True)
+        more = spread([counts["theirs"] / counts[name] for counts in arithmetic])
+        print(f"| {name} | {faster} | {aim} | {faster_whole} | {more} |", flush=True)
 
     held = 3 * sum(p.nbytes for p in theirs.model.parameters())  # weights and AdamW's two states
     ours.recipe.cleanup()
@@ -186,6 +193,25 @@ def print_inputs(ours: "Ours", runs: int) -> None:
         f"{targets / tokens:.0%} supervised; batches of {BATCH_SIZE} are {1 - tokens / room:.0%} "
         f"padding, packed rows have up to {MAX_TOKENS} tokens\n"
     )
+
+
+def operations(ours: "Ours", samples: Sequence[int]) -> dict[str, int]:
+    """Count the operations that each side does for a step, by name.
+
+    They are fewer than transformers does: of a padded batch it multiplies all queries by all keys.
+    """
+    counts = Counter[str]()
+    for row in ours.rows(PLANNERS["padded"], samples):
+        tokens, _, targets = map(list, zip(*row.sizes, strict=True))
+        padded = [row.batch["tokens"].shape[1]] * len(tokens)
+        media = row.batch.get("encoder_input", {}).get("vision")
+        for name, (documents, with_logits) in {
+            "packed": (tokens, sum(targets)),
+            "padded": (padded, sum(targets)),
+            "theirs": (padded, sum(padded)),
+        }.items():
+            counts[name] += ours.recipe.flops.step(documents, media, with_logits)
+    return counts
 
 
 class Side(NamedTuple):

@@ -111,11 +111,14 @@ def test_run_passes_overrides_and_the_status(here: Path) -> None:
 def test_run_starts_processes(here: Path) -> None:
     command = [sys.executable, "-m", "torchtune_vl.cli", "run", "--nproc_per_node", "2"]
     recipe = ["mine/recipe.py", "--config", "mine/config.yaml", "number=7"]
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    (here / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(here / "temporary")}
+    environment.pop("OMP_NUM_THREADS", None)
     done = subprocess.run([*command, *recipe], capture_output=True, text=True, env=environment)
     # torchao and torchrun have something to say that helps nobody
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert [(here / f"seen-{rank}").read_text() for rank in (0, 1)] == ["7 of 2"] * 2
+    assert not [*(here / "temporary").iterdir()]
 
 
 def test_run_starts_processes_of_torchtunes_recipes(

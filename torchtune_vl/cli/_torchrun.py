@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from tempfile import TemporaryDirectory
 from threading import Thread
 
 # Of processes that a command of ours has started: others set RANK and WORLD_SIZE, too
@@ -61,7 +62,11 @@ def torchrun(command: str, options: list[str], arguments: list[str]) -> int:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ[_LAUNCHED] = "1"
     try:
-        run.run(parsed)
+        with TemporaryDirectory() as directory:
+            # torchrun would leave one of its own behind, whether or not it has a use for it
+            if (parsed.log_dir, parsed.redirects, parsed.tee) == (None, "0", "0"):
+                parsed.log_dir = directory
+            run.run(parsed)
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as error:
