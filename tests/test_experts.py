@@ -29,6 +29,7 @@ from torchtune_vl.media import Geometry
 from torchtune_vl.models._weights import load_weights_into
 from torchtune_vl.models.qwen2_5_vl import qwen2_5_vl
 from torchtune_vl.models.qwen3_vl_moe import lora_qwen3_vl_moe, qwen3_vl_moe
+from torchtune_vl.modules import experts as routing
 from torchtune_vl.modules.adapters import build_linear
 from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.experts import MixtureOfExperts
@@ -40,6 +41,7 @@ from torchtune_vl.training._sharding import (
     gathered_together,
     local_part,
     multiply_in_float8,
+    recompute_layers,
     shard,
 )
 
@@ -212,6 +214,35 @@ def test_layers_with_experts_are_compiled(method: str) -> None:
         if p.requires_grad:
             other = named[f"decoder.{name}"].grad
             assert (other - p.grad).norm() <= 1e-5 * p.grad.norm(), name
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("method", ["full", "balanced full"])
+def test_recomputation_takes_the_experts_of_the_forward(
+    method: str, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where equal probabilities would be in another order: here in any."""
+    torch._dynamo.reset()
+    weights, gradients = random_weights(f"experts {method}"), []
+    for recomputes in (False, True):
+        with torch.device("meta"):
+            model = model_of(f"experts {method}").train()
+        load_weights_into(model, weights, torch.device("cpu"))
+        if compiles:
+            for layer in model.decoder.layers:
+                layer.forward = torch.compile(layer.forward, backend="aot_eager")
+        if recomputes:
+            recompute_layers(model, "full")
+        loss = 0
+        for row in rows(2, 0, model.encoders["vision"].geometry):  # two forwards, then backward
+            loss += model(**row).sum()
+        with monkeypatch.context() as patched:
+            for name in ("_best", "_choose"):
+                patched.setattr(routing, name, lambda p, count: (-p).topk(count).indices)
+            loss.backward()
+        gradients.append({name: p.grad for name, p in model.decoder.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 def test_layers_whose_balance_is_wanted_are_compiled_once() -> None:

@@ -7,7 +7,8 @@ and ``Qwen3VLMoeTextTopKRouter`` have them: no token is dropped, whatever expert
 # Shape suffixes: T tokens, N experts, A of them that a token takes, R = T x A rows of these, E
 # width, W width of an expert; D devices, each of which has M = N / D of the experts
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +45,10 @@ class MixtureOfExperts(nn.Module):
         """
         x_TE = x.flatten(0, -2)
         probabilities_TN = F.softmax(self.router(x_TE), dim=-1, dtype=torch.float32)
-        weights_TA, experts_TA = probabilities_TN.topk(self.num_active)
+        experts_TA = torch.ops.torchtune_vl.choose_experts(
+            probabilities_TN.detach(), self.num_active
+        )
+        weights_TA = probabilities_TN.gather(-1, experts_TA)
         weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
         experts_R, order_R = experts_TA.flatten().sort(stable=True)
         numbers_N = torch.arange(probabilities_TN.shape[-1], device=x.device)
@@ -58,6 +62,53 @@ class MixtureOfExperts(nn.Module):
         out_TAE = attention.permute_rows(out_RE, back_R, order_R).unflatten(0, weights_TA.shape)
         # As a product of matrices, which keeps no weighted copy, and sums before it rounds
         return (weights_TA.to(x.dtype)[:, None] @ out_TAE).view_as(x)
+
+
+def _best(probabilities_TN: torch.Tensor, num_active: int) -> torch.Tensor:
+    return probabilities_TN.topk(num_active).indices
+
+
+# An operator, which torch.compile does not look into: a layer stays one function, in a forward and
+# where backward computes it again
+_operators = torch.library.Library("torchtune_vl", "FRAGMENT")
+_operators.define("choose_experts(Tensor probabilities_TN, int num_active) -> Tensor")
+_choose: Callable[[torch.Tensor, int], torch.Tensor] = _best
+
+
+@torch.library.impl(_operators, "choose_experts", "CompositeExplicitAutograd")
+def _choose_experts(probabilities_TN: torch.Tensor, num_active: int) -> torch.Tensor:
+    return _choose(probabilities_TN, num_active)
+
+
+@torch.library.register_fake("torchtune_vl::choose_experts", lib=_operators)
+def _(probabilities_TN: torch.Tensor, num_active: int) -> torch.Tensor:
+    return _best(probabilities_TN, num_active)
+
+
+def kept_choices() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a forward and of its recomputation, in which tokens keep the experts they had.
+
+    They are ``context_fn`` of ``torch.utils.checkpoint``. Probabilities that are computed again may
+    differ in the last bit, and those that are nearly equal change places: gradients would be of
+    experts that the loss did not come from, and rows for other devices' experts others than sent.
+    """
+    chosen: list[torch.Tensor] = []
+
+    def keep(probabilities_TN: torch.Tensor, num_active: int) -> torch.Tensor:
+        chosen.append(_best(probabilities_TN, num_active))
+        return chosen[-1]
+
+    return _choosing(keep), _choosing(lambda *_: chosen.pop(0))
+
+
+@contextmanager
+def _choosing(choose: Callable[[torch.Tensor, int], torch.Tensor]) -> Iterator[None]:
+    global _choose
+    before, _choose = _choose, choose
+    try:
+        yield
+    finally:
+        _choose = before
 
 
 class Experts(nn.Module):

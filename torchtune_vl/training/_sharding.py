@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchtune_vl._torchao import Float8LinearConfig, NF4Tensor, convert_to_float8_training
 from torchtune_vl._torchtune import DoRALinear, LoRALinear, TransformerSelfAttentionLayer
 from torchtune_vl.modules.adapters import num_bytes
-from torchtune_vl.modules.experts import Experts
+from torchtune_vl.modules.experts import Experts, kept_choices
 from torchtune_vl.modules.grouped import GroupedLinear
 from torchtune_vl.modules.nf4 import pack_nf4
 from torchtune_vl.training._mesh import Mesh
@@ -80,7 +80,9 @@ def recompute_layers(model: Any, how: Literal["none", "selective", "full"]) -> N
     every = {"none": 0, "selective": 2, "full": 1}[how]
     for number, layer in enumerate(layers_of(model)):
         if every and number % every == 0 and layer not in frozen:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, context_fn=kept_choices
+            )
 
 
 def is_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype, cpu_offload: bool) -> bool:
