@@ -431,6 +431,20 @@ def test_a_reasoning_that_the_template_leaves_out(instruct: Qwen3_VLTransform) -
     assert instruct(sample)["tokens"]
 
 
+@pytest.mark.parametrize("key", ["think", "thinking", "reasoning", "function_call"])
+def test_a_part_of_an_answer_that_no_template_reads(
+    key: str, instruct: Qwen3_VLTransform, thinking: Qwen3_VLTransform, vocabulary: Path
+) -> None:
+    message = answered("B", **{key: "Hm."})
+    for transform in (instruct, thinking):
+        left_out = rf"1 \(assistant\): the chat template leaves its {key} out"
+        with pytest.raises(ValueError, match=left_out):
+            transform({"messages": [asked(), message]})
+    written = f"{{% generation %}}{{{{ messages[0]['{key}'] }}}}{{% endgeneration %}}"
+    reads_it = Qwen3_VLTransform(vocabulary / "qwen.tiktoken", chat_template=written)
+    assert reads_it.decode(reads_it({"messages": [message]})["tokens"]) == "Hm."
+
+
 def test_settings_that_mean_nothing_here(vocabulary: Path, tmp_path: Path) -> None:
     path = vocabulary / "qwen.tiktoken"
     with pytest.raises(ValueError, match="positions follow the clock: leave it out"):

@@ -18,6 +18,7 @@ ROLES = ("system", "user", "assistant", "tool")
 # Keys by which a message carries loss or not, with the value for no loss; the last is torchtune's
 LOSS_KEYS = {"weight": 0, "loss": 0, "loss_mask": 0, "masked": 1}
 _ABOUT_LOSS = re.compile("loss|mask|weight|train", re.IGNORECASE)
+_ABOUT_ANSWERS = re.compile("reason|think|thought|rationale|function_call", re.IGNORECASE)
 _ABOUT_MEDIA = re.compile("(image|video|audio)(s|_url|_urls)?")
 # By which keys an item without a type is of one
 _IMPLIED = {
@@ -231,6 +232,11 @@ class _Reader:
                 raise ValueError(f"an item of boxes has no {[*others]}: put it into each of them")
         image = item.get("image", self.images_so_far - 1)
         return Objects(entries, item.get("unit", "pixels"), image, text, tuple(fields or ()))
+
+
+def keys_of_answers(given: Mapping[str, Any]) -> list[str]:
+    """Keys of a message whose values are parts of an answer, if a template reads them."""
+    return [key for key, value in given.items() if value and _ABOUT_ANSWERS.search(key)]
 
 
 def read_tools(tools: Any) -> Tools:

@@ -561,11 +561,7 @@ class ChatTransform(QwenTokenizer):
         draws: Iterable[Draw] = (),
     ) -> list[chat.EncodedTurn]:
         """Encode media, and write boxes in the pixels of the images that they belong to."""
-        template = self.prompts.chat_template or CHAT_TEMPLATE
-        for number, turn in enumerate(turns):
-            if turn.given.get("reasoning_content") and "reasoning_content" not in template:
-                left_out = "the chat template leaves its reasoning_content out"
-                raise ValueError(f"message {number} ({turn.role}): {left_out}: remove it")
+        _refuse_left_out(turns, self.prompts.chat_template or CHAT_TEMPLATE)
         encode = partial(self._encode_item, measuring=measuring, draws=iter(draws))
         encoded = _each_item(turns, encode)
         parts = [part for turn in encoded for part in turn.content]
@@ -653,6 +649,18 @@ class ChatTransform(QwenTokenizer):
     def read_coordinates(self, text: str) -> list[list[float]]:
         """Find what :meth:`write_coordinates` wrote, and whatever else looks like it."""
         return coordinates_in(text)
+
+
+def _refuse_left_out(turns: Sequence[chat.Turn[chat.Part]], template: str) -> None:
+    """Raise ``ValueError`` for a part of an answer that a template does not read."""
+    for number, turn in enumerate(turns):
+        for key in chat.keys_of_answers(turn.given):
+            if not re.search(rf"[.'\"]{re.escape(key)}\b", template):
+                where = f"message {number} ({turn.role})"
+                raise ValueError(
+                    f"{where}: the chat template leaves its {key} out: remove it, or rename it (a "
+                    "reasoning is reasoning_content, if a template has one, calls are tool_calls)"
+                )
 
 
 def _each_item(turns: Sequence[chat.Turn[_A]], convert: Callable[[_A], _B]) -> list[chat.Turn[_B]]:
