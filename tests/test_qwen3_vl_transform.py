@@ -431,6 +431,25 @@ def test_a_reasoning_that_the_template_leaves_out(instruct: Qwen3_VLTransform) -
     assert instruct(sample)["tokens"]
 
 
+def test_an_answer_without_a_reasoning_is_told_once(
+    instruct: Qwen3_VLTransform, thinking: Qwen3_VLTransform, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare, reasoned = answered("B"), answered("B", reasoning_content="Hm.")
+    for transform, messages in (
+        (instruct, [asked(), bare]),
+        (thinking, [asked(), reasoned]),
+        (thinking, [asked(), answered("Hm.\n</think>\n\nB")]),
+        (thinking, [asked(), {**bare, "weight": 0}, asked(), reasoned]),
+    ):
+        transform.examine({"messages": messages})
+    thinking.examine({"messages": [asked(), bare, asked()]}, inference=True)
+    assert not [told for told in caplog.records if "no reasoning" in told.getMessage()]
+    for _ in range(2):
+        thinking.examine({"messages": [asked(), bare]})
+    (told,) = [told for told in caplog.records if "no reasoning" in told.getMessage()]
+    assert "ends its reasoning at once. Give answers their reasoning_content" in told.getMessage()
+
+
 @pytest.mark.parametrize("key", ["think", "thinking", "reasoning", "function_call"])
 def test_a_part_of_an_answer_that_no_template_reads(
     key: str, instruct: Qwen3_VLTransform, thinking: Qwen3_VLTransform, vocabulary: Path

@@ -30,7 +30,7 @@ def make(vocabulary: Path):
             **base.__dict__,
             "max_seq_len": max_seq_len,
             "truncation": truncation,
-            "_told_cuts": Said("media", "texts"),
+            "_told": Said("media", "texts"),
         }
         return transform
 

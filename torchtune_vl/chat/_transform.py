@@ -189,7 +189,7 @@ class ChatTransform(QwenTokenizer):
         self.train_on = train_on
         self.parse_special = parse_special
         self.tokens_per_second = tokens_per_second or self.default_tokens_per_second
-        self._told_cuts = Said("media", "texts")
+        self._told = Said("media", "texts", "no reasoning")
 
     @classmethod
     def from_pretrained(cls, checkpoint_dir: str | Path, **settings: Any) -> "ChatTransform":
@@ -546,8 +546,8 @@ class ChatTransform(QwenTokenizer):
 
     def _tell_cut(self, cut: Mapping[str, int]) -> None:
         kind = "media" if cut["images"] or cut["videos"] else "texts"
-        if kind not in self._told_cuts:
-            self._told_cuts.add(kind)
+        if kind not in self._told:
+            self._told.add(kind)
             lost = ", ".join(f"{count} {what}" for what, count in cut.items())
             _log.warning(
                 f"A sample is longer than max_seq_len={self.max_seq_len} and loses {lost}. Lost "

@@ -1,5 +1,6 @@
 """What conversations become for Qwen3-VL (arXiv 2511.21631): its sizes, videos and templates."""
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ _PUBLISHED = {
 }
 # What the width and the height of any image are in boxes
 _EXTENT = 1000
+_log = logging.getLogger(__name__)
 # Of a frame, by transformers' `cap_pixels_per_frame`
 _MAX_VIDEO_TOKENS = 768
 
@@ -209,6 +211,22 @@ class Qwen3_VLTransform(ChatTransform):
     def writes_reasoning(self) -> bool:
         """Whether the chat template is that of Thinking."""
         return self.prompts.chat_template == _THINKING
+
+    def check_supervised(self, tokens: Sequence[int], mask: Sequence[bool], *told: str) -> None:
+        """Check it as the parent does, and warn once of an answer without the reasoning."""
+        super().check_supervised(tokens, mask, *told)
+        if not self.writes_reasoning or "no reasoning" in self._told:
+            return
+        ends = self.special_tokens["</think>"]
+        # Behind <think> and one token of line breaks
+        found = [i for i, token in enumerate(tokens) if token == ends and not mask[i] and i > 1]
+        if any(tokens[i - 2] == self.special_tokens["<think>"] for i in found):
+            self._told.add("no reasoning")
+            _log.warning(
+                "An answer has no reasoning, where the chat template asks for one: a model that is "
+                "trained so ends its reasoning at once. Give answers their reasoning_content, or "
+                "train an Instruct model. This is said once."
+            )
 
     def final_answer(self, text: str) -> str:
         """Return what follows the reasoning, nothing if that has not ended."""
