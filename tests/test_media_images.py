@@ -12,6 +12,7 @@ from PIL import Image, ImageFile
 
 from torchtune_vl.media import _images
 from torchtune_vl.media._images import describe, rgb_size, to_rgb
+from torchtune_vl.media._said import Said
 
 
 def noise(*shape):
@@ -26,7 +27,7 @@ def encoded(file_format, image=None, **options):
 
 @pytest.fixture(autouse=True)
 def _new_process(monkeypatch):
-    monkeypatch.setattr(_images, "_warned", set())
+    monkeypatch.setattr(_images, "_warned", Said("levels", "frames"))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_nothing_is_told_of_other_images():
     assert warned(several_views, *images, *modes) == []
 
 
-def test_damage_after_the_first_frame_does_no_harm():
+def test_damage_after_the_first_frame_does_no_harm(monkeypatch):
     """Whatever it does to the number of frames."""
     pages = [Image.fromarray(noise(40, 60) // (i + 1)) for i in range(3)]
     for file_format in ("GIF", "TIFF"):
@@ -145,7 +146,7 @@ def test_damage_after_the_first_frame_does_no_harm():
         expected = to_rgb(encoded(file_format, pages[0]))
         decoded = []
         for end in range(len(data) // 3, len(data), 100):
-            _images._warned.clear()
+            monkeypatch.setattr(_images, "_warned", Said("levels", "frames"))
             with warnings.catch_warnings(), contextlib.suppress(ValueError):
                 warnings.simplefilter("ignore")
                 decoded.append(to_rgb(data[:end]))

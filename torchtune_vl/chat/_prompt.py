@@ -230,8 +230,7 @@ class PromptBuilder:
                 yield self.tokenizer.special_tokens[piece], is_trained
 
     def _tell_left_out(self) -> None:
-        if "left out" not in self._told:
-            self._told.add("left out")
+        if self._told.is_new("left out"):
             _log.warning(
                 "The chat template writes earlier answers otherwise than the model does, without "
                 "their reasoning: these carry no loss. Train on them as samples of their own, each "

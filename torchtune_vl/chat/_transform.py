@@ -546,8 +546,7 @@ class ChatTransform(QwenTokenizer):
 
     def _tell_cut(self, cut: Mapping[str, int]) -> None:
         kind = "media" if cut["images"] or cut["videos"] else "texts"
-        if kind not in self._told:
-            self._told.add(kind)
+        if self._told.is_new(kind):
             lost = ", ".join(f"{count} {what}" for what, count in cut.items())
             _log.warning(
                 f"A sample is longer than max_seq_len={self.max_seq_len} and loses {lost}. Lost "

@@ -259,8 +259,7 @@ def _warn_of_lost_frames(image: Image.Image, source: Any) -> None:
 
 
 def _warn_once(kind: str, source: Any, text: str) -> None:
-    if kind not in _warned:
-        _warned.add(kind)
+    if _warned.is_new(kind):
         warnings.warn(f"{describe('image', source)} {text}. This is said once.", stacklevel=3)
 
 

@@ -220,8 +220,8 @@ class Qwen3_VLTransform(ChatTransform):
         ends = self.special_tokens["</think>"]
         # Behind <think> and one token of line breaks
         found = [i for i, token in enumerate(tokens) if token == ends and not mask[i] and i > 1]
-        if any(tokens[i - 2] == self.special_tokens["<think>"] for i in found):
-            self._told.add("no reasoning")
+        is_empty = any(tokens[i - 2] == self.special_tokens["<think>"] for i in found)
+        if is_empty and self._told.is_new("no reasoning"):
             _log.warning(
                 "An answer has no reasoning, where the chat template asks for one: a model that is "
                 "trained so ends its reasoning at once. Give answers their reasoning_content, or "
