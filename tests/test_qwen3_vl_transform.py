@@ -459,6 +459,7 @@ def test_a_part_of_an_answer_that_no_template_reads(
         left_out = rf"1 \(assistant\): the chat template leaves its {key} out"
         with pytest.raises(ValueError, match=left_out):
             transform({"messages": [asked(), message]})
+        assert transform({"messages": [asked(), answered("B", stop_reason="end", thoughts=3)]})
     written = f"{{% generation %}}{{{{ messages[0]['{key}'] }}}}{{% endgeneration %}}"
     reads_it = Qwen3_VLTransform(vocabulary / "qwen.tiktoken", chat_template=written)
     assert reads_it.decode(reads_it({"messages": [message]})["tokens"]) == "Hm."

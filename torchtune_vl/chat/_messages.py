@@ -18,7 +18,7 @@ ROLES = ("system", "user", "assistant", "tool")
 # Keys by which a message carries loss or not, with the value for no loss; the last is torchtune's
 LOSS_KEYS = {"weight": 0, "loss": 0, "loss_mask": 0, "masked": 1}
 _ABOUT_LOSS = re.compile("loss|mask|weight|train", re.IGNORECASE)
-_ABOUT_ANSWERS = re.compile("reason|think|thought|rationale|function_call", re.IGNORECASE)
+_ABOUT_ANSWERS = re.compile("reasoning|think|thought|rationale|function_call", re.IGNORECASE)
 _ABOUT_MEDIA = re.compile("(image|video|audio)(s|_url|_urls)?")
 # By which keys an item without a type is of one
 _IMPLIED = {
@@ -236,7 +236,8 @@ class _Reader:
 
 def keys_of_answers(given: Mapping[str, Any]) -> list[str]:
     """Keys of a message whose values are parts of an answer, if a template reads them."""
-    return [key for key, value in given.items() if value and _ABOUT_ANSWERS.search(key)]
+    parts = [key for key, value in given.items() if isinstance(value, str | list | dict) and value]
+    return [key for key in parts if _ABOUT_ANSWERS.match(key)]
 
 
 def read_tools(tools: Any) -> Tools:
