@@ -237,7 +237,7 @@ class _Reader:
 def keys_of_answers(given: Mapping[str, Any]) -> list[str]:
     """Keys of a message whose values are parts of an answer, if a template reads them."""
     parts = [key for key, value in given.items() if isinstance(value, str | list | dict) and value]
-    return [key for key in parts if _ABOUT_ANSWERS.match(key)]
+    return [key for key in parts if _ABOUT_ANSWERS.match(str(key))]
 
 
 def read_tools(tools: Any) -> Tools:

@@ -139,7 +139,8 @@ def _estimate(options: argparse.Namespace) -> int:
     from torchtune_vl.training._memory import estimate_memory
 
     memory = estimate_memory(config, options.devices)
-    print(f"GB on each of {options.devices} devices, computed, not measured")
+    where = "the device" if options.devices == 1 else f"each of {options.devices} devices"
+    print(f"GB on {where}, computed, not measured")
     for purpose, size in {**memory, "all": sum(memory.values())}.items():
         print(f"{purpose:<16}{size / 1e9:8.1f}")
     return 0

@@ -63,9 +63,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     files, of_data, of_transform = split_settings(options.data)
-    if bool(files) + bool(options.images) + bool(options.prompt and not options.images) != 1:
+    asks_once = options.prompt is not None and not options.images
+    if bool(files) + bool(options.images) + asks_once != 1:
         raise ValueError("give one of: DATA, --prompt, or --images with --prompt")
-    if options.images and not options.prompt:
+    if options.images and options.prompt is None:
         raise ValueError("--images needs a question: give --prompt")
     many = bool(files or options.images)
     if many != bool(options.output):
