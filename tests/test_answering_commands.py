@@ -212,6 +212,8 @@ def test_one_question_and_a_folder(
     assert [r["id"] for r in records[:2]] == ["0.png", "10.png"]
     assert records[-1]["id"].startswith("more/")
     assert printed == records[0]["answer"] + "\n"
+    empty = ("--prompt", "", "--image", image, "--max-new-tokens", 1)
+    assert called("generate", directory / "model", *empty) == 0
 
 
 # Talk

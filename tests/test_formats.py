@@ -137,6 +137,18 @@ def test_formats_are_told(
     assert sum(record.getMessage().startswith(told) for record in caplog.records) == 1
 
 
+def test_columns_that_are_not_read_are_told(
+    transform: Qwen2_5_VLTransform, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"query": "Why?", "rationale": "Hm.", "answer": "B", "source": "x"}\n')
+    settings = {"source": "json", "data_files": str(path), "column_map": {"question": "query"}}
+    with caplog.at_level(logging.INFO, "torchtune_vl"):
+        vision_chat_dataset(transform, **settings)
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told.endswith("'vqa' (query, answer); not read: rationale, source")
+
+
 @pytest.fixture
 def build(transform: Qwen2_5_VLTransform, media: Path, tmp_path: Path):
     """Writes records to a file, and makes a dataset of it, with the media of all tests."""

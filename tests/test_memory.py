@@ -324,6 +324,9 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert stopped.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "GB on each of 2 devices, computed, not measured"
+    with pytest.raises(SystemExit):
+        main(["estimate", "dtype=bf16", "--config", str(path), "seed=1"])
+    assert capsys.readouterr().out.startswith("GB on the device, computed, not measured\n")
     assert tuple(line[:16].strip() for line in lines[1:]) == (*PURPOSES, "all")
 
 

@@ -440,6 +440,7 @@ def test_an_answer_without_a_reasoning_is_told_once(
         (thinking, [asked(), reasoned]),
         (thinking, [asked(), answered("Hm.\n</think>\n\nB")]),
         (thinking, [asked(), {**bare, "weight": 0}, asked(), reasoned]),
+        (thinking, [asked(), answered("<think>\n\n</think>", reasoning_content="Hm.")]),
     ):
         transform.examine({"messages": messages})
     thinking.examine({"messages": [asked(), bare, asked()]}, inference=True)
@@ -450,19 +451,43 @@ def test_an_answer_without_a_reasoning_is_told_once(
     assert "ends its reasoning at once. Give answers their reasoning_content" in told.getMessage()
 
 
-@pytest.mark.parametrize("key", ["think", "thinking", "reasoning", "function_call"])
-def test_a_part_of_an_answer_that_no_template_reads(
+@pytest.mark.parametrize("key", ["thinking", "reasoning", "cot"])
+def test_a_reasoning_that_no_template_reads(
     key: str, instruct: Qwen3_VLTransform, thinking: Qwen3_VLTransform, vocabulary: Path
 ) -> None:
     message = answered("B", **{key: "Hm."})
     for transform in (instruct, thinking):
-        left_out = rf"1 \(assistant\): the chat template leaves its {key} out"
+        left_out = rf"1 \(assistant\): the chat template leaves its {key} out: remove it, or make"
         with pytest.raises(ValueError, match=left_out):
             transform({"messages": [asked(), message]})
-        assert transform({"messages": [asked(), answered("B", stop_reason="end", thoughts=3)]})
+        settings = {"stop_reason": "end", "reasoning_effort": "low", key: True}
+        assert transform({"messages": [{**asked(), key: "off"}, answered("B", **settings)]})
+    twice = answered("B", **{key: "Hm.", "reasoning_content": "Hm."})
+    assert "Hm." in thinking.decode(thinking({"messages": [asked(), twice]})["tokens"])
     written = f"{{% generation %}}{{{{ messages[0]['{key}'] }}}}{{% endgeneration %}}"
     reads_it = Qwen3_VLTransform(vocabulary / "qwen.tiktoken", chat_template=written)
     assert reads_it.decode(reads_it({"messages": [message]})["tokens"]) == "Hm."
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"reasoning_content": ["Hm."]}, "its reasoning_content is of type list, expected a str"),
+        (
+            {"content": [{"type": "text", "text": "B", "thinking": "Hm."}]},
+            "item 0: its thinking belongs to the message: make it its reasoning_content",
+        ),
+        (
+            {"content": None, "function_call": {"name": "f", "arguments": "{}"}},
+            "its function_call is of OpenAI's older format: make it tool_calls",
+        ),
+    ],
+)
+def test_a_part_of_an_answer_at_the_wrong_place(
+    message: dict[str, Any], told: str, thinking: Qwen3_VLTransform
+) -> None:
+    with pytest.raises(ValueError, match=rf"message 1 \(assistant\): {told}"):
+        thinking({"messages": [asked(), {**answered("B"), **message}]})
 
 
 def test_settings_that_mean_nothing_here(vocabulary: Path, tmp_path: Path) -> None:

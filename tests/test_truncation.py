@@ -181,7 +181,7 @@ def test_one_of_all_data_workers_tells(make, caplog: pytest.LogCaptureFixture) -
         return sum(map(tell, numbers))
 
     with caplog.at_level(logging.WARNING):
-        assert sum(DataLoader(range(8), num_workers=4, collate_fn=tell_all)) == 1
+        assert sum(DataLoader(range(8), num_workers=2, collate_fn=tell_all)) == 1
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])

@@ -18,7 +18,12 @@ ROLES = ("system", "user", "assistant", "tool")
 # Keys by which a message carries loss or not, with the value for no loss; the last is torchtune's
 LOSS_KEYS = {"weight": 0, "loss": 0, "loss_mask": 0, "masked": 1}
 _ABOUT_LOSS = re.compile("loss|mask|weight|train", re.IGNORECASE)
-_ABOUT_ANSWERS = re.compile("reasoning|think|thought|rationale|function_call", re.IGNORECASE)
+# Keys by which data have what precedes an answer; the first is that of templates
+REASONINGS = (
+    "reasoning_content",
+    *("reasoning", "reasoning_details", "thinking", "thoughts", "thought", "rationale"),
+    *("chain_of_thought", "cot"),
+)
 _ABOUT_MEDIA = re.compile("(image|video|audio)(s|_url|_urls)?")
 # By which keys an item without a type is of one
 _IMPLIED = {
@@ -156,6 +161,9 @@ class _Reader:
         role = self._role(given.get("role"))
         content = given.pop("content", None)
         _refuse_unread(given, ("role", *LOSS_KEYS))
+        _typed(given.get("reasoning_content", ""), "str", "its reasoning_content")
+        if given.get("function_call"):
+            raise ValueError("its function_call is of OpenAI's older format: make it tool_calls")
         if "tool_calls" in given:
             given["tool_calls"] = _tool_calls(given["tool_calls"])
             if given["tool_calls"] and content is None:
@@ -215,6 +223,8 @@ class _Reader:
     def _text(self, item: dict[str, Any]) -> str | Objects:
         text: str = _typed(item.get("text", item.get("content")), "str", "its text")
         _refuse_unread(item, ("type", "text", "image" if "fields" in item else ""))
+        if keys := [key for key in REASONINGS if item.get(key)]:
+            raise ValueError(f"its {keys[0]} belongs to the message: make it its reasoning_content")
         fields = _without_nulls(_typed(item.get("fields", {}), "dict", "fields"))
         for name in fields:
             if f"{{{name}}}" not in text:
@@ -232,12 +242,6 @@ class _Reader:
                 raise ValueError(f"an item of boxes has no {[*others]}: put it into each of them")
         image = item.get("image", self.images_so_far - 1)
         return Objects(entries, item.get("unit", "pixels"), image, text, tuple(fields or ()))
-
-
-def keys_of_answers(given: Mapping[str, Any]) -> list[str]:
-    """Keys of a message whose values are parts of an answer, if a template reads them."""
-    parts = [key for key, value in given.items() if isinstance(value, str | list | dict) and value]
-    return [key for key in parts if _ABOUT_ANSWERS.match(str(key))]
 
 
 def read_tools(tools: Any) -> Tools:

@@ -651,15 +651,17 @@ class ChatTransform(QwenTokenizer):
 
 
 def _refuse_left_out(turns: Sequence[chat.Turn[chat.Part]], template: str) -> None:
-    """Raise ``ValueError`` for a part of an answer that a template does not read."""
+    """Raise ``ValueError`` for a reasoning that a template does not read."""
     for number, turn in enumerate(turns):
-        for key in chat.keys_of_answers(turn.given):
-            if not re.search(rf"[.'\"]{re.escape(key)}\b", template):
-                where = f"message {number} ({turn.role})"
-                raise ValueError(
-                    f"{where}: the chat template leaves its {key} out: remove it, or rename it (a "
-                    "reasoning is reasoning_content, if a template has one, calls are tool_calls)"
-                )
+        given = turn.given if turn.role == "assistant" else {}
+        keys = [k for k in chat.REASONINGS if isinstance(given.get(k), str | list) and given[k]]
+        # A server may give it by several names
+        if keys and not any(re.search(rf"[.'\"]{key}\b", template) for key in keys):
+            remedy = "remove it"
+            if keys[0] != chat.REASONINGS[0]:
+                remedy += ", or make it reasoning_content for a template that reads that"
+            left_out = f"the chat template leaves its {keys[0]} out: {remedy}"
+            raise ValueError(f"message {number} ({turn.role}): {left_out}")
 
 
 def _each_item(turns: Sequence[chat.Turn[_A]], convert: Callable[[_A], _B]) -> list[chat.Turn[_B]]:

@@ -62,7 +62,7 @@ def torchrun(command: str, options: list[str], arguments: list[str]) -> int:
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ[_LAUNCHED] = "1"
     try:
-        with TemporaryDirectory() as directory:
+        with TemporaryDirectory(ignore_cleanup_errors=True) as directory:
             # torchrun would leave one of its own behind, whether or not it has a use for it
             if (parsed.log_dir, parsed.redirects, parsed.tee) == (None, "0", "0"):
                 parsed.log_dir = directory

@@ -1,5 +1,6 @@
 """Warnings that are given once, whichever data worker comes first to what they tell."""
 
+from contextlib import AbstractContextManager, nullcontext, suppress
 from mmap import mmap
 from multiprocessing import get_context
 from typing import Any
@@ -12,7 +13,9 @@ class Said:
         self._kinds = kinds
         # Without a file, shared with forks, as the lock is
         self._given = mmap(-1, len(kinds))
-        self._lock = get_context("fork").Lock()
+        self._lock: AbstractContextManager[Any] = nullcontext()
+        with suppress(OSError):  # sandboxes without semaphores have no data workers either
+            self._lock = get_context("fork").Lock()
 
     def __contains__(self, kind: str) -> bool:
         return bool(self._given[self._kinds.index(kind)])

@@ -7,8 +7,9 @@ and ``Qwen3VLMoeTextTopKRouter`` have them: no token is dropped, whatever expert
 # Shape suffixes: T tokens, N experts, A of them that a token takes, R = T x A rows of these, E
 # width, W width of an expert; D devices, each of which has M = N / D of the experts
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -64,25 +65,26 @@ class MixtureOfExperts(nn.Module):
         return (weights_TA.to(x.dtype)[:, None] @ out_TAE).view_as(x)
 
 
-def _best(probabilities_TN: torch.Tensor, num_active: int) -> torch.Tensor:
-    return probabilities_TN.topk(num_active).indices
-
-
+# How experts are chosen where it is not by probability, in the thread that computes
+_Choose = Callable[[torch.Tensor, int], torch.Tensor]
+_choose: ContextVar[_Choose | None] = ContextVar("choose", default=None)
 # An operator, which torch.compile does not look into: a layer stays one function, in a forward and
 # where backward computes it again
 _operators = torch.library.Library("torchtune_vl", "FRAGMENT")
-_operators.define("choose_experts(Tensor probabilities_TN, int num_active) -> Tensor")
-_choose: Callable[[torch.Tensor, int], torch.Tensor] = _best
+_operators.define(
+    "choose_experts(Tensor probabilities_TN, int num_active) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 
 
 @torch.library.impl(_operators, "choose_experts", "CompositeExplicitAutograd")
 def _choose_experts(probabilities_TN: torch.Tensor, num_active: int) -> torch.Tensor:
-    return _choose(probabilities_TN, num_active)
+    return (_choose.get() or _most_probable)(probabilities_TN, num_active)
 
 
 @torch.library.register_fake("torchtune_vl::choose_experts", lib=_operators)
-def _(probabilities_TN: torch.Tensor, num_active: int) -> torch.Tensor:
-    return _best(probabilities_TN, num_active)
+def _most_probable(probabilities_TN: torch.Tensor, num_active: int) -> torch.Tensor:
+    return probabilities_TN.topk(num_active).indices
 
 
 def kept_choices() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -92,23 +94,31 @@ def kept_choices() -> tuple[AbstractContextManager[None], AbstractContextManager
     differ in the last bit, and those that are nearly equal change places: gradients would be of
     experts that the loss did not come from, and rows for other devices' experts others than sent.
     """
-    chosen: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
 
     def keep(probabilities_TN: torch.Tensor, num_active: int) -> torch.Tensor:
-        chosen.append(_best(probabilities_TN, num_active))
-        return chosen[-1]
+        experts_TA = _most_probable(probabilities_TN, num_active)
+        kept.append(experts_TA.int())  # a copy: compiled code may write over what it gets
+        return experts_TA
 
-    return _choosing(keep), _choosing(lambda *_: chosen.pop(0))
+    def again() -> _Choose:
+        choices = iter(kept)
+        return lambda *_: next(choices).long()
+
+    return _Choosing(lambda: keep), _Choosing(again)
 
 
-@contextmanager
-def _choosing(choose: Callable[[torch.Tensor, int], torch.Tensor]) -> Iterator[None]:
-    global _choose
-    before, _choose = _choose, choose
-    try:
-        yield
-    finally:
-        _choose = before
+class _Choosing(AbstractContextManager[None]):
+    """In which experts are chosen by a function, made anew each time that it is entered."""
+
+    def __init__(self, make: Callable[[], _Choose]) -> None:
+        self.make = make
+
+    def __enter__(self) -> None:
+        self.token = _choose.set(self.make())
+
+    def __exit__(self, *error: object) -> None:
+        _choose.reset(self.token)
 
 
 class Experts(nn.Module):

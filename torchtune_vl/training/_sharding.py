@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from torchtune_vl._torchao import Float8LinearConfig, NF4Tensor, convert_to_float8_training
 from torchtune_vl._torchtune import DoRALinear, LoRALinear, TransformerSelfAttentionLayer
@@ -80,8 +80,10 @@ def recompute_layers(model: Any, how: Literal["none", "selective", "full"]) -> N
     every = {"none": 0, "selective": 2, "full": 1}[how]
     for number, layer in enumerate(layers_of(model)):
         if every and number % every == 0 and layer not in frozen:
+            has_experts = any(isinstance(m, Experts) for m in layer.modules())
+            contexts = kept_choices if has_experts else noop_context_fn
             layer.forward = partial(
-                checkpoint, layer.forward, use_reentrant=False, context_fn=kept_choices
+                checkpoint, layer.forward, use_reentrant=False, context_fn=contexts
             )
 
 

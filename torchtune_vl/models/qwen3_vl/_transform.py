@@ -218,9 +218,10 @@ class Qwen3_VLTransform(ChatTransform):
         if not self.writes_reasoning or "no reasoning" in self._told:
             return
         ends = self.special_tokens["</think>"]
-        # Behind <think> and one token of line breaks
+        # Behind the prompt's <think>, which has no loss, and one token of line breaks
         found = [i for i, token in enumerate(tokens) if token == ends and not mask[i] and i > 1]
-        is_empty = any(tokens[i - 2] == self.special_tokens["<think>"] for i in found)
+        begins = self.special_tokens["<think>"]
+        is_empty = any(tokens[i - 2] == begins and mask[i - 2] for i in found)
         if is_empty and self._told.is_new("no reasoning"):
             _log.warning(
                 "An answer has no reasoning, where the chat template asks for one: a model that is "
