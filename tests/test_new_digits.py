@@ -36,7 +36,7 @@ def test_new_digits(
         return max((tmp_path / digits).glob("epoch_*"))
 
     def accuracy(checkpoint: Path) -> float:
-        return run.accuracy(unseen, run.texts(checkpoint, run.answer(checkpoint, unseen)))
+        return run.accuracy(unseen, run.answer(checkpoint, unseen))
 
     old = train_on("old", "full_finetune_single_device", tmp_path / "base")
     files = {path.name: path.read_bytes() for path in old.iterdir()}
