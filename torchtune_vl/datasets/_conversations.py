@@ -124,12 +124,12 @@ def _recognised_format(records: Records, column_map: Mapping[str, str], shown: s
     except ValueError as error:
         raise ValueError(f"{shown}: {error}") from error
     names = names_of_columns(FORMATS[format].columns, column_map).values()
-    told = ", ".join(name for name in names if name in columns)
-    unread = ", ".join(name for name in columns if name not in names)
-    told = f"({told}); not read: {unread}" if unread else f"({told})"
+    read = ", ".join(name for name in names if name in columns)
+    others = ", ".join(name for name in columns if name not in names)
+    unread = f"; not read: {others}" if others else ""
     is_stream = isinstance(records, Table) and records.is_stream
     count = "a stream of" if is_stream else f"{len(records):,}"
-    _log.info(f"{shown}: {count} records in the format {format!r} {told}")
+    _log.info(f"{shown}: {count} records in the format {format!r} ({read}){unread}")
     return format
 
 

@@ -45,9 +45,9 @@ _PUBLISHED = {
 }
 # What the width and the height of any image are in boxes
 _EXTENT = 1000
-_log = logging.getLogger(__name__)
 # Of a frame, by transformers' `cap_pixels_per_frame`
 _MAX_VIDEO_TOKENS = 768
+_log = logging.getLogger(__name__)
 
 
 class Qwen3_VLImageTransform(ImageTransform):
@@ -217,11 +217,9 @@ class Qwen3_VLTransform(ChatTransform):
         super().check_supervised(tokens, mask, *told)
         if not self.writes_reasoning or "no reasoning" in self._told:
             return
-        ends = self.special_tokens["</think>"]
-        # Behind the prompt's <think>, which has no loss, and one token of line breaks
-        found = [i for i, token in enumerate(tokens) if token == ends and not mask[i] and i > 1]
-        begins = self.special_tokens["<think>"]
-        is_empty = any(tokens[i - 2] == begins and mask[i - 2] for i in found)
+        # The prompt's <think>, without loss, one token of line breaks, and the end, which has loss
+        empty = self.special_tokens["<think>"], True, self.special_tokens["</think>"], False
+        is_empty = empty in zip(tokens, mask, tokens[2:], mask[2:], strict=False)
         if is_empty and self._told.is_new("no reasoning"):
             _log.warning(
                 "An answer has no reasoning, where the chat template asks for one: a model that is "
