@@ -70,6 +70,7 @@ def test_workers_collect_no_garbage_of_the_trainer() -> None:
             assert [*rows] == [0]
     finally:
         gc.enable()
+        gc.collect()  # here: workers of later tests would end by it
 
 
 def test_workers_free_no_handler_of_the_trainer() -> None:
