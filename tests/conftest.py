@@ -1,6 +1,9 @@
 """What all tests need."""
 
 import os
+import re
+import socket
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +26,21 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = TemporaryDirectory(prefix="torchtune-vl-cache-")
     os.environ["TORCHTUNE_VL_CACHE"] = _cache.name
 
+# Libraries ask hosts elsewhere unasked, and say nothing of it where that fails
+_asked: list[Any] = []
+_look_up = socket.getaddrinfo
+_HERE = re.compile(rf"localhost|{re.escape(socket.gethostname())}|[0-9a-fx.:]*|.+\.(invalid|test)")
+
+
+def _look_up_here(host: Any, *args: Any, **settings: Any) -> Any:
+    if host is None or _HERE.fullmatch(str(host)):
+        return _look_up(host, *args, **settings)
+    _asked.append(host)
+    raise socket.gaierror(socket.EAI_AGAIN, "tests have no network")
+
+
+socket.getaddrinfo = _look_up_here
+
 # A tokenizer takes a second to read, and hundreds of tests make one of the same file
 _read_vocabulary = vocabulary_files.read_vocabulary
 
@@ -44,6 +62,15 @@ def _read(path: Path, merges: Any, special_tokens: Any, more: Any = ()) -> Any:
 vocabulary_files.read_vocabulary = _read
 
 import_torchvision()  # before transformers, which looks for it at import
+
+
+@pytest.fixture(autouse=True)
+def no_network() -> Iterator[None]:
+    """Fail a test in which something asked for a host that is not here."""
+    yield
+    asked = {*_asked}
+    _asked.clear()
+    assert not asked
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ import torch
 from jinja2 import UndefinedError
 from omegaconf import OmegaConf
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchtune import config
 from torchtune.datasets.multimodal import multimodal_chat_dataset
 
@@ -22,6 +21,7 @@ from quickstart.digits import write_digits
 from tests import hostile
 from torchtune_vl.chat._transform import Examined
 from torchtune_vl.data import PackedRows, StreamedRows, padded_collate_vision_supervised
+from torchtune_vl.data._data_workers import loading
 from torchtune_vl.datasets import (
     SamplesError,
     VisionChatDataset,
@@ -997,8 +997,8 @@ def test_a_stream_in_data_workers(build, workers: int) -> None:
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     stream = build([{"messages": turns}] * 7, streaming=True)
     planned = StreamedRows([stream], PackedRows(64), rows_per_step=2, num_workers=2)
-    rows = islice(DataLoader(planned, batch_size=None, num_workers=workers), 12)
-    samples = [row.samples for row in rows]
+    with loading(planned, workers, batch_size=None) as rows:
+        samples = [row.samples for row in islice(rows, 12)]
     assert {number for row in samples for number in row} == {*range(7)}
     assert [{number % 2 for number in row} for row in samples] == [{0}, {1}] * 6
 

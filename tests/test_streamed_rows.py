@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from tests.test_training_rows import random_sizes, sample
 from torchtune_vl.data import PackedRows, PaddedRows, Planner, Size, StreamedRows
+from torchtune_vl.data._data_workers import loading
 
 PACKED = PackedRows(64, 120, lookahead=16)
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3")
@@ -65,11 +65,11 @@ def steps_of(
     for rank in range(world_size):
         rows = StreamedRows(streams, planner, rank=rank, world_size=world_size, **given)
         workers = given.get("num_workers", 0)
-        loaded = DataLoader(rows, batch_size=None, num_workers=workers)
         states.append({})
-        for number, row in enumerate(islice(loaded, steps * rows_per_rank)):
-            found[number // rows_per_rank].append([*zip(row.sources, row.samples, strict=True)])
-            states[-1][row.position["lane"]] = row.position["state"]
+        with loading(rows, workers, batch_size=None) as loaded:
+            for number, row in enumerate(islice(loaded, steps * rows_per_rank)):
+                found[number // rows_per_rank].append([*zip(row.sources, row.samples, strict=True)])
+                states[-1][row.position["lane"]] = row.position["state"]
     start = (given.get("position") or {"step": 0})["step"]
     position = rows.position_after(start + steps, True, states)
     return found, json.loads(json.dumps(position))
@@ -103,10 +103,10 @@ def test_nobody_reads_the_part_of_another(world_size: int, workers: int) -> None
     for rank in range(world_size):
         settings = {"rows_per_step": 4, "rank": rank, "world_size": world_size}
         rows = StreamedRows([stream()], PACKED, num_workers=workers, **settings)
-        loaded = DataLoader(rows, batch_size=None, num_workers=workers)
-        for number, row in enumerate(islice(loaded, 120)):
-            maker = rank * max(workers, 1) + number % max(workers, 1)
-            lanes.setdefault(row.position["lane"], set()).add(maker)
+        with loading(rows, workers, batch_size=None) as loaded:
+            for number, row in enumerate(islice(loaded, 120)):
+                maker = rank * max(workers, 1) + number % max(workers, 1)
+                lanes.setdefault(row.position["lane"], set()).add(maker)
     assert all(len(makers) == 1 for makers in lanes.values())
     # And in one process: what is read is what its lanes have
     one = stream()
@@ -199,11 +199,11 @@ class Failing(Numbers):
 def test_bad_samples_are_left_out_and_told(workers: int) -> None:
     failing = Failing(random_sizes(100), Counter())
     rows = StreamedRows([failing], PACKED, rows_per_step=2, num_workers=2, skips_bad=True)
-    loaded = DataLoader(rows, batch_size=None, num_workers=workers)
     bad, seen = dict[int, str](), set[int]()
-    for row in islice(loaded, 120):
-        bad |= dict(map(tuple, row.bad))
-        seen |= {*row.samples}
+    with loading(rows, workers, batch_size=None) as loaded:
+        for row in islice(loaded, 120):
+            bad |= dict(map(tuple, row.bad))
+            seen |= {*row.samples}
     assert {*bad} == {n for n in range(100) if n % 10 in (1, 2)}
     assert all(bad[n] == f"sample {n}: KeyError: 'messages'" for n in range(1, 100, 10))
     assert all(bad[n] == f"sample {n}: OSError: truncated" for n in range(2, 100, 10))

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.packing import sizes as mixed_sizes
 from torchtune_vl.data import Draws, PackedRows, PaddedRows, Plan, Planner, Row, Size, TrainingRows
+from torchtune_vl.data._data_workers import loading
 
 
 def sample(number: int, size: Size) -> dict[str, Any]:
@@ -459,8 +460,11 @@ class Unsupervised(Samples):
 )
 def test_errors_name_the_sample(dataset: type[Samples], message: str, workers: int) -> None:
     rows = training_rows(dataset([Size(9, 8, 8)]), PACKED, rows_per_step=1)
-    with pytest.raises(ValueError, match=message):
-        next(iter(DataLoader(rows, batch_size=None, num_workers=workers)))
+    with (
+        pytest.raises(ValueError, match=message),
+        loading(rows, workers, batch_size=None) as loaded,
+    ):
+        next(loaded)
 
 
 class Partly(Samples):

@@ -24,6 +24,10 @@ from torchtune_vl.media._errors import refusing
 # Each a record and where it is, if that is known
 Records = Union["ConcatDataset[tuple[Any, str]]", "Table"]
 
+# Or each table that is read, of local files too, is reported to the makers of datasets, and a
+# machine without a network waits for that
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+
 # Arguments of load_dataset, not of its builder: they say how to make a table, and JSON has none
 _OF_TABLES = {"verification_mode", "keep_in_memory", "save_infos", "num_proc"}
 
