@@ -191,7 +191,9 @@ def test_greedy_decoding_is_a_whole_forward_for_each_token() -> None:
         assert logits.argmax(-1).tolist() == answer
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("full", "lora")), "qlora"]
+)
 def test_layers_with_experts_are_compiled(method: str) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -217,9 +219,21 @@ def test_layers_with_experts_are_compiled(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    ("method", "backend"),
+    [
+        ("full", None),
+        ("balanced full", None),
+        ("balanced full", "aot_eager"),
+        *(
+            pytest.param(method, backend, marks=pytest.mark.slow)
+            for method, backend in (
+                ("full", "aot_eager"),
+                ("full", "inductor"),
+                ("balanced full", "inductor"),
+            )
+        ),
+    ],
 )
-@pytest.mark.parametrize("method", ["full", "balanced full"])
 def test_recomputation_takes_the_experts_of_the_forward(
     method: str, backend: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
