@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
@@ -33,6 +33,7 @@ from torchtune_vl.modules.adapters import num_bytes
 from torchtune_vl.modules.experts import MixtureOfExperts
 from torchtune_vl.modules.layout import mrope_positions, vision_index
 from torchtune_vl.modules.linear import linear
+from torchtune_vl.modules.quantized import Quantized
 
 # Behind the first token, which reads the prompt, and steps in which the cache grows
 STEPS, WARM_UP = 32, 3
@@ -163,7 +164,7 @@ def device_table(directory: str, device: str, runs: int) -> None:
     print("| weights | prompts | tokens of each | a step, ms | not captured / captured | replays |")
     print("|---|---|---|---|---|---|")
     kinds: dict[str, Any] = {"bfloat16": {"dtype": torch.bfloat16}}
-    kinds |= {how: {"quantize": how} for how in quantized(directory)[:1]}
+    kinds["int8"] = {"quantize": "int8"}
     for (weights, how), (count, length) in product(kinds.items(), CASES):
         model = load_model(directory, **how, device=device)
         times: dict[str, list[float]] = {"captured": [], "not": []}
@@ -177,12 +178,6 @@ def device_table(directory: str, device: str, runs: int) -> None:
         step = spread([1000 * seconds for seconds in times["captured"]])
         faster = spread(ratios(times, "not", "captured"))
         print(f"| {weights} | {count} | {length} | {step} | {faster} | {replays} |", flush=True)
-
-
-def quantized(directory: str) -> list[Any]:
-    """List how weights can be quantized: where there are experts, not at all."""
-    has_experts = family_of(directory).all_dimensions(directory).get("num_experts")
-    return [] if has_experts else ["int8", "int4"]
 
 
 def steps_of(model: Any, prompts: Sequence[Prompt]) -> Steps:
@@ -313,7 +308,8 @@ def dtypes_table(directory: str, ours: Any, runs: int) -> None:
     """Decode with other dtypes of the weights."""
     print("\n| weights | prompts | time, beside float32 | weights, MB |\n|---|---|---|---|")
     others = {"bfloat16": load_model(directory, dtype=torch.bfloat16)}
-    others |= {how: load_model(directory, quantize=how) for how in quantized(directory)}
+    for how in get_args(Quantized):
+        others[how] = load_model(directory, quantize=how)
     for count in (1, 8):
         prompts = [text_prompt(40 + 9 * i) for i in range(count)]
         models = {"float32": ours, **others}

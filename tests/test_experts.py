@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import distributed as dist
+from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed import fsdp
@@ -33,7 +34,8 @@ from torchtune_vl.modules import experts as routing
 from torchtune_vl.modules.adapters import build_linear
 from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.experts import MixtureOfExperts
-from torchtune_vl.modules.grouped import grouped_product, has_grouped_product
+from torchtune_vl.modules.grouped import GroupedLinear, grouped_product, has_grouped_product
+from torchtune_vl.modules.quantized import Quantized, QuantizedExperts, quantize_layers
 from torchtune_vl.training._mesh import Mesh
 from torchtune_vl.training._sharding import (
     default_dtype,
@@ -166,6 +168,8 @@ def test_steps_are_captured_where_nothing_waits(
     monkeypatch.setattr("torchtune_vl.generation._captured.has_grouped_product", lambda weight: has)
     model = qwen3_vl_moe(**EXPERTS_DIMS).requires_grad_(False)
     assert can_capture(model, torch.device("cuda")) is has
+    quantize_layers(model.bfloat16().decoder.layers, "int8")
+    assert not can_capture(model, torch.device("cuda"))
 
 
 def test_greedy_decoding_is_a_whole_forward_for_each_token() -> None:
@@ -460,11 +464,58 @@ def test_refusals(what: str) -> None:
     assert not any(p.requires_grad for p in mlps.decoder.parameters())
 
 
-def test_answers_are_not_of_quantized_experts(tmp_path: Path) -> None:
-    reference_config(QWEN3_VL_MOE).save_pretrained(tmp_path)
-    told = r"quantize is int8, and experts have no weights of so few bits: leave it out$"
-    with pytest.raises(ValueError, match=told):
-        load_model(tmp_path, quantize="int8")
+# As those of other layers in test_linear.py
+@pytest.mark.parametrize(("how", "error"), [("int8", 0.008), ("int4", 0.09)])
+@pytest.mark.parametrize("ends", [[0, 1, 1, 1], [0, 40, 41, 90], [3, 3, 6, 90]])
+def test_products_of_quantized_experts(how: Quantized, error: float, ends: list[int]) -> None:
+    torch.manual_seed(0)
+    weight_EKN = torch.empty(4, 128, 48).uniform_(-1, 1).bfloat16()
+    rows_RK = torch.randn(ends[-1], 128).bfloat16()
+    ends_E = torch.tensor(ends, dtype=torch.int32)
+    exact = grouped_product(rows_RK.float(), weight_EKN.float(), ends_E)
+    product = QuantizedExperts(weight_EKN, how)(rows_RK, ends_E)
+    assert product.dtype == torch.bfloat16
+    assert error / 20 < (product.float() - exact).norm() / exact.norm() < error
+
+
+@pytest.mark.parametrize("how", ["int8", "int4"])
+def test_layers_are_quantized_as_they_are_loaded(
+    how: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that of one alone there are all bits."""
+    config = reference_config(QWEN3_VL_MOE)
+    config.text_config.hidden_size, config.text_config.moe_intermediate_size = 128, 192
+    config.vision_config.out_hidden_size = 128
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    whole = load_model(tmp_path, dtype=torch.bfloat16)
+    quantize_layers(whole.decoder.layers, how)
+    loaded: list[nn.Module] = []
+
+    def load(module: nn.Module, *args: Any) -> None:
+        before = (m for layer in loaded[1:] for m in layer.modules())
+        assert not any(isinstance(m, GroupedLinear) for m in before)
+        load_weights_into(module, *args)
+        loaded.append(module)
+
+    monkeypatch.setattr("torchtune_vl.generation._load.load_weights_into", load)
+    found = load_model(tmp_path, quantize=how).state_dict()
+    assert len(loaded) == 1 + len(whole.decoder.layers)
+    expected = whole.state_dict()
+    assert [*found] == [*expected]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_routers_are_not_quantized() -> None:
+    layer = nn.ModuleList([experts_of(width=64, embed_dim=128)]).bfloat16()
+    router = layer[0].router.weight.clone()
+    x = torch.randn(3, 20, 128).bfloat16()
+    with torch.no_grad():
+        plain = layer[0](x)
+        quantize_layers(layer, "int8")
+        quantized = layer[0](x)
+    assert torch.equal(layer[0].router.weight, router)
+    assert 0 < (quantized - plain).float().norm() / plain.float().norm() < 0.02
+    assert {type(m) for m in layer[0].experts.children()} == {QuantizedExperts}
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from torch import nn
 
 from torchtune_vl.modules.grouped import GroupedLinear, has_grouped_product
 from torchtune_vl.modules.kv_cache import Cache, Step
+from torchtune_vl.modules.quantized import QuantizedExperts
 from torchtune_vl.modules.vision import VisionLanguageModel
 
 Last = tuple[int, int, int]  # a sequence's last token, its place in the slot, and its position
@@ -35,13 +36,16 @@ def to_device(values: Sequence[Any], device: torch.device) -> torch.Tensor:
 def can_capture(model: VisionLanguageModel, device: torch.device) -> bool:
     """Whether steps may be captured: on CUDA, with plain weights that nobody trains.
 
-    Those of a model in training move between steps, or are gathered in each. Experts without a
-    kernel that multiplies them at once are waited for.
+    Those of a model in training move between steps, or are gathered in each. Experts that no kernel
+    multiplies at once, as quantized ones, are waited for.
     """
     plain = (type(p) is nn.Parameter and not p.requires_grad for p in model.parameters())
-    grouped = (m for m in model.modules() if isinstance(m, GroupedLinear))
-    at_once = all(has_grouped_product(m.weight) for m in grouped)
-    return device.type == "cuda" and all(plain) and at_once
+    waits = (
+        isinstance(m, QuantizedExperts)
+        or (isinstance(m, GroupedLinear) and not has_grouped_product(m.weight))
+        for m in model.modules()
+    )
+    return device.type == "cuda" and all(plain) and not any(waits)
 
 
 class CapturedSteps:

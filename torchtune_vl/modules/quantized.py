@@ -4,13 +4,16 @@ Activations stay bfloat16. Both round to the nearest; the operators are those of
 calls, which asks for them in another way in each release.
 """
 
-# Shape suffixes: N outputs, K inputs, G groups of inputs
+# Shape suffixes: N outputs, K inputs, G groups of inputs; E experts, R rows of all
 
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from torchtune_vl.modules.experts import MixtureOfExperts
+from torchtune_vl.modules.grouped import GroupedLinear
 
 # Of weights that share a scale and a zero in four bits
 GROUP_SIZE = 64
@@ -23,10 +26,10 @@ class QuantizedLinear(nn.Module):
 
     bias: torch.Tensor | None
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.out_features = layer.out_features
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+        self.out_features = len(weight_NK)
+        self.register_buffer("bias", None if bias_N is None else bias_N.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer, bfloat16 [..., K] to [..., N]."""
@@ -44,9 +47,9 @@ class Int8Linear(QuantizedLinear):
     weight: torch.Tensor
     scales: torch.Tensor
 
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer)
-        weight_NK = layer.weight.detach().float()
+    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> None:
+        super().__init__(weight_NK, bias_N)
+        weight_NK = weight_NK.detach().float()
         scales_N = (weight_NK.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         scales_N = scales_N.to(torch.bfloat16)
         # Scales are rounded, too: what a weight becomes goes by those that it is multiplied with
@@ -69,9 +72,9 @@ class Int4Linear(QuantizedLinear):
     weight: torch.Tensor
     scales_and_zeros: torch.Tensor
 
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer)
-        weight_NK = layer.weight.detach().float()
+    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> None:
+        super().__init__(weight_NK, bias_N)
+        weight_NK = weight_NK.detach().float()
         num_outputs, num_inputs = weight_NK.shape
         if num_inputs % GROUP_SIZE or num_outputs % 16:
             problem = f"a layer of {num_inputs} inputs and {num_outputs} outputs has no int4"
@@ -106,6 +109,23 @@ Quantized = Literal["int8", "int4"]
 _LAYERS: dict[Quantized, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
+class QuantizedExperts(nn.Module):
+    """Layers side by side, each for rows of its own, as :class:`GroupedLinear` has them.
+
+    The host waits for how many rows each has: steps of a GPU are not captured.
+    """
+
+    def __init__(self, weight_EKN: torch.Tensor, how: Quantized) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_LAYERS[how](weight_KN.T) for weight_KN in weight_EKN)
+
+    def forward(self, rows_RK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+        """Multiply groups of rows, which end at ``ends_E``, bfloat16 [R, K]; returns [R, N]."""
+        *ends, _ = ends_E.tolist()
+        groups = zip(self.layers, rows_RK.tensor_split(ends), strict=True)
+        return torch.cat([layer(rows) for layer, rows in groups if len(rows)])
+
+
 def check_dtype(how: Quantized, dtype: torch.dtype) -> None:
     """Raise ``ValueError`` if weights of a dtype cannot be quantized."""
     if dtype != torch.bfloat16:
@@ -114,12 +134,16 @@ def check_dtype(how: Quantized, dtype: torch.dtype) -> None:
 
 
 def quantize_layers(module: nn.Module, how: Quantized) -> None:
-    """Replace the linear layers within a module by quantized ones, one by one.
+    """Replace the linear layers within a module by quantized ones, one by one, but for routers.
 
-    ``ValueError`` if a weight is not bfloat16 or cannot be divided.
+    Those are small, and rounded they would choose other experts. ``ValueError`` if a weight is not
+    bfloat16 or cannot be divided.
     """
-    for parent in module.modules():
+    for parent in [*module.modules()]:
         for name, layer in parent.named_children():
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, GroupedLinear):
                 check_dtype(how, layer.weight.dtype)
-                setattr(parent, name, _LAYERS[how](layer))
+                setattr(parent, name, QuantizedExperts(layer.weight, how))
+            elif isinstance(layer, nn.Linear) and not isinstance(parent, MixtureOfExperts):
+                check_dtype(how, layer.weight.dtype)
+                setattr(parent, name, _LAYERS[how](layer.weight, layer.bias))
