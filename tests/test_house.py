@@ -30,6 +30,7 @@ ROOMS = (
     "files",
     "_torchtune",
     "_torchao",
+    "_numba",
 )
 FILES = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
 FAMILIES = {path.parent.name for path in PACKAGE.glob("models/*/__init__.py")}

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import numba
 import numpy as np
 
+from torchtune_vl._numba import compiled
 from torchtune_vl.data import _collate
 
 # A patch passes the vision encoder, a token the decoder; each costs by the parameters that it
@@ -151,7 +151,7 @@ def planner_of(planner: str, **arguments: Any) -> Planner:
     return known[planner](**arguments)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _best_fit(sizes, draws, max_tokens, max_patches, lookahead):  # type: ignore[no-untyped-def]
     """Rows one behind the other, and where each ends."""
     count = len(draws)

@@ -10,9 +10,9 @@ from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 
+from torchtune_vl._numba import compiled
 from torchtune_vl.data._packing import Planner, Size, planner_of, settings_of
 
 # A sample of a row with its size: what a row needs lies in one place of the file
@@ -412,7 +412,7 @@ def evenly(
     return _rearranged(places, ends, order.argsort())
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _excess(places, ends, drawn, sizes):  # type: ignore[no-untyped-def]
     """By how many deviations of a sample's size a row's samples exceed the mean, together."""
     sums, squares = np.zeros(3), np.zeros(3)
@@ -434,7 +434,7 @@ def _excess(places, ends, drawn, sizes):  # type: ignore[no-untyped-def]
     return excess
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _rearranged(places, ends, rows):  # type: ignore[no-untyped-def]
     """The same rows in another order."""
     new_places, new_ends = np.empty_like(places), np.empty_like(ends)

@@ -7,14 +7,14 @@ F frames of a patch that differ: 1 for an image, 2 for a video; R copies of them
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
-import numba
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from torchtune_vl._numba import compiled
 from torchtune_vl.media._images import Backend
 
 CHANNELS = 3  # of RGB
@@ -190,41 +190,40 @@ def _loops(patch_size: int, merge_size: int) -> Callable[..., None]:
     """
     half = patch_size // 2
 
-    @numba.njit(nogil=True, cache=True)
-    def cut_units(frames_THWC, t, y, patches_NCFYX):  # type: ignore[no-untyped-def]
-        """Cuts a row of units, which begins at frame t and line y."""
-        width = frames_THWC.shape[2]
-        planes_CYX = np.empty((CHANNELS, patch_size, width), np.uint8)
-        # Unsigned indices: numba would let signed ones count from the end, and LLVM not vectorize
-        # the loop. Two pixels at a time: a patch has an even number of them in a line
-        pairs, patch_pairs = planes_CYX.view(np.uint16), patches_NCFYX.view(np.uint16)
-        for f in range(patches_NCFYX.shape[2]):
-            for i in range(merge_size):
-                for line in range(patch_size):
-                    row = frames_THWC[t + f, y + i * patch_size + line].reshape(-1)
-                    for x in range(np.uintp(width)):
-                        first = np.uintp(CHANNELS) * x
-                        planes_CYX[0, line, x] = row[first]
-                        planes_CYX[1, line, x] = row[first + np.uintp(1)]
-                        planes_CYX[2, line, x] = row[first + np.uintp(2)]
-                for j in range(width // patch_size):
-                    n = j // merge_size * merge_size**2 + i * merge_size + j % merge_size
-                    for c in range(CHANNELS):
-                        for line in range(patch_size):
-                            for x in range(half):
-                                patch_pairs[n, c, f, line, x] = pairs[c, line, j * half + x]
-
-    @numba.njit(nogil=True, cache=True)
+    # One function, around which are numbers alone: what it would be compiled with besides has
+    # another key in each process, which would find nothing in the cache
+    @compiled
     def cut(frames_THWC, pixels_NCFYX, divisor, means, stds, values_NCRP):  # type: ignore[no-untyped-def]
         """Cuts frames into ``pixels``, again and again the same ones if they are normalized."""
         frames, height, width, _ = frames_THWC.shape
         count = merge_size * width // patch_size
+        planes_CYX = np.empty((CHANNELS, patch_size, width), np.uint8)
+        # Two pixels at a time: a patch has an even number of them in a line
+        pairs, patch_pairs = planes_CYX.view(np.uint16), pixels_NCFYX.view(np.uint16)
+        per_patch = pixels_NCFYX.shape[2]
         done = 0
-        for t in range(0, frames, pixels_NCFYX.shape[2]):
+        for t in range(0, frames, per_patch):
             for y in range(0, height, merge_size * patch_size):
                 start = done % len(pixels_NCFYX)
                 units = pixels_NCFYX[start : start + count]
-                cut_units(frames_THWC, t, y, units)
+                unit_pairs = patch_pairs[start : start + count]
+                for f in range(per_patch):
+                    for i in range(merge_size):
+                        for line in range(patch_size):
+                            row = frames_THWC[t + f, y + i * patch_size + line].reshape(-1)
+                            # Unsigned indices: numba would let signed ones count from the end, and
+                            # LLVM not vectorize the loop
+                            for x in range(np.uintp(width)):
+                                first = np.uintp(CHANNELS) * x
+                                planes_CYX[0, line, x] = row[first]
+                                planes_CYX[1, line, x] = row[first + np.uintp(1)]
+                                planes_CYX[2, line, x] = row[first + np.uintp(2)]
+                        for j in range(width // patch_size):
+                            n = j // merge_size * merge_size**2 + i * merge_size + j % merge_size
+                            for c in range(CHANNELS):
+                                for line in range(patch_size):
+                                    for x in range(half):
+                                        unit_pairs[n, c, f, line, x] = pairs[c, line, j * half + x]
                 if len(values_NCRP):
                     flat_NCP = units.reshape(count, CHANNELS, -1)
                     _normalize(flat_NCP, divisor, means, stds, values_NCRP[done : done + count])
@@ -234,7 +233,7 @@ def _loops(patch_size: int, merge_size: int) -> Callable[..., None]:
 
 
 # The operations of IEEE 754 and no check for zero, without which the loops are not vectorized
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@partial(compiled, error_model="numpy")
 def _normalize(pixels_NCP, divisor, means, stds, values_NCRP):  # type: ignore[no-untyped-def]
     size = np.uintp(pixels_NCP.shape[2])
     for n in range(np.uintp(len(pixels_NCP))):
