@@ -344,6 +344,21 @@ def test_tables_that_cannot_be_loaded(
         assert sentence_of(told.value) == str(told.value)
 
 
+def test_a_cache_that_cannot_be_made(
+    transform: Qwen2_5_VLTransform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As below the home of a user who has none."""
+    (tmp_path / "train.json").write_text('[{"id": 1}]')
+    (tmp_path / "file").touch()
+    settings = {"source": "json", "data_files": str(tmp_path / "train.json")}
+    told = r"file/datasets, cannot be made \(.*\); set HF_DATASETS_CACHE to a directory that can be"
+    monkeypatch.setattr(
+        "torchtune_vl.datasets._tables.HF_DATASETS_CACHE", tmp_path / "file/datasets"
+    )
+    with pytest.raises(ValueError, match=told):
+        vision_chat_dataset(transform, **settings)
+
+
 def test_saved_directories(transform: Qwen2_5_VLTransform, media: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "a"}, ASSISTANT], "id": i} for i in range(9)]
     table = datasets.Dataset.from_list(rows)

@@ -153,6 +153,10 @@ def load_records(
     if named is None and source in ("folder", "webdataset"):
         raise ValueError(f"the source {source!r} lacks data_files: name what it is to read")
     of_builder = {name: value for name, value in settings.items() if name not in _OF_TABLES}
+    cache_dir = settings.get("cache_dir") or HF_DATASETS_CACHE
+    remedy = "set HF_DATASETS_CACHE to a directory that can be written"
+    with refusing(f"the cache of tables, {cache_dir}, cannot be made", remedy, OSError):
+        os.makedirs(cache_dir, exist_ok=True)
     try:
         if source in ("folder", "webdataset"):
             return _file_groups(source, groups, split, **settings)
@@ -165,7 +169,6 @@ def load_records(
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         raise ValueError(f"the source {source!r} cannot be loaded: {reason}") from error
     if isinstance(builder, Json):
-        cache_dir = settings.get("cache_dir") or HF_DATASETS_CACHE
         records, own = _json_records(builder, split, cache_dir)
         named_files = (file for files in groups.values() for file in files)
         return records, [*own, *filter(is_store, named_files)]
