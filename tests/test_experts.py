@@ -34,7 +34,12 @@ from torchtune_vl.modules import experts as routing
 from torchtune_vl.modules.adapters import build_linear
 from torchtune_vl.modules.dimensions import Dimensions
 from torchtune_vl.modules.experts import MixtureOfExperts
-from torchtune_vl.modules.grouped import GroupedLinear, grouped_product, has_grouped_product
+from torchtune_vl.modules.grouped import (
+    GroupedLinear,
+    grouped_product,
+    has_grouped_product,
+    waits_for_groups,
+)
 from torchtune_vl.modules.quantized import Quantized, QuantizedExperts, quantize_layers
 from torchtune_vl.training._mesh import Mesh
 from torchtune_vl.training._sharding import (
@@ -151,23 +156,31 @@ def test_nothing_waits_where_torch_has_the_product(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "has"),
+    ("capability", "dtype", "has", "waits"),
     [
-        ((9, 0), torch.bfloat16, True),
-        ((8, 0), torch.bfloat16, True),
-        ((9, 0), torch.float32, False),
-        ((7, 5), torch.bfloat16, False),
+        ((10, 0), torch.bfloat16, True, False),
+        ((9, 0), torch.bfloat16, True, False),
+        ((8, 0), torch.bfloat16, True, True),  # torch multiplies in a loop
+        ((12, 0), torch.bfloat16, True, True),
+        ((9, 0), torch.float32, False, True),
+        ((7, 5), torch.bfloat16, False, True),
     ],
 )
 def test_steps_are_captured_where_nothing_waits(
-    capability: tuple[int, int], dtype: torch.dtype, has: bool, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    has: bool,
+    waits: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
-        assert has_grouped_product(torch.empty(7, 16, 8, dtype=dtype, device="cuda")) is has
-    monkeypatch.setattr("torchtune_vl.generation._captured.has_grouped_product", lambda weight: has)
+        weight = torch.empty(7, 16, 8, dtype=dtype, device="cuda")
+        assert has_grouped_product(weight) is has
+        assert waits_for_groups(weight) is waits
+    monkeypatch.setattr("torchtune_vl.generation._captured.waits_for_groups", lambda weight: waits)
     model = qwen3_vl_moe(**EXPERTS_DIMS).requires_grad_(False)
-    assert can_capture(model, torch.device("cuda")) is has
+    assert can_capture(model, torch.device("cuda")) is not waits
     quantize_layers(model.bfloat16().decoder.layers, "int8")
     assert not can_capture(model, torch.device("cuda"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtune_vl.modules.grouped import GroupedLinear, has_grouped_product
+from torchtune_vl.modules.grouped import GroupedLinear, waits_for_groups
 from torchtune_vl.modules.kv_cache import Cache, Step
 from torchtune_vl.modules.quantized import QuantizedExperts
 from torchtune_vl.modules.vision import VisionLanguageModel
@@ -36,16 +36,18 @@ def to_device(values: Sequence[Any], device: torch.device) -> torch.Tensor:
 def can_capture(model: VisionLanguageModel, device: torch.device) -> bool:
     """Whether steps may be captured: on CUDA, with plain weights that nobody trains.
 
-    Those of a model in training move between steps, or are gathered in each. Experts that no kernel
-    multiplies at once, as quantized ones, are waited for.
+    Those of a model in training move between steps, or are gathered in each. Where no kernel
+    multiplies experts at once, as quantized ones, the host waits within a step.
     """
+    if device.type != "cuda":
+        return False
     plain = (type(p) is nn.Parameter and not p.requires_grad for p in model.parameters())
     waits = (
         isinstance(m, QuantizedExperts)
-        or (isinstance(m, GroupedLinear) and not has_grouped_product(m.weight))
+        or (isinstance(m, GroupedLinear) and waits_for_groups(m.weight))
         for m in model.modules()
     )
-    return device.type == "cuda" and all(plain) and not any(waits)
+    return all(plain) and not any(waits)
 
 
 class CapturedSteps:

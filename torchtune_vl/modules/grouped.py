@@ -13,6 +13,9 @@ from torchtune_vl._torchao import NF4Tensor
 from torchtune_vl.modules.nf4 import dequantize
 
 _ALIGNED = 16  # bytes that rows of matrices have to be multiples of for torch's grouped product
+# Major compute capabilities of GPUs that have a kernel for it, up to torch 2.14 at least; on others
+# torch multiplies group by group, and the host waits for where these end
+_WITH_KERNEL = (9, 10)
 
 
 class GroupedLinear(nn.Module):
@@ -94,7 +97,8 @@ def grouped_product(
 ) -> torch.Tensor:
     """Multiply groups of rows, which lie side by side, by a matrix each; returns [R, O].
 
-    ``ends_N``, int32, are where the groups end. On a GPU with a kernel for it nothing waits.
+    ``ends_N``, int32, are where the groups end. On a GPU nothing waits for them unless
+    :func:`waits_for_groups`.
     """
     if rows_RI.is_meta:  # any groups have the same shapes, and take the same memory and operations
         return rows_RI @ weight_NIO[0]
@@ -114,11 +118,19 @@ def _group_by_group(
 
 
 def has_grouped_product(weight_NIO: torch.Tensor) -> bool:
-    """Whether torch multiplies groups by such weights at once, on a GPU without waiting for it."""
+    """Whether torch's product of groups takes such weights, and is not slower than ours."""
     if any(size * weight_NIO.itemsize % _ALIGNED for size in weight_NIO.shape[1:]):
         return False
     if weight_NIO.is_cuda:
-        has_kernel = torch.cuda.get_device_capability(weight_NIO.device) >= (8, 0)
-        return has_kernel and weight_NIO.dtype == torch.bfloat16
+        return _major(weight_NIO) >= 8 and weight_NIO.dtype == torch.bfloat16
     # In bfloat16 a CPU is faster group by group
     return weight_NIO.is_cpu and weight_NIO.dtype == torch.float32
+
+
+def waits_for_groups(weight_NIO: torch.Tensor) -> bool:
+    """Whether the host waits for where groups end, to multiply them by weights on a GPU."""
+    return _major(weight_NIO) not in _WITH_KERNEL or not has_grouped_product(weight_NIO)
+
+
+def _major(tensor: torch.Tensor) -> int:
+    return torch.cuda.get_device_capability(tensor.device)[0]
