@@ -77,9 +77,10 @@ def test_imports_run_downhill(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_torchtune_comes_through_one_door(name: str) -> None:
-    taken = {m for m in imports(FILES[name]) if m.split(".")[0] in ("torchtune", "torchao")}
-    if name not in ("_torchtune.py", "_torchao.py"):
+def test_some_libraries_come_through_one_door(name: str) -> None:
+    libraries = ("torchtune", "torchao", "numba")
+    taken = {m for m in imports(FILES[name]) if m.split(".")[0] in libraries}
+    if name not in ("_torchtune.py", "_torchao.py", "_numba.py"):
         assert not taken
     assert not any(part.startswith("_") for module in taken for part in module.split("."))
 
