@@ -66,7 +66,7 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """A layer of four-bit weights, of which groups of inputs share a scale and a zero.
 
-    ``ValueError`` if inputs do not divide into groups, or outputs into the 16 of the kernel.
+    ``ValueError`` if inputs and outputs do not divide into groups and into what the kernel reads.
     """
 
     weight: torch.Tensor
@@ -76,9 +76,11 @@ class Int4Linear(QuantizedLinear):
         super().__init__(weight_NK, bias_N)
         weight_NK = weight_NK.detach().float()
         num_outputs, num_inputs = weight_NK.shape
-        if num_inputs % GROUP_SIZE or num_outputs % 16:
+        # Of which a GPU's kernel reads 128 inputs at a time
+        divisor = GROUP_SIZE if weight_NK.device.type == "cpu" else 128
+        if num_inputs % divisor or num_outputs % 16:
             problem = f"a layer of {num_inputs} inputs and {num_outputs} outputs has no int4"
-            raise ValueError(f"{problem}: they are to be multiples of {GROUP_SIZE} and 16")
+            raise ValueError(f"{problem}: they are to be multiples of {divisor} and 16")
         grouped_NGK = weight_NK.unflatten(1, (-1, GROUP_SIZE))
         low_NG, high_NG = grouped_NGK.aminmax(dim=2)
         scales_NG = ((high_NG - low_NG) / 15).clamp_min(torch.finfo(torch.float32).tiny)
@@ -117,7 +119,11 @@ class QuantizedExperts(nn.Module):
 
     def __init__(self, weight_EKN: torch.Tensor, how: Quantized) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_LAYERS[how](weight_KN.T) for weight_KN in weight_EKN)
+        self.layers = nn.ModuleList(
+            # Kernels take contiguous weights
+            _LAYERS[how](weight_KN.T.contiguous())
+            for weight_KN in weight_EKN
+        )
 
     def forward(self, rows_RK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
         """Multiply groups of rows, which end at ``ends_E``, bfloat16 [R, K]; returns [R, N]."""
