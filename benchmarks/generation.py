@@ -163,8 +163,7 @@ def device_table(directory: str, device: str, runs: int) -> None:
     """Decode on a GPU, with steps that are captured and with those of a model in training."""
     print("| weights | prompts | tokens of each | a step, ms | not captured / captured | replays |")
     print("|---|---|---|---|---|---|")
-    kinds: dict[str, Any] = {"bfloat16": {"dtype": torch.bfloat16}}
-    kinds["int8"] = {"quantize": "int8"}
+    kinds: dict[str, Any] = {"bfloat16": {"dtype": torch.bfloat16}, "int8": {"quantize": "int8"}}
     for (weights, how), (count, length) in product(kinds.items(), CASES):
         model = load_model(directory, **how, device=device)
         times: dict[str, list[float]] = {"captured": [], "not": []}

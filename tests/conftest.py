@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import traceback
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -26,16 +27,20 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = TemporaryDirectory(prefix="torchtune-vl-cache-")
     os.environ["TORCHTUNE_VL_CACHE"] = _cache.name
 
-# Libraries ask hosts elsewhere unasked, and say nothing of it where that fails
-_asked: list[Any] = []
+# Libraries ask hosts elsewhere unasked, and say nothing of it where that fails; numbers ask nobody
+_asked: list[str] = []
 _look_up = socket.getaddrinfo
-_HERE = re.compile(rf"localhost|{re.escape(socket.gethostname())}|[0-9a-fx.:]*|.+\.(invalid|test)")
+_HERE = re.compile(
+    rf"localhost|{re.escape(socket.gethostname())}|(0x)?[0-9a-f.:]*|.+\.(invalid|test)",
+    re.IGNORECASE,
+)
 
 
 def _look_up_here(host: Any, *args: Any, **settings: Any) -> Any:
-    if host is None or _HERE.fullmatch(str(host)):
+    name = host.decode() if isinstance(host, bytes) else str(host or "")
+    if _HERE.fullmatch(name):
         return _look_up(host, *args, **settings)
-    _asked.append(host)
+    _asked.append(f"{name}, asked for at\n{''.join(traceback.format_stack(limit=12))}")
     raise socket.gaierror(socket.EAI_AGAIN, "tests have no network")
 
 
@@ -68,9 +73,9 @@ import_torchvision()  # before transformers, which looks for it at import
 def no_network() -> Iterator[None]:
     """Fail a test in which something asked for a host that is not here."""
     yield
-    asked = {*_asked}
+    asked = "\n".join(_asked)
     _asked.clear()
-    assert not asked
+    assert not asked, asked
 
 
 @pytest.fixture(scope="session")

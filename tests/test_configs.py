@@ -126,8 +126,7 @@ def family_names() -> dict[str, str]:
     return names
 
 
-# The larger take up to half a minute each, and are computed as the small ones; adapters of weights
-# that are not quantized as those of NF4 are
+# The larger take up to half a minute each, and are computed as the small ones, and lora as qlora
 @pytest.mark.parametrize(
     ("name", "size"),
     [

@@ -349,14 +349,24 @@ def test_a_cache_that_cannot_be_made(
 ) -> None:
     """As below the home of a user who has none."""
     (tmp_path / "train.json").write_text('[{"id": 1}]')
-    (tmp_path / "file").touch()
-    settings = {"source": "json", "data_files": str(tmp_path / "train.json")}
-    told = r"file/datasets, cannot be made \(.*\); set HF_DATASETS_CACHE to a directory that can be"
-    monkeypatch.setattr(
-        "torchtune_vl.datasets._tables.HF_DATASETS_CACHE", tmp_path / "file/datasets"
-    )
-    with pytest.raises(ValueError, match=told):
-        vision_chat_dataset(transform, **settings)
+    given = {"source": "json", "data_files": str(tmp_path / "train.json")}
+
+    def refuse(denied: str | Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(denied))
+
+    monkeypatch.setattr("torchtune_vl.datasets._tables.HF_DATASETS_CACHE", "/nowhere/datasets")
+    for denied, settings, told in (
+        ("/nowhere", {}, "set HF_DATASETS_CACHE to"),
+        ("/nowhere/datasets/a.lock", {}, "set HF_DATASETS_CACHE to"),
+        (tmp_path / "home", {"cache_dir": str(tmp_path / "home/cache")}, "set cache_dir to"),
+    ):
+        monkeypatch.setattr("datasets.builder.os.makedirs", partial(refuse, denied))
+        with pytest.raises(ValueError, match=f"cannot be written .*Permission denied.*; {told}"):
+            vision_chat_dataset(transform, **given, **settings)
+    unreadable = tmp_path / "train.json"
+    monkeypatch.setattr("datasets.builder.os.makedirs", partial(refuse, unreadable))
+    with pytest.raises(PermissionError):
+        vision_chat_dataset(transform, **given)
 
 
 def test_saved_directories(transform: Qwen2_5_VLTransform, media: Path) -> None:

@@ -209,7 +209,7 @@ def test_greedy_decoding_is_a_whole_forward_for_each_token() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("full", "lora")), "qlora"]
+    "method", ["full", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "qlora"))]
 )
 def test_layers_with_experts_are_compiled(method: str) -> None:
     torch._dynamo.reset()
@@ -479,7 +479,7 @@ def test_refusals(what: str) -> None:
 
 # As those of other layers in test_linear.py
 @pytest.mark.parametrize(("how", "error"), [("int8", 0.008), ("int4", 0.09)])
-@pytest.mark.parametrize("ends", [[0, 1, 1, 1], [0, 40, 41, 90], [3, 3, 6, 90]])
+@pytest.mark.parametrize("ends", [[0, 0, 0, 0], [0, 1, 1, 1], [0, 40, 41, 90], [3, 3, 6, 90]])
 def test_products_of_quantized_experts(how: Quantized, error: float, ends: list[int]) -> None:
     torch.manual_seed(0)
     weight_EKN = torch.empty(4, 128, 48).uniform_(-1, 1).bfloat16()
@@ -488,7 +488,9 @@ def test_products_of_quantized_experts(how: Quantized, error: float, ends: list[
     exact = grouped_product(rows_RK.float(), weight_EKN.float(), ends_E)
     product = QuantizedExperts(weight_EKN, how)(rows_RK, ends_E)
     assert product.dtype == torch.bfloat16
-    assert error / 20 < (product.float() - exact).norm() / exact.norm() < error
+    assert product.shape == exact.shape
+    far = (product.float() - exact).norm() / exact.norm()
+    assert not len(exact) or error / 20 < far < error
 
 
 @pytest.mark.parametrize("how", ["int8", "int4"])

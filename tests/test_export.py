@@ -96,6 +96,10 @@ def test_an_adapter_of_the_decoder_is_of_its_base(shape: str, tmp_path: Path) ->
         torch.testing.assert_close(after[name], tensor, msg=name)
     answering = load_model(base, adapter=adapter).state_dict()
     assert torch.equal(answering[f"{LAYER}.weight"], after[f"{LAYER}.weight"])
+    small = load_model(base, adapter=adapter, quantize="int8").state_dict()
+    merged_small = load_model(merged, quantize="int8").state_dict()
+    assert small.keys() == merged_small.keys()
+    assert all(torch.equal(tensor, merged_small[name]) for name, tensor in small.items())
     checkpointer = HubCheckpointer(base, tmp_path / "output", adapter_dir=adapter)
     loaded = checkpointer.load_checkpoint()["model"]
     assert torch.equal(loaded[f"{LAYER}.lora_b.weight"], b)

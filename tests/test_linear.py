@@ -6,9 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchtune_vl.modules.linear import Linear, linear
-from torchtune_vl.modules.quantized import Int4Linear, Int8Linear, Quantized, quantize_layers
+from torchtune_vl.modules.quantized import (
+    Int4Linear,
+    Int8Linear,
+    Quantized,
+    QuantizedExperts,
+    quantize_layers,
+)
 
 
 @pytest.mark.parametrize("shape", [(3, 96), (4, 96), (2, 64, 96), (129, 96), (0, 96)])
@@ -102,6 +109,20 @@ def test_four_bits_hold_what_they_can() -> None:
     assert torch.equal(Int4Linear(weight)(torch.eye(128).bfloat16()).T, weight)
     nothing = Int4Linear(torch.zeros(32, 128).bfloat16())
     assert not nothing(torch.ones(2, 128).bfloat16()).any()
+
+
+def test_a_gpu_gets_what_its_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+    monkeypatch.setattr(
+        "torchtune_vl.modules.quantized._packed", lambda n: packed.append(n) or n.flatten()
+    )
+    QuantizedExperts(torch.randn(2, 128, 48).bfloat16(), "int4")
+    assert all(numbers.is_contiguous() for numbers in packed)
+    with (
+        FakeTensorMode(),
+        pytest.raises(ValueError, match="they are to be multiples of 128 and 16; take int8"),
+    ):
+        Int4Linear(torch.empty(64, 192, device="cuda"))
 
 
 def test_what_cannot_be_quantized_is_told() -> None:

@@ -53,8 +53,8 @@ class RecordCache:
     """
 
     def __init__(self, way: str, fingerprint: str) -> None:
-        path = cache_directory() / way / f"{fingerprint}.sqlite"
         with _using():
+            path = cache_directory() / way / f"{fingerprint}.sqlite"
             path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, timeout=_SECONDS_FOR_OTHERS)
             with self._database as database:
@@ -82,6 +82,7 @@ class RecordCache:
 
 
 def _using() -> AbstractContextManager[None]:
-    problem = f"the cache in {cache_directory()} cannot be used"
     remedy = "set TORCHTUNE_VL_CACHE to a directory that can be written"
-    return refusing(problem, remedy, (OSError, sqlite3.Error))
+    # RuntimeError: there is no home
+    kinds = (OSError, RuntimeError, sqlite3.Error)
+    return refusing("the cache of samples cannot be used", remedy, kinds)

@@ -19,14 +19,15 @@ from torch.utils.data import ConcatDataset, Subset
 from torchtune_vl.datasets._file_groups import FolderRecords, TarRecords
 from torchtune_vl.datasets._json_records import JsonRecords
 from torchtune_vl.datasets._remote import is_store, local_copy
-from torchtune_vl.media._errors import refusing
+from torchtune_vl.media._errors import reason_of, refusing
 
 # Each a record and where it is, if that is known
 Records = Union["ConcatDataset[tuple[Any, str]]", "Table"]
 
 # Or each table that is read, of local files too, is reported to the makers of datasets, and a
 # machine without a network waits for that
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+if "HF_UPDATE_DOWNLOAD_COUNTS" not in os.environ:
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 # Arguments of load_dataset, not of its builder: they say how to make a table, and JSON has none
 _OF_TABLES = {"verification_mode", "keep_in_memory", "save_infos", "num_proc"}
@@ -153,10 +154,7 @@ def load_records(
     if named is None and source in ("folder", "webdataset"):
         raise ValueError(f"the source {source!r} lacks data_files: name what it is to read")
     of_builder = {name: value for name, value in settings.items() if name not in _OF_TABLES}
-    cache_dir = settings.get("cache_dir") or HF_DATASETS_CACHE
-    remedy = "set HF_DATASETS_CACHE to a directory that can be written"
-    with refusing(f"the cache of tables, {cache_dir}, cannot be made", remedy, OSError):
-        os.makedirs(cache_dir, exist_ok=True)
+    cache_dir = os.path.expanduser(settings.get("cache_dir") or HF_DATASETS_CACHE)
     try:
         if source in ("folder", "webdataset"):
             return _file_groups(source, groups, split, **settings)
@@ -164,6 +162,13 @@ def load_records(
         if not isinstance(builder, Json):
             settings |= {"split": split, "streaming": streaming}
             rows = datasets.load_dataset(source, data_files=named, **settings)
+    except PermissionError as error:
+        denied = str(error.filename)  # of directories that cannot be made the first
+        if not cache_dir.startswith(denied) and not denied.startswith(cache_dir):
+            raise
+        key = "cache_dir" if settings.get("cache_dir") else "HF_DATASETS_CACHE"
+        told = f"the cache of tables, {cache_dir}, cannot be written ({reason_of(error)})"
+        raise ValueError(f"{told}; set {key} to another directory") from error
     # ValueError: of a split, or files of another format; TypeError: of a setting that is not known
     except (FileNotFoundError, TypeError, ValueError, DatasetGenerationError) as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error

@@ -190,8 +190,8 @@ def _loops(patch_size: int, merge_size: int) -> Callable[..., None]:
     """
     half = patch_size // 2
 
-    # One function, around which are numbers alone: what it would be compiled with besides has
-    # another key in each process, which would find nothing in the cache
+    # One function: another one that it called, compiled here as well, would be part of its key in
+    # numba's cache, by an id that is new in each process, and so it would never be found there
     @compiled
     def cut(frames_THWC, pixels_NCFYX, divisor, means, stds, values_NCRP):  # type: ignore[no-untyped-def]
         """Cuts frames into ``pixels``, again and again the same ones if they are normalized."""

@@ -151,7 +151,7 @@ class Experts(nn.Module):
         """Send rows to the devices of their experts, and get back what these make of them.
 
         Each knows how many it will get only when the others' routers have chosen: the host waits
-        for that, once in a forward, as it does not for experts that are gathered.
+        for that, once in a forward.
         """
         leaving_DM = _counts(ends_N).view(group.size(), -1)
         coming_DM = torch.empty_like(leaving_DM)

@@ -80,7 +80,8 @@ class Int4Linear(QuantizedLinear):
         divisor = GROUP_SIZE if weight_NK.device.type == "cpu" else 128
         if num_inputs % divisor or num_outputs % 16:
             problem = f"a layer of {num_inputs} inputs and {num_outputs} outputs has no int4"
-            raise ValueError(f"{problem}: they are to be multiples of {divisor} and 16")
+            told = f"they are to be multiples of {divisor} and 16; take int8"
+            raise ValueError(f"{problem}: {told}")
         grouped_NGK = weight_NK.unflatten(1, (-1, GROUP_SIZE))
         low_NG, high_NG = grouped_NGK.aminmax(dim=2)
         scales_NG = ((high_NG - low_NG) / 15).clamp_min(torch.finfo(torch.float32).tiny)
@@ -119,17 +120,22 @@ class QuantizedExperts(nn.Module):
 
     def __init__(self, weight_EKN: torch.Tensor, how: Quantized) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            # Kernels take contiguous weights
-            _LAYERS[how](weight_KN.T.contiguous())
-            for weight_KN in weight_EKN
-        )
+        # Kernels take contiguous weights
+        weights_NK = (weight_KN.T.contiguous() for weight_KN in weight_EKN)
+        self.layers = nn.ModuleList(map(_LAYERS[how], weights_NK))
+        self.out_features = weight_EKN.shape[2]
 
     def forward(self, rows_RK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
         """Multiply groups of rows, which end at ``ends_E``, bfloat16 [R, K]; returns [R, N]."""
         *ends, _ = ends_E.tolist()
-        groups = zip(self.layers, rows_RK.tensor_split(ends), strict=True)
-        return torch.cat([layer(rows) for layer, rows in groups if len(rows)])
+        out_RN = rows_RK.new_empty(len(rows_RK), self.out_features)
+        groups = zip(
+            self.layers, rows_RK.tensor_split(ends), out_RN.tensor_split(ends), strict=True
+        )
+        for layer, rows, out in groups:
+            if len(rows):
+                out.copy_(layer(rows))
+        return out_RN
 
 
 def check_dtype(how: Quantized, dtype: torch.dtype) -> None:
