@@ -157,7 +157,7 @@ def load_records(
     cache_dir = os.path.expanduser(settings.get("cache_dir") or HF_DATASETS_CACHE)
     try:
         if source in ("folder", "webdataset"):
-            return _file_groups(source, groups, split, **settings)
+            return _file_groups(source, groups, split, **settings | {"cache_dir": cache_dir})
         builder = datasets.load_dataset_builder(source, data_files=named, **of_builder)
         if not isinstance(builder, Json):
             settings |= {"split": split, "streaming": streaming}
@@ -199,7 +199,7 @@ def _file_groups(
     groups: Mapping[str, list[str]],
     split: str,
     *,
-    cache_dir: str | None = None,
+    cache_dir: str,
     token: Any = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> tuple[Records, list[str]]:
@@ -213,7 +213,7 @@ def _file_groups(
         config = datasets.DownloadConfig(token=token, storage_options=options)
         patterns = [pattern for file in files for pattern in _without_braces(file)]
         tars = [tar for each in patterns for tar in resolve_pattern(each, "", None, config)]
-        settings = (cache_dir or HF_DATASETS_CACHE, token, options)
+        settings = (cache_dir, token, options)
         tables[name] = TarRecords([_local(tar, *settings) for tar in tars])
     folders = [os.path.join(file, "") for files in groups.values() for file in files]
     return _of_split(split, tables), folders if source == "folder" else []
