@@ -30,8 +30,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 # Libraries ask hosts elsewhere unasked, and say nothing of it where that fails; numbers ask nobody
 _asked: list[str] = []
 _look_up = socket.getaddrinfo
+_OWN_NAME, *_ = socket.gethostname().split(".")
 _HERE = re.compile(
-    rf"localhost|{re.escape(socket.gethostname())}|(0x)?[0-9a-f.:]*|.+\.(invalid|test)",
+    rf"(localhost|{re.escape(_OWN_NAME)})(\..+)?|(0x)?[0-9a-f.:]*|.+\.(invalid|test)",
     re.IGNORECASE,
 )
 
