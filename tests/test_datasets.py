@@ -363,10 +363,10 @@ def test_a_cache_that_cannot_be_made(
         monkeypatch.setattr("datasets.builder.os.makedirs", partial(refuse, denied))
         with pytest.raises(ValueError, match=f"cannot be written .*Permission denied.*; {told}"):
             vision_chat_dataset(transform, **given, **settings)
-    unreadable = tmp_path / "train.json"
-    monkeypatch.setattr("datasets.builder.os.makedirs", partial(refuse, unreadable))
-    with pytest.raises(PermissionError):
-        vision_chat_dataset(transform, **given)
+    for unreadable in (tmp_path / "train.json", "/nowhere/datasets-of-mine/train.json"):
+        monkeypatch.setattr("datasets.builder.os.makedirs", partial(refuse, unreadable))
+        with pytest.raises(PermissionError):
+            vision_chat_dataset(transform, **given)
 
 
 def test_saved_directories(transform: Qwen2_5_VLTransform, media: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_gpu_gets_what_its_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> No
         "torchtune_vl.modules.quantized._packed", lambda n: packed.append(n) or n.flatten()
     )
     QuantizedExperts(torch.randn(2, 128, 48).bfloat16(), "int4")
-    assert all(numbers.is_contiguous() for numbers in packed)
+    assert [numbers.is_contiguous() for numbers in packed] == [True, True]
     with (
         FakeTensorMode(),
         pytest.raises(ValueError, match="they are to be multiples of 128 and 16; take int8"),

@@ -33,7 +33,11 @@ class Kept(NamedTuple):
 
 def cache_directory() -> Path:
     """``$TORCHTUNE_VL_CACHE``, by default ``~/.cache/torchtune_vl``."""
-    return Path(os.environ.get("TORCHTUNE_VL_CACHE", "~/.cache/torchtune_vl")).expanduser()
+    return _named_directory().expanduser()
+
+
+def _named_directory() -> Path:
+    return Path(os.environ.get("TORCHTUNE_VL_CACHE", "~/.cache/torchtune_vl"))
 
 
 def state_of(files: Iterable[str]) -> bytes | None:
@@ -85,4 +89,4 @@ def _using() -> AbstractContextManager[None]:
     remedy = "set TORCHTUNE_VL_CACHE to a directory that can be written"
     # RuntimeError: there is no home
     kinds = (OSError, RuntimeError, sqlite3.Error)
-    return refusing("the cache of samples cannot be used", remedy, kinds)
+    return refusing(f"the cache in {_named_directory()} cannot be used", remedy, kinds)

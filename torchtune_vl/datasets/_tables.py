@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Union
 
 import datasets
@@ -163,8 +164,9 @@ def load_records(
             settings |= {"split": split, "streaming": streaming}
             rows = datasets.load_dataset(source, data_files=named, **settings)
     except PermissionError as error:
-        denied = str(error.filename)  # of directories that cannot be made the first
-        if not cache_dir.startswith(denied) and not denied.startswith(cache_dir):
+        cache, denied = Path(cache_dir), Path(str(error.filename))
+        # One above it is the first of those that cannot be made
+        if not cache.is_relative_to(denied) and not denied.is_relative_to(cache):
             raise
         key = "cache_dir" if settings.get("cache_dir") else "HF_DATASETS_CACHE"
         told = f"the cache of tables, {cache_dir}, cannot be written ({reason_of(error)})"

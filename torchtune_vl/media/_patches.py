@@ -190,8 +190,8 @@ def _loops(patch_size: int, merge_size: int) -> Callable[..., None]:
     """
     half = patch_size // 2
 
-    # One function: another one that it called, compiled here as well, would be part of its key in
-    # numba's cache, by an id that is new in each process, and so it would never be found there
+    # The inner function is a part of this one: compiled apart, it would be in its key of numba's
+    # cache, by an id that is new in each process, and so nothing would be found there
     @compiled
     def cut(frames_THWC, pixels_NCFYX, divisor, means, stds, values_NCRP):  # type: ignore[no-untyped-def]
         """Cuts frames into ``pixels``, again and again the same ones if they are normalized."""
@@ -199,31 +199,35 @@ def _loops(patch_size: int, merge_size: int) -> Callable[..., None]:
         count = merge_size * width // patch_size
         planes_CYX = np.empty((CHANNELS, patch_size, width), np.uint8)
         # Two pixels at a time: a patch has an even number of them in a line
-        pairs, patch_pairs = planes_CYX.view(np.uint16), pixels_NCFYX.view(np.uint16)
-        per_patch = pixels_NCFYX.shape[2]
+        pairs = planes_CYX.view(np.uint16)
+
+        def cut_units(t, y, patches_NCFYX):  # type: ignore[no-untyped-def]
+            """Cuts a row of units, which begins at frame t and line y."""
+            patch_pairs = patches_NCFYX.view(np.uint16)
+            for f in range(patches_NCFYX.shape[2]):
+                for i in range(merge_size):
+                    for line in range(patch_size):
+                        row = frames_THWC[t + f, y + i * patch_size + line].reshape(-1)
+                        # Unsigned indices: numba would let signed ones count from the end, and LLVM
+                        # not vectorize the loop
+                        for x in range(np.uintp(width)):
+                            first = np.uintp(CHANNELS) * x
+                            planes_CYX[0, line, x] = row[first]
+                            planes_CYX[1, line, x] = row[first + np.uintp(1)]
+                            planes_CYX[2, line, x] = row[first + np.uintp(2)]
+                    for j in range(width // patch_size):
+                        n = j // merge_size * merge_size**2 + i * merge_size + j % merge_size
+                        for c in range(CHANNELS):
+                            for line in range(patch_size):
+                                for x in range(half):
+                                    patch_pairs[n, c, f, line, x] = pairs[c, line, j * half + x]
+
         done = 0
-        for t in range(0, frames, per_patch):
+        for t in range(0, frames, pixels_NCFYX.shape[2]):
             for y in range(0, height, merge_size * patch_size):
                 start = done % len(pixels_NCFYX)
                 units = pixels_NCFYX[start : start + count]
-                unit_pairs = patch_pairs[start : start + count]
-                for f in range(per_patch):
-                    for i in range(merge_size):
-                        for line in range(patch_size):
-                            row = frames_THWC[t + f, y + i * patch_size + line].reshape(-1)
-                            # Unsigned indices: numba would let signed ones count from the end, and
-                            # LLVM not vectorize the loop
-                            for x in range(np.uintp(width)):
-                                first = np.uintp(CHANNELS) * x
-                                planes_CYX[0, line, x] = row[first]
-                                planes_CYX[1, line, x] = row[first + np.uintp(1)]
-                                planes_CYX[2, line, x] = row[first + np.uintp(2)]
-                        for j in range(width // patch_size):
-                            n = j // merge_size * merge_size**2 + i * merge_size + j % merge_size
-                            for c in range(CHANNELS):
-                                for line in range(patch_size):
-                                    for x in range(half):
-                                        unit_pairs[n, c, f, line, x] = pairs[c, line, j * half + x]
+                cut_units(t, y, units)
                 if len(values_NCRP):
                     flat_NCP = units.reshape(count, CHANNELS, -1)
                     _normalize(flat_NCP, divisor, means, stds, values_NCRP[done : done + count])

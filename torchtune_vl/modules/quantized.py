@@ -151,7 +151,7 @@ def quantize_layers(module: nn.Module, how: Quantized) -> None:
     Those are small, and rounded they would choose other experts. ``ValueError`` if a weight is not
     bfloat16 or cannot be divided.
     """
-    for parent in [*module.modules()]:
+    for parent in module.modules():
         for name, layer in parent.named_children():
             if isinstance(layer, GroupedLinear):
                 check_dtype(how, layer.weight.dtype)
